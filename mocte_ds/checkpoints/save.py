@@ -1,0 +1,102 @@
+"""Saving: DeepSpeed's files, then ours, then `latest`, so that a broken save never hides the last good checkpoint."""
+
+import contextlib
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.errors import CheckpointError
+
+FORMAT = 1
+STATE_FILE = "mocte_state.pt"
+RANDOM_FILE = "mocte_random_rank{rank}.pt"
+# torch.save reports a full disk as a RuntimeError of its zip writer.
+_WRITE_ERRORS = (OSError, RuntimeError)
+
+
+@contextlib.contextmanager
+def prepare_checkpoint(save_dir: str | Path, tag: str) -> Iterator[None]:
+    """Turn a failing write into an error that says what is still intact.
+
+    Args:
+        save_dir: folder of all checkpoints.
+        tag: this checkpoint's folder in it.
+
+    Raises:
+        CheckpointError: a file could not be written.
+    """
+    try:
+        yield
+    except _WRITE_ERRORS as error:
+        raise _write_error(save_dir, tag, error) from error
+
+
+def finish_checkpoint(
+    save_dir: str | Path, tag: str, mocte: dict[str, Any], client_state: dict[str, Any], save_latest: bool
+) -> None:
+    """Write our state and every rank's random state, make sure that all ranks did, and move `latest` (collective).
+
+    Args:
+        save_dir: folder of all checkpoints.
+        tag: this checkpoint's folder in it; DeepSpeed's files are there already.
+        mocte: state of the controller.
+        client_state: the caller's own state.
+        save_latest: whether `latest` moves.
+
+    Raises:
+        CheckpointError: a file could not be written on some rank; `latest` has not moved.
+    """
+    folder = Path(save_dir) / tag
+    rank, _ = world()
+    failure: Exception | None = None
+    try:
+        if rank == 0:
+            torch.save({"format": FORMAT, "mocte": mocte, "client_state": client_state}, folder / STATE_FILE)
+        torch.save(random_states(), folder / RANDOM_FILE.format(rank=rank))
+    except _WRITE_ERRORS as error:
+        failure = error
+    failures = [text for text in gather_objects(str(failure) if failure else None) if text]
+    if failures:
+        raise _write_error(save_dir, tag, failures[0]) from failure
+    if rank == 0 and save_latest:
+        try:
+            pending = Path(save_dir) / "latest.tmp"
+            pending.write_text(tag, encoding="utf-8")
+            os.replace(pending, Path(save_dir) / "latest")
+        except OSError as error:
+            failure = error
+    failures = [text for text in gather_objects(str(failure) if failure else None) if text]
+    if failures:
+        raise _write_error(save_dir, tag, failures[0]) from failure
+
+
+def random_states() -> dict[str, Any]:
+    """States of this rank's random number generators, in plain values and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    states = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _write_error(save_dir: str | Path, tag: str, error: object) -> CheckpointError:
+    latest = Path(save_dir) / "latest"
+    last = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "none"
+    with contextlib.suppress(OSError):
+        error = f"{error} ({shutil.disk_usage(save_dir).free / 1e6:.0f} MB are free there)"
+    return CheckpointError(
+        f"could not save the checkpoint {Path(save_dir) / tag}: {error}. The last good checkpoint ({last}) is untouched; "
+        "make room or choose another folder, and start again: the run resumes from it."
+    )

@@ -1,0 +1,267 @@
+"""The "mocte" block of a DeepSpeed config: every field documented, defaulted and checked before any work starts."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from mocte_ds.errors import ConfigError
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """What one expert is."""
+
+    kind: Literal["ffn", "lora"] = "ffn"
+    """`ffn`: a full FFN, born as a copy of the dense one; `lora`: a zero-initialised narrow bypass beside a shared FFN."""
+    width: int | None = None
+    """Hidden units of a `lora` expert; null: the FFN's width / num_experts. `ffn` experts keep the FFN's width."""
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How a token finds its expert."""
+
+    kind: Literal["token", "type", "hash"] = "token"
+    """`token`: nearest cluster of the feature; `type`: a table token id -> cluster; `hash`: a random table (baseline)."""
+    bias: bool = True
+    """False: a gate without bias, from unit centroids with the mean's direction projected out (stock Mixtral has none)."""
+    weight: Literal["hard", "softmax"] = "hard"
+    """Weight of the expert's output: 1, or the softmax probability of the chosen expert."""
+
+
+@dataclass(frozen=True)
+class SpectrumConfig:
+    """The distributed sampled SVD of the features."""
+
+    rank: int = 8
+    """Singular directions that are kept."""
+    rows: int = 2048
+    """Token features sampled over all ranks for one check."""
+    documents: int = 1024
+    """Document means sampled over all ranks for one check."""
+    max_angle: float = 0.3
+    """Largest accepted sine of the angle between the subspaces of two half-samples."""
+
+
+@dataclass(frozen=True)
+class ClustersConfig:
+    """When a block's clusters count as detected."""
+
+    min_silhouette: float = 0.35
+    """Smallest silhouette of the detected clusters (the paper's alpha_c)."""
+    stability: float = 0.6
+    """Smallest adjusted Rand index between the probe set's labels at two checks in a row."""
+    deadline: float = 0.1
+    """Share of the budget after which experts emerge anyway; 1: never without detection."""
+    not_before: float = 0.02
+    """Share of the budget before which nothing emerges (the learning rate's warm-up)."""
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """Which experts stop training, and when."""
+
+    policy: Literal["progress", "paper", "grad-norm", "inverted", "random", "off"] = "progress"
+    """Rule that decides; see mocte_ds.trainability.policy."""
+    alpha: float = 0.1
+    """LEVEL: lambda under this share of the expert's own peak."""
+    beta: float = 1e-3
+    """RATE: change of |lambda - lambda_0| between checks under this share of its first change."""
+    checks: int = 3
+    """Checks in a row that must agree."""
+    until: float = 0.9
+    """Share of the budget after which nothing is frozen any more (the learning rate's decay)."""
+    rows: int = 256
+    """Routed tokens an expert's trainability is measured on."""
+    iterations: int = 20
+    """Power iterations of a trainability measurement."""
+
+
+@dataclass(frozen=True)
+class MocteConfig:
+    """The "mocte" block of a DeepSpeed config."""
+
+    modules: str | list[str] = ""
+    """Glob or list of globs of the modules (FFNs) that become blocks, e.g. `model.layers.*.mlp`. Required."""
+    num_experts: int = 4
+    """Experts of a block, a multiple of ep_size."""
+    ep_size: int = 1
+    """Ranks that share the experts of a block (DeepSpeed's expert parallelism)."""
+    total_steps: int | None = None
+    """Optimizer steps of the run; shares of the budget refer to it. Null: the scheduler's total_num_steps."""
+    check_every: float = 0.008
+    """Share of the budget between two checks."""
+    eod_id: int | None = None
+    """Token id that ends a document; null: every sequence is one document."""
+    auto: bool = True
+    """False: no checks; blocks change only by emerge(), freeze() and thaw()."""
+    seed: int = 0
+    """Seed of sampling, balanced k-means and hash tables."""
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    """What one expert is."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """How a token finds its expert."""
+    spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
+    """The distributed sampled SVD."""
+    clusters: ClustersConfig = field(default_factory=ClustersConfig)
+    """Detection of clusters."""
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    """Freezing of experts."""
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any], world_size: int | None = None) -> "MocteConfig":
+        """Check a "mocte" block and fill in its defaults.
+
+        Args:
+            block: the block as read from JSON.
+            world_size: data-parallel ranks, to check ep_size against.
+
+        Raises:
+            ConfigError: unknown key, wrong type, value out of range or a contradiction; names the key and the mend.
+        """
+        config = parse_section(cls, block, "mocte")
+        config.check(world_size)
+        return config
+
+    def check(self, world_size: int | None = None) -> None:
+        """Raise ConfigError where values contradict each other or the number of ranks."""
+        if not self.modules:
+            raise ConfigError(
+                'mocte.modules is missing: name the FFN modules that become blocks, e.g. "model.layers.*.mlp".'
+            )
+        for name in ("num_experts", "ep_size"):
+            _at_least(f"mocte.{name}", getattr(self, name), 1)
+        _at_least("mocte.num_experts", self.num_experts, 2)
+        if self.num_experts % self.ep_size:
+            divisors = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
+            raise ConfigError(
+                f"mocte.ep_size = {self.ep_size} does not divide mocte.num_experts = {self.num_experts}; "
+                f"allowed: {divisors}."
+            )
+        if world_size is not None and world_size % self.ep_size:
+            divisors = [n for n in range(1, world_size + 1) if world_size % n == 0 and self.num_experts % n == 0]
+            raise ConfigError(
+                f"mocte.ep_size = {self.ep_size} does not divide the {world_size} data-parallel ranks; "
+                f"allowed with {self.num_experts} experts: {divisors}."
+            )
+        if self.total_steps is not None:
+            _at_least("mocte.total_steps", self.total_steps, 1)
+        for name, value in (
+            ("check_every", self.check_every),
+            ("clusters.deadline", self.clusters.deadline),
+            ("clusters.not_before", self.clusters.not_before),
+            ("clusters.stability", self.clusters.stability),
+            ("freeze.until", self.freeze.until),
+            ("spectrum.max_angle", self.spectrum.max_angle),
+        ):
+            if not 0.0 <= value <= 1.0 or (name == "check_every" and value == 0.0):
+                raise ConfigError(f"mocte.{name} = {value} is a share and must lie between 0 and 1.")
+        if not -1.0 <= self.clusters.min_silhouette <= 1.0:
+            raise ConfigError(f"mocte.clusters.min_silhouette = {self.clusters.min_silhouette} must lie in [-1, 1].")
+        for name, value, least in (
+            ("spectrum.rank", self.spectrum.rank, 1),
+            ("spectrum.rows", self.spectrum.rows, 16),
+            ("spectrum.documents", self.spectrum.documents, 16),
+            ("freeze.checks", self.freeze.checks, 1),
+            ("freeze.rows", self.freeze.rows, 16),
+            ("freeze.iterations", self.freeze.iterations, 1),
+        ):
+            _at_least(f"mocte.{name}", value, least)
+        for name, value in (("freeze.alpha", self.freeze.alpha), ("freeze.beta", self.freeze.beta)):
+            if value < 0:
+                raise ConfigError(f"mocte.{name} = {value} must not be negative.")
+        if self.num_experts > self.spectrum.rows // 16:
+            raise ConfigError(
+                f"mocte.num_experts = {self.num_experts} is more than spectrum.rows = {self.spectrum.rows} can tell "
+                f"apart (16 rows a cluster); raise spectrum.rows to at least {16 * self.num_experts}."
+            )
+        if self.expert.width is not None:
+            if self.expert.kind == "ffn":
+                raise ConfigError(
+                    "mocte.expert.width is for kind 'lora'; 'ffn' experts keep the FFN's width. Remove one of the two."
+                )
+            _at_least("mocte.expert.width", self.expert.width, 1)
+        if self.router.kind != "token" and self.router.weight == "softmax":
+            raise ConfigError(
+                f"mocte.router.weight 'softmax' needs logits, which router.kind '{self.router.kind}' does not have; "
+                "use kind 'token' or weight 'hard'."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block as plain JSON values, defaults included."""
+        return dataclasses.asdict(self)
+
+
+def parse_section(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
+    """Build a dataclass from a mapping; nested dataclasses from nested mappings.
+
+    Args:
+        cls: dataclass with type hints built from int, float, bool, str, Literal, list, dict and dataclasses.
+        values: keys and values as read from JSON or YAML.
+        where: path of the section, for messages, e.g. "mocte.router".
+
+    Raises:
+        ConfigError: unknown key (with the nearest valid one) or a value of the wrong type (with what is allowed).
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a section with keys, not {values!r}.")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(
+                f"unknown key {where}.{key} (value {values[key]!r}).{hint} Allowed: {', '.join(sorted(hints))}."
+            )
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the type ``hint`` asks for, or ConfigError."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return parse_section(hint, value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+        hint_text = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"{where} = {value!r} is not one of {list(arguments)}.{hint_text}")
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+        names = " or ".join(_type_name(option) for option in arguments)
+        raise ConfigError(f"{where} = {value!r} must be of type {names}, not {type(value).__name__}.")
+    if hint is Any:
+        return value
+    if origin is list and isinstance(value, list | tuple):
+        return [_convert(arguments[0], item, where) for item in value]
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is type(None) and value is None:
+        return None
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} = {value!r} must be of type {_type_name(hint)}, not {type(value).__name__}.")
+
+
+def _type_name(hint: Any) -> str:
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} = {value} must be at least {least}.")

@@ -1,0 +1,291 @@
+"""What happens at a check, top to bottom: spectrum -> clusters -> emergence -> trainability -> freezing."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller.decisions import Change, apply_changes, decide_freezing, emergence_reason
+from mocte_ds.dist.collectives import gather_objects, require_same, sum_over_ranks
+from mocte_ds.errors import MocteError
+from mocte_ds.controller.handles import BlockHandle
+from mocte_ds.controller.measurements import BlockReading, measure_trainability, read_blocks
+from mocte_ds.moe.block import Block, BlockMode, ExpertMode
+from mocte_ds.spectrum.collect import FeatureCollector
+from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer, dense_unit, expert_unit
+
+EventListener = Callable[[dict[str, Any]], None]
+
+
+class Controller:
+    """`engine.mocte`: owns the modes of all blocks and experts, decides at checks, acts at optimizer-step boundaries."""
+
+    def __init__(
+        self, config: MocteConfig, blocks: list[Block], registry: UnitRegistry, ep_rank: int, total_steps: int
+    ) -> None:
+        """Prepare the blocks; :meth:`bind` hands over the engine's parts.
+
+        Args:
+            config: the "mocte" block.
+            blocks: the model's blocks.
+            registry: their units.
+            ep_rank: this rank's place in its expert-parallel group.
+            total_steps: optimizer steps of the run.
+        """
+        self.config, self.registry, self.ep_rank, self.total_steps = config, registry, ep_rank, total_steps
+        self.blocks = [BlockHandle(i, block) for i, block in enumerate(blocks)]
+        self.context = blocks[0].context
+        self.interval = max(1, round(config.check_every * total_steps))
+        self.collectors = [
+            FeatureCollector(b.hidden_size, config.spectrum.rows, config.spectrum.documents, config.seed, config.eod_id)
+            for b in blocks
+        ]
+        for block, collector in zip(blocks, self.collectors, strict=True):
+            block.observe = lambda features, collector=collector: collector.see(features, self.context)
+        self.domain_names: list[str] = []
+        self.step = 0
+        self.tokens = 0
+        self._listeners: list[EventListener] = []
+        self._fingerprints: dict[str, Tensor] = {}
+        self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in self.blocks]
+        self.optimizer: UnitZeroOptimizer
+        self.scheduler: Any = None
+        self.rank = 0
+
+    def bind(self, optimizer: UnitZeroOptimizer, scheduler: Any, rank: int, sequences_per_step: int) -> None:
+        """Hand over the engine's optimizer and scheduler, this rank's number and the global batch size."""
+        self.optimizer, self.scheduler, self.rank = optimizer, scheduler, rank
+        # Few rows a sequence: neighbours in a sequence are alike.
+        enough = max(self.config.spectrum.rows / 16, self.config.spectrum.documents) / sequences_per_step
+        self._window = min(self.interval, max(1, round(enough + 0.5)))
+
+    # ---- for users ---------------------------------------------------------------------------------------------------
+
+    def annotate(self, domain: Tensor | None, names: list[str]) -> None:
+        """Say where the next micro-batch comes from, so that checks can compare clusters with sources.
+
+        Args:
+            domain: (B,) index into ``names``, or None.
+            names: names of the sources.
+        """
+        self.context.domain, self.domain_names = domain, list(names)
+
+    def on_event(self, listener: EventListener) -> None:
+        """Call ``listener`` with every event (check, projection, emergence, freeze, thaw), on rank 0 only."""
+        self._listeners.append(listener)
+
+    def emerge(self, block: int) -> None:
+        """Turn a block's experts on now (collective, between two steps)."""
+        handle = self._handle(block)
+        if handle.mode is not BlockMode.WARMUP:
+            raise MocteError(f"block {block} ({handle.name}) is {handle.mode}: its experts have emerged already.")
+        self._apply([Change("emergence", block, None, "called")], read_blocks(self, [handle]))
+
+    def freeze(self, block: int, expert: int) -> None:
+        """Freeze an expert now (collective, between two steps)."""
+        self._demand(block, expert, ExpertMode.TRAINING, "freeze")
+        self._apply([Change("freeze", block, expert, "called")], {})
+
+    def thaw(self, block: int, expert: int) -> None:
+        """Let a frozen expert train again, with fresh moments (collective, between two steps)."""
+        self._demand(block, expert, ExpertMode.FROZEN, "thaw")
+        self._apply([Change("thaw", block, expert, "called")], {})
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of fp32 master weights and optimizer state on this rank."""
+        return self.optimizer.optimizer_bytes()
+
+    def expert_load(self) -> list[list[int]]:
+        """Tokens routed to each expert of each block since the last call, all ranks together (collective)."""
+        result = []
+        for number, routed in enumerate(self._routed()):
+            result.append((routed - self._load_seen[number]).tolist())
+            self._load_seen[number] = routed
+        return result
+
+    def trainable_units(self) -> set[str]:
+        """Names of the units that train, over all ranks."""
+        units = {"trunk"}
+        for handle in self.blocks:
+            if handle.mode is BlockMode.WARMUP or handle.block.kind == "lora":
+                units.add(dense_unit(handle.block))
+            for k, expert in enumerate(handle.experts):
+                if expert.mode is ExpertMode.TRAINING:
+                    units.add(expert_unit(handle.block, k))
+        return units
+
+    # ---- called by the engine -----------------------------------------------------------------------------------------
+
+    def before_micro_batch(self, first_sequence: int, micro_step: int) -> None:
+        """Tell the blocks where in the run the next micro-batch stands."""
+        self.context.first_sequence, self.context.micro_step = first_sequence, micro_step
+        if not self.config.auto:
+            self.context.sampling = any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
+            return
+        self.context.sampling = self.interval - self.step % self.interval <= self._window
+
+    def after_step(self, step: int, tokens: int) -> None:
+        """Do what is due at the boundary behind optimizer step ``step``."""
+        self.step, self.tokens = step, tokens
+        if self.config.auto and step % self.interval == 0 and step <= self.total_steps:
+            self.check()
+        if not self.config.auto or step % self.interval == 0:
+            # Old rows keep the lowest hashes, so a sample must start anew to show the features of today's weights.
+            for collector in self.collectors:
+                collector.clear()
+
+    @property
+    def share(self) -> float:
+        """Part of the budget that is done."""
+        return self.step / self.total_steps
+
+    # ---- the check ------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Read the blocks, decide, agree, act, report (collective)."""
+        self._require_frozen_unmoved()
+        readings = read_blocks(self, self.blocks)
+        changes = []
+        for handle in self.blocks:
+            reason = emergence_reason(handle, readings[handle.index], self.config.clusters, self.share)
+            if reason:
+                changes.append(Change("emergence", handle.index, None, reason))
+        started = time.perf_counter()
+        routed = self._routed()
+        for handle, counts in zip(self.blocks, routed, strict=True):
+            for expert, count in zip(handle.experts, counts.tolist(), strict=True):
+                expert.tokens = count
+        measure_trainability(self)
+        changes += decide_freezing(self.blocks, self.config, self.share)
+        seconds = time.perf_counter() - started
+        self._emit(self._check_event(readings, seconds))
+        if changes:
+            self._apply(changes, readings)
+        elif self.share >= 1.0:
+            self._emit_projections(readings)
+
+    def _apply(self, changes: list[Change], readings: dict[int, BlockReading]) -> None:
+        """Carry out a plan that all ranks agree on, in one rebuild of the partition."""
+        require_same([str(change) for change in changes], f"plan of changes after step {self.step}")
+        emerging = {change.block for change in changes if change.kind == "emergence"}
+        self._emit_projections({i: reading for i, reading in readings.items() if i in emerging})
+        before = gather_objects(self.optimizer_bytes())
+        facts = apply_changes(self, changes, readings)
+        after = gather_objects(self.optimizer_bytes())
+        for change, fact in zip(changes, facts, strict=True):
+            handle = self.blocks[change.block]
+            event = {"event": change.kind, "block": change.block, "name": handle.name, "reason": change.reason, **fact}
+            if change.expert is not None:
+                event.update(expert=change.expert, **{"lambda": handle.experts[change.expert].trainability})
+            self._emit({**event, "optimizer_bytes_before": before, "optimizer_bytes_after": after})
+
+    def _require_frozen_unmoved(self) -> None:
+        """Stop the run if the weights of a frozen expert changed: nothing else would show it."""
+        for name, fingerprint in self._fingerprints.items():
+            now = unit_fingerprint(self.registry.units[name].parameters)
+            if not torch.equal(now, fingerprint):
+                raise MocteError(
+                    f"the frozen expert {name} moved between two checks (step {self.step}): its weights' checksum went "
+                    f"from {fingerprint.tolist()} to {now.tolist()}. Something writes to parameters outside of the "
+                    "optimizer; the run stops because results would be wrong."
+                )
+
+    def remember_frozen(self) -> None:
+        """Take checksums of this rank's frozen experts, for the next checks to compare with."""
+        frozen = {
+            expert_unit(handle.block, k)
+            for handle in self.blocks
+            for k, expert in enumerate(handle.experts)
+            if expert.mode is ExpertMode.FROZEN
+        }
+        self._fingerprints = {
+            name: unit_fingerprint(unit.parameters) for name, unit in self.registry.units.items() if name in frozen
+        }
+
+    def _routed(self) -> list[Tensor]:
+        """(E,) tokens routed to the experts of each block since the start, all ranks together."""
+        counts = [torch.cat([bank.deepspeed_moe.routed for bank in handle.block.banks]) for handle in self.blocks]
+        total = sum_over_ranks(torch.cat(counts).clone())
+        return list(total.split([count.numel() for count in counts]))
+
+    # ---- events -----------------------------------------------------------------------------------------------------------
+
+    def _check_event(self, readings: dict[int, BlockReading], trainability_seconds: float) -> dict[str, Any]:
+        seconds = {"spectrum": 0.0, "clusters": 0.0, "trainability": trainability_seconds}
+        moved = {"spectrum": 0, "clusters": 0}
+        blocks = []
+        for handle in self.blocks:
+            reading = readings[handle.index]
+            for part in moved:
+                seconds[part] += reading.seconds[part]
+                moved[part] += reading.bytes[part]
+            experts = [
+                {"expert": k, "mode": str(e.mode), "tokens": e.tokens, "lambda": e.trainability}
+                for k, e in enumerate(handle.experts)
+            ]
+            facts = reading.facts(self.domain_names)
+            blocks.append({"block": handle.index, "name": handle.name, "mode": str(handle.mode), **facts, "experts": experts})
+        return {"event": "check", "seconds": seconds, "bytes": moved, "blocks": blocks}
+
+    def _emit_projections(self, readings: dict[int, BlockReading]) -> None:
+        for index, reading in readings.items():
+            self._emit({"event": "projection", "block": index, **reading.projection(self.domain_names)})
+
+    def _emit(self, event: dict[str, Any]) -> None:
+        if self.rank == 0:
+            event = {"event": event["event"], "step": self.step, "tokens": self.tokens, **event}
+            for listener in self._listeners:
+                listener(event)
+
+    # ---- state ----------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, in plain values and tensors (collective)."""
+        return {
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "total_steps": self.total_steps,
+            "blocks": [handle.state_dict() for handle in self.blocks],
+            "routed": self._routed(),
+            "load_seen": self._load_seen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state: modes, then the partition that follows from them (before weights are loaded)."""
+        self.step, self.tokens = state["step"], state["tokens"]
+        for handle, saved in zip(self.blocks, state["blocks"], strict=True):
+            handle.load_state_dict(saved)
+        for handle, routed in zip(self.blocks, state["routed"], strict=True):
+            parts = routed.split([bank.num_experts for bank in handle.block.banks])
+            for bank, part in zip(handle.block.banks, parts, strict=True):
+                # Totals are kept on one rank, so that the sum over ranks stays the total.
+                bank.deepspeed_moe.routed = part.clone() if self.rank == 0 else torch.zeros_like(part)
+        self._load_seen = [seen.clone() for seen in state["load_seen"]]
+        apply_changes(self, [], {})
+
+    def _handle(self, block: int) -> BlockHandle:
+        if not 0 <= block < len(self.blocks):
+            raise MocteError(f"there is no block {block}: the model has blocks 0 to {len(self.blocks) - 1}.")
+        return self.blocks[block]
+
+    def _demand(self, block: int, expert: int, mode: ExpertMode, verb: str) -> None:
+        experts = self._handle(block).experts
+        if not 0 <= expert < len(experts):
+            raise MocteError(f"block {block} has no expert {expert}: it has experts 0 to {len(experts) - 1}.")
+        if experts[expert].mode is not mode:
+            raise MocteError(f"cannot {verb} expert {expert} of block {block}: it is {experts[expert].mode}, not {mode}.")
+
+
+def unit_fingerprint(parameters: tuple[torch.nn.Parameter, ...]) -> Tensor:
+    """Checksum of the exact bits of some parameters: a sum of their bytes, weighted by place. (2,) int64."""
+    total = torch.zeros(2, dtype=torch.int64)
+    for parameter in parameters:
+        words = parameter.detach().reshape(-1).contiguous()
+        words = words.view(torch.int16 if words.element_size() == 2 else torch.int32).to(torch.int64)
+        place = torch.arange(words.numel(), device=words.device) % 65521 + 1
+        total += torch.stack([words.sum(), (words * place).sum()]).cpu()
+    return total

@@ -1,0 +1,183 @@
+"""From the numbers of a check to a plan that all ranks agree on, and from the plan to changed blocks."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mocte_ds.config import ClustersConfig, MocteConfig
+from mocte_ds.dist.collectives import max_over_ranks
+from mocte_ds.errors import MocteError
+from mocte_ds.controller.handles import BlockHandle
+from mocte_ds.controller.measurements import BlockReading
+from mocte_ds.moe.birth import copy_dense_weights, inherit, set_gate, set_random_gate
+from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.trainability.policy import make_policy
+from mocte_ds.zero import dense_unit, follow_groups
+
+if TYPE_CHECKING:
+    from mocte_ds.controller.controller import Controller
+
+CHECKS_IN_A_ROW = 2
+
+
+@dataclass(frozen=True)
+class Change:
+    """One step of a plan."""
+
+    kind: str
+    """`emergence`, `freeze` or `thaw`."""
+    block: int
+    expert: int | None
+    reason: str
+
+
+def emergence_reason(
+    handle: BlockHandle, reading: BlockReading, config: ClustersConfig, share: float
+) -> str | None:
+    """Why a block's experts emerge at this check, or None (docs/method.md, section 3).
+
+    Side effect: counts the checks in a row that found stable clusters.
+    """
+    if handle.mode is not BlockMode.WARMUP or share < config.not_before:
+        return None
+    found = reading.detection
+    good = found is not None and found.found and reading.stability is not None
+    good = good and reading.stability >= config.stability
+    handle.streak = handle.streak + 1 if good else 0
+    if handle.streak >= CHECKS_IN_A_ROW:
+        return (
+            f"detected: {found.count} clusters, silhouette {found.silhouette:.2f}, stability {reading.stability:.2f}, "
+            f"{handle.streak} checks in a row"
+        )
+    if share >= config.deadline and reading.rows:
+        why = found.reason if found is not None and not found.found else "clusters not stable for two checks in a row"
+        return f"deadline: {share:.1%} of the budget is done; {why}"
+    return None
+
+
+def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: float) -> list[Change]:
+    """What the policy says of each expert that has a new probe; every rank has the same numbers."""
+    freeze = config.freeze
+    if freeze.policy == "off":
+        return []
+    policy = make_policy(
+        freeze.policy, alpha=freeze.alpha, beta=freeze.beta, checks=freeze.checks, until=freeze.until, seed=config.seed
+    )
+    changes = []
+    for handle in handles:
+        peers = [e.history[-1].value for e in handle.experts if e.history]
+        for k, expert in enumerate(handle.experts):
+            if not expert.history or abs(expert.history[-1].share - share) > 1e-12:
+                continue
+            decision = policy.decide(expert.history, handle.born_share or 0.0, peers)
+            if decision.action == "freeze" and expert.mode is ExpertMode.TRAINING:
+                changes.append(Change("freeze", handle.index, k, decision.reason))
+            elif decision.action == "thaw" and expert.mode is ExpertMode.FROZEN and not expert.thawed:
+                changes.append(Change("thaw", handle.index, k, decision.reason))
+    return changes
+
+
+def apply_changes(
+    controller: "Controller", changes: list[Change], readings: dict[int, BlockReading]
+) -> list[dict[str, Any]]:
+    """Change modes, routing and the optimizer's partition, in one rebuild (collective).
+
+    Returns:
+        Facts for the event of each change.
+    """
+    born: dict = {}
+    facts: list[dict[str, Any]] = []
+    outputs_before = {}
+    for change in changes:
+        handle = controller.blocks[change.block]
+        block = handle.block
+        if change.kind == "emergence":
+            reading = readings[change.block]
+            sampled = reading.basis is not None
+            if sampled:
+                set_gate(block, controller.config, reading.tokens[:2], handle.token_basis, reading.mean)
+            else:
+                set_random_gate(block, controller.config)
+            outputs_before[change.block] = _output(controller, handle, reading)
+            if block.kind == "ffn":
+                copy_dense_weights(block)
+                born.update(inherit(block, controller.optimizer.unit_state(dense_unit(block))))
+            for expert in handle.experts:
+                expert.mode = ExpertMode.TRAINING
+            handle.born_share = controller.share
+            facts.append({"gate": "clusters of the sampled features" if sampled else "random: no feature was seen yet"})
+        else:
+            expert = handle.experts[change.expert]
+            frozen = change.kind == "freeze"
+            expert.mode = ExpertMode.FROZEN if frozen else ExpertMode.TRAINING
+            expert.thawed = expert.thawed or not frozen
+            facts.append({})
+        handle.refresh_mode()
+    _rebuild_partition(controller, born)
+    for change, fact in zip(changes, facts, strict=True):
+        if change.kind == "emergence":
+            reading, handle = readings[change.block], controller.blocks[change.block]
+            fact["clusters"] = reading.detection.count if reading.detection else None
+            fact["output_change"] = _relative_change(
+                outputs_before[change.block], _output(controller, handle, reading)
+            )
+    controller.remember_frozen()
+    return facts
+
+
+def _rebuild_partition(controller: "Controller", born: dict) -> None:
+    trainable = controller.trainable_units()
+    for unit in controller.registry.units.values():
+        if unit.name == "trunk":
+            continue
+        for parameter in unit.parameters:
+            parameter.requires_grad_(unit.name in trainable)
+            if unit.name not in trainable:
+                parameter.grad = None
+    groups = controller.registry.groups(trainable)
+    old = [(group["unit"], group["options"]) for group in controller.optimizer.optimizer.param_groups]
+    if [(group["unit"], group["options"]) for group in groups] == old:
+        # Still collective: another rank may have something to change.
+        return
+    sources = controller.optimizer.regroup(groups, born)
+    follow_groups(controller.scheduler, len(old), sources)
+
+
+@torch.no_grad()
+def _output(controller: "Controller", handle: BlockHandle, reading: BlockReading) -> torch.Tensor | None:
+    """The block's output on this rank's sampled features."""
+    features, ids, _ = reading.tokens
+    if reading.rows < 2:
+        return None
+    block, context = handle.block, controller.context
+    kept = context.token_ids
+    context.token_ids = ids
+    training = block.training
+    block.eval()
+    try:
+        dtype = next(block.dense.parameters()).dtype
+        return block(features.to(dtype)).float()
+    finally:
+        context.token_ids = kept
+        block.train(training)
+
+
+def _relative_change(before: torch.Tensor | None, after: torch.Tensor | None) -> float | None:
+    """Largest change of an output at emergence over the largest output; rounding is all that is allowed.
+
+    Raises:
+        MocteError: the function jumped, so an expert is not the copy that it should be.
+    """
+    if before is None or after is None:
+        return None
+    change = (after - before).abs().max() if before.numel() else torch.zeros(())
+    scale = before.abs().max() if before.numel() else torch.zeros(())
+    change, scale = float(max_over_ranks(change)), float(max_over_ranks(scale))
+    relative = change / scale if scale > 0 else change
+    if relative > 0.05:
+        raise MocteError(
+            f"emergence changed a block's output by {relative:.1%} of its largest value; the experts are no copies of "
+            "the dense FFN. The run stops because training would go on from another function."
+        )
+    return relative

@@ -1,0 +1,88 @@
+"""What a user sees of the blocks while a run goes on: modes, trainability and tokens of every expert on every rank."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mocte_ds.moe.block import Block, BlockMode, ExpertMode
+from mocte_ds.trainability.policy import Probe
+
+
+@dataclass
+class ExpertHandle:
+    """One expert, wherever it lives; the same values on all ranks."""
+
+    mode: ExpertMode = ExpertMode.DORMANT
+    """`dormant`, `training` or `frozen`."""
+    tokens: int = 0
+    """Tokens routed to it since emergence, up to the last check, all ranks together."""
+    history: list[Probe] = field(default_factory=list)
+    """Its probes, a check each."""
+    thawed: bool = False
+    """An expert is thawed once at the most."""
+
+    @property
+    def trainability(self) -> float | None:
+        """Largest eigenvalue of its neural-tangent kernel a row, at its last probe; None before the first."""
+        return self.history[-1].value if self.history else None
+
+
+class BlockHandle:
+    """One block; `.mode` and `.experts[k]` are what the fixed interface promises."""
+
+    def __init__(self, index: int, block: Block) -> None:
+        self.index, self.block = index, block
+        self.experts = [ExpertHandle() for _ in range(block.num_experts)]
+        self.born_share: float | None = None
+        self.streak = 0
+        """Checks in a row that found stable clusters."""
+        self.token_basis: Tensor | None = None
+        self.document_basis: Tensor | None = None
+        self.document_mean: Tensor | None = None
+        self.document_centroids: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """Path of the block in the model."""
+        return self.block.name
+
+    @property
+    def mode(self) -> BlockMode:
+        """`warmup`, `specialising` or `locked`."""
+        return self.block.mode
+
+    def refresh_mode(self) -> None:
+        """Derive the block's mode from its experts'."""
+        modes = {expert.mode for expert in self.experts}
+        if modes == {ExpertMode.DORMANT}:
+            self.block.mode = BlockMode.WARMUP
+        else:
+            self.block.mode = BlockMode.SPECIALISING if ExpertMode.TRAINING in modes else BlockMode.LOCKED
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, readable without unpickling foreign code."""
+        return {
+            "name": self.name,
+            "mode": self.mode.value,
+            "experts": [expert.mode.value for expert in self.experts],
+            "tokens": [expert.tokens for expert in self.experts],
+            "thawed": [expert.thawed for expert in self.experts],
+            "history": [[asdict(probe) for probe in expert.history] for expert in self.experts],
+            "born_share": self.born_share,
+            "streak": self.streak,
+            "token_basis": self.token_basis,
+            "document_basis": self.document_basis,
+            "document_mean": self.document_mean,
+            "document_centroids": self.document_centroids,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        for k, expert in enumerate(self.experts):
+            expert.mode = ExpertMode(state["experts"][k])
+            expert.tokens, expert.thawed = state["tokens"][k], state["thawed"][k]
+            expert.history = [Probe(**probe) for probe in state["history"][k]]
+        for name in ("born_share", "streak", "token_basis", "document_basis", "document_mean", "document_centroids"):
+            setattr(self, name, state[name])
+        self.refresh_mode()

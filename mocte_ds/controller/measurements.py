@@ -1,0 +1,258 @@
+"""What a check measures: the spectrum and clusters of every block's features, the trainability of every expert."""
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mocte_ds.clusters.detect import Detection, agreement, detect, stability
+from mocte_ds.clusters.table import balanced_kmeans
+from mocte_ds.dist.collectives import gather_objects, gather_rows, sum_over_ranks
+from mocte_ds.controller.handles import BlockHandle
+from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.spectrum.subspace import sampled_svd, split_half_certificate
+from mocte_ds.trainability.kernel import top_eigenpair
+from mocte_ds.trainability.policy import Probe
+from mocte_ds.zero import expert_unit
+
+if TYPE_CHECKING:
+    from mocte_ds.controller.controller import Controller
+
+PROJECTED_DOCUMENTS = 400
+MIN_EXPERT_ROWS = 16
+
+
+@dataclass
+class BlockReading:
+    """What one check read of one block; the same on all ranks but for ``tokens``."""
+
+    tokens: tuple[Tensor, Tensor, Tensor]
+    """This rank's sampled features (n, d), token ids and sources."""
+    rows: int
+    """Sampled token features of all ranks; 0: nothing was seen, and everything below is empty."""
+    mean: Tensor | None = None
+    basis: Tensor | None = None
+    singular_values: list[float] = field(default_factory=list)
+    explained: list[float] = field(default_factory=list)
+    certificate: float | None = None
+    coordinates: Tensor | None = None
+    """(m, r) document means of all ranks in their own centred singular directions."""
+    domains: Tensor | None = None
+    """(m,) sources of those documents, -1 where unknown."""
+    detection: Detection | None = None
+    labels: Tensor | None = None
+    """(m,) balanced clusters of the documents."""
+    stability: float | None = None
+    agreement: dict[str, float] | None = None
+    domain_load: list[list[int]] | None = None
+    """Tokens of the sample by source (rows) and expert (columns)."""
+    seconds: dict[str, float] = field(default_factory=lambda: {"spectrum": 0.0, "clusters": 0.0})
+    bytes: dict[str, int] = field(default_factory=lambda: {"spectrum": 0, "clusters": 0})
+
+    def facts(self, names: list[str]) -> dict[str, Any]:
+        """The numbers of the check's event; ``names`` are the sources."""
+        found = self.detection
+        load, by_domain = None, None
+        if self.domain_load is not None:
+            table = torch.tensor(self.domain_load, dtype=torch.float64)
+            load = table.sum(0).long().tolist()
+            shares = table / table.sum(1, keepdim=True).clamp(min=1)
+            by_domain = {name: shares[i].tolist() for i, name in enumerate(names) if table[i].sum() > 0}
+        return {
+            "rows": self.rows,
+            "rank": len(self.singular_values),
+            "singular_values": self.singular_values,
+            "explained": self.explained,
+            "certificate": self.certificate,
+            "documents": 0 if self.coordinates is None else self.coordinates.shape[0],
+            "clusters": found.count if found else None,
+            "sizes": torch.bincount(found.labels[found.labels >= 0]).tolist() if found else None,
+            "noise": found.noise if found else None,
+            "largest": found.largest if found else None,
+            "silhouette": found.silhouette if found else None,
+            "found": bool(found and found.found),
+            "reason": found.reason if found else "no document was sampled",
+            "stability": self.stability,
+            "nmi": self.agreement["nmi"] if self.agreement else None,
+            "purity": self.agreement["purity"] if self.agreement else None,
+            "load": load,
+            "domain_load": by_domain,
+        }
+
+    def projection(self, names: list[str]) -> dict[str, Any]:
+        """Document means in their first two singular directions, at most a few hundred."""
+        if self.coordinates is None or self.coordinates.shape[1] < 2:
+            return {"points": [], "cluster": [], "domain": []}
+        some = slice(0, PROJECTED_DOCUMENTS)
+        domains = self.domains[some].tolist()
+        return {
+            "points": [[round(x, 4), round(y, 4)] for x, y in self.coordinates[some, :2].tolist()],
+            "cluster": self.labels[some].tolist(),
+            "domain": [names[i] if 0 <= i < len(names) else "unknown" for i in domains],
+        }
+
+
+def read_blocks(controller: "Controller", handles: list[BlockHandle]) -> dict[int, BlockReading]:
+    """Spectrum and clusters of the features that the forward passes left in the reservoirs (collective).
+
+    Side effect: the handles remember bases and centroids, which the next check is aligned to and compared with.
+
+    Returns:
+        Readings by block index.
+    """
+    config, started = controller.config.spectrum, time.perf_counter()
+    samples = [controller.collectors[handle.index].tokens() for handle in handles]
+    total_rows = int(sum_over_ranks(torch.tensor(samples[0][0].shape[0])))
+    readings = {h.index: BlockReading(s, total_rows) for h, s in zip(handles, samples, strict=True)}
+    if total_rows < 2:
+        return readings
+    features = [sample[0] for sample in samples]
+    subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles])
+    certificates = split_half_certificate(features, config.rank)
+    for number, handle in enumerate(handles):
+        reading = readings[handle.index]
+        mean, basis, singular_values = subspaces[number]
+        variance = float(sum_over_ranks((features[number] - mean).double().square().sum()))
+        reading.mean, reading.basis = mean, basis
+        reading.singular_values = singular_values.tolist()
+        reading.explained = (singular_values.double().square() / max(variance, 1e-30)).tolist()
+        reading.certificate = float(certificates[number])
+        reading.seconds["spectrum"] = (time.perf_counter() - started) / len(handles)
+        reading.bytes["spectrum"] = _spectrum_bytes(basis, handle.token_basis is not None)
+        if handle.token_basis is None or reading.certificate <= config.max_angle:
+            handle.token_basis = basis
+        if handle.mode is not BlockMode.WARMUP:
+            reading.domain_load = _domain_load(controller, handle, reading.tokens)
+    _read_documents(controller, handles, readings)
+    return readings
+
+
+def _subspaces(
+    features: list[Tensor], rank: int, bases: list[Tensor | None]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(mean, basis, singular values) of each block; one batched call where widths agree."""
+    if len({x.shape[1] for x in features}) == 1:
+        known = torch.stack(bases) if all(basis is not None for basis in bases) else None
+        s = sampled_svd(torch.stack(features), rank, basis=known)
+        return [(s.mean[i], s.basis[i], s.singular_values[i]) for i in range(len(features))]
+    found = [sampled_svd(x, rank, basis=basis) for x, basis in zip(features, bases, strict=True)]
+    return [(s.mean, s.basis, s.singular_values) for s in found]
+
+
+def _spectrum_bytes(basis: Tensor, warm: bool) -> int:
+    """Bytes a rank hands to the all-reduces for one block: the mean, a (d, q) matrix a pass, a (q, q) matrix."""
+    width, q = basis.shape[0], basis.shape[1] + 8
+    return 4 * (width + (1 if warm else 3) * width * q + q * q)
+
+
+def _read_documents(
+    controller: "Controller", handles: list[BlockHandle], readings: dict[int, BlockReading]
+) -> None:
+    """Clusters of the document means; block i is worked on by rank i mod world."""
+    config, started = controller.config, time.perf_counter()
+    samples = [controller.collectors[handle.index].documents() for handle in handles]
+    count = int(sum_over_ranks(torch.tensor(samples[0][0].shape[0])))
+    if count < max(16, 2 * config.num_experts):
+        return
+    domains = gather_rows(samples[0][1][:, None])[:, 0].cpu()
+    means = [sample[0] for sample in samples]
+    rank = min(config.spectrum.rank, means[0].shape[1])
+    subspaces = _subspaces(means, rank, [handle.document_basis for handle in handles])
+    coordinates = [gather_rows((x - s[0]) @ s[1]).cpu() for x, s in zip(means, subspaces, strict=True)]
+    mine = {}
+    world = len(gather_objects(None))
+    for number, handle in enumerate(handles):
+        if handle.index % world == controller.rank % world:
+            mine[handle.index] = _cluster(controller, handle, coordinates[number], subspaces[number], domains)
+    results: dict[int, tuple] = {}
+    for part in gather_objects(mine):
+        results.update(part)
+    for number, handle in enumerate(handles):
+        reading = readings[handle.index]
+        detection, labels, centroids, stable, agree = results[handle.index]
+        reading.coordinates, reading.domains = coordinates[number], domains
+        reading.detection, reading.labels, reading.stability, reading.agreement = detection, labels, stable, agree
+        handle.document_mean, handle.document_basis, handle.document_centroids = (
+            subspaces[number][0],
+            subspaces[number][1],
+            centroids,
+        )
+        reading.seconds["clusters"] = (time.perf_counter() - started) / len(handles)
+        reading.bytes["clusters"] = 4 * coordinates[number].numel()
+
+
+def _cluster(
+    controller: "Controller",
+    handle: BlockHandle,
+    coordinates: Tensor,
+    subspace: tuple[Tensor, Tensor, Tensor],
+    domains: Tensor,
+) -> tuple[Detection, Tensor, Tensor, float | None, dict[str, float] | None]:
+    """Detect clusters, and compare today's balanced clusters with those of the last check on today's documents.
+
+    Both clusterings label the same documents, with today's features; so no second forward over a probe set is needed.
+    """
+    config = controller.config
+    found = detect(coordinates, min_silhouette=config.clusters.min_silhouette)
+    centroids, labels = balanced_kmeans(coordinates, config.num_experts, config.seed)
+    stable = None
+    if handle.document_centroids is not None:
+        mean, basis, _ = subspace
+        # Last check's centroids as features, seen from today's mean and basis.
+        old = handle.document_centroids @ handle.document_basis.cpu().T + handle.document_mean.cpu()
+        old = (old - mean.cpu()) @ basis.cpu()
+        stable = stability(torch.cdist(coordinates, old).argmin(1), torch.cdist(coordinates, centroids).argmin(1))
+    known = domains >= 0
+    agree = agreement(labels[known], domains[known]) if bool(known.any()) else None
+    return found, labels, centroids, stable, agree
+
+
+@torch.no_grad()
+def _domain_load(
+    controller: "Controller", handle: BlockHandle, sample: tuple[Tensor, Tensor, Tensor]
+) -> list[list[int]]:
+    """Sampled tokens by source and expert of the first bank, all ranks together."""
+    features, ids, domain = sample
+    bank, sources = handle.block.banks[0], max(1, len(controller.domain_names))
+    table = torch.zeros(sources, bank.num_experts, dtype=torch.int64)
+    if features.shape[0]:
+        index, _ = bank.gate(features, ids)
+        source = domain.clamp(min=0, max=sources - 1)
+        cells = source * bank.num_experts + index
+        table = torch.bincount(cells, minlength=table.numel()).view_as(table).cpu()
+    return sum_over_ranks(table).tolist()
+
+
+def measure_trainability(controller: "Controller") -> None:
+    """Add a probe to the history of every expert that got enough tokens since the last check (collective)."""
+    config, measured = controller.config.freeze, {}
+    if config.policy != "off":
+        squares = controller.optimizer.unit_square_norms
+        for handle in controller.blocks:
+            for number, bank in enumerate(handle.block.banks):
+                layer = bank.deepspeed_moe
+                for local, expert in enumerate(bank.local_experts):
+                    k = number * bank.num_experts + bank.first_local(controller.ep_rank) + local
+                    rows = layer.rows[local]
+                    watched = handle.experts[k].mode is ExpertMode.TRAINING
+                    if not watched or rows is None or rows.shape[0] < MIN_EXPERT_ROWS:
+                        continue
+                    value, _ = top_eigenpair(expert, rows.float(), iterations=config.iterations)
+                    norm = squares.get(expert_unit(handle.block, k), 0.0)
+                    measured[handle.index, k] = (value / rows.shape[0], rows.shape[0], norm)
+                layer.rows = [None] * len(layer.rows)
+    everywhere = gather_objects(measured)
+    for handle in controller.blocks:
+        for k, expert in enumerate(handle.experts):
+            parts = [part[handle.index, k] for part in everywhere if (handle.index, k) in part]
+            if parts:
+                probe = Probe(
+                    step=controller.step,
+                    share=controller.share,
+                    value=sum(part[0] for part in parts) / len(parts),
+                    tokens=sum(part[1] for part in parts),
+                    gradient_norm=sum(part[2] for part in parts) ** 0.5,
+                )
+                expert.history.append(probe)

@@ -1,0 +1,227 @@
+"""initialize(): deepspeed.initialize for MO-CTE; MocteEngine: where DeepSpeed's step meets the controller."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from mocte_ds.checkpoints.load import read_state, resolve_tag, restore_random_states
+from mocte_ds.checkpoints.save import finish_checkpoint, prepare_checkpoint
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller import Controller
+from mocte_ds.dist.groups import expert_parallel_rank
+from mocte_ds.errors import ConfigError
+from mocte_ds.moe.attach import attach
+from mocte_ds.zero import UnitRegistry, require_conformance, with_unit_optimizer
+
+DEFAULT_TOTAL_STEPS = 10_000
+
+
+class MocteEngine(DeepSpeedEngine):
+    """A DeepSpeed engine with blocks; the training loop stays forward, backward, step."""
+
+    mocte: Controller
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's forward; tells the blocks where in the run this micro-batch stands."""
+        if self.training:
+            micro = self.train_micro_batch_size_per_gpu()
+            accumulation = self.micro_steps % self.gradient_accumulation_steps()
+            place = (accumulation * self.dp_world_size + dist.get_rank(group=self.data_parallel_group)) * micro
+            self.mocte.before_micro_batch(self.global_samples + place, self.micro_steps)
+            self._count_tokens(inputs, kwargs)
+        return super().forward(*inputs, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's step; at the boundary of an optimizer step the controller does what is due."""
+        boundary = self.is_gradient_accumulation_boundary()
+        super().step(*args, **kwargs)
+        if boundary:
+            self.mocte.after_step(self.global_steps, self.tokens_seen)
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """DeepSpeed's checkpoint plus the state of the blocks; `latest` moves only when everything is on the disk.
+
+        Arguments are DeepSpeed's.
+
+        Raises:
+            CheckpointError: a file could not be written on some rank; the last good checkpoint stays `latest`.
+        """
+        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        with prepare_checkpoint(save_dir, tag):
+            super().save_checkpoint(
+                save_dir,
+                tag,
+                client_state={**(client_state or {}), "tokens_seen": self.tokens_seen},
+                save_latest=False,
+                exclude_frozen_parameters=exclude_frozen_parameters,
+            )
+        finish_checkpoint(save_dir, tag, self.mocte.state_dict(), dict(client_state or {}), save_latest)
+        return True
+
+    def load_checkpoint(self, load_dir: str, tag: str | None = None, **kwargs: Any) -> tuple[str | None, Any]:
+        """DeepSpeed's load, after the blocks and the partition were brought into the checkpoint's state.
+
+        Arguments and results are DeepSpeed's.
+
+        Raises:
+            CheckpointError: missing or damaged files, or a checkpoint of another configuration (names what differs).
+        """
+        tag = tag or resolve_tag(load_dir)
+        if tag is None:
+            return None, None
+        state = read_state(load_dir, tag, self.mocte.config, [handle.name for handle in self.mocte.blocks])
+        self.mocte.load_state_dict(state["mocte"])
+        path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
+        self.tokens_seen = int(client_state.pop("tokens_seen"))
+        self.mocte.remember_frozen()
+        restore_random_states(load_dir, tag)
+        return path, client_state
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
+        return with_unit_optimizer(DeepSpeedEngine._configure_zero_optimizer)(self, optimizer)
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
+        if not self.zero_optimization() or wrapper != "zero_optimization":
+            raise ConfigError(
+                f"DeepSpeed would wrap the optimizer as '{wrapper}', which cannot freeze units; use ZeRO stage 1 or 2 "
+                "and leave data_types.grad_accum_dtype at its default."
+            )
+        return wrapper
+
+    def _count_tokens(self, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
+        ids = kwargs.get("input_ids", inputs[0] if inputs else None)
+        count = ids.shape[0] * (ids.shape[1] if ids.dim() > 1 else 1) if isinstance(ids, torch.Tensor) else 0
+        self.tokens_seen += count * self.dp_world_size
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    **other: Any,
+) -> tuple[MocteEngine, Any, Any, Any]:
+    """deepspeed.initialize for a config with a "mocte" block.
+
+    Args:
+        args: may carry `deepspeed_config`, as in DeepSpeed.
+        model: any model whose FFNs the block's `modules` pattern names; they are replaced in place.
+        optimizer: None (the config's optimizer) or a callable that makes one from parameter groups.
+        model_parameters: parameters or parameter groups; None: all, without weight decay on vectors.
+        training_data: as in DeepSpeed.
+        lr_scheduler: as in DeepSpeed.
+        distributed_port: as in DeepSpeed.
+        mpu: as in DeepSpeed; a tensor-parallel size above 1 is refused.
+        dist_init_required: as in DeepSpeed.
+        collate_fn: as in DeepSpeed.
+        config: DeepSpeed config, a dict or the path of a JSON file, with one more block "mocte".
+        **other: `config_params` as in DeepSpeed; anything else is refused.
+
+    Returns:
+        engine (with `engine.mocte`), optimizer, training data loader, learning-rate scheduler.
+
+    Raises:
+        ConfigError: before any work starts, with the key, the value and what is allowed.
+    """
+    require_conformance()
+    if config is None:
+        config = other.pop("config_params", None) or getattr(args, "deepspeed_config", None)
+    if other:
+        raise ConfigError(f"mocte_ds.initialize does not support: {', '.join(sorted(other))}.")
+    settings = _read_config(config)
+    block = MocteConfig.from_dict(settings.pop("mocte"))
+    _check_deepspeed_part(settings, model, optimizer, mpu)
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
+    block.check(dist.get_world_size())
+    resolved = DeepSpeedConfig(settings, mpu)
+    total_steps = block.total_steps or (settings.get("scheduler") or {}).get("params", {}).get("total_num_steps")
+    blocks = attach(model, block)
+    ep_rank = expert_parallel_rank(block.ep_size, resolved.use_data_before_expert_parallel_)
+    registry = UnitRegistry(model, blocks, ep_rank, model_parameters)
+    controller = Controller(block, blocks, registry, ep_rank, int(total_steps or DEFAULT_TOTAL_STEPS))
+    engine = MocteEngine(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=registry.groups(controller.trainable_units()),
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=settings,
+        config_class=resolved,
+    )
+    engine.mocte, engine.tokens_seen = controller, 0
+    controller.bind(engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _read_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """A private copy of the config, from a dict or a JSON file."""
+    if config is None:
+        raise ConfigError("mocte_ds.initialize needs config=: a DeepSpeed config (dict or path) with a 'mocte' block.")
+    if isinstance(config, str | Path):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read the DeepSpeed config {config}: {error}") from error
+    if "mocte" not in config:
+        raise ConfigError(
+            'the DeepSpeed config has no "mocte" block, e.g. "mocte": {"modules": "model.layers.*.mlp"}; '
+            "a run without blocks is deepspeed.initialize."
+        )
+    return copy.deepcopy(dict(config))
+
+
+def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, optimizer: Any, mpu: Any) -> None:
+    if model is None:
+        raise ConfigError("mocte_ds.initialize needs model=.")
+    if isinstance(model, deepspeed.PipelineModule):
+        raise ConfigError("pipeline modules are not supported; hand over the plain model.")
+    stage = (settings.get("zero_optimization") or {}).get("stage", 0)
+    if stage not in (1, 2):
+        reason = (
+            "DeepSpeed's native expert layers refuse stage 3" if stage == 3 else "freezing acts on ZeRO's partition"
+        )
+        raise ConfigError(f"zero_optimization.stage = {stage}: use stage 1 or 2 ({reason}).")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            "an optimizer object cannot follow experts that do not exist yet; name the optimizer in the config, or hand "
+            "over a callable: optimizer=lambda groups: torch.optim.AdamW(groups, lr=...)."
+        )
+    if optimizer is None and "optimizer" not in settings:
+        raise ConfigError('the DeepSpeed config has no "optimizer" and no optimizer callable was handed over.')
+    if (settings.get("data_types") or {}).get("grad_accum_dtype") not in (None, "null"):
+        raise ConfigError("data_types.grad_accum_dtype is not supported; remove it.")
+    if mpu is not None and mpu.get_tensor_model_parallel_world_size() > 1:
+        raise ConfigError("tensor parallelism above 1 is not supported yet; use expert and data parallelism.")

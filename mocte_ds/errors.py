@@ -1,0 +1,25 @@
+"""The errors that mocte_ds raises for things that a user can mend; each message says what, where and what to do."""
+
+
+class MocteError(Exception):
+    """Base of all errors whose message is written for the user; command lines print it without a stack trace."""
+
+
+class ConfigError(MocteError, ValueError):
+    """A key or value of a configuration is unknown, out of range or contradicts another one."""
+
+
+class DataError(MocteError):
+    """A corpus, tokenizer or prepared data set is missing, unreadable or does not fit."""
+
+
+class CheckpointError(MocteError):
+    """A checkpoint is missing, incomplete, damaged or belongs to another configuration."""
+
+
+class NonFiniteLoss(MocteError):
+    """The loss became NaN or infinite; the run stops and the last good checkpoint stays."""
+
+
+class Disagreement(MocteError):
+    """The ranks would act on different decisions; the run stops before any of them acts."""

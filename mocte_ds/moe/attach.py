@@ -1,0 +1,78 @@
+"""Puts blocks into any model: every module that matches a pattern is replaced by a block around it."""
+
+import difflib
+import fnmatch
+
+from torch import nn
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.errors import ConfigError
+from mocte_ds.moe.block import Block
+from mocte_ds.moe.context import BatchContext
+from mocte_ds.moe.experts import ffn_shape
+
+
+def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
+    """Replace the FFNs that ``config.modules`` names by blocks, in the order of the model.
+
+    Args:
+        model: any model; changed in place.
+        config: the "mocte" block; with ep_size 1 no process group is needed.
+
+    Returns:
+        The blocks.
+
+    Raises:
+        ConfigError: a pattern matches nothing, a match lies inside another one, or it is no FFN.
+    """
+    names = matching_modules(model, config.modules)
+    context = BatchContext()
+    context.follow(model)
+    vocab_size = _vocab_size(model) if config.router.kind != "token" else None
+    blocks = []
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        block = Block(name, model.get_submodule(name), config, context, vocab_size)
+        setattr(model.get_submodule(parent), child, block)
+        blocks.append(block)
+    return blocks
+
+
+def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:
+    """Names of the modules that match; every pattern must match at least one.
+
+    Raises:
+        ConfigError: see :func:`attach`.
+    """
+    all_names = [name for name, _ in model.named_modules() if name]
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # `*` stands for one step of the path: model.layers.*.mlp must not match model.layers.0.mlp.act.mlp.
+        matches = [
+            name
+            for name in all_names
+            if name.count(".") == pattern.count(".") and fnmatch.fnmatchcase(name, pattern)
+        ]
+        if not matches:
+            ffns = [name for name, module in model.named_modules() if ffn_shape(module) is not None]
+            near = difflib.get_close_matches(pattern, all_names, n=3, cutoff=0.4)
+            candidates = f"FFNs in this model: {', '.join(ffns[:4])}, ..." if ffns else f"Nearest names: {near}."
+            raise ConfigError(f"mocte.modules pattern '{pattern}' matches no module of the model. {candidates}")
+        found.update(matches)
+    for name in found:
+        if "expert" in name:
+            raise ConfigError(
+                f"mocte.modules matches '{name}': DeepSpeed loses buffers of modules with 'expert' in their path when "
+                "it saves; rename the module."
+            )
+        outer = [other for other in found if name.startswith(other + ".")]
+        if outer:
+            raise ConfigError(f"mocte.modules matches '{name}' inside of '{outer[0]}'; name only one of them.")
+    return [name for name in all_names if name in found]
+
+
+def _vocab_size(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings
+    raise ConfigError("router.kind 'type' and 'hash' need a model with a token embedding (nn.Embedding).")

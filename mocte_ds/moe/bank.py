@@ -1,0 +1,94 @@
+"""A set of experts, of which every token uses one: a DeepSpeed MoE layer with a cluster gate and dropless dispatch."""
+
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.sharded_moe import MOELayer
+from torch import Tensor, nn
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.moe.context import BatchContext
+from mocte_ds.moe.dispatch import route_through
+from mocte_ds.moe.gate import ClusterGate
+
+
+class ClusterMOELayer(MOELayer):
+    """DeepSpeed's MOELayer with our dispatch: the engine finds it, its groups and its experts by DeepSpeed's names."""
+
+    def __init__(self, gate: ClusterGate, stock: MOELayer, context: BatchContext, keep_rows: int) -> None:
+        super().__init__(gate, stock.experts, stock.ep_group_name, stock.ep_size, stock.num_local_experts)
+        self.context, self.keep_rows = context, keep_rows
+        num_experts = stock.ep_size * stock.num_local_experts
+        self.routed = torch.zeros(num_experts, dtype=torch.int64)
+        self.rows: list[Tensor | None] = [None] * stock.num_local_experts
+        self._counted_step = -1
+        self.l_aux: Tensor | None = None
+        self.exp_counts: Tensor | None = None
+
+    def forward(self, hidden: Tensor, _used_token: Tensor | None = None) -> Tensor:
+        """Features (..., d) to outputs (..., d)."""
+        features = hidden.reshape(-1, hidden.shape[-1])
+        index, weight = self.gate(features, self.context.token_ids)
+        # A recomputation under activation checkpointing must not be counted a second time.
+        first_time = self.training and self._counted_step != self.context.micro_step
+        outputs, counts = route_through(
+            features,
+            index,
+            list(self.experts.deepspeed_experts),
+            self.routed.numel(),
+            self.ep_group,
+            self.ep_size,
+            self._keep if first_time and self.context.sampling else None,
+        )
+        if first_time:
+            self._counted_step = self.context.micro_step
+            self.routed += counts.to(self.routed.device)
+        if weight is not None:
+            outputs = outputs * weight[:, None]
+        self.l_aux, self.exp_counts = features.new_zeros(()), counts
+        return outputs.view_as(hidden)
+
+    def _keep(self, expert: int, rows: Tensor) -> None:
+        """Remember up to ``keep_rows`` of the newest rows of an expert, spread evenly over the micro-batch."""
+        if not rows.shape[0]:
+            return
+        step = max(1, rows.shape[0] // self.keep_rows)
+        new = rows.detach()[::step][: self.keep_rows].clone()
+        old = self.rows[expert]
+        self.rows[expert] = new if old is None else torch.cat([new, old])[: self.keep_rows]
+
+
+class Bank(MoE):
+    """E experts, one a token; a block adds up its banks."""
+
+    def __init__(
+        self, hidden_size: int, expert: nn.Module, config: MocteConfig, context: BatchContext, vocab_size: int | None
+    ) -> None:
+        """Copy ``expert`` to every local slot.
+
+        Args:
+            hidden_size: d.
+            expert: the module that every slot starts from.
+            config: the "mocte" block.
+            context: shared by all blocks of the model.
+            vocab_size: entries of a routing table.
+        """
+        super().__init__(hidden_size, expert, config.num_experts, config.ep_size, k=1, drop_tokens=False)
+        router = config.router
+        gate = ClusterGate(hidden_size, config.num_experts, router.kind, router.weight, vocab_size)
+        self.deepspeed_moe = ClusterMOELayer(gate, self.deepspeed_moe, context, config.freeze.rows)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)  # dormant until emergence
+
+    @property
+    def gate(self) -> ClusterGate:
+        """The gate of this bank."""
+        return self.deepspeed_moe.gate
+
+    @property
+    def local_experts(self) -> nn.ModuleList:
+        """This rank's experts."""
+        return self.deepspeed_moe.experts.deepspeed_experts
+
+    def first_local(self, ep_rank: int) -> int:
+        """Global number of the first expert that expert-parallel rank ``ep_rank`` holds."""
+        return ep_rank * self.num_local_experts

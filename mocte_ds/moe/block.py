@@ -1,0 +1,81 @@
+"""The layer that stands where an FFN stood: dense in warm-up, experts after emergence."""
+
+from collections.abc import Callable
+from enum import StrEnum
+
+from torch import Tensor, nn
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.moe.bank import Bank
+from mocte_ds.moe.context import BatchContext
+from mocte_ds.moe.experts import feature_size, make_expert
+
+
+class BlockMode(StrEnum):
+    """State of a block."""
+
+    WARMUP = "warmup"
+    """The dense FFN runs."""
+    SPECIALISING = "specialising"
+    """The experts run and at least one of them trains."""
+    LOCKED = "locked"
+    """The experts run and all of them are frozen."""
+
+
+class ExpertMode(StrEnum):
+    """State of an expert."""
+
+    DORMANT = "dormant"
+    TRAINING = "training"
+    FROZEN = "frozen"
+
+
+class Block(nn.Module):
+    """An FFN that becomes a mixture of cluster-oriented experts.
+
+    Warm-up: y = FFN(x). Afterwards, kind `ffn`: y = sum over banks of w E_k(x); kind `lora`: y = FFN(x) + the same.
+    """
+
+    def __init__(
+        self, name: str, ffn: nn.Module, config: MocteConfig, context: BatchContext, vocab_size: int | None
+    ) -> None:
+        """Wrap ``ffn``.
+
+        Args:
+            name: path of the FFN in the model.
+            ffn: the dense FFN; it stays the block's `.dense`.
+            config: the "mocte" block.
+            context: shared by all blocks of the model.
+            vocab_size: entries of a routing table.
+        """
+        super().__init__()
+        self.name, self.kind, self.context = name, config.expert.kind, context
+        self.hidden_size = feature_size(ffn, name)
+        self.mode = BlockMode.WARMUP
+        self.dense = ffn
+        expert = make_expert(ffn, config.expert.kind, config.expert.width, config.num_experts, name)
+        self.banks = nn.ModuleList([Bank(self.hidden_size, expert, config, context, vocab_size)])
+        self.observe: Callable[[Tensor], None] | None = None
+        self._observed_step = -1
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all banks together."""
+        return sum(bank.num_experts for bank in self.banks)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Features (..., d) to outputs (..., d)."""
+        if self.observe is not None and self.training and self.context.sampling:
+            if self._observed_step != self.context.micro_step:
+                self._observed_step = self.context.micro_step
+                self.observe(hidden.detach())
+        if self.mode is BlockMode.WARMUP:
+            return self.dense(hidden)
+        output = self.dense(hidden) if self.kind == "lora" else None
+        for bank in self.banks:
+            added = bank(hidden)[0]
+            output = added if output is None else output + added
+        return output
+
+    def extra_repr(self) -> str:
+        return f"name={self.name}, mode={self.mode.value}, kind={self.kind}, num_experts={self.num_experts}"

@@ -1,0 +1,118 @@
+"""What an expert is: a copy of the dense FFN, or a narrow zero-initialised bypass beside it."""
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from mocte_ds.errors import ConfigError
+
+# Attribute names of the matrices of an FFN, inputs first, in the models that we know: Llama-like (ours, Llama, Mistral,
+# Qwen2, ...), GPT-2-like (ours, GPT-2, GPT-NeoX) and OPT-like.
+_KNOWN_SHAPES = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("c_fc",), "c_proj"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("fc1",), "fc2"),
+)
+
+
+@dataclass(frozen=True)
+class FFNShape:
+    """Where the matrices of an FFN are and how large they are."""
+
+    inputs: tuple[str, ...]
+    """Attributes of the matrices that read the feature (two for a gated FFN)."""
+    output: str
+    """Attribute of the matrix that writes the output."""
+    hidden_size: int
+    """Width d of the feature."""
+    width: int
+    """Hidden units f."""
+
+
+def ffn_shape(ffn: nn.Module) -> FFNShape | None:
+    """Shape of an FFN of a known form, else None.
+
+    Args:
+        ffn: any module; its matrices may be nn.Linear or transformers' Conv1D (whose weight is stored transposed).
+    """
+    for inputs, output in _KNOWN_SHAPES:
+        matrices = [getattr(ffn, name, None) for name in (*inputs, output)]
+        if all(_is_matrix(matrix) for matrix in matrices):
+            hidden_size, width = _in_out(matrices[0])
+            return FFNShape(inputs, output, hidden_size, width)
+    return None
+
+
+def feature_size(ffn: nn.Module, name: str) -> int:
+    """Width d of the feature that an FFN reads.
+
+    Raises:
+        ConfigError: the module holds no matrix, so it is no FFN.
+    """
+    shape = ffn_shape(ffn)
+    if shape is not None:
+        return shape.hidden_size
+    for module in ffn.modules():
+        if _is_matrix(module):
+            return _in_out(module)[0]
+    raise ConfigError(f"mocte.modules matches {name} ({type(ffn).__name__}), which has no linear layer: it is no FFN.")
+
+
+def make_expert(ffn: nn.Module, kind: str, width: int | None, num_experts: int, name: str) -> nn.Module:
+    """One expert, before it is copied to the slots of a block.
+
+    Args:
+        ffn: the block's dense FFN.
+        kind: `ffn` (a copy, so that emergence does not change the function) or `lora` (a narrow FFN of the same form
+            whose output matrix is zero, so that it adds nothing at birth).
+        width: hidden units of a `lora` expert; None: the FFN's width / num_experts, at least 1.
+        num_experts: E.
+        name: the block's name, for messages.
+
+    Raises:
+        ConfigError: `lora` beside an FFN whose form is not known.
+    """
+    expert = copy.deepcopy(ffn)
+    if kind == "ffn":
+        return expert
+    shape = ffn_shape(ffn)
+    if shape is None:
+        known = "; ".join(f"{', '.join(i)}, {o}" for i, o in _KNOWN_SHAPES)
+        raise ConfigError(
+            f"mocte.expert.kind 'lora' cannot narrow {name} ({type(ffn).__name__}): its matrices are none of: {known}. "
+            "Use kind 'ffn'."
+        )
+    narrow = width or max(1, shape.width // num_experts)
+    for attribute in shape.inputs:
+        setattr(expert, attribute, _resized(getattr(ffn, attribute), outputs=narrow))
+    output = _resized(getattr(ffn, shape.output), inputs=narrow)
+    for parameter in output.parameters():
+        nn.init.zeros_(parameter)
+    setattr(expert, shape.output, output)
+    return expert
+
+
+def _is_matrix(module: object) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.Linear) or (
+        type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
+    )
+
+
+def _in_out(matrix: nn.Module) -> tuple[int, int]:
+    rows, columns = matrix.weight.shape
+    return (columns, rows) if isinstance(matrix, nn.Linear) else (rows, columns)
+
+
+def _resized(matrix: nn.Module, inputs: int | None = None, outputs: int | None = None) -> nn.Module:
+    """A fresh matrix of the same class with another number of inputs or outputs, at the scale of a linear layer."""
+    old_inputs, old_outputs = _in_out(matrix)
+    n_in, n_out = inputs or old_inputs, outputs or old_outputs
+    like = {"device": matrix.weight.device, "dtype": matrix.weight.dtype}
+    if isinstance(matrix, nn.Linear):
+        return nn.Linear(n_in, n_out, bias=matrix.bias is not None, **like)
+    resized = type(matrix)(n_out, n_in).to(**like)
+    nn.init.normal_(resized.weight, std=n_in**-0.5)
+    return resized

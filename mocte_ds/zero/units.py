@@ -1,0 +1,125 @@
+"""What can be trained or frozen on its own, and the optimizer's parameter groups that follow from it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mocte_ds.errors import ConfigError
+from mocte_ds.moe.block import Block
+
+TRUNK = "trunk"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A partition unit of the ZeRO optimizer on this rank."""
+
+    name: str
+    """`trunk`, `<block>.dense` or `<block>.<global expert>`."""
+    parameters: tuple[nn.Parameter, ...]
+    """In the order of the model."""
+    process_group: str | None
+    """DeepSpeed's name of the expert group (`ep_size_N`); None for parameters that all data-parallel ranks share."""
+
+
+def dense_unit(block: Block) -> str:
+    """Name of the unit of a block's dense or shared FFN."""
+    return f"{block.name}.dense"
+
+
+def expert_unit(block: Block, expert: int) -> str:
+    """Name of the unit of a block's expert, counted over all ranks and banks."""
+    return f"{block.name}.{expert}"
+
+
+class UnitRegistry:
+    """All units of a model and the optimizer options of their parameters."""
+
+    def __init__(self, model: nn.Module, blocks: list[Block], ep_rank: int, given: Iterable[Any] | None) -> None:
+        """Find the units.
+
+        Args:
+            model: with its blocks attached.
+            blocks: the blocks.
+            ep_rank: this rank's place in its expert-parallel group.
+            given: the user's `model_parameters`: parameters, parameter groups, or None for all parameters of the
+                model, without weight decay on vectors (norms and biases).
+
+        Raises:
+            ConfigError: the groups leave out a part of a block.
+        """
+        self.units: dict[str, Unit] = {}
+        in_blocks: set[int] = set()
+        for block in blocks:
+            self._add(dense_unit(block), block.dense.parameters(), None)
+            for number, bank in enumerate(block.banks):
+                for local, expert in enumerate(bank.local_experts):
+                    k = number * bank.num_experts + bank.first_local(ep_rank) + local
+                    self._add(expert_unit(block, k), expert.parameters(), bank.expert_group_name)
+            in_blocks.update(id(p) for p in block.parameters())
+        trunk = Unit(TRUNK, tuple(p for p in model.parameters() if id(p) not in in_blocks and p.requires_grad), None)
+        self.units = {TRUNK: trunk, **self.units}
+        self.options, self._option_of = _options(model, blocks, given)
+        missing = [name for name, unit in self.units.items() for p in unit.parameters if id(p) not in self._option_of]
+        if missing and missing[0] != TRUNK:
+            raise ConfigError(f"model_parameters leaves out parameters of {missing[0]}; hand over the FFNs of all blocks.")
+
+    def groups(self, trainable: Iterable[str]) -> list[dict[str, Any]]:
+        """Parameter groups of the trainable units, always in the same order; one group a unit and set of options."""
+        wanted, result = set(trainable), []
+        for unit in self.units.values():
+            if unit.name in wanted:
+                result.extend(self.groups_of(unit))
+        return result
+
+    def groups_of(self, unit: Unit) -> list[dict[str, Any]]:
+        """Parameter groups of one unit."""
+        result = []
+        for number, options in enumerate(self.options):
+            parameters = [p for p in unit.parameters if self._option_of.get(id(p)) == number]
+            if parameters:
+                # DeepSpeed finds the process group of a group with "moe" by its name.
+                name = unit.process_group or f"{unit.name}/{number}"
+                mine = {"name": name, "moe": unit.process_group is not None, "unit": unit.name, "options": number}
+                result.append({**options, "params": parameters, **mine})
+        return result
+
+    def _add(self, name: str, parameters: Iterable[nn.Parameter], process_group: str | None) -> None:
+        self.units[name] = Unit(name, tuple(parameters), process_group)
+
+
+def _options(
+    model: nn.Module, blocks: list[Block], given: Iterable[Any] | None
+) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """Distinct sets of optimizer options, and which of them each parameter (by id) has.
+
+    Experts do not exist yet when a user sorts his parameters into groups: `ffn` experts take the options of the dense
+    FFN's parameter of the same name, `lora` experts those of the dense FFN's first parameter with as many dimensions.
+    """
+    option_of: dict[int, int] = {}
+    if given is None:
+        options: list[dict[str, Any]] = [{}, {"weight_decay": 0.0}]
+        for parameter in model.parameters():
+            option_of[id(parameter)] = 0 if parameter.dim() >= 2 else 1
+        return options, option_of
+    groups = [item if isinstance(item, Mapping) else {"params": [item]} for item in given]
+    options = []
+    for group in groups:
+        own = {key: value for key, value in group.items() if key not in ("params", "name", "moe")}
+        if own not in options:
+            options.append(own)
+        parameters = group["params"]
+        for parameter in [parameters] if isinstance(parameters, nn.Parameter) else parameters:
+            option_of[id(parameter)] = options.index(own)
+    for block in blocks:
+        dense = {name: option_of[id(p)] for name, p in block.dense.named_parameters() if id(p) in option_of}
+        by_dims = {p.dim(): option_of[id(p)] for p in block.dense.parameters() if id(p) in option_of}
+        for bank in block.banks:
+            for expert in bank.local_experts:
+                for name, parameter in expert.named_parameters():
+                    option = dense.get(name, by_dims.get(parameter.dim()))
+                    if option is not None:
+                        option_of[id(parameter)] = option
+    return options, option_of
