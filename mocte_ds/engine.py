@@ -97,6 +97,13 @@ class MocteEngine(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         return with_unit_optimizer(DeepSpeedEngine._configure_zero_optimizer)(self, optimizer)
 
+    def _get_zero_frozen_param_attributes(self, attr_func: Any) -> Any:
+        # DeepSpeed would save rank 0's copy of every parameter outside of the optimizer and write it over the frozen
+        # experts of all other ranks when it loads. The expert files hold each of them already.
+        if attr_func == self._get_param_fragment_func:
+            return None
+        return super()._get_zero_frozen_param_attributes(attr_func)
+
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
         wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
         if not self.zero_optimization() or wrapper != "zero_optimization":

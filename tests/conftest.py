@@ -1,20 +1,49 @@
-"""Environment of the whole suite: CPU accelerator, one thread a process, an extensions cache of its own."""
+"""What all tests share: a CPU, one thread a process, no network, a folder of its own for what DeepSpeed compiles."""
 
 import os
 from pathlib import Path
 
-import pytest
-
+# Before anything imports torch or deepspeed; every process that a test starts inherits it.
+EXTENSIONS = Path(__file__).resolve().parent.parent / ".cache" / "torch_extensions"
+os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".cache" / "torch_extensions"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_name, "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.spawn import build_deepspeed_op  # noqa: E402
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` need a CUDA device."""
-    import torch
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker `gpu` known, wherever pytest's own configuration is."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def deepspeed_op() -> Path:
+    """For tests that start DeepSpeed processes by themselves: its CPU op is built, and the folder that it lies in.
+
+    `spawn(..., deepspeed=True)` needs no fixture.
+    """
+    build_deepspeed_op()
+    return EXTENSIONS
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Every test starts from the same seed, so that none depends on the tests before it."""
+    torch.manual_seed(0)

@@ -1,102 +1,231 @@
-"""Runs a function in N real processes with gloo; time limits, stack dumps of all ranks, nothing left behind."""
+"""Runs a function in N real processes that form a gloo group, with a time limit, stack dumps and no leftovers."""
 
+import contextlib
 import faulthandler
+import fcntl
+import multiprocessing
 import os
 import pickle
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as multiprocessing
+GRACE = 5.0  # seconds that the other ranks get after one has failed
+TAIL = 6000  # characters of each rank's output in an error message
+_BUSY_PORT = "EADDRINUSE"
+
+
+class SpawnError(AssertionError):
+    """A rank failed or the time ran out; the message holds every rank's output and stacks."""
 
 
 def spawn(
-    function: Callable, world_size: int, *args: Any, timeout: float = 120.0, deepspeed: bool = False
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, deepspeed: bool = False
 ) -> list[Any]:
-    """Call ``function(rank, world_size, *args)`` on every rank.
+    """Call ``function(*args)`` on every rank of a new gloo group and return what the ranks return.
 
     Args:
-        function: defined at the top of a module.
+        function: importable (defined at the top level of a module) so that a fresh process finds it.
         world_size: number of processes.
-        *args: picklable.
-        timeout: seconds after which all ranks dump their stacks and are ended.
-        deepspeed: initialise through deepspeed.comm instead of torch.distributed.
+        *args: pickled; the same for all ranks. The rank is ``torch.distributed.get_rank()``.
+        timeout: seconds for start, work and end together. DeepSpeed's op is built before the clock starts.
+        deepspeed: initialise through ``deepspeed.init_distributed`` instead of ``torch.distributed``.
 
     Returns:
-        Results by rank.
+        Results in the order of the ranks.
 
     Raises:
-        AssertionError: a rank failed or the time is over; carries the stacks of all ranks.
+        SpawnError: a rank raised, died, or did not end in time; all processes are gone by then.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    try:
+        payload = pickle.dumps((function, args))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise SpawnError(
+            f"{function!r} and its arguments must be picklable; define it at module level: {error}"
+        ) from error
+    if deepspeed:
+        build_deepspeed_op()
+    for attempt in range(3):
+        try:
+            return _run(payload, world_size, timeout, deepspeed)
+        except SpawnError as error:
+            # Another process may take the port between our looking and torch's binding.
+            if attempt == 2 or not ("address already in use" in str(error).lower() or _BUSY_PORT in str(error)):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool) -> list[Any]:
+    with tempfile.TemporaryDirectory(prefix="mocte-spawn-") as folder:
+        port, processes = _free_port(), []
         context = multiprocessing.get_context("spawn")
-        setup = (folder, port, timeout, deepspeed)
-        processes = [context.Process(target=_rank, args=(r, world_size, function, args, setup)) for r in range(world_size)]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + timeout + 15
-        while time.monotonic() < deadline and any(p.is_alive() for p in processes):
-            if any(p.exitcode not in (None, 0) for p in processes):
-                deadline = min(deadline, time.monotonic() + 5)  # the others may be waiting for the dead one
-            time.sleep(0.05)
-        late = [p for p in processes if p.is_alive()]
-        for process in late:
-            process.kill()
-        for process in processes:
-            process.join()
-        outputs = [Path(folder, f"result{rank}") for rank in range(world_size)]
-        if late or any(p.exitcode for p in processes) or not all(path.exists() for path in outputs):
-            logs = [f"--- rank {r} (exit {p.exitcode})\n{_read(folder, r)}" for r, p in enumerate(processes)]
-            raise AssertionError(f"{function.__name__} failed on {world_size} ranks\n" + "\n".join(logs))
-        return [pickle.loads(path.read_bytes()) for path in outputs]
+        try:
+            for rank in range(world_size):
+                process = context.Process(
+                    target=_child, args=(payload, folder, rank, world_size, timeout, deepspeed), daemon=False
+                )
+                with _environment(rank, world_size, port):
+                    process.start()
+                processes.append(process)
+            problem = _wait(processes, time.monotonic() + timeout, timeout)
+            if problem:
+                _dump_stacks(processes)
+        finally:
+            _kill(processes)
+        return _results(Path(folder), processes, problem)
 
 
-def _read(folder: str, rank: int) -> str:
-    path = Path(folder, f"log{rank}")
-    return path.read_text(errors="replace")[-6000:] if path.exists() else "no output"
-
-
-def _rank(rank: int, world_size: int, function: Callable, args: tuple, setup: tuple) -> None:
-    folder, port, timeout, deepspeed = setup
-    log = open(Path(folder, f"log{rank}"), "w")
+def _child(payload: bytes, folder: str, rank: int, world_size: int, timeout: float, deepspeed: bool) -> None:
+    """One rank, from start to end; its result or error goes into a file."""
+    os.setpgid(0, 0)  # so that everything this rank starts can be ended with it
+    log = open(Path(folder) / f"log_{rank}", "w", buffering=1)  # noqa: SIM115  lives as long as the process
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    faulthandler.dump_traceback_later(timeout, exit=True, file=log)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
-    )
+    faulthandler.enable(log)
+    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     try:
         import torch
 
         torch.set_num_threads(1)
+        torch.manual_seed(0)
         if deepspeed:
-            import deepspeed as ds
+            import deepspeed.comm as comm
 
-            ds.init_distributed("gloo")
+            comm.init_distributed("gloo", timeout=timedelta(seconds=timeout), dist_init_required=True)
         else:
-            torch.distributed.init_process_group("gloo")
-        result = function(rank, world_size, *args)
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        function, args = pickle.loads(payload)
+        outcome = (True, function(*args))
+        # A rank that leaves early takes the store down, and the others would fail for no reason of their own.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-        Path(folder, f"result{rank}").write_bytes(pickle.dumps(result))
     except BaseException:
-        traceback.print_exc(file=log)
-        log.flush()
-        os._exit(1)
+        traceback.print_exc()
+        outcome = (False, traceback.format_exc())
+    partial = Path(folder) / f"partial_{rank}"
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(Path(folder) / f"result_{rank}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of libraries must not keep a finished rank alive.
+    os._exit(0 if outcome[0] else 1)
+
+
+def _wait(processes: list, deadline: float, timeout: float) -> str | None:
+    """Wait for all ranks; None when all ended well, else what is wrong."""
+    problem, give_up = None, deadline
+    while True:
+        running = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+        if failed and problem is None:
+            problem = f"rank {failed[0]} failed"
+            give_up = min(deadline, time.monotonic() + GRACE)
+        if not running:
+            return problem
+        if time.monotonic() > give_up:
+            return problem or f"ranks {running} did not end within {timeout:.0f} s"
+        time.sleep(0.02)
+
+
+def _dump_stacks(processes: list) -> None:
+    """Ask every living rank for the stacks of its threads, into its log."""
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)
+    if alive:
+        time.sleep(1.0)
+
+
+def _kill(processes: list) -> None:
+    """End our ranks and what they have started; nothing else."""
+    for process in processes:
+        for end in (os.killpg, os.kill):  # a rank that has just started has no group of its own yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if process.is_alive():
+                    end(process.pid, signal.SIGKILL)
+        process.join(10)
+
+
+def _results(folder: Path, processes: list, problem: str | None) -> list[Any]:
+    outcomes = []
+    for rank in range(len(processes)):
+        file = folder / f"result_{rank}"
+        outcomes.append(pickle.loads(file.read_bytes()) if file.exists() else (False, ""))
+    if problem is None and all(good for good, _ in outcomes):
+        return [result for _, result in outcomes]
+    parts = [problem or "a rank left no result"]
+    for rank, process in enumerate(processes):
+        log = folder / f"log_{rank}"
+        text = log.read_text(errors="replace")[-TAIL:] if log.exists() else ""
+        parts.append(f"---- rank {rank}, exit code {process.exitcode} ----\n{text}")
+    raise SpawnError("\n".join(parts))
+
+
+@contextlib.contextmanager
+def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
+    """The environment that a launcher would give this rank; a child takes it over when it starts."""
+    ours = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
     finally:
-        faulthandler.cancel_dump_traceback_later()
-        log.flush()
-    os._exit(0)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+_BUILD = "import deepspeed\nfrom deepspeed.comm.torch import build_shm_op\nbuild_shm_op()\n"
+
+
+def build_deepspeed_op() -> None:
+    """Build the op that DeepSpeed compiles on a CPU at its first start, once, so that no time limit falls into it.
+
+    A process killed while it compiles leaves a lock that all later ones wait for; ours, when old, is removed.
+
+    Raises:
+        SpawnError: the compiler failed; the message holds its output.
+    """
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "build.flock", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # freed by the system even if we are killed
+        for lock in folder.glob("*/lock"):
+            # Whoever loads a built op holds this for a second; only a killed process leaves it for longer.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - lock.stat().st_mtime > 60:
+                    lock.unlink()
+        if any(folder.glob("*/*.so")):
+            return
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", _BUILD], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SpawnError(f"DeepSpeed's CPU op could not be built:\n{done.stdout[-TAIL:]}\n{done.stderr[-TAIL:]}")

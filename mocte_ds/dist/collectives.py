@@ -1,5 +1,7 @@
-"""Every collective of a check, named for what the ranks agree on; each does nothing where there is one process."""
+"""What the ranks of a run sum, gather, hear from rank zero, and must agree on before they act."""
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,100 +10,166 @@ from torch import Tensor
 
 from mocte_ds.errors import Disagreement
 
+_LONGEST_VALUE = 300  # characters of a value in an error message
+
 
 def world(group: Any = None) -> tuple[int, int]:
-    """This rank and the number of ranks in the group; (0, 1) without a process group."""
+    """This process's rank in ``group`` and the group's size; (0, 1) without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def sum_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
-    """Sum of a tensor over the ranks; same shape and dtype on all of them. bf16 is summed in fp32."""
-    return _all_reduce(tensor, dist.ReduceOp.SUM, group)
-
-
-def max_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
-    """Largest value of each element over the ranks."""
-    return _all_reduce(tensor, dist.ReduceOp.MAX, group)
-
-
-def gather_rows(rows: Tensor, group: Any = None) -> Tensor:
-    """Rows of all ranks, in the order of the ranks.
+def sum_over_ranks(t: Tensor, group: Any = None) -> Tensor:
+    """Sum of ``t`` over the ranks.
 
     Args:
-        rows: (n, ...) with any n, also 0, and the same other dimensions and dtype on all ranks.
-        group: process group.
+        t: the same shape and dtype on every rank, on any device; not changed. bf16 and fp16 are summed in fp32.
+        group: process group; None: all ranks.
 
     Returns:
-        (sum of n, ...) on every rank.
+        The sum, of ``t``'s dtype and device; ``t`` itself where there is one rank only.
     """
-    _, size = world(group)
-    if size == 1:
-        return rows
-    device = _wire_device(rows.device)
-    count = torch.tensor([rows.shape[0]], dtype=torch.int64, device=device)
-    counts = [torch.empty_like(count) for _ in range(size)]
-    dist.all_gather(counts, count, group=group)
-    most = max(int(c) for c in counts)
-    # Collectives want equal shapes, and gloo has no bf16: pad, and send fp32.
-    wire = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
-    padded = torch.zeros((most, *rows.shape[1:]), dtype=wire.dtype, device=device)
-    padded[: rows.shape[0]] = wire
-    parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[: int(c)] for part, c in zip(parts, counts, strict=True)]).to(rows.device, rows.dtype)
+    return _reduce(t, dist.ReduceOp.SUM, group)
 
 
-def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """The picklable values of all ranks, in the order of the ranks, on every rank."""
-    _, size = world(group)
-    if size == 1:
-        return [value]
-    values: list[Any] = [None] * size
-    dist.all_gather_object(values, value, group=group)
-    return values
+def max_over_ranks(t: Tensor, group: Any = None) -> Tensor:
+    """Largest value of each element of ``t`` over the ranks; like :func:`sum_over_ranks` otherwise."""
+    return _reduce(t, dist.ReduceOp.MAX, group)
 
 
-def from_rank_zero(value: Any, group: Any = None) -> Any:
-    """Rank 0's value on every rank; a tensor keeps shape, dtype and device."""
-    rank, size = world(group)
-    if size == 1:
-        return value
-    box = [value.cpu() if isinstance(value, Tensor) else value] if rank == 0 else [None]
-    dist.broadcast_object_list(box, group=group, group_src=0)
-    return box[0].to(value.device) if isinstance(value, Tensor) else box[0]
-
-
-def require_same(value: Any, what: str, group: Any = None) -> None:
-    """Make sure that all ranks hold the same value before any of them acts on it.
+def gather_rows(t: Tensor, group: Any = None) -> Tensor:
+    """The rows of all ranks below each other, in the order of the ranks, bit for bit.
 
     Args:
-        value: picklable and comparable by ==.
-        what: names the value in the message.
-        group: process group.
+        t: (n, ...); n may differ between ranks and may be 0, the rest of the shape and the dtype may not.
+        group: process group; None: all ranks.
 
-    Raises:
-        Disagreement: on every rank, with the first two values that differ.
+    Returns:
+        (sum of n, ...) on ``t``'s device, the same on every rank.
     """
-    values = gather_objects(value, group)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise Disagreement(f"ranks disagree on the {what}: rank 0 has {values[0]!r}, rank {rank} has {other!r}.")
+    if world(group)[1] == 1:
+        return t
+    counts = _gather_equal(torch.tensor([t.shape[0]], dtype=torch.int64, device=_wire(t.device, group)), group)
+    sizes = [int(count) for count in counts]
+    # Bytes travel: no backend lacks them, and 64-bit keys arrive unrounded.
+    width = t[0].numel() if t.shape[0] else torch.empty((1, *t.shape[1:])).numel()
+    padded = torch.zeros(max(sizes), width, dtype=t.dtype, device=_wire(t.device, group))
+    padded[: t.shape[0]] = t.detach().reshape(t.shape[0], width)
+    if not padded.numel():
+        return t.new_empty((sum(sizes), *t.shape[1:]))
+    parts = _gather_equal(padded.view(torch.uint8), group)
+    rows = [part.view(t.dtype)[:size] for part, size in zip(parts, sizes, strict=True)]
+    return torch.cat(rows).reshape(-1, *t.shape[1:]).to(t.device)
 
 
-def _all_reduce(tensor: Tensor, operation: Any, group: Any) -> Tensor:
+def gather_objects(obj: Any, group: Any = None) -> list[Any]:
+    """``obj`` of every rank, in the order of the ranks (pickled: for small values)."""
     _, size = world(group)
     if size == 1:
-        return tensor
-    wire = tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-    wire = wire.detach().to(_wire_device(tensor.device), copy=True).contiguous()
-    dist.all_reduce(wire, operation, group=group)
-    return wire.to(tensor.device, tensor.dtype)
+        return [obj]
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, obj, group=group)
+    return gathered
 
 
-def _wire_device(device: torch.device) -> torch.device:
-    """NCCL moves GPU tensors only."""
-    if "nccl" in str(dist.get_backend()) and device.type != "cuda":
+def from_rank_zero(obj: Any, group: Any = None) -> Any:
+    """What rank zero of ``group`` passed.
+
+    Args:
+        obj: any picklable value, or a tensor; what other ranks pass is only looked at for its device.
+        group: process group; None: all ranks.
+
+    Returns:
+        Rank zero's value; a tensor comes on the device of this rank's own tensor, else on the CPU.
+    """
+    rank, size = world(group)
+    if size == 1:
+        return obj
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    is_tensor = isinstance(obj, Tensor)
+    box = [("tensor", tuple(obj.shape), obj.dtype) if is_tensor else ("object", obj)] if rank == 0 else [None]
+    dist.broadcast_object_list(box, src=source, group=group)
+    kind, *rest = box[0]
+    if kind == "object":
+        return rest[0]
+    shape, dtype = rest
+    home = obj.device if is_tensor else torch.device("cpu")
+    wire = _wire(home, group)
+    if rank == 0:
+        value = obj.detach().to(wire).clone().reshape(-1)
+    else:
+        value = torch.empty(shape, dtype=dtype, device=wire).reshape(-1)
+    if value.numel():
+        dist.broadcast(value.view(torch.uint8), src=source, group=group)
+    return value.reshape(shape).to(home)
+
+
+def require_same(obj: Any, what: str, group: Any = None) -> None:
+    """Stop every rank unless all ranks hold the same value.
+
+    Args:
+        obj: plain values, tensors (compared bit for bit), and lists, tuples and mappings of them.
+        what: what the value is, for the message.
+        group: process group; None: all ranks.
+
+    Raises:
+        Disagreement: on every rank; names the value of rank zero and that of the first rank that differs.
+    """
+    texts = gather_objects(_fingerprint(obj), group)
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            first, other = _around_difference(texts[0], text)
+            raise Disagreement(
+                f"the ranks disagree on {what}: rank 0 has {first}, rank {rank} has {other}. All ranks stop before any "
+                "of them acts on it; start all ranks with the same configuration, data and code."
+            )
+
+
+def _reduce(t: Tensor, operation: Any, group: Any) -> Tensor:
+    if world(group)[1] == 1:
+        return t
+    exact = t.dtype in (torch.float16, torch.bfloat16)
+    wide = torch.float32 if exact else torch.int64 if t.dtype == torch.bool else t.dtype
+    value = t.detach().to(_wire(t.device, group), wide, copy=True).contiguous()
+    dist.all_reduce(value, op=operation, group=group)
+    return value.to(t.device, t.dtype)
+
+
+def _gather_equal(t: Tensor, group: Any) -> list[Tensor]:
+    parts = [torch.empty_like(t) for _ in range(world(group)[1])]
+    dist.all_gather(parts, t.contiguous(), group=group)
+    return parts
+
+
+def _wire(device: torch.device, group: Any) -> torch.device:
+    """Where a tensor must be to travel: NCCL takes CUDA tensors only, gloo is safe with CPU tensors only."""
+    backend = str(dist.get_backend(group))
+    if backend == "nccl" and device.type != "cuda":
         return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cpu") if backend == "gloo" else device
+
+
+def _fingerprint(obj: Any) -> str:
+    """Text that is equal exactly where two values are; tensors by shape, dtype and a hash of their bytes."""
+    if isinstance(obj, Tensor):
+        data = obj.detach().cpu().contiguous().reshape(-1)
+        digest = hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        values = f" {data.tolist()}" if data.numel() <= 8 else ""
+        return f"tensor(shape {tuple(obj.shape)}, {obj.dtype}, sha256 {digest}{values})"
+    if isinstance(obj, Mapping):
+        return "{" + ", ".join(f"{_fingerprint(k)}: {_fingerprint(v)}" for k, v in obj.items()) + "}"
+    if isinstance(obj, list | tuple):
+        return ("[" if isinstance(obj, list) else "(") + ", ".join(_fingerprint(item) for item in obj) + "]"
+    if isinstance(obj, set | frozenset):
+        return "set" + _fingerprint(sorted(obj, key=repr))
+    return repr(obj)
+
+
+def _around_difference(first: str, second: str) -> tuple[str, str]:
+    """Both texts, cut to the part where they differ."""
+    if max(len(first), len(second)) <= _LONGEST_VALUE:
+        return first, second
+    place = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
+    start = max(0, place - 40)
+    return tuple(f"...{text[start : start + _LONGEST_VALUE]}..." for text in (first, second))

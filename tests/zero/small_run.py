@@ -60,10 +60,11 @@ PLAN: dict[int, list[tuple]] = {
 STEPS, PARTS = 26, 4
 
 
-def run_distributed(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
-    """The run on one of ``world`` ranks; returns losses, norms, bytes and this rank's parameters by global name."""
+def run_distributed(options: dict[str, Any]) -> dict[str, Any]:
+    """The run on this rank; returns losses, norms, bytes and this rank's parameters by global name."""
     import mocte_ds
 
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
     model = Net()
     config = {

@@ -1,0 +1,141 @@
+"""A sample of token features that is the same however many ranks share the batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mocte_ds.dist.collectives import gather_rows
+from mocte_ds.errors import MocteError
+
+# Steele, Lea & Flood, "Fast splittable pseudorandom number generators" (2014): the mixing function of SplitMix64.
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None))
+
+
+def hash_keys(sequence_index: Tensor, position: Tensor, seed: int) -> Tensor:
+    """A 63-bit number for every token of a run, the same on every rank and machine.
+
+    Args:
+        sequence_index: int64, number of the sequence in the run's global order.
+        position: int64 of the same shape (or one that broadcasts), place in the sequence.
+        seed: another seed gives unrelated numbers.
+
+    Returns:
+        int64, not negative.
+    """
+    return mix(mix(mix(_as_int64(seed), sequence_index), position), 0) & 0x7FFFFFFFFFFFFFFF
+
+
+def mix(state: Tensor | int, value: Tensor | int) -> Tensor:
+    """One SplitMix64 step: spreads ``state`` and ``value`` over all 64 bits (int64, wrapping)."""
+    where = value if isinstance(value, Tensor) else state
+    device = where.device if isinstance(where, Tensor) else None
+    state, value = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (state, value))
+    z = (state ^ value) + _signed(_GOLDEN)
+    for shift, factor in _MIX:
+        # int64's shift copies the sign; the mask makes it the logical shift of unsigned numbers.
+        z = z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))
+        if factor is not None:
+            z = z * _signed(factor)
+    return z
+
+
+class Reservoir:
+    """Keeps the ``capacity`` rows whose keys have the smallest seeded hash.
+
+    The choice depends on the keys only, so several ranks with parts of the rows keep, together, what one rank with all
+    rows would keep. Shapes: m new rows, c rows kept, w numbers a row.
+    """
+
+    def __init__(self, capacity: int, width: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        """Make an empty reservoir.
+
+        Args:
+            capacity: rows kept, on this rank and over all ranks together.
+            width: w.
+            seed: seed of the choice.
+            dtype: rows are stored so; bf16 halves the memory.
+        """
+        if capacity < 1:
+            raise MocteError(f"a reservoir of {capacity} rows keeps nothing; give it a capacity of 1 or more.")
+        self.capacity, self.width, self.seed, self.dtype = capacity, width, seed, dtype
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._rows = torch.empty(0, self.width, dtype=self.dtype)
+        self._keys = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
+
+    @torch.no_grad()
+    def add(self, rows: Tensor, keys: Tensor) -> None:
+        """Offer rows; those with small hashes stay, the largest ones leave.
+
+        Args:
+            rows: (m, w) features on any device; the reservoir moves to it. Copied, never kept by reference.
+            keys: (m,) int64, one key a row, unique in the run (see :func:`hash_keys`).
+
+        Raises:
+            MocteError: the shapes do not fit.
+        """
+        if rows.dim() != 2 or rows.shape[1] != self.width or keys.shape != rows.shape[:1]:
+            raise MocteError(
+                f"the reservoir takes rows of {self.width} numbers with one key each, not rows {tuple(rows.shape)} with "
+                f"keys {tuple(keys.shape)}."
+            )
+        if rows.device != self._rows.device:
+            self._rows, self._keys, self._order = (t.to(rows.device) for t in (self._rows, self._keys, self._order))
+        keys = keys.to(rows.device, torch.int64)
+        order = self._hash(keys)
+        if self._order.numel() == self.capacity:
+            # Most rows of a long run fall out here, before anything is copied.
+            wanted = order < self._order[-1]
+            rows, keys, order = rows[wanted], keys[wanted], order[wanted]
+        if not order.numel():
+            return
+        ascending, place = torch.cat([self._order, order]).sort(stable=True)
+        place = place[: self.capacity]
+        self._order = ascending[: self.capacity]
+        self._rows = torch.cat([self._rows, rows.detach().to(self.dtype)])[place]
+        self._keys = torch.cat([self._keys, keys])[place]
+
+    def rows(self) -> Tensor:
+        """(c, w) rows kept on this rank, smallest hash first."""
+        return self._rows
+
+    def keys(self) -> Tensor:
+        """(c,) int64 keys of :meth:`rows`."""
+        return self._keys
+
+    def merged_rows(self, group: Any = None) -> Tensor:
+        """This rank's part (c, w) of the ``capacity`` rows that all ranks keep together (collective)."""
+        return self._rows[self._chosen(group)]
+
+    def merged_keys(self, group: Any = None) -> Tensor:
+        """(c,) int64 keys of :meth:`merged_rows` (collective)."""
+        return self._keys[self._chosen(group)]
+
+    def gathered_rows(self, group: Any = None) -> Tensor:
+        """(c, w) the rows that all ranks keep together, on every rank, in an order that depends on keys only."""
+        mine = self._chosen(group)
+        order = gather_rows(self._order[mine], group)
+        return gather_rows(self._rows[mine], group)[order.argsort(stable=True)]
+
+    def _chosen(self, group: Any) -> Tensor:
+        """(local rows,) which of this rank's rows are among the smallest hashes of all ranks."""
+        everywhere = gather_rows(self._order, group)
+        if everywhere.numel() <= self.capacity:
+            return torch.ones_like(self._order, dtype=torch.bool)
+        return self._order <= everywhere.kthvalue(self.capacity).values
+
+    def _hash(self, keys: Tensor) -> Tensor:
+        return mix(_as_int64(self.seed), keys) & 0x7FFFFFFFFFFFFFFF
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _as_int64(seed: int) -> int:
+    return _signed(seed % (1 << 64))

@@ -1,0 +1,79 @@
+"""Every token reaches its expert and comes back: outputs and gradients against a loop over tokens."""
+
+import pytest
+import torch
+from torch import nn
+
+from mocte_ds.moe.dispatch import route_through
+from tests.spawn import spawn
+
+EXPERTS, WIDTH = 4, 6
+
+
+def make_experts() -> nn.ModuleList:
+    torch.manual_seed(3)
+    return nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(EXPERTS)])
+
+
+def tokens(rank: int, case: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    features = torch.randn(7 + 60 * rank, WIDTH, generator=generator)
+    index = torch.randint(EXPERTS, (len(features),), generator=generator)
+    if case == "one expert":
+        index.fill_(2)
+    if case == "some empty":
+        index = index % 2 * 3
+    if case == "no token":
+        features, index = features[:0], index[:0]
+    return features, index
+
+
+def expected(case: str, world: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs of each rank, and gradients of all experts, from a loop over tokens."""
+    experts, outputs = make_experts(), []
+    loss = 0.0
+    for rank in range(world):
+        features, index = tokens(rank, case)
+        rows = [experts[int(k)](x) for x, k in zip(features, index, strict=True)]
+        outputs.append(torch.stack(rows).detach() if rows else features)
+        loss = loss + sum((row.square().sum() for row in rows), torch.zeros(()))
+    gradients = torch.autograd.grad(loss, list(experts.parameters()), allow_unused=True) if loss.requires_grad else ()
+    full = [g if g is not None else torch.zeros_like(p) for g, p in zip(gradients, experts.parameters(), strict=False)]
+    return outputs, full or [torch.zeros_like(p) for p in experts.parameters()]
+
+
+def on_rank(case: str) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    local = EXPERTS // world
+    mine = make_experts()[rank * local : (rank + 1) * local]
+    features, index = tokens(rank, case)
+    group = torch.distributed.group.WORLD
+    outputs, counts = route_through(features, index, list(mine), EXPERTS, group, world)
+    outputs.square().sum().backward()
+    assert all(p.grad is not None for p in mine.parameters())  # an empty expert stays in the graph
+    return outputs.detach(), [p.grad for p in mine.parameters()], counts.tolist()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_agree_with_a_loop(world):
+    for case in ("mixed", "one expert", "some empty", "no token"):
+        outputs, gradients = expected(case, world)
+        results = spawn(on_rank, world, case, timeout=60)
+        for rank, (output, _, counts) in enumerate(results):
+            torch.testing.assert_close(output, outputs[rank])
+            assert sum(counts) == len(tokens(rank, case)[0])
+        found = [gradient for _, local, _ in results for gradient in local]
+        for gradient, reference in zip(found, gradients, strict=True):
+            torch.testing.assert_close(gradient, reference, msg=case)
+
+
+def test_one_process_and_observer():
+    features, index = tokens(1, "some empty")
+    seen = {}
+    outputs, counts = route_through(
+        features, index, list(make_experts()), EXPERTS, None, 1, lambda k, rows: seen.update({k: rows})
+    )
+    torch.testing.assert_close(outputs.detach(), expected("some empty", 2)[0][1])
+    for k in range(EXPERTS):
+        torch.testing.assert_close(seen[k], features[index == k])
+    assert counts.tolist() == torch.bincount(index, minlength=EXPERTS).tolist()

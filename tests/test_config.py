@@ -1,0 +1,39 @@
+"""The "mocte" block: what is wrong is named with its value, what is allowed and the nearest valid name."""
+
+import pytest
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({}, "mocte.modules is missing"),
+        ({"modules": "m", "num_expert": 4}, r"mocte.num_expert \(value 4\).*'num_experts'"),
+        ({"modules": "m", "router": {"kind": "tokn"}}, "mocte.router.kind = 'tokn'.*'token'"),
+        ({"modules": "m", "num_experts": 4, "ep_size": 3}, r"ep_size = 3 does not divide.*\[1, 2, 4\]"),
+        ({"modules": "m", "num_experts": "4"}, "mocte.num_experts = '4' must be of type int"),
+        ({"modules": "m", "total_steps": "x"}, "of type int or null"),
+        ({"modules": "m", "auto": 1}, "mocte.auto = 1 must be of type bool"),
+        ({"modules": "m", "clusters": {"deadline": 3}}, "clusters.deadline = 3.0.*between 0 and 1"),
+        ({"modules": "m", "expert": {"kind": "ffn", "width": 3}}, "expert.width is for kind 'lora'"),
+        ({"modules": "m", "router": {"kind": "hash", "weight": "softmax"}}, "needs logits"),
+        ({"modules": "m", "num_experts": 512}, "more than spectrum.rows"),
+        ({"modules": "m", "spectrum": 3}, "mocte.spectrum must be a section"),
+    ],
+)
+def test_errors(block, message):
+    with pytest.raises(ConfigError, match=message):
+        MocteConfig.from_dict(block)
+
+
+def test_world_size():
+    with pytest.raises(ConfigError, match=r"the 3 data-parallel ranks; allowed with 4 experts: \[1\]"):
+        MocteConfig.from_dict({"modules": "m", "num_experts": 4, "ep_size": 2}, world_size=3)
+
+
+def test_round_trip():
+    config = MocteConfig.from_dict({"modules": ["a", "b"], "freeze": {"alpha": 0, "policy": "paper"}})
+    assert MocteConfig.from_dict(config.to_dict()) == config
+    assert config.freeze.alpha == 0.0 and config.num_experts == 4
