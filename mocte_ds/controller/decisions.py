@@ -119,9 +119,10 @@ def apply_changes(
         if change.kind == "emergence":
             reading, handle = readings[change.block], controller.blocks[change.block]
             fact["clusters"] = reading.detection.count if reading.detection else None
-            fact["output_change"] = _relative_change(
-                outputs_before[change.block], _output(controller, handle, reading)
-            )
+            change_of_output = _relative_change(outputs_before[change.block], _output(controller, handle, reading))
+            if controller.config.router.weight == "hard":
+                _require_no_jump(handle.name, change_of_output)
+            fact["output_change"] = change_of_output
     controller.remember_frozen()
     return facts
 
@@ -164,20 +165,23 @@ def _output(controller: "Controller", handle: BlockHandle, reading: BlockReading
 
 
 def _relative_change(before: torch.Tensor | None, after: torch.Tensor | None) -> float | None:
-    """Largest change of an output at emergence over the largest output; rounding is all that is allowed.
-
-    Raises:
-        MocteError: the function jumped, so an expert is not the copy that it should be.
-    """
+    """Largest change of an output at emergence over the largest output, all ranks together."""
     if before is None or after is None:
         return None
     change = (after - before).abs().max() if before.numel() else torch.zeros(())
     scale = before.abs().max() if before.numel() else torch.zeros(())
     change, scale = float(max_over_ranks(change)), float(max_over_ranks(scale))
-    relative = change / scale if scale > 0 else change
-    if relative > 0.05:
+    return change / scale if scale > 0 else change
+
+
+def _require_no_jump(name: str, change: float | None) -> None:
+    """With a hard weight nothing but rounding may change at emergence.
+
+    Raises:
+        MocteError: the function jumped, so an expert is not the copy that it should be.
+    """
+    if change is not None and change > 0.05:
         raise MocteError(
-            f"emergence changed a block's output by {relative:.1%} of its largest value; the experts are no copies of "
+            f"emergence changed the output of {name} by {change:.1%} of its largest value; the experts are no copies of "
             "the dense FFN. The run stops because training would go on from another function."
         )
-    return relative

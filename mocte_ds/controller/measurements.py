@@ -1,7 +1,7 @@
 """What a check measures: the spectrum and clusters of every block's features, the trainability of every expert."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from mocte_ds.clusters.table import balanced_kmeans
 from mocte_ds.dist.collectives import gather_objects, gather_rows, sum_over_ranks
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.moe.block import BlockMode, ExpertMode
-from mocte_ds.spectrum.subspace import sampled_svd, split_half_certificate
+from mocte_ds.spectrum.subspace import Subspace, sampled_svd, split_half_certificate
 from mocte_ds.trainability.kernel import top_eigenpair
 from mocte_ds.trainability.policy import Probe
 from mocte_ds.zero import expert_unit
@@ -38,7 +38,9 @@ class BlockReading:
     explained: list[float] = field(default_factory=list)
     certificate: float | None = None
     coordinates: Tensor | None = None
-    """(m, r) document means of all ranks in their own centred singular directions."""
+    """(m, r) document means of all ranks in the span of their centred singular directions."""
+    plane: Tensor | None = None
+    """(m, 2) the same documents in their first two singular directions."""
     domains: Tensor | None = None
     """(m,) sources of those documents, -1 where unknown."""
     detection: Detection | None = None
@@ -83,12 +85,12 @@ class BlockReading:
 
     def projection(self, names: list[str]) -> dict[str, Any]:
         """Document means in their first two singular directions, at most a few hundred."""
-        if self.coordinates is None or self.coordinates.shape[1] < 2:
+        if self.plane is None:
             return {"points": [], "cluster": [], "domain": []}
         some = slice(0, PROJECTED_DOCUMENTS)
         domains = self.domains[some].tolist()
         return {
-            "points": [[round(x, 4), round(y, 4)] for x, y in self.coordinates[some, :2].tolist()],
+            "points": [[round(x, 4), round(y, 4)] for x, y in self.plane[some].tolist()],
             "cluster": self.labels[some].tolist(),
             "domain": [names[i] if 0 <= i < len(names) else "unknown" for i in domains],
         }
@@ -110,41 +112,36 @@ def read_blocks(controller: "Controller", handles: list[BlockHandle]) -> dict[in
         return readings
     features = [sample[0] for sample in samples]
     subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles])
-    certificates = split_half_certificate(features, config.rank)
+    certificates = split_half_certificate(features, min(config.rank, *(x.shape[1] for x in features), features[0].shape[1]))
     for number, handle in enumerate(handles):
-        reading = readings[handle.index]
-        mean, basis, singular_values = subspaces[number]
-        variance = float(sum_over_ranks((features[number] - mean).double().square().sum()))
-        reading.mean, reading.basis = mean, basis
-        reading.singular_values = singular_values.tolist()
-        reading.explained = (singular_values.double().square() / max(variance, 1e-30)).tolist()
+        reading, found = readings[handle.index], subspaces[number]
+        reading.mean, reading.basis = found.mean, found.basis
+        reading.singular_values = found.singular_values.tolist()
+        reading.explained = found.explained.tolist()
         reading.certificate = float(certificates[number])
         reading.seconds["spectrum"] = (time.perf_counter() - started) / len(handles)
-        reading.bytes["spectrum"] = _spectrum_bytes(basis, handle.token_basis is not None)
+        reading.bytes["spectrum"] = found.moved_bytes
         if handle.token_basis is None or reading.certificate <= config.max_angle:
-            handle.token_basis = basis
+            handle.token_basis = found.basis
         if handle.mode is not BlockMode.WARMUP:
             reading.domain_load = _domain_load(controller, handle, reading.tokens)
     _read_documents(controller, handles, readings)
     return readings
 
 
-def _subspaces(
-    features: list[Tensor], rank: int, bases: list[Tensor | None]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(mean, basis, singular values) of each block; one batched call where widths agree."""
-    if len({x.shape[1] for x in features}) == 1:
-        known = torch.stack(bases) if all(basis is not None for basis in bases) else None
-        s = sampled_svd(torch.stack(features), rank, basis=known)
-        return [(s.mean[i], s.basis[i], s.singular_values[i]) for i in range(len(features))]
-    found = [sampled_svd(x, rank, basis=basis) for x, basis in zip(features, bases, strict=True)]
-    return [(s.mean, s.basis, s.singular_values) for s in found]
-
-
-def _spectrum_bytes(basis: Tensor, warm: bool) -> int:
-    """Bytes a rank hands to the all-reduces for one block: the mean, a (d, q) matrix a pass, a (q, q) matrix."""
-    width, q = basis.shape[0], basis.shape[1] + 8
-    return 4 * (width + (1 if warm else 3) * width * q + q * q)
+def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None]) -> list[Subspace]:
+    """Subspace of each block's rows; one batched call where all widths agree and all blocks have a last basis."""
+    rank = min(rank, *(x.shape[1] for x in features), features[0].shape[1])
+    if len({x.shape[1] for x in features}) > 1:
+        return [sampled_svd(x, rank, basis=basis) for x, basis in zip(features, bases, strict=True)]
+    known = torch.stack(bases) if all(basis is not None for basis in bases) else None
+    found = sampled_svd(torch.stack(features), rank, basis=known)
+    tensors = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in ("moved_bytes", "rows")}
+    each = found.moved_bytes // len(features)
+    return [
+        Subspace(**{name: value[i] for name, value in tensors.items()}, rows=found.rows, moved_bytes=each)
+        for i in range(len(features))
+    ]
 
 
 def _read_documents(
@@ -160,7 +157,7 @@ def _read_documents(
     means = [sample[0] for sample in samples]
     rank = min(config.spectrum.rank, means[0].shape[1])
     subspaces = _subspaces(means, rank, [handle.document_basis for handle in handles])
-    coordinates = [gather_rows((x - s[0]) @ s[1]).cpu() for x, s in zip(means, subspaces, strict=True)]
+    coordinates = [gather_rows((x - s.mean) @ s.basis).cpu() for x, s in zip(means, subspaces, strict=True)]
     mine = {}
     world = len(gather_objects(None))
     for number, handle in enumerate(handles):
@@ -172,13 +169,12 @@ def _read_documents(
     for number, handle in enumerate(handles):
         reading = readings[handle.index]
         detection, labels, centroids, stable, agree = results[handle.index]
+        space = subspaces[number]
         reading.coordinates, reading.domains = coordinates[number], domains
+        if space.directions.shape[1] > 1:
+            reading.plane = coordinates[number] @ (space.basis.T @ space.directions[:, :2]).cpu()
         reading.detection, reading.labels, reading.stability, reading.agreement = detection, labels, stable, agree
-        handle.document_mean, handle.document_basis, handle.document_centroids = (
-            subspaces[number][0],
-            subspaces[number][1],
-            centroids,
-        )
+        handle.document_mean, handle.document_basis, handle.document_centroids = space.mean, space.basis, centroids
         reading.seconds["clusters"] = (time.perf_counter() - started) / len(handles)
         reading.bytes["clusters"] = 4 * coordinates[number].numel()
 
@@ -187,7 +183,7 @@ def _cluster(
     controller: "Controller",
     handle: BlockHandle,
     coordinates: Tensor,
-    subspace: tuple[Tensor, Tensor, Tensor],
+    subspace: Subspace,
     domains: Tensor,
 ) -> tuple[Detection, Tensor, Tensor, float | None, dict[str, float] | None]:
     """Detect clusters, and compare today's balanced clusters with those of the last check on today's documents.
@@ -199,7 +195,7 @@ def _cluster(
     centroids, labels = balanced_kmeans(coordinates, config.num_experts, config.seed)
     stable = None
     if handle.document_centroids is not None:
-        mean, basis, _ = subspace
+        mean, basis = subspace.mean, subspace.basis
         # Last check's centroids as features, seen from today's mean and basis.
         old = handle.document_centroids @ handle.document_basis.cpu().T + handle.document_mean.cpu()
         old = (old - mean.cpu()) @ basis.cpu()

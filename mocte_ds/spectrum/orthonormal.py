@@ -40,7 +40,7 @@ def _cholesky_qr2(known: Tensor | None, y: Tensor) -> Tensor | None:
     everything = y if known is None else torch.cat([known, y], dim=-1)
     overlap = everything.mT @ y
     overlap.diagonal(offset=-(overlap.shape[-2] - overlap.shape[-1]), dim1=-2, dim2=-1).sub_(1.0)
-    return y if bool((overlap.abs().amax() < _LOSS)) else None
+    return y if bool(overlap.abs().amax() < _LOSS) else None
 
 
 def _scaled(y: Tensor) -> Tensor:

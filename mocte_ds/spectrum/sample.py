@@ -81,8 +81,8 @@ class Reservoir:
         """
         if rows.dim() != 2 or rows.shape[1] != self.width or keys.shape != rows.shape[:1]:
             raise MocteError(
-                f"the reservoir takes rows of {self.width} numbers with one key each, not rows {tuple(rows.shape)} with "
-                f"keys {tuple(keys.shape)}."
+                f"the reservoir takes rows of {self.width} numbers with one key each, not rows {tuple(rows.shape)} "
+                f"with keys {tuple(keys.shape)}."
             )
         if rows.device != self._rows.device:
             self._rows, self._keys, self._order = (t.to(rows.device) for t in (self._rows, self._keys, self._order))

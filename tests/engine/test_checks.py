@@ -1,0 +1,83 @@
+"""Checks in a run: emergence, events, freezing by policy, and a resume that nobody can tell from no interruption."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine import runs
+from tests.spawn import spawn
+
+FREEZING = {"policy": "random", "checks": 1, "rows": 32, "iterations": 4}
+
+
+def test_emergence_is_decided_and_reported():
+    result = spawn(runs.run, 2, runs.config(), 0, 16, None, None, timeout=150, deepspeed=True)
+    events = result[0]["events"]
+    assert result[1]["events"] == []
+    checks = [event for event in events if event["event"] == "check"]
+    assert [event["step"] for event in checks] == list(range(2, 17, 2))
+    emerged = [event for event in events if event["event"] == "emergence"]
+    assert sorted(event["block"] for event in emerged) == [0, 1]
+    for event in emerged:
+        assert event["step"] <= 8 and event["reason"].split(":")[0] in ("detected", "deadline")
+        assert event["output_change"] < 0.02
+        assert event["optimizer_bytes_after"][0] > event["optimizer_bytes_before"][0]
+    block = checks[-1]["blocks"][0]
+    assert block["rows"] == 512 and block["documents"] == 64 and len(block["singular_values"]) == 4
+    assert 0 < sum(block["explained"]) <= 1 and block["purity"] > 0.9
+    assert set(block["domain_load"]) == {"low", "high"} and sum(block["domain_load"]["low"]) == pytest.approx(1)
+    # Tokens routed since emergence: all of them, once.
+    steps_after = 16 - emerged[0]["step"]
+    assert sum(result[0]["load"][emerged[0]["block"]]) == steps_after * 4 * runs.MICRO * runs.LENGTH
+
+
+@pytest.mark.parametrize("kind", ["ffn", "lora"])
+def test_resume_is_bitwise(tmp_path, kind):
+    settings = runs.config(freeze=FREEZING, expert={"kind": kind}, router={"kind": "token", "bias": False})
+    whole = spawn(runs.run, 2, settings, 0, 36, None, None, timeout=200, deepspeed=True)
+    first = spawn(runs.run, 2, settings, 0, 24, None, str(tmp_path), timeout=150, deepspeed=True)
+    second = spawn(runs.run, 2, settings, 24, 36, str(tmp_path), None, timeout=150, deepspeed=True)
+    frozen = [event for event in whole[0]["events"] if event["event"] == "freeze"]
+    assert any(event["step"] < 24 for event in frozen), "the run must have frozen an expert before it was interrupted"
+    event = frozen[0]
+    assert sum(event["optimizer_bytes_after"]) < sum(event["optimizer_bytes_before"])
+    for rank in range(2):
+        assert first[rank]["losses"] + second[rank]["losses"] == whole[rank]["losses"]
+        for key in ("modes", "load", "bytes", "random"):
+            assert second[rank][key] == whole[rank][key], key
+        assert second[rank]["client"]["note"] == "kept"
+    timeless = [{k: v for k, v in event.items() if k not in ("seconds", "bytes")} for event in whole[0]["events"]]
+    again = [{k: v for k, v in e.items() if k not in ("seconds", "bytes")} for e in second[0]["events"]]
+    assert again == timeless[-len(again) :]
+
+
+def test_checkpoint_of_another_config_or_torn(tmp_path):
+    spawn(runs.run, 2, runs.config(), 0, 10, None, str(tmp_path), timeout=150, deepspeed=True)
+    (message, _) = spawn(runs.refuse, 2, runs.config(num_experts=8), str(tmp_path), timeout=100, deepspeed=True)
+    assert "CheckpointError" in message and "mocte.num_experts: checkpoint 4, run 8" in message
+    state = next(Path(tmp_path).glob("*/mocte_state.pt"))
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    (message, _) = spawn(runs.refuse, 2, runs.config(), str(tmp_path), timeout=100, deepspeed=True)
+    assert "CheckpointError" in message and "mocte_state.pt cannot be read" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "stage = 3: use stage 1 or 2"),
+        ({"zero_optimization": {}}, "stage = 0: use stage 1 or 2"),
+        ({"optimizer": None}, 'no "optimizer"'),
+        ({"mocte": None}, 'no "mocte" block'),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype is not supported"),
+    ],
+)
+def test_wrong_deepspeed_config_is_refused_before_any_work(change, message):
+    import mocte_ds
+    from mocte_ds.errors import ConfigError
+
+    settings = {k: v for k, v in {**runs.config(), **change}.items() if v is not None}
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=message):
+        mocte_ds.initialize(model=model, config=settings)
+    assert not torch.distributed.is_initialized()

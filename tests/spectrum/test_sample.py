@@ -1,0 +1,111 @@
+"""The sample of features: a uniform choice that does not depend on how the rows are shared out."""
+
+import numpy as np
+import pytest
+import torch
+
+from mocte_ds.dist.collectives import world
+from mocte_ds.errors import MocteError
+from mocte_ds.spectrum.sample import Reservoir, hash_keys, mix
+from tests.spawn import spawn
+
+
+def _splitmix(state: int) -> int:
+    """SplitMix64 in Python's unbounded integers, as published."""
+    mask = (1 << 64) - 1
+    z = (state + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def test_the_hash_is_splitmix() -> None:
+    assert _splitmix(0) == 0xE220A8397B1DCDAF  # the published first number of seed 0
+    values = torch.tensor([0, 1, -5, 1 << 40, (1 << 63) - 1])
+    expected = [_splitmix((v ^ 12345) % (1 << 64)) for v in values.tolist()]
+    assert [v % (1 << 64) for v in mix(12345, values).tolist()] == expected
+
+
+def test_keys_are_distinct_and_seeded() -> None:
+    sequence = torch.arange(300)[:, None].expand(300, 200)
+    position = torch.arange(200).expand(300, 200)
+    keys = hash_keys(sequence, position, 7)
+    assert keys.unique().numel() == 60000 and keys.min() >= 0
+    assert not torch.equal(keys, hash_keys(sequence, position, 8))
+    assert not torch.equal(hash_keys(position, sequence, 7), keys)
+    # Uniform: every quarter of the range gets a quarter of the keys.
+    assert np.histogram(keys.numpy().astype(float), 4, (0, 2.0**63))[0].min() > 14500
+
+
+def _rows(indices: torch.Tensor) -> torch.Tensor:
+    return torch.stack([indices.float(), indices.float() * 2], dim=1)
+
+
+def test_order_and_pieces_do_not_matter() -> None:
+    indices = torch.arange(1000)
+    keys = hash_keys(indices, torch.zeros_like(indices), 1)
+    whole = Reservoir(64, 2, seed=3)
+    whole.add(_rows(indices), keys)
+    pieces = Reservoir(64, 2, seed=3)
+    for part in torch.randperm(1000).split(37):
+        pieces.add(_rows(indices[part]), keys[part])
+    assert torch.equal(whole.rows(), pieces.rows()) and torch.equal(whole.keys(), pieces.keys())
+    assert torch.equal(keys[whole.rows()[:, 0].long()], whole.keys())
+    other = Reservoir(64, 2, seed=4)
+    other.add(_rows(indices), keys)
+    assert not torch.equal(whole.rows(), other.rows())
+
+
+def test_every_row_has_the_same_chance() -> None:
+    chosen = torch.zeros(100)
+    indices = torch.arange(100)
+    for seed in range(400):
+        reservoir = Reservoir(25, 2, seed)
+        reservoir.add(_rows(indices), indices)
+        chosen[reservoir.rows()[:, 0].long()] += 1
+    # 100 expected, standard deviation 8.7; the row numbers themselves are the keys here.
+    assert chosen.min() > 60 and chosen.max() < 140
+    assert abs(float(torch.corrcoef(torch.stack([chosen, indices.float()]))[0, 1])) < 0.3
+
+
+def test_rows_are_copies_and_clear_forgets() -> None:
+    rows = torch.ones(3, 2, requires_grad=True)
+    reservoir = Reservoir(8, 2, seed=0)
+    reservoir.add(rows, torch.arange(3))
+    with torch.no_grad():
+        rows.zero_()
+    assert reservoir.rows().sum() == 6 and not reservoir.rows().requires_grad
+    reservoir.clear()
+    assert reservoir.rows().shape == (0, 2) and reservoir.keys().shape == (0,)
+    half = Reservoir(8, 2, seed=0, dtype=torch.bfloat16)
+    half.add(torch.ones(3, 2), torch.arange(3))
+    assert half.rows().dtype == torch.bfloat16
+
+
+def _part_of_the_rows(total: int, capacity: int) -> tuple:
+    rank, size = world()
+    reservoir = Reservoir(capacity, 2, seed=5)
+    mine = torch.arange(total)[rank::size]
+    reservoir.add(_rows(mine), hash_keys(mine, mine, 2))
+    return reservoir.merged_rows(), reservoir.merged_keys(), reservoir.gathered_rows()
+
+
+@pytest.mark.parametrize("total", [500, 20])
+def test_ranks_keep_together_what_one_would_keep(total: int) -> None:
+    alone = Reservoir(50, 2, seed=5)
+    alone.add(_rows(torch.arange(total)), hash_keys(torch.arange(total), torch.arange(total), 2))
+    parts = spawn(_part_of_the_rows, 3, total, 50)
+    assert sorted(torch.cat([p[0] for p in parts])[:, 0].tolist()) == sorted(alone.rows()[:, 0].tolist())
+    assert sorted(torch.cat([p[1] for p in parts]).tolist()) == sorted(alone.keys().tolist())
+    for _, _, everywhere in parts:
+        assert torch.equal(everywhere, alone.rows())
+    assert torch.equal(alone.merged_rows(), alone.rows())
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(MocteError, match="one key each"):
+        Reservoir(4, 2, 0).add(torch.ones(3, 2), torch.arange(2))
+    with pytest.raises(MocteError, match="one key each"):
+        Reservoir(4, 2, 0).add(torch.ones(3, 5), torch.arange(3))
+    with pytest.raises(MocteError, match="capacity"):
+        Reservoir(0, 2, 0)
