@@ -11,6 +11,7 @@ from mocte_ds.errors import MocteError
 # Steele, Lea & Flood, "Fast splittable pseudorandom number generators" (2014): the mixing function of SplitMix64.
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None))
+_POSITIVE = (1 << 63) - 1
 
 
 def hash_keys(sequence_index: Tensor, position: Tensor, seed: int) -> Tensor:
@@ -24,7 +25,7 @@ def hash_keys(sequence_index: Tensor, position: Tensor, seed: int) -> Tensor:
     Returns:
         int64, not negative.
     """
-    return mix(mix(mix(_as_int64(seed), sequence_index), position), 0) & 0x7FFFFFFFFFFFFFFF
+    return mix(mix(_scrambled(seed), sequence_index), position) & _POSITIVE
 
 
 def mix(state: Tensor | int, value: Tensor | int) -> Tensor:
@@ -130,12 +131,13 @@ class Reservoir:
         return self._order <= everywhere.kthvalue(self.capacity).values
 
     def _hash(self, keys: Tensor) -> Tensor:
-        return mix(_as_int64(self.seed), keys) & 0x7FFFFFFFFFFFFFFF
+        return mix(_scrambled(self.seed), keys) & _POSITIVE
 
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _as_int64(seed: int) -> int:
-    return _signed(seed % (1 << 64))
+def _scrambled(seed: int) -> int:
+    """The seed spread over 64 bits, or seed 1 with sequence 0 would be seed 0 with sequence 1."""
+    return int(mix(_signed(seed % (1 << 64)), 0))

@@ -1,4 +1,4 @@
-"""The leading singular directions of features that lie on many ranks, without gathering them or forming a Gram matrix."""
+"""The leading singular directions of features that lie on many ranks, without gathering rows or forming X^T X."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Subspace:
     mean: Tensor
     """(d,) mean of the rows."""
     basis: Tensor
-    """(d, r) orthonormal; the directions turned onto the basis that was passed, so that coordinates keep their sense."""
+    """(d, r) orthonormal; the directions turned onto the basis passed, so that coordinates keep their meaning."""
     singular_values: Tensor
     """(r,) of the centred matrix of all rows, descending; they belong to ``directions``."""
     directions: Tensor

@@ -33,6 +33,7 @@ def test_keys_are_distinct_and_seeded() -> None:
     assert keys.unique().numel() == 60000 and keys.min() >= 0
     assert not torch.equal(keys, hash_keys(sequence, position, 8))
     assert not torch.equal(hash_keys(position, sequence, 7), keys)
+    assert not set(hash_keys(position, sequence, 1).flatten().tolist()) & set(keys.flatten().tolist())
     # Uniform: every quarter of the range gets a quarter of the keys.
     assert np.histogram(keys.numpy().astype(float), 4, (0, 2.0**63))[0].min() > 14500
 

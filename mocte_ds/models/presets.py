@@ -1,0 +1,32 @@
+"""Named model sizes for run files."""
+
+import difflib
+from dataclasses import replace
+from typing import Any
+
+from mocte_ds.errors import ConfigError
+from mocte_ds.models.decoder import DecoderConfig
+
+PRESETS: dict[str, DecoderConfig] = {
+    # 1.26 M parameters: five minutes on two CPU cores.
+    "quickstart": DecoderConfig("llama", 2048, 128, 352, 4, 4, 2, max_positions=256),
+    # GPT-2 shapes of the paper's experiments, 139 M and 752 M parameters with the GPT-2 vocabulary rounded up to 50,304.
+    "gpt-140m": DecoderConfig("gpt2", 50304, 768, 3072, 14, 12, max_positions=1024),
+    "gpt-750m": DecoderConfig("gpt2", 50304, 1536, 6144, 24, 16, max_positions=1024),
+    # 1.1 B and 6.7 B parameters.
+    "llama-1b": DecoderConfig("llama", 32000, 2048, 5632, 22, 32, 4, max_positions=2048),
+    "llama-7b": DecoderConfig("llama", 32000, 4096, 11008, 32, 32, max_positions=4096),
+}
+
+
+def preset(name: str, **changes: Any) -> DecoderConfig:
+    """A named size, with some fields changed.
+
+    Raises:
+        ConfigError: unknown name; says the nearest one.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"model.preset = {name!r} is unknown.{hint} Allowed: {', '.join(PRESETS)}.")
+    return replace(PRESETS[name], **changes)
