@@ -84,17 +84,15 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens that the run has trained on."""
-        return int(self.metrics[-1].get("tokens") or 0)
+        return int(self.metrics[-1]["tokens"])
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Global tokens of the last optimizer step, or None with too few rows."""
-        rows = [row for row in self.metrics if row.get("tokens") is not None]
-        if not rows:
-            return None
-        if len(rows) == 1:
-            return rows[0]["tokens"] // rows[0]["step"] if rows[0]["step"] else None
-        return (rows[-1]["tokens"] - rows[-2]["tokens"]) // max(1, rows[-1]["step"] - rows[-2]["step"])
+        """Global tokens of the last optimizer step, or None where the log cannot say."""
+        *earlier, last = self.metrics
+        if not earlier:
+            return last["tokens"] // last["step"] if last["step"] else None
+        return (last["tokens"] - earlier[-1]["tokens"]) // (last["step"] - earlier[-1]["step"])
 
     def block_history(self, block: int) -> list[tuple[int, Row]]:
         """What the checks say of one block: (tokens, entry of the check) in order of time."""
@@ -131,7 +129,7 @@ def read_run(folder: Path | str) -> Run:
             f"{folder} is no run folder: it has no metrics.jsonl. Give the folder that launch/pretrain.py wrote (--out)."
         )
     notes: list[str] = []
-    rows = [row for row in _json_lines(log, notes) if isinstance(row.get("step"), int)]
+    rows = [row for row in _json_lines(log, notes) if _is_number(row.get("step")) and _is_number(row.get("tokens"))]
     if not rows:
         raise MocteError(
             f"{log} has no readable step: the run has not finished its first step, or the log was damaged. Wait for a "
@@ -139,15 +137,20 @@ def read_run(folder: Path | str) -> Run:
         )
     metrics = _last_of_each_step(rows, notes)
     events = _without_undone(_json_lines(folder / "events.jsonl", notes), notes)
+    _fill_tokens(events, metrics)
     return Run(
         folder=folder,
         metrics=metrics,
         events=events,
-        ledger={k: v for k, v in _json_file(folder / "ledger.json", notes).items() if isinstance(v, (int, float))},
+        ledger={k: v for k, v in _json_file(folder / "ledger.json", notes).items() if _is_number(v)},
         facts=_json_file(folder / "run.json", notes),
         evaluation=_json_file(folder / "evaluation" / "results.json", notes),
         notes=notes,
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _parse(text: str) -> Any:
@@ -210,7 +213,6 @@ def _without_undone(rows: list[Row], notes: list[str]) -> list[Row]:
     for row in rows:
         if not (isinstance(row.get("event"), str) and isinstance(row.get("step"), int)):
             continue
-        row.setdefault("tokens", 0)
         if row["event"] == "resume":
             before = len(kept)
             kept = [event for event in kept if event["step"] <= row["step"]]
@@ -219,6 +221,14 @@ def _without_undone(rows: list[Row], notes: list[str]) -> list[Row]:
     if undone:
         notes.append(f"events.jsonl: {undone} event(s) after the checkpoint of a resume were taken back and are left out.")
     return kept
+
+
+def _fill_tokens(events: list[Row], metrics: list[Row]) -> None:
+    """Events without a number of tokens stand where the log of steps says that their step stands."""
+    tokens_at = {row["step"]: row["tokens"] for row in metrics}
+    for event in events:
+        if not _is_number(event.get("tokens")):
+            event["tokens"] = tokens_at.get(event["step"], 0)
 
 
 def _block_label(index: int, name: str) -> str:

@@ -1,0 +1,203 @@
+"""Batches from prepared data. The place in the data is one integer; who reads which part hangs on nothing else."""
+
+import functools
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mocte_ds.data.indexed import Manifest, prefix
+from mocte_ds.errors import DataError
+
+# Length of the pattern in which domains follow each other; weights are rounded to multiples of 1/_PERIOD.
+_PERIOD = 1024
+
+
+class PackedDomain:
+    """Sequences of one domain: documents in an order that changes with every epoch, packed without gaps."""
+
+    def __init__(self, folder: Path, domain: str, split: str, context: int, seed: int) -> None:
+        """Open the indexed data.
+
+        Args:
+            folder: prepared data.
+            domain: its name.
+            split: `train` or `validation`.
+            context: tokens of a sequence; a sample holds one more, for the labels.
+            seed: of the orders.
+
+        Raises:
+            DataError: files are missing or hold fewer tokens than one sample.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # megatron-core warns of missing GPU libraries
+            from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        path = prefix(folder, domain, split)
+        if not IndexedDataset.exists(str(path)):
+            raise DataError(f"{path}.bin or .idx is missing; prepare the data again.")
+        self._data, self._context = IndexedDataset(str(path)), context
+        self._lengths = np.asarray(self._data.sequence_lengths, dtype=np.int64)
+        self._key = [seed, *domain.encode(), len(split)]
+        self.tokens = int(self._lengths.sum())
+        self.samples = (self.tokens - 1) // context
+        if self.samples < 1:
+            raise DataError(
+                f"domain '{domain}' has {self.tokens} {split} tokens, fewer than one sequence of {context} + 1; "
+                "take a shorter context or more text."
+            )
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """Sample ``number`` (any number; epochs follow each other): (context + 1,) int64."""
+        epoch, place = divmod(number, self.samples)
+        documents, ends, order = self._epoch(epoch)
+        start = int(order[place]) * self._context
+        parts, missing = [], self._context + 1
+        at = int(np.searchsorted(ends, start, side="right"))
+        offset = start - (int(ends[at - 1]) if at else 0)
+        while missing:
+            document = int(documents[at])
+            length = min(missing, int(self._lengths[document]) - offset)
+            parts.append(self._data.get(document, offset=offset, length=length))
+            missing, offset, at = missing - length, 0, at + 1
+        return np.concatenate(parts).astype(np.int64)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - the loader lives as long as the run
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Order of the documents, their cumulated lengths, and the order of the samples."""
+        generator = np.random.default_rng([*self._key, epoch])
+        documents = generator.permutation(len(self._lengths))
+        return documents, np.cumsum(self._lengths[documents]), generator.permutation(self.samples)
+
+
+class BlendedLoader:
+    """Micro-batches of one rank from all domains, by weight.
+
+    Global sequence p is the same whatever the number of ranks and micro-batches. Accumulation step g of rank r takes the
+    sequences position + (g * world_size + r) * micro_batch + [0, micro_batch).
+    """
+
+    def __init__(
+        self,
+        prepared: str | Path,
+        split: str,
+        context: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        seed: int = 0,
+        weights: dict[str, float] | None = None,
+        position: int = 0,
+    ) -> None:
+        """Open prepared data.
+
+        Args:
+            prepared: folder made by tools/prepare_data.py.
+            split: `train` or `validation`.
+            context: tokens of a sequence.
+            batch_size: sequences of a global batch (an optimizer step).
+            rank: this data-parallel rank.
+            world_size: data-parallel ranks.
+            micro_batch: sequences of a micro-batch on one rank.
+            seed: of all orders.
+            weights: share of each domain, any scale; None: by tokens.
+            position: global sequences already consumed.
+
+        Raises:
+            DataError: sizes that do not divide, unknown or negative weights, too little text.
+        """
+        if batch_size % (world_size * micro_batch):
+            raise DataError(
+                f"a global batch of {batch_size} sequences is no multiple of {world_size} ranks x {micro_batch} sequences "
+                "of a micro-batch."
+            )
+        self.manifest = Manifest.read(prepared)
+        self.domains = sorted(self.manifest.domains)
+        for domain in weights or {}:
+            if domain not in self.domains:
+                raise DataError(f"data.weights names the domain '{domain}', which is not among {self.domains}.")
+        self._sets = [PackedDomain(Path(prepared), d, split, context, seed) for d in self.domains]
+        raw = [weights.get(d, 0.0) if weights else s.tokens for d, s in zip(self.domains, self._sets, strict=True)]
+        self._counts = _pattern_counts(np.asarray(raw, dtype=np.float64))
+        self.batch_size, self.rank, self.world_size, self.micro_batch = batch_size, rank, world_size, micro_batch
+        self.seed, self.position = seed, position
+
+    def seek(self, position: int) -> None:
+        """Go on behind ``position`` consumed sequences."""
+        self.position = position
+
+    def sequence(self, number: int) -> tuple[int, np.ndarray]:
+        """Domain and tokens (context + 1,) of global sequence ``number``."""
+        period, place = divmod(number, _PERIOD)
+        pattern, ranks = self._pattern(period)
+        domain = int(pattern[place])
+        return domain, self._sets[domain][period * int(self._counts[domain]) + int(ranks[place])]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Endless micro-batches: input_ids and labels (micro_batch, context), domain (micro_batch,)."""
+        while True:
+            for turn in range(self.batch_size // (self.world_size * self.micro_batch)):
+                first = self.position + (turn * self.world_size + self.rank) * self.micro_batch
+                found = [self.sequence(first + i) for i in range(self.micro_batch)]
+                last = turn == self.batch_size // (self.world_size * self.micro_batch) - 1
+                tokens = torch.from_numpy(np.stack([ids for _, ids in found]))
+                if last:
+                    self.position += self.batch_size
+                yield {
+                    "input_ids": tokens[:, :-1].contiguous(),
+                    "labels": tokens[:, 1:].contiguous(),
+                    "domain": torch.tensor([domain for domain, _ in found]),
+                }
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - the loader lives as long as the run
+    def _pattern(self, period: int) -> tuple[np.ndarray, np.ndarray]:
+        """Domain of each place of a period, and how many places before it have the same domain."""
+        pattern = np.repeat(np.arange(len(self._counts)), self._counts)
+        np.random.default_rng([self.seed, 7, period]).shuffle(pattern)
+        ranks = np.empty_like(pattern)
+        for domain in range(len(self._counts)):
+            mine = pattern == domain
+            ranks[mine] = np.arange(mine.sum())
+        return pattern, ranks
+
+
+def _pattern_counts(weights: np.ndarray) -> np.ndarray:
+    """Places of each domain in a period: largest remainders, at least one for a positive weight."""
+    if (weights < 0).any() or not np.isfinite(weights).all() or weights.sum() <= 0:
+        raise DataError(f"data.weights must be positive numbers, not {weights.tolist()}.")
+    exact = weights / weights.sum() * _PERIOD
+    counts = np.maximum(np.floor(exact).astype(np.int64), (weights > 0).astype(np.int64))
+    for domain in np.argsort(counts - exact, kind="stable")[: max(0, _PERIOD - counts.sum())]:
+        counts[domain] += 1
+    while counts.sum() > _PERIOD:
+        counts[np.argmax(counts)] -= 1
+    return counts
+
+
+def validation_batches(
+    prepared: str | Path, context: int, max_sequences: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fixed validation sequences of every domain.
+
+    Args:
+        prepared: folder made by tools/prepare_data.py.
+        context: tokens of a sequence.
+        max_sequences: at most so many of a domain.
+
+    Returns:
+        By domain: input_ids and labels, both (n, context); a domain with less than one sequence is left out.
+    """
+    result = {}
+    for domain, facts in sorted(Manifest.read(prepared).domains.items()):
+        if facts["validation"]["tokens"] <= context:
+            continue
+        packed = PackedDomain(Path(prepared), domain, "validation", context, seed=0)
+        tokens = torch.from_numpy(np.stack([packed[i] for i in range(min(max_sequences, packed.samples))]))
+        result[domain] = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    if not result:
+        raise DataError(f"no domain of {prepared} has one validation sequence of {context} tokens; take a shorter context.")
+    return result

@@ -1,0 +1,42 @@
+"""What a figure of the report is made of, and how it becomes PNG files."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from mocte_ds.report.figures.palette import STYLE
+from mocte_ds.report.reader import Run
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """One figure of the report."""
+
+    name: str
+    """Name of its files."""
+    title: str
+    reading: str
+    """One sentence on how to read it."""
+    missing: Callable[[Run], str | None]
+    """Why a run has nothing for it yet, or None."""
+    draw: Callable[[Run, bool], Figure]
+    """Draw it from a run's log; the second argument asks for the narrow version."""
+    caption: Callable[[Run], str]
+    """What is shown, with sample sizes, computed from the log."""
+
+
+def drawn(kind: FigureKind, run: Run, narrow: bool) -> Figure:
+    """The figure in the report's look."""
+    with matplotlib.rc_context(STYLE):
+        return kind.draw(run, narrow)
+
+
+def png(kind: FigureKind, run: Run, narrow: bool) -> bytes:
+    """The figure as a PNG file."""
+    figure, buffer = drawn(kind, run, narrow), io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
+    return buffer.getvalue()

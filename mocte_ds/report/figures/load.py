@@ -1,0 +1,105 @@
+"""Figure: how evenly tokens spread over the experts of every block, over time."""
+
+import numpy as np
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+
+from mocte_ds.report.figures.drawing import FigureKind
+from mocte_ds.report.figures.layout import outer_labels, panels, token_axis
+from mocte_ds.report.figures.palette import DIVERGING, INK
+from mocte_ds.report.reader import Run
+from mocte_ds.report.wording import decimal, integer, plural
+
+MOST_COLUMNS = 60
+LEVELS = [0.0, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0]
+
+
+def missing(run: Run) -> str | None:
+    return None if loaded_blocks(run) else "no block routes tokens yet, so no expert has a load."
+
+
+def loaded_blocks(run: Run) -> list[int]:
+    """Blocks whose experts got a token."""
+    return [block for block in run.blocks if np.nansum(counts(run, block)) > 0]
+
+
+def counts(run: Run, block: int) -> np.ndarray:
+    """(steps, E) tokens of each expert at each step; NaN where the log has none."""
+    table = np.full((len(run.metrics), run.experts.get(block, 0)), np.nan)
+    for place, row in enumerate(run.metrics):
+        load = row.get("expert_load") or []
+        if block < len(load) and load[block] and len(load[block]) == table.shape[1]:
+            table[place] = [np.nan if value is None else value for value in load[block]]
+    return table
+
+
+def binned(run: Run, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Load over even load: (borders in tokens (bins + 1,), (E, bins) share of the tokens times E)."""
+    table = counts(run, block)
+    tokens = np.array([row["tokens"] for row in run.metrics], dtype=float)
+    starts = np.arange(0, len(tokens), bin_steps(run))
+    borders = np.concatenate([[0.0], tokens[np.append(starts[1:] - 1, len(tokens) - 1)]])
+    summed = np.add.reduceat(np.nan_to_num(table), starts, axis=0)
+    total = summed.sum(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return borders, np.where(total > 0, summed / total * table.shape[1], np.nan).T
+
+
+def bin_steps(run: Run) -> int:
+    """Steps that one column of the figure adds up."""
+    return max(1, -(-len(run.metrics) // MOST_COLUMNS))
+
+
+def draw(run: Run, narrow: bool) -> Figure:
+    blocks = loaded_blocks(run)
+    most = max(run.experts[block] for block in blocks)
+    figure, axes = panels(len(blocks), narrow, 0.9 + 0.2 * most, share_y=False)
+    norm = BoundaryNorm(LEVELS, ncolors=256, extend="max")
+    mesh = None
+    for axis, block in zip(axes, blocks, strict=True):
+        borders, relative = binned(run, block)
+        rows = np.arange(relative.shape[0] + 1) - 0.5
+        mesh = axis.pcolormesh(borders, rows, relative, cmap=DIVERGING, norm=norm)
+        for event in run.of_kind("freeze", "thaw"):
+            if event.get("block") == block and event.get("expert") is not None:
+                marker = "v" if event["event"] == "freeze" else "^"
+                axis.plot(event["tokens"], event["expert"], marker, color=INK, ms=6, mec="white", mew=0.8)
+        axis.set_yticks(range(relative.shape[0]))
+        axis.invert_yaxis()
+        axis.grid(visible=False)
+        axis.set_title(run.blocks[block])
+        name = token_axis(axis, run.tokens)
+    outer_labels(axes, name, "expert (number)")
+    bar = figure.colorbar(mesh, ax=axes, location="bottom" if narrow else "right", shrink=0.8, fraction=0.06, pad=0.02)
+    bar.set_label("load (1 = even share)")
+    bar.set_ticks(LEVELS, labels=[f"{level:g}" for level in LEVELS])
+    return figure
+
+
+def caption(run: Run) -> str:
+    parts = []
+    for block in loaded_blocks(run):
+        table = counts(run, block)
+        table = table[np.nansum(table, axis=1) > 0]
+        total = np.nansum(table, axis=0)
+        last = np.nansum(table[-min(len(table), bin_steps(run)) :], axis=0)
+        parts.append(
+            f"{run.blocks[block]} {integer(total.sum())} tokens in {plural(len(table), 'step')}, max/mean "
+            f"{decimal(total.max() / total.mean(), 2)} over all and {decimal(last.max() / last.mean(), 2)} at the end"
+        )
+    marks = " Triangles: freeze (down), thaw (up)." if run.of_kind("freeze", "thaw") else ""
+    return (
+        f"Tokens routed to each expert over what an even split would give, each column {plural(bin_steps(run), 'step')} added "
+        f"up; white space left: warm-up. {'; '.join(parts)}.{marks}"
+    )
+
+
+FIGURE = FigureKind(
+    name="load",
+    title="Expert load over time",
+    reading="Pale rows are in balance; a row that stays dark purple is an expert that hardly gets tokens, dark orange one "
+    "that gets too many.",
+    missing=missing,
+    draw=draw,
+    caption=caption,
+)

@@ -1,0 +1,44 @@
+"""Marks of what happened (emergence, freeze, thaw) on figures over time."""
+
+from matplotlib.axes import Axes
+
+from mocte_ds.report.figures.palette import INK, depth_color
+from mocte_ds.report.reader import Run
+
+KINDS = {"emergence": ("o", "emergence"), "freeze": ("v", "freeze"), "thaw": ("^", "thaw")}
+MOST_LABELS = 12
+
+
+def emergence_lines(axis: Axes, run: Run, block: int | None = None) -> None:
+    """A dashed line at each emergence, of all blocks or of one."""
+    for event in run.of_kind("emergence"):
+        if block is None or event.get("block") == block:
+            axis.axvline(event["tokens"], color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1.5)
+
+
+def event_strip(axis: Axes, run: Run) -> None:
+    """A strip with one row a kind of event and one mark an event, coloured by the block's depth."""
+    rows = list(KINDS)
+    order = {block: place for place, block in enumerate(run.blocks)}
+    for height, kind in enumerate(reversed(rows)):
+        events = run.of_kind(kind)
+        for event in events:
+            color = depth_color(order.get(event.get("block"), 0), len(order))
+            axis.plot(event["tokens"], height, KINDS[kind][0], color=color, ms=6, mec="white", mew=0.6, clip_on=False)
+        together: dict[int, list[str]] = {}
+        for event in events:
+            together.setdefault(event["tokens"], []).append(event_name(event))
+        if len(together) <= MOST_LABELS:
+            for tokens, names in together.items():
+                text = names[0] if len(names) == 1 else f"{len(names)}×"
+                axis.annotate(text, (tokens, height), (0, 5), textcoords="offset points", fontsize=7, ha="center")
+    axis.set_ylim(-0.6, len(rows) - 0.2)
+    axis.set_yticks(range(len(rows)), [f"{kind} ({len(run.of_kind(kind))})" for kind in reversed(rows)])
+    axis.set_ylabel("event (count)")
+    axis.grid(axis="y", visible=True)
+
+
+def event_name(event: dict) -> str:
+    """Short name of whom an event is about: ``b0`` a block, ``b0e2`` its expert 2."""
+    expert = event.get("expert")
+    return f"b{event.get('block')}" + (f"e{expert}" if expert is not None else "")

@@ -1,0 +1,51 @@
+"""Sums of the ledger of FLOPs: all that was spent, what MO-CTE adds, what freezing saved; and its seconds."""
+
+from mocte_ds.report.reader import Run
+from mocte_ds.report.wall import wall_clock
+
+COMPONENTS = {
+    "forward": "forward pass of the model",
+    "dgrad": "backward pass: gradients by inputs",
+    "wgrad": "backward pass: gradients by weights, of units that train",
+    "routing": "gates of the blocks",
+    "sampling": "collecting features for the checks",
+    "spectrum": "sampled SVD",
+    "clusters": "clustering of documents",
+    "trainability": "power iterations for the experts' kernels",
+    "wgrad_saved": "weight gradients that frozen units did not need",
+}
+OWN_WORK = ("routing", "sampling", "spectrum", "clusters", "trainability")
+MEASURING = ("sampling", "spectrum", "clusters", "trainability")
+
+
+def total(run: Run) -> float:
+    """FLOPs spent, everything counted but what was saved; 0 without a ledger."""
+    return sum(value for name, value in run.ledger.items() if name != "wgrad_saved")
+
+
+def overhead(run: Run) -> float | None:
+    """Share of the spent FLOPs that MO-CTE adds (gates, sampling, SVD, clustering, trainability)."""
+    return sum(run.ledger.get(name, 0.0) for name in OWN_WORK) / total(run) if total(run) else None
+
+
+def saved(run: Run) -> float | None:
+    """FLOPs that freezing saved over those that the run would have spent without freezing."""
+    if not total(run) or "wgrad_saved" not in run.ledger:
+        return None
+    return run.ledger["wgrad_saved"] / (total(run) + run.ledger["wgrad_saved"])
+
+
+def check_seconds(run: Run) -> dict[str, float]:
+    """Seconds that all checks spent, by part; empty without checks."""
+    seconds: dict[str, float] = {}
+    for check in run.checks:
+        for part, value in (check.get("seconds") or {}).items():
+            if value is not None:
+                seconds[part] = seconds.get(part, 0.0) + value
+    return seconds
+
+
+def wall_seconds(run: Run) -> float | None:
+    """Seconds of training, or None if the log has no times."""
+    clock = wall_clock(run)
+    return None if clock is None else float(clock[-1])
