@@ -219,7 +219,9 @@ def _without_undone(rows: list[Row], notes: list[str]) -> list[Row]:
             undone += before - len(kept)
         kept.append(row)
     if undone:
-        notes.append(f"events.jsonl: {undone} event(s) after the checkpoint of a resume were taken back and are left out.")
+        notes.append(
+            f"events.jsonl: {undone} event(s) after the checkpoint of a resume were taken back and are left out."
+        )
     return kept
 
 

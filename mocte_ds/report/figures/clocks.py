@@ -57,7 +57,13 @@ def _unit(name: str, largest: float) -> tuple[float, str]:
     if name == "flops":
         power = int(np.floor(np.log10(largest))) if largest > 0 else 0
         return 10.0**power, f"training FLOPs (1e{power})"
-    return (3600.0, "wall time (hours)") if largest > 7200 else (60.0, "wall time (minutes)") if largest > 120 else (1.0, "wall time (seconds)")
+    return (
+        (3600.0, "wall time (hours)")
+        if largest > 7200
+        else (60.0, "wall time (minutes)")
+        if largest > 120
+        else (1.0, "wall time (seconds)")
+    )
 
 
 def caption(run: Run) -> str:

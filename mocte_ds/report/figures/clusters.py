@@ -67,13 +67,14 @@ def draw(run: Run, narrow: bool) -> Figure:
         row, column = divmod(unused, columns)
         grid[2 * row, column].remove()
         grid[2 * row + 1, column].remove()
-    for axis, labels in labelled:
-        label_ends(axis, labels)
+    label_ends(labelled)
     return figure
 
 
 def _draw_count(axis, run: Run, block: int, most: int) -> None:  # noqa: ANN001
-    history = [(t, e["clusters"], bool(e.get("found"))) for t, e in run.block_history(block) if e.get("clusters") is not None]
+    history = [
+        (t, e["clusters"], bool(e.get("found"))) for t, e in run.block_history(block) if e.get("clusters") is not None
+    ]
     tokens, counts = [t for t, _, _ in history], [k for _, k, _ in history]
     axis.plot(tokens, counts, color=SOFT, lw=0.8, drawstyle="steps-mid")
     found = np.array([f for _, _, f in history])
@@ -85,7 +86,9 @@ def _draw_count(axis, run: Run, block: int, most: int) -> None:  # noqa: ANN001
 
 
 def caption(run: Run) -> str:
-    documents = [e.get("documents") or 0 for c in run.checks for e in c.get("blocks") or [] if e.get("clusters") is not None]
+    documents = [
+        e.get("documents") or 0 for c in run.checks for e in c.get("blocks") or [] if e.get("clusters") is not None
+    ]
     size = integer(min(documents))
     if min(documents) != max(documents):
         size += f" to {integer(max(documents))}"
@@ -95,7 +98,9 @@ def caption(run: Run) -> str:
         if entries:
             good = sum(bool(entry.get("found")) for entry in entries)
             counts = [entry["clusters"] for entry in entries]
-            parts.append(f"{label} K from {min(counts)} to {max(counts)}, accepted at {good} of {plural(len(entries), 'check')}")
+            parts.append(
+                f"{label} K from {min(counts)} to {max(counts)}, accepted at {good} of {plural(len(entries), 'check')}"
+            )
     thresholds = [
         f"{name} {value}"
         for name, value in (

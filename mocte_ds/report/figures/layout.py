@@ -15,6 +15,9 @@ WIDE_INCHES, WIDE_DPI = 9.6, 150
 NARROW_INCHES, NARROW_DPI = 4.0, 220
 LINE_POINTS = 10.0
 
+EndLabel = tuple[float, str, str]
+"""Where a line ends (y in data units), its name, its colour."""
+
 
 def sheet(narrow: bool, height: float) -> Figure:
     """An empty figure of the page's width and ``height`` inches."""
@@ -85,27 +88,29 @@ def token_axis(axis: Axes, largest: float) -> str:
     return f"tokens seen ({unit})" if unit else "tokens seen"
 
 
-def label_ends(axis: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Write names right of the panel at the heights where lines end, pushed apart where they would overlap.
+def label_ends(panels: Sequence[tuple[Axes, Sequence[EndLabel]]]) -> None:
+    """Write names right of panels at the heights where lines end, pushed apart where they would overlap.
 
     Args:
-        axis: with its limits as they will stay.
-        labels: (y in data units, text, colour of the line).
+        panels: all panels of one figure, with limits as they will stay, each with the labels of its lines.
     """
-    labels = [entry for entry in labels if np.isfinite(entry[0])]
-    if not labels:
+    if not panels:
         return
-    axis.figure.draw_without_rendering()
+    # Heights in points are known only after the layout.
+    panels[0][0].figure.draw_without_rendering()
+    for axis, labels in panels:
+        _label_panel(axis, [label for label in labels if np.isfinite(label[0])])
+
+
+def _label_panel(axis: Axes, labels: Sequence[EndLabel]) -> None:
     points_per_pixel = 72 / axis.figure.dpi
-    wanted = np.array([axis.transData.transform((0, y))[1] for y, _, _ in labels]) * points_per_pixel
     bottom, top = axis.bbox.y0 * points_per_pixel, axis.bbox.y1 * points_per_pixel
+    wanted = np.array([axis.transData.transform((0, y))[1] for y, _, _ in labels]) * points_per_pixel
     wanted = np.clip(wanted, bottom, top)
-    placed = push_apart(wanted, LINE_POINTS)
-    for (_, text, color), at, y in zip(labels, wanted, placed, strict=True):
-        fraction = (at - bottom) / (top - bottom)
+    for (_, text, color), at, y in zip(labels, wanted, push_apart(wanted, LINE_POINTS), strict=True):
         axis.annotate(
             text,
-            xy=(1.0, fraction),
+            xy=(1.0, (at - bottom) / (top - bottom)),
             xycoords="axes fraction",
             xytext=(9, y - at),
             textcoords="offset points",

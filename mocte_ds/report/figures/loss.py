@@ -53,7 +53,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     _, y = validation_series(run, "mean")
     if y:
         labels.append((y[-1], "mean (dotted)", INK))
-    label_ends(loss, labels)
+    label_ends([(loss, labels)])
     return figure
 
 
@@ -74,12 +74,16 @@ def caption(run: Run) -> str:
     if rows:
         domains = [name for name in run.domains if validation_series(run, name)[0]]
         last = rows[-1]["validation"].get("mean")
-        text += f" Lines with marks: held-out text of {plural(len(domains), 'domain')}, {plural(len(rows), 'evaluation')}"
+        text += (
+            f" Lines with marks: held-out text of {plural(len(domains), 'domain')}, {plural(len(rows), 'evaluation')}"
+        )
         text += f"; the last mean is {decimal(last)} nats." if last is not None else "."
     else:
         text += " The log has no validation yet."
     counts = {kind: len(run.of_kind(kind)) for kind in KINDS}
-    text += f" Strip below: {listing([plural(count, kind) for kind, count in counts.items()])}; dashed lines: emergence."
+    text += (
+        f" Strip below: {listing([plural(count, kind) for kind, count in counts.items()])}; dashed lines: emergence."
+    )
     return text
 
 

@@ -47,7 +47,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     axis.set_ylim(0, float(np.nanmax(table)) / factor * 1.08)
     axis.set_ylabel(f"optimizer state ({unit})")
     axis.set_xlabel(token_axis(axis, run.tokens))
-    label_ends(axis, labels)
+    label_ends([(axis, labels)])
     return figure
 
 

@@ -73,7 +73,6 @@ def caption(run: Run) -> str:
         event = found[block]
         entries = [entry for tokens, entry in run.block_history(block) if tokens <= event["tokens"]]
         entry = entries[-1] if entries else {}
-        shares = entry.get("explained") or []
         counts = ""
         if entry.get("nmi") is not None and entry.get("purity") is not None:
             counts = f", NMI {decimal(entry['nmi'], 2)}, purity {decimal(entry['purity'], 2)}"
@@ -82,7 +81,6 @@ def caption(run: Run) -> str:
             f"{run.blocks[block]} after {integer(event['tokens'])} tokens: {plural(len(event['points']), 'document')}, "
             f"{plural(len(set(event.get('cluster') or [])), 'cluster')}, {plural(domains, 'domain')}{counts}"
         )
-        del shares
     return (
         "A point is the mean feature of one document, centred, in the first two singular directions of all documents. "
         f"Left and right show the same points. {'; '.join(parts)}."

@@ -3,15 +3,19 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from mocte_ds.report.figures.drawing import FigureKind
-from mocte_ds.report.figures.layout import label_ends, outer_labels, panels
+from mocte_ds.report.figures.layout import EndLabel, label_ends, outer_labels, panels
 from mocte_ds.report.figures.palette import QUALITATIVE
 from mocte_ds.report.reader import Row, Run
 from mocte_ds.report.wording import integer, percent, plural
 
-MOMENTS = {"first check": (QUALITATIVE[0], "o"), "emergence": (QUALITATIVE[1], "s"), "last check": (QUALITATIVE[2], "^")}
+MOMENTS = {
+    "first check": (QUALITATIVE[0], "o"),
+    "emergence": (QUALITATIVE[1], "s"),
+    "last check": (QUALITATIVE[2], "^"),
+}
 
 
 def missing(run: Run) -> str | None:
@@ -56,10 +60,13 @@ def draw(run: Run, narrow: bool) -> Figure:
     everything = np.concatenate(positive) if positive else np.ones(1)
     if everything.size:
         _log_axis(axes[0], everything.min(), everything.max())
-    for axis, block in zip(axes, blocks, strict=True):
-        axis.set_xlim(0.7, None)
-        label_ends(axis, [(deviations(e)[-1], name, MOMENTS[name][0]) for name, (_, e) in moments(run, block).items()])
+    axes[0].set_xlim(left=0.7)
+    label_ends([(axis, _ends(run, block)) for axis, block in zip(axes, blocks, strict=True)])
     return figure
+
+
+def _ends(run: Run, block: int) -> list[EndLabel]:
+    return [(deviations(entry)[-1], name, MOMENTS[name][0]) for name, (_, entry) in moments(run, block).items()]
 
 
 def _log_axis(axis: Axes, low: float, high: float) -> None:
@@ -67,15 +74,9 @@ def _log_axis(axis: Axes, low: float, high: float) -> None:
     axis.set_ylim(low / 1.3, high * 1.3)
     if high / low < 30:
         # Less than two decades: plain numbers at 1, 2, 5 are easier than powers.
-        axis.yaxis.set_major_locator(_plain_ticks(low, high))
+        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _plain_ticks(low: float, high: float):  # noqa: ANN202
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(base=10, subs=(1.0, 2.0, 5.0))
 
 
 def caption(run: Run) -> str:

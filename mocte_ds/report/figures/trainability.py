@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import LINE_POINTS, label_ends, outer_labels, panels, token_axis
-from mocte_ds.report.figures.palette import SOFT, category_color, category_marker
+from mocte_ds.report.figures.palette import category_color, category_marker
 from mocte_ds.report.reader import Run
 from mocte_ds.report.wording import plural, significant
 
@@ -62,8 +62,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     if logarithmic:
         axes[0].set_yscale("log")
     outer_labels(axes, name, "trainability λ\n(per token" + (", log)" if logarithmic else ")"))
-    for axis, labels in pending:
-        label_ends(axis, labels)
+    label_ends(pending)
     return figure
 
 
@@ -100,11 +99,6 @@ def caption(run: Run) -> str:
         "λ: largest eigenvalue of the expert's neural-tangent kernel on a sample of its own tokens, over the sample's size; "
         f"every check as logged, not smoothed. {'; '.join(parts)}. Crosses and triangles: {marks[0]}, {marks[1]}."
     )
-
-
-def dark_reference() -> str:
-    """Colour of lines that only orient."""
-    return SOFT
 
 
 FIGURE = FigureKind(

@@ -1,0 +1,1 @@
+"""The pre-training loop of launch/pretrain.py and what it writes."""

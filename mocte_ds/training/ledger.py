@@ -1,0 +1,127 @@
+"""Counts every FLOP of a run: forward, both halves of the backward pass, and everything that MO-CTE adds or saves.
+
+A multiply-add counts as two. Attention counts the full T x T scores (what the plain kernel computes). Norms, activations,
+softmax and the optimizer are left out, as is usual; tests compare the dense decoder with torch's FlopCounterMode.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.models import DecoderConfig
+
+
+@dataclass
+class Ledger:
+    """Totals in FLOPs, all ranks together."""
+
+    forward: float = 0.0
+    """Forward passes of training."""
+    dgrad: float = 0.0
+    """Gradients of activations."""
+    wgrad: float = 0.0
+    """Gradients of weights, those that were really computed."""
+    wgrad_saved: float = 0.0
+    """Gradients of frozen experts' weights, which were not computed."""
+    routing: float = 0.0
+    """Gates."""
+    sampling: float = 0.0
+    """Means of documents."""
+    spectrum: float = 0.0
+    """Sampled SVDs and their certificates."""
+    clusters: float = 0.0
+    """Detection and balanced k-means."""
+    trainability: float = 0.0
+    """Power iterations of the neural-tangent kernel."""
+    validation: float = 0.0
+    """Forward passes of validation; not part of the training total."""
+    parts: dict[str, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def total(self) -> float:
+        """Everything but validation."""
+        spent = ("forward", "dgrad", "wgrad", "routing", "sampling", "spectrum", "clusters", "trainability")
+        return sum(getattr(self, name) for name in spent)
+
+    def to_dict(self) -> dict[str, float]:
+        """Totals by component."""
+        return {key: value for key, value in asdict(self).items() if key != "parts"} | {"total": self.total}
+
+    def load(self, values: dict[str, float]) -> None:
+        """Take over saved totals."""
+        for key, value in values.items():
+            if key not in ("total", "parts"):
+                setattr(self, key, value)
+
+    def step(
+        self, model: DecoderConfig, tokens: int, context: int, config: MocteConfig | None, blocks: Sequence[dict[str, Any]]
+    ) -> None:
+        """Add one optimizer step.
+
+        Args:
+            model: the decoder.
+            tokens: of the global batch.
+            context: tokens of a sequence.
+            config: the "mocte" block, None for a dense run.
+            blocks: for each block "mode" and, for each expert, "experts" (modes) and "load" (tokens of this step).
+        """
+        matrices = 2.0 * matmul_parameters(model) * tokens
+        scores = 4.0 * context * model.hidden_size * model.num_layers * tokens
+        self.forward += matrices + scores
+        self.dgrad += matrices + 2 * scores
+        self.wgrad += matrices
+        if config is None:
+            return
+        ffn = 2.0 * ffn_parameters(model)
+        for block in blocks:
+            if block["mode"] == "warmup":
+                continue
+            if config.router.kind == "token":
+                self.routing += 2.0 * config.num_experts * model.hidden_size * tokens
+            each = ffn
+            if config.expert.kind == "lora":
+                width = config.expert.width or max(1, model.intermediate_size // config.num_experts)
+                each = ffn * width / model.intermediate_size
+                self.forward += each * sum(block["load"])
+                self.dgrad += each * sum(block["load"])
+                self.wgrad += each * sum(block["load"])
+            frozen = sum(n for n, mode in zip(block["load"], block["experts"], strict=True) if mode == "frozen")
+            self.wgrad -= each * frozen
+            self.wgrad_saved += each * frozen
+        self.sampling += 2.0 * model.hidden_size * tokens * len(blocks)
+
+    def check(self, model: DecoderConfig, config: MocteConfig, event: dict[str, Any]) -> None:
+        """Add one check, from the sizes in its event."""
+        d, f = model.hidden_size, model.intermediate_size
+        q = config.spectrum.rank + 8
+        for block in event["blocks"]:
+            for rows in (block["rows"], block["documents"]):
+                # Two products a pass, one pass warm; Rayleigh-Ritz over two blocks; the certificate repeats both cold.
+                self.spectrum += 4.0 * rows * d * q * (1 + 1) + 4.0 * rows * d * q * (3 + 1)
+            m, r = block["documents"], config.spectrum.rank
+            self.clusters += 3.0 * m * m * r + 20 * 2.0 * m * config.num_experts * r
+            probed = sum(expert["mode"] == "training" for expert in block["experts"])
+            n = config.freeze.rows
+            if config.freeze.policy != "off":
+                # One forward and X X^T, then per iteration: v W2, back through W2, and two (n, n) x (n, f) products.
+                once = 6.0 * n * d * f + 2.0 * n * n * d
+                each = 4.0 * n * d * f + 6.0 * n * n * f
+                self.trainability += probed * (once + config.freeze.iterations * each)
+
+    def validate(self, model: DecoderConfig, tokens: int, context: int) -> None:
+        """Add the forward passes of a validation."""
+        scores = 4.0 * context * model.hidden_size * model.num_layers
+        self.validation += (2.0 * matmul_parameters(model) + scores) * tokens
+
+
+def ffn_parameters(model: DecoderConfig) -> int:
+    """Parameters of the matrices of one FFN."""
+    return (3 if model.style == "llama" else 2) * model.hidden_size * model.intermediate_size
+
+
+def matmul_parameters(model: DecoderConfig) -> int:
+    """Parameters that every token is multiplied with: all matrices, the output matrix too, no embedding lookup."""
+    kv = model.kv_heads * model.head_size
+    layer = 2 * model.hidden_size**2 + 2 * model.hidden_size * kv + ffn_parameters(model)
+    return model.num_layers * layer + model.vocab_size * model.hidden_size
