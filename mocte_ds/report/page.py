@@ -104,10 +104,11 @@ def _figure(kind: FigureKind, run: Run, picture: tuple[bytes, bytes] | None) -> 
         return f'{head}<p class="absent" id="figure-{kind.name}">Not drawn: {escape(kind.missing(run) or "")}</p>'
     wide, narrow = (f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in picture)
     caption = kind.caption(run)
+    reading = f'<span class="read">How to read it: {escape(kind.reading)}</span>'
     return (
         f'{head}<figure id="figure-{kind.name}"><picture><source media="(max-width:700px)" srcset="{narrow}">'
         f'<img src="{wide}" alt="{escape(kind.title)}. {escape(caption)}"></picture>'
-        f'<figcaption>{escape(caption)} <span class="read">How to read it: {escape(kind.reading)}</span></figcaption></figure>'
+        f"<figcaption>{escape(caption)} {reading}</figcaption></figure>"
     )
 
 
@@ -118,7 +119,7 @@ def _also(run: Run) -> str:
 
 def _facts(run: Run) -> str:
     rows = [list(row) for row in fact_rows(run)]
-    parts = [tables.table("facts-table", ["what", "value"], rows, (0, 1))]
+    parts = [tables.table("facts-table", ["what", "value"], rows, "tt")]
     whole = everything(run)
     if whole:
         parts.append(f"<details><summary>All of run.json</summary><pre>{escape(whole)}</pre></details>")

@@ -126,7 +126,8 @@ def read_run(folder: Path | str) -> Run:
     log = folder / "metrics.jsonl"
     if not log.is_file():
         raise MocteError(
-            f"{folder} is no run folder: it has no metrics.jsonl. Give the folder that launch/pretrain.py wrote (--out)."
+            f"{folder} is no run folder: it has no metrics.jsonl. Give the folder that launch/pretrain.py wrote "
+            f"(--out)."
         )
     notes: list[str] = []
     rows = [row for row in _json_lines(log, notes) if _is_number(row.get("step")) and _is_number(row.get("tokens"))]

@@ -58,8 +58,8 @@ def _training(run: Run) -> str:
         if value > first["validation"]["mean"]:
             text += ", so it has risen"
     elif losses:
-        text += f"; the training loss went from {decimal(losses[0]['loss'])} to {decimal(losses[-1]['loss'])} nats per token, "
-        text += "and nothing has been validated yet"
+        text += f"; the training loss went from {decimal(losses[0]['loss'])} to {decimal(losses[-1]['loss'])} nats per "
+        text += "token, and nothing has been validated yet"
     else:
         text += "; no step has a finite loss"
     return text + "."
@@ -86,8 +86,10 @@ def _emergence(run: Run) -> str:
             by_reason[why] = by_reason.get(why, 0) + 1
         steps = [event["step"] for event in born.values()]
         reasons = listing([f"{count} because {why}" for why, count in by_reason.items()])
-        text = f"Experts have emerged in {len(born)} of {plural(whole, 'block')}, between step {integer(min(steps))} and step "
-        return f"{text}{integer(max(steps))}: {reasons}."
+        text = (
+            f"Experts have emerged in {len(born)} of {plural(whole, 'block')}, between step {integer(min(steps))} and "
+        )
+        return f"{text}step {integer(max(steps))}: {reasons}."
     parts = []
     for block, event in sorted(born.items()):
         parts.append(f"in {blocks.get(block, f'block {block}')} at step {integer(event['step'])} because {_why(event)}")

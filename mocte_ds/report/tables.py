@@ -14,16 +14,16 @@ from mocte_ds.report.wording import MISSING, decimal, duration, flops, integer, 
 HAPPENED = ("emergence", "refresh", "freeze", "thaw", "resume")
 
 
-def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = (0,)) -> str:
+def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], kinds: str) -> str:
     """An HTML table that turns into cards on a narrow screen.
 
     Args:
         name: its id.
         head: names of the columns.
         rows: cells as plain text.
-        text_columns: columns of words; the others hold numbers and stand right.
+        kinds: a letter a column: ``n`` a number, ``w`` a few words that stay on one line, ``t`` text.
     """
-    cell = [' class="text"' if column in text_columns else "" for column in range(len(head))]
+    cell = [{"n": "", "w": ' class="text word"', "t": ' class="text"'}[kind] for kind in kinds]
     lines = [f'<table id="{name}"><thead><tr>']
     lines += [f'<th scope="col"{cell[i]}>{escape(title)}</th>' for i, title in enumerate(head)]
     lines.append("</tr></thead><tbody>")
@@ -47,7 +47,7 @@ def validation_table(run: Run) -> str:
     if not rows:
         return "<p>Not in the log yet.</p>"
     head = ["domain", "first loss (nats)", "last loss (nats)", "change", "last perplexity", "evaluations"]
-    return table("validation-table", head, rows)
+    return table("validation-table", head, rows, "tnnnnn")
 
 
 def ledger_table(run: Run) -> str:
@@ -67,7 +67,7 @@ def ledger_table(run: Run) -> str:
         rows.append(
             ["wgrad_saved", f"{ledger.COMPONENTS['wgrad_saved']} (not spent)", flops(spared), percent(spared / whole)]
         )
-    return table("ledger-table", ["component", "what it is", "FLOPs", "share of all"], rows, (0, 1))
+    return table("ledger-table", ["component", "what it is", "FLOPs", "share of all"], rows, "wtnn")
 
 
 def ledger_remark(run: Run) -> str:
@@ -80,7 +80,8 @@ def ledger_remark(run: Run) -> str:
     if abs(difference) < 0.005:
         return f"The log of steps counts the same sum ({flops(logged[-1])}) to within half a per cent."
     return (
-        f"The log of steps counts {flops(logged[-1])} at its last step, the ledger {percent(difference, 1)} more or less: "
+        f"The log of steps counts {flops(logged[-1])} at its last step, the ledger {percent(difference, 1)} more or "
+        f"less: "
         "they were not written at the same moment, or one of them misses a part."
     )
 
@@ -95,7 +96,9 @@ def seconds_table(run: Run) -> str:
     rows.append(["all checks", duration(whole), percent(whole / wall) if wall else MISSING])
     if wall:
         rows.append(["training", duration(wall), "100.00 %"])
-    return table("seconds-table", [f"part of {plural(len(run.checks), 'check')}", "seconds on rank 0", "share"], rows)
+    return table(
+        "seconds-table", [f"part of {plural(len(run.checks), 'check')}", "seconds on rank 0", "share"], rows, "tnn"
+    )
 
 
 def events_table(run: Run) -> str:
@@ -109,7 +112,7 @@ def events_table(run: Run) -> str:
         share = percent(event["step"] / planned, 1) if planned else MISSING
         rows.append([integer(event["step"]), share, event["event"], _who(run, event), _reason(event), _numbers(event)])
     head = ["step", "of the budget", "event", "who", "reason", "numbers"]
-    return table("events-table", head, rows, (2, 3, 4, 5))
+    return table("events-table", head, rows, "nnwwtt")
 
 
 def other_events(run: Run) -> str:
@@ -165,4 +168,4 @@ def scores_table(run: Run) -> str:
         ]
         for s in found
     ]
-    return table("scores-table", ["task", "metric", "value", "standard error", "samples"], rows, (0, 1))
+    return table("scores-table", ["task", "metric", "value", "standard error", "samples"], rows, "ttnnn")

@@ -1,5 +1,6 @@
 """How the report writes numbers: tokens, bytes, FLOPs, seconds, shares."""
 
+import math
 from collections.abc import Sequence
 
 Number = int | float | None
@@ -30,8 +31,8 @@ def percent(share: Number, digits: int = 2) -> str:
     """A share of one as percent; tiny shares are not rounded to nothing."""
     if share is None:
         return MISSING
-    if 0 < abs(share) < 0.5 * 10 ** -(digits + 2):
-        return f"{100 * share:.1e} %"
+    if 0 < abs(share) < 10 ** -(digits + 1):
+        digits = 1 - math.floor(math.log10(abs(100 * share)))
     return f"{100 * share:.{digits}f} %"
 
 

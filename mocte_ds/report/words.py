@@ -1,10 +1,13 @@
 """What a reader needs to know who has only the page: what MO-CTE is, and what its words mean."""
 
 INTRODUCTION = (
-    "MO-CTE (Mixture of Cluster-Oriented, Trainability-aware Experts) is a way to pre-train a language model. The model "
+    "MO-CTE (Mixture of Cluster-Oriented, Trainability-aware Experts) is a way to pre-train a language model. The "
+    "model "
     "starts dense. While it trains, the singular spectrum of its features is watched at regular checks; when documents "
-    "fall into stable clusters there, the feed-forward network (FFN) of a layer is copied into several experts, and every "
-    "token goes to the expert of its cluster. From then on the experts differ. An expert whose Jacobian says that it has "
+    "fall into stable clusters there, the feed-forward network (FFN) of a layer is copied into several experts, and "
+    "every "
+    "token goes to the expert of its cluster. From then on the experts differ. An expert whose Jacobian says that "
+    "it has "
     "little left to learn is frozen: its weight gradients and its optimizer state are no longer needed. Everything on "
     "this page is computed from the log that the run wrote while it trained."
 )

@@ -21,8 +21,8 @@ def write_report(folder: Path | str, out: Path | str | None = None, progress: bo
         progress: show a progress bar.
 
     Returns:
-        ``page`` and ``figures`` (paths by name), ``missing`` (reason by figure), ``summary`` (three sentences) and a few
-        numbers.
+        ``page`` and ``figures`` (paths by name), ``missing`` (reason by figure), ``summary`` (three sentences)
+        and a few numbers.
 
     Raises:
         MocteError: no run there, or the report cannot be written.

@@ -110,8 +110,10 @@ def caption(run: Run) -> str:
         if value is not None
     ]
     return (
-        f"Density clusters of the document means ({size} documents a check): {'; '.join(parts)}. Filled dots: the check "
-        "accepts the clusters; open dots: it does not. NMI and purity compare balanced clusters with the documents' domains."
+        f"Density clusters of the document means ({size} documents a check). By block: {'; '.join(parts)}. Filled "
+        f"dots: the check "
+        "accepts the clusters; open dots: it does not. NMI and purity compare balanced clusters with the documents' "
+        "domains."
         + (f" Dotted lines: the least {listing(thresholds)} for emergence." if thresholds else "")
         + (" Dashed line: emergence." if run.of_kind("emergence") else "")
     )
@@ -120,7 +122,8 @@ def caption(run: Run) -> str:
 FIGURE = FigureKind(
     name="clusters",
     title="Clusters by layer over time",
-    reading="Experts emerge when filled dots come twice in a row with a stability above its line; NMI and purity near 1 "
+    reading="Experts emerge when filled dots come twice in a row with a stability above its line; NMI and purity "
+    "near 1 "
     "mean that clusters are the domains, near the bottom that they are something else.",
     missing=missing,
     draw=draw,

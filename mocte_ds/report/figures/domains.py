@@ -42,7 +42,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     high = max(np.nanmax(shares(run, entry)[1]) for _, entry in found.values())
     for axis, block in zip(axes, sorted(found), strict=True):
         names, table = shares(run, found[block][1])
-        image = axis.imshow(table, cmap=SEQUENTIAL, vmin=0, vmax=high, aspect="auto")
+        image = axis.imshow(100 * table, cmap=SEQUENTIAL, vmin=0, vmax=100 * high, aspect="auto")
         axis.set_yticks(range(len(names)), names)
         axis.set_xticks(range(table.shape[1]))
         axis.grid(visible=False)
@@ -50,11 +50,11 @@ def draw(run: Run, narrow: bool) -> Figure:
         axis.set_title(_title(run, block, found[block][1]))
         if table.shape[1] <= MOST_NUMBERS:
             for (row, column), value in np.ndenumerate(table):
-                color = "black" if value > 0.6 * high else "white"
+                color = "white" if value > 0.6 * high else "black"
                 axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=7.5)
     outer_labels(axes, "expert (number)", "domain")
     bar = figure.colorbar(image, ax=axes, location="bottom" if narrow else "right", shrink=0.8, fraction=0.06, pad=0.02)
-    bar.set_label("share of the domain's tokens (1 = all)")
+    bar.set_label("% of the domain's tokens" if narrow else "% of domain")
     bar.outline.set_visible(False)
     return figure
 
@@ -76,13 +76,16 @@ def caption(run: Run) -> str:
         if entry.get("documents"):
             text += f", purity and NMI of {plural(entry['documents'], 'document')}"
         parts.append(text)
-    return f"Per cent of each domain's tokens that the router sends to each expert; rows add up to 100. {'; '.join(parts)}."
+    return (
+        "Per cent of each domain's tokens that the router sends to each expert; rows add up to 100. By block: "
+        f"{'; '.join(parts)}."
+    )
 
 
 FIGURE = FigureKind(
     name="domains",
     title="Expert load by domain",
-    reading="A row with one bright cell is a domain that has an expert of its own; rows that all look alike mean that "
+    reading="A row with one dark cell is a domain that has an expert of its own; rows that all look alike mean that "
     "experts do not follow domains.",
     missing=missing,
     draw=draw,

@@ -50,7 +50,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0, labelcolor=INK)
     axis.spines["left"].set_color(SOFT)
-    axis.set_xlabel("share of all FLOPs spent (log)")
+    axis.set_xlabel("share of all FLOPs spent (1 = all, log)")
     axis.set_ylabel("component")
     return figure
 
@@ -58,7 +58,8 @@ def draw(run: Run, narrow: bool) -> Figure:
 def caption(run: Run) -> str:
     whole = total(run)
     return (
-        f"All {flops(whole)} FLOPs of {len(run.metrics):,} steps. Blue: the model's own work; orange: what MO-CTE adds, "
+        f"All {flops(whole)} FLOPs of {len(run.metrics):,} steps. Blue: the model's own work; orange: what MO-CTE "
+        f"adds, "
         f"{percent(overhead(run))} of all; open green: weight gradients that freezing saved, "
         f"{percent(saved(run))} of what would have been spent without it."
     )
@@ -67,7 +68,8 @@ def caption(run: Run) -> str:
 FIGURE = FigureKind(
     name="flops",
     title="Ledger of FLOPs",
-    reading="The axis is logarithmic, one grid line is a factor of ten; freezing pays in computation where the open circle "
+    reading="The axis is logarithmic, one grid line is a factor of ten; freezing pays in computation where the open "
+    "circle "
     "lies right of the orange dots together.",
     missing=missing,
     draw=draw,

@@ -1,7 +1,7 @@
 """Figure: how evenly tokens spread over the experts of every block, over time."""
 
 import numpy as np
-from matplotlib.colors import BoundaryNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from mocte_ds.report.figures.drawing import FigureKind
@@ -11,7 +11,8 @@ from mocte_ds.report.reader import Run
 from mocte_ds.report.wording import decimal, integer, plural
 
 MOST_COLUMNS = 60
-LEVELS = [0.0, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0]
+WARM_UP = "#dde1e6"
+SMALLEST_RANGE, LARGEST_RANGE = 1.5, 4.0
 
 
 def missing(run: Run) -> str | None:
@@ -50,16 +51,25 @@ def bin_steps(run: Run) -> int:
     return max(1, -(-len(run.metrics) // MOST_COLUMNS))
 
 
+def spread(run: Run) -> float:
+    """Largest load over even load, or even load over load, that the colours tell apart."""
+    both = [np.nan_to_num(binned(run, block)[1], nan=1.0).clip(1e-6) for block in loaded_blocks(run)]
+    largest = max(float(np.exp(np.abs(np.log(values)).max())) for values in both)
+    return min(max(largest, SMALLEST_RANGE), LARGEST_RANGE)
+
+
 def draw(run: Run, narrow: bool) -> Figure:
     blocks = loaded_blocks(run)
     most = max(run.experts[block] for block in blocks)
     figure, axes = panels(len(blocks), narrow, 0.9 + 0.2 * most, share_y=False)
-    norm = BoundaryNorm(LEVELS, ncolors=256, extend="max")
+    norm = LogNorm(1 / spread(run), spread(run))
     mesh = None
     for axis, block in zip(axes, blocks, strict=True):
         borders, relative = binned(run, block)
         rows = np.arange(relative.shape[0] + 1) - 0.5
-        mesh = axis.pcolormesh(borders, rows, relative, cmap=DIVERGING, norm=norm)
+        # An expert without a token is at the dark end, not white: a logarithm has no zero.
+        mesh = axis.pcolormesh(borders, rows, np.maximum(relative, norm.vmin), cmap=DIVERGING, norm=norm)
+        axis.set_facecolor(WARM_UP)
         for event in run.of_kind("freeze", "thaw"):
             if event.get("block") == block and event.get("expert") is not None:
                 marker = "v" if event["event"] == "freeze" else "^"
@@ -72,7 +82,11 @@ def draw(run: Run, narrow: bool) -> Figure:
     outer_labels(axes, name, "expert (number)")
     bar = figure.colorbar(mesh, ax=axes, location="bottom" if narrow else "right", shrink=0.8, fraction=0.06, pad=0.02)
     bar.set_label("load (1 = even share)")
-    bar.set_ticks(LEVELS, labels=[f"{level:g}" for level in LEVELS])
+    ticks = [t for t in (0.25, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4) if norm.vmin <= t <= norm.vmax]
+    if len(ticks) > 7:
+        ticks = [t for t in ticks if t not in (0.8, 0.9, 1.1, 1.25)]
+    bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks], minor=False)
+    bar.ax.minorticks_off()
     return figure
 
 
@@ -89,15 +103,17 @@ def caption(run: Run) -> str:
         )
     marks = " Triangles: freeze (down), thaw (up)." if run.of_kind("freeze", "thaw") else ""
     return (
-        f"Tokens routed to each expert over what an even split would give, each column {plural(bin_steps(run), 'step')} added "
-        f"up; white space left: warm-up. {'; '.join(parts)}.{marks}"
+        f"Tokens routed to each expert over what an even split would give, each column "
+        f"{plural(bin_steps(run), 'step')} added "
+        f"up; grey: warm-up. By block: {'; '.join(parts)}.{marks}"
     )
 
 
 FIGURE = FigureKind(
     name="load",
     title="Expert load over time",
-    reading="Pale rows are in balance; a row that stays dark purple is an expert that hardly gets tokens, dark orange one "
+    reading="Pale rows are in balance; a row that stays dark purple is an expert that hardly gets tokens, dark "
+    "orange one "
     "that gets too many.",
     missing=missing,
     draw=draw,

@@ -38,7 +38,7 @@ def draw(run: Run, narrow: bool) -> Figure:
         drawn.append(np.array(y))
     emergence_lines(loss, run)
     emergence_lines(strip, run)
-    event_strip(strip, run)
+    event_strip(strip, run, narrow)
     strip.set_xlabel(token_axis(strip, run.tokens))
     everything = np.concatenate(drawn)
     low, high = np.nanmin(everything), np.nanmax(everything)
@@ -90,7 +90,8 @@ def caption(run: Run) -> str:
 FIGURE = FigureKind(
     name="loss",
     title="Loss by domain",
-    reading="Lower is better; the loss must not jump where a dashed line stands, because experts start as copies of the "
+    reading="Lower is better; the loss must not jump where a dashed line stands, because experts start as copies of "
+    "the "
     "dense FFN that they replace.",
     missing=missing,
     draw=draw,

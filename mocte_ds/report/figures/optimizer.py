@@ -32,10 +32,13 @@ def draw(run: Run, narrow: bool) -> Figure:
     axis = figure.subplots()
     factor, unit = byte_unit(float(np.nanmax(table)))
     labels = []
-    for index, ranks in enumerate(_alike(table)):
+    # Ranks are nearly alike: lines beneath are wider, so that none is hidden.
+    groups = _alike(table)
+    widths = np.linspace(min(1.6 + 1.6 * (len(groups) - 1), 7), 1.6, len(groups))
+    for index, ranks in enumerate(groups):
         values = table[:, ranks[0]] / factor
         # The log of a step tells what lay on the rank during that step, so a step up or down stands before its row.
-        axis.plot(tokens, values, drawstyle="steps-pre", color=category_color(index), lw=1.8)
+        axis.plot(tokens, values, drawstyle="steps-pre", color=category_color(index), lw=widths[index])
         finite = values[np.isfinite(values)]
         labels.append((finite[-1] if finite.size else np.nan, _names(ranks), category_color(index)))
     for event in run.of_kind("freeze", "thaw"):
@@ -77,7 +80,8 @@ def caption(run: Run) -> str:
     known = table[np.isfinite(table).any(1)]
     first, last, peak = (np.nansum(row) for row in (known[0], known[-1], known[np.nansum(known, axis=1).argmax()]))
     text = (
-        f"fp32 master weights and optimizer moments on {plural(table.shape[1], 'rank')}, {plural(len(known), 'step')}; all "
+        f"fp32 master weights and optimizer moments on {plural(table.shape[1], 'rank')}, "
+        f"{plural(len(known), 'step')}; all "
         f"ranks together {size(first)} at first, {size(peak)} at most, {size(last)} at last."
     )
     if run.of_kind("emergence"):
@@ -90,7 +94,8 @@ def caption(run: Run) -> str:
 FIGURE = FigureKind(
     name="optimizer",
     title="Optimizer state on every rank",
-    reading="Emergence adds the moments of the new experts; every freeze must take a step down, or freezing frees nothing.",
+    reading="Emergence adds the moments of the new experts; every freeze must take a step down, or freezing frees "
+    "nothing.",
     missing=missing,
     draw=draw,
     caption=caption,

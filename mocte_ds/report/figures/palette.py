@@ -12,7 +12,7 @@ GRID = "#e3e6ea"
 # M. Okabe and K. Ito, Color Universal Design (2008), without its yellow, which is too pale on white.
 QUALITATIVE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
-SEQUENTIAL = "cividis"
+SEQUENTIAL = "Blues"
 DIVERGING = "PuOr_r"
 
 STYLE: dict[str, Any] = {

@@ -11,7 +11,7 @@ from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import sheet
 from mocte_ds.report.figures.palette import category_color, category_marker, text_color
 from mocte_ds.report.reader import Row, Run
-from mocte_ds.report.wording import decimal, integer, listing, plural
+from mocte_ds.report.wording import decimal, integer, plural
 
 
 def projections(run: Run) -> dict[int, Row]:
@@ -55,7 +55,7 @@ def _scatter(
 ) -> None:
     """Points by category, each category named where its middle lies."""
     of = np.array([values.index(value) for value in category])
-    for place, name in enumerate(names):
+    for place in range(len(names)):
         mine = points[of == place]
         index = first[place] if first else place
         color, marker = category_color(index), category_marker(index)
@@ -83,7 +83,7 @@ def caption(run: Run) -> str:
         )
     return (
         "A point is the mean feature of one document, centred, in the first two singular directions of all documents. "
-        f"Left and right show the same points. {'; '.join(parts)}."
+        f"Left and right show the same points. By block: {'; '.join(parts)}."
     )
 
 

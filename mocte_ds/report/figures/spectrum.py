@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import EndLabel, label_ends, outer_labels, panels
@@ -25,7 +25,8 @@ def missing(run: Run) -> str | None:
 
 
 def moments(run: Run, block: int) -> dict[str, tuple[int, Row]]:
-    """(tokens, check's entry) of a block at the first check, at emergence and at the last check, as far as they exist."""
+    """(tokens, check's entry) of a block at the first check, at emergence and at the last check, as far as they "
+    "exist."""
     history = [(tokens, entry) for tokens, entry in run.block_history(block) if entry.get("singular_values")]
     if not history:
         return {}
@@ -75,7 +76,7 @@ def _log_axis(axis: Axes, low: float, high: float) -> None:
     if high / low < 30:
         # Less than two decades: plain numbers at 1, 2, 5 are easier than powers.
         axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -90,8 +91,9 @@ def caption(run: Run) -> str:
     width = max(len(entry["singular_values"]) for b in run.blocks for _, entry in moments(run, b).values())
     size = integer(min(rows)) if min(rows) == max(rows) else f"{integer(min(rows))} to {integer(max(rows))}"
     return (
-        f"Centred token features (input of the FFN), {size} sampled tokens a check, {plural(len(run.checks), 'check')}. "
-        f"The {width} directions that are followed hold this share of the features' variance: {'; '.join(parts)}."
+        f"Centred token features (input of the FFN), {size} sampled tokens a check, "
+        f"{plural(len(run.checks), 'check')}. "
+        f"The {width} directions that are followed hold, of the features' variance: {'; '.join(parts)}."
     )
 
 

@@ -61,6 +61,8 @@ def draw(run: Run, narrow: bool) -> Figure:
         pending.append((axis, labels))
     if logarithmic:
         axes[0].set_yscale("log")
+    elif values.min() >= 0:
+        axes[0].set_ylim(0, values.max() * 1.08)
     outer_labels(axes, name, "trainability λ\n(per token" + (", log)" if logarithmic else ")"))
     label_ends(pending)
     return figure
@@ -96,15 +98,18 @@ def caption(run: Run) -> str:
         parts.append(text)
     marks = plural(len(run.of_kind("freeze")), "freeze"), plural(len(run.of_kind("thaw")), "thaw")
     return (
-        "λ: largest eigenvalue of the expert's neural-tangent kernel on a sample of its own tokens, over the sample's size; "
-        f"every check as logged, not smoothed. {'; '.join(parts)}. Crosses and triangles: {marks[0]}, {marks[1]}."
+        "λ: largest eigenvalue of the expert's neural-tangent kernel on a sample of its own tokens, over the "
+        "sample's size; "
+        f"every check as logged, not smoothed. By block: {'; '.join(parts)}. Crosses and triangles: {marks[0]}, "
+        f"{marks[1]}."
     )
 
 
 FIGURE = FigureKind(
     name="trainability",
     title="Trainability by expert",
-    reading="An expert whose line has stopped moving, or has fallen far below its own peak, has little left to learn and may "
+    reading="An expert whose line has stopped moving, or has fallen far below its own peak, has little left to "
+    "learn and may "
     "be frozen; a cross marks where that was done.",
     missing=missing,
     draw=draw,

@@ -1,0 +1,36 @@
+"""Exports a checkpoint to Hugging Face format: a stock class, loadable without code of ours, checked before it says done."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mocte_ds.cli import run_cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a run's checkpoints folder, or one tag in it")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="weights (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="sentencepiece model (default: the run's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    from mocte_ds.checkpoints.hf import export
+
+    facts = export(
+        args.checkpoint, args.out, args.dtype, args.tokenizer, lambda text: print(f"{text} ...", file=sys.stderr, flush=True)
+    )
+    if args.json:
+        print(json.dumps({"path": str(args.out), **facts}))
+    else:
+        print(
+            f"done: {args.out} is a {facts['architecture']} with {facts['parameters']:,} parameters; "
+            f"{facts['tensors_compared']} tensors equal, logits within {facts['logit_difference']:.1e}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
