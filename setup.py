@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -13,7 +13,10 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["mocte_ds", "mocte_ds.*"]),
+    license_files=["LICENSE", "NOTICE"],
+    packages=[*find_namespace_packages(include=["mocte_ds", "mocte_ds.*"]), "mocte_ds.tools"],
+    package_dir={"mocte_ds.tools": "tools"},
+    entry_points={"console_scripts": ["mocte-ds = mocte_ds.command:main"]},
     package_data={"mocte_ds": ["corpus/*.jsonl.gz", "evaluation/tasks/*"]},
     python_requires=">=3.11",
     install_requires=[

@@ -1,13 +1,20 @@
-"""Pre-trains a decoder: deepspeed launch/pretrain.py --run launch/runs/NAME.yaml [--out DIR] [--set section.key=value]."""
+"""Pre-trains a decoder: deepspeed launch/pretrain.py --run launch/runs/NAME.yaml [--out DIR] [--set KEY=VALUE]."""
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
+import time
+import warnings
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.errors import MocteError
 from mocte_ds.training.run_config import read_run
+
+EXTENSIONS = Path(__file__).resolve().parents[1] / ".cache" / "torch_extensions"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,22 +28,46 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    try:
+        return _pretrain(args)
+    except MocteError:
+        # Most errors are the same on all ranks. The launcher ends the others as soon as rank 0 has said it.
+        if int(os.environ.get("RANK", "0")):
+            time.sleep(3)
+        raise
+
+
+def _pretrain(args: argparse.Namespace) -> int:
     run = read_run(args.run, args.set)
     out = args.out or Path("runs") / args.run.stem
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    from mocte_ds.training.start import make_start
 
-    # DeepSpeed takes seconds to import; a wrong run file should not wait for that.
+    start = make_start(run, out, args.resume, world_size)
+    if start.finished:
+        if rank == 0:
+            print(f"done already: {out} has its {start.step} steps", file=sys.stderr)
+        return 0
+
+    # DeepSpeed takes seconds to import; nothing above should wait for that.
+    if not args.verbose:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
+    from mocte_ds.training.cpu_op import build_cpu_op
     from mocte_ds.training.loop import Trainer
 
     if not args.verbose:
         logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name())
-    trainer = Trainer(run, out, args.resume)
+    if get_accelerator().device_name() == "cpu":
+        build_cpu_op(os.environ.get("TORCH_EXTENSIONS_DIR", EXTENSIONS))
+    with contextlib.redirect_stdout(sys.stdout if args.verbose else io.StringIO()):
+        deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    trainer = Trainer(start)
     finished = trainer.train(args.stop_after)
-    if trainer.rank == 0:
+    if rank == 0:
         step = trainer.engine.global_steps
         print(f"{'done' if finished else 'stopped'} at step {step}; the run is in {out}", file=sys.stderr)
     deepspeed.comm.barrier()

@@ -67,14 +67,16 @@ class ClustersConfig:
 class FreezeConfig:
     """Which experts stop training, and when."""
 
-    policy: Literal["progress", "paper", "grad-norm", "inverted", "random", "off"] = "progress"
+    policy: Literal["trainability", "paper", "grad-norm", "inverted", "random", "off"] = "trainability"
     """Rule that decides; see mocte_ds.trainability.policy."""
     alpha: float = 0.1
     """LEVEL: lambda under this share of the expert's own peak."""
     beta: float = 1e-3
-    """RATE: change of |lambda - lambda_0| between checks under this share of its first change."""
+    """RATE: change of |lambda - lambda_0| from check to check under this share of its largest (`paper`: first) value."""
     checks: int = 3
     """Checks in a row that must agree."""
+    after_checks: int = 5
+    """Checks with an expert's own tokens, since emergence, before it can be frozen."""
     until: float = 0.9
     """Share of the budget after which nothing is frozen any more (the learning rate's decay)."""
     rows: int = 256
@@ -169,6 +171,7 @@ class MocteConfig:
             ("spectrum.rows", self.spectrum.rows, 16),
             ("spectrum.documents", self.spectrum.documents, 16),
             ("freeze.checks", self.freeze.checks, 1),
+            ("freeze.after_checks", self.freeze.after_checks, 1),
             ("freeze.rows", self.freeze.rows, 16),
             ("freeze.iterations", self.freeze.iterations, 1),
         ):

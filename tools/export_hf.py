@@ -20,7 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     from mocte_ds.checkpoints.hf import export
 
     facts = export(
-        args.checkpoint, args.out, args.dtype, args.tokenizer, lambda text: print(f"{text} ...", file=sys.stderr, flush=True)
+        args.checkpoint,
+        args.out,
+        args.dtype,
+        args.tokenizer,
+        lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
     )
     if args.json:
         print(json.dumps({"path": str(args.out), **facts}))

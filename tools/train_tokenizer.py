@@ -6,16 +6,26 @@ import time
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
-from mocte_ds.data.corpus import embedded_corpus, read_corpus
+from mocte_ds.data.corpus import embedded_corpus
 from mocte_ds.data.tokenizer import Tokenizer, train_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; see --help."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("corpus", nargs="?", type=Path, help="folder with DOMAIN.jsonl[.gz] files (default: the package's)")
+    parser.add_argument(
+        "corpus",
+        nargs="?",
+        type=Path,
+        help="folder with DOMAIN.jsonl[.gz], .parquet or .txt files (default: the corpus of the package)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="file to write, e.g. data/tokenizer.model")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="number of pieces (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        help="number of pieces, 256 bytes and 4 special ones included (default: %(default)s)",
+    )
     parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="model type (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="choice of text in a large corpus")
     parser.add_argument("--if-missing", action="store_true", help="do nothing where a tokenizer of that size is there")
@@ -26,8 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.if_missing and args.out.is_file() and Tokenizer(args.out).vocab_size == args.vocab_size:
         made = False
     else:
-        corpus = read_corpus(args.corpus or embedded_corpus())
-        train_tokenizer(corpus, args.out, args.vocab_size, args.type, args.seed)
+        train_tokenizer(args.corpus or embedded_corpus(), args.out, args.vocab_size, args.type, args.seed)
     tokenizer = Tokenizer(args.out)
     facts = {
         "path": str(args.out),

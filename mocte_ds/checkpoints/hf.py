@@ -74,7 +74,9 @@ def _write_model(layout: Layout, folder: Path, dtype: torch.dtype) -> None:
     missing, unexpected = target.load_state_dict(layout.weights, strict=False)
     missing = [name for name in missing if name != "lm_head.weight" or not layout.tied]
     if missing or unexpected:
-        raise CheckpointError(f"{layout.name} does not take this model: missing {missing[:3]}, unexpected {unexpected[:3]}.")
+        raise CheckpointError(
+            f"{layout.name} does not take this model: missing {missing[:3]}, unexpected {unexpected[:3]}."
+        )
     target.to(dtype).save_pretrained(folder, max_shard_size="2GB")
 
 

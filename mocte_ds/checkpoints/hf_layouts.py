@@ -47,7 +47,9 @@ def choose_layout(model: nn.Module, state: dict[str, Any]) -> Layout:
         )
     for block in blocks.values():
         if block.banks[0].gate.cluster_bias.any():
-            raise CheckpointError("stock gates have no bias, this run's have one; train with router.bias false to export.")
+            raise CheckpointError(
+                "stock gates have no bias, this run's have one; train with router.bias false to export."
+            )
     if mocte["expert"]["kind"] == "lora":
         return _glm4moe(model, blocks, router)
     if router["weight"] == "hard" and len(blocks) == config.num_layers:
@@ -179,9 +181,13 @@ def _glm4moe(model: nn.Module, blocks: dict[int, Block], router: dict[str, Any])
 
     config, first = model.config, min(blocks)
     if sorted(blocks) != list(range(first, config.num_layers)):
-        raise CheckpointError("Glm4Moe has dense layers in front only; let mocte.modules name all layers behind the first.")
+        raise CheckpointError(
+            "Glm4Moe has dense layers in front only; let mocte.modules name all layers behind the first."
+        )
     if router["weight"] != "hard":
-        raise CheckpointError("Glm4Moe's weight is a sigmoid, not a softmax; train with router.weight 'hard' to export.")
+        raise CheckpointError(
+            "Glm4Moe's weight is a sigmoid, not a softmax; train with router.weight 'hard' to export."
+        )
     width = _members(blocks[first])[0].gate_proj.weight.shape[0]
     if config.intermediate_size % width:
         raise CheckpointError(

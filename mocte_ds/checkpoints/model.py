@@ -53,7 +53,9 @@ def load_model(checkpoint: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         state["blocks"] = [{key: entry[key] for key in ("name", "mode", "experts")} for entry in mocte["blocks"]]
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing or unexpected:
-        raise CheckpointError(f"{folder} does not fit its own model: missing {missing[:3]}, unexpected {unexpected[:3]}.")
+        raise CheckpointError(
+            f"{folder} does not fit its own model: missing {missing[:3]}, unexpected {unexpected[:3]}."
+        )
     return model.float().eval(), state
 
 
@@ -64,7 +66,9 @@ def find_tag(checkpoint: str | Path) -> Path:
         return folder
     tag = resolve_tag(folder) if folder.is_dir() else None
     if tag is None:
-        raise CheckpointError(f"{folder} is no checkpoint: neither a file 'latest' nor mp_rank_00_model_states.pt is there.")
+        raise CheckpointError(
+            f"{folder} is no checkpoint: neither a file 'latest' nor mp_rank_00_model_states.pt is there."
+        )
     return folder / tag
 
 
@@ -88,7 +92,9 @@ def read_experts(folder: Path, model: nn.Module) -> dict[str, Tensor]:
                 prefix = f"{block.name}.banks.{number}{_EXPERT_KEY}{k}."
                 wrong = [key for key in found if not key.startswith(prefix)]
                 if wrong:
-                    raise CheckpointError(f"{path} holds {wrong[0]}, not expert {k} of {block.name}: files were mixed up.")
+                    raise CheckpointError(
+                        f"{path} holds {wrong[0]}, not expert {k} of {block.name}: files were mixed up."
+                    )
                 weights.update({key: torch.as_tensor(value) for key, value in found.items()})
             layer += 1
     return weights

@@ -1,1 +1,18 @@
+"""Clusters in the features: whether there are any, groups of equal mass, and what a gate stores of them."""
 
+from mocte_ds.clusters.balance import BalancedClusters, balanced_kmeans
+from mocte_ds.clusters.detect import Detection, agreement, detect, stability
+from mocte_ds.clusters.table import hash_table, linear_gate, subspace_without_mean, type_table
+
+__all__ = [
+    "BalancedClusters",
+    "Detection",
+    "agreement",
+    "balanced_kmeans",
+    "detect",
+    "hash_table",
+    "linear_gate",
+    "stability",
+    "subspace_without_mean",
+    "type_table",
+]

@@ -165,7 +165,9 @@ def agreement(labels: Tensor, domains: Tensor) -> dict[str, float]:
 def _points(z: Tensor) -> np.ndarray:
     z = torch.as_tensor(z)
     if z.dim() != 2:
-        raise MocteError(f"clusters are looked for in a matrix (points, coordinates), not in a tensor {tuple(z.shape)}.")
+        raise MocteError(
+            f"clusters are looked for in a matrix (points, coordinates), not in a tensor {tuple(z.shape)}."
+        )
     points = z.detach().double().cpu().numpy()
     if not np.isfinite(points).all():
         raise MocteError("clusters cannot be looked for: some coordinates are NaN or infinite.")

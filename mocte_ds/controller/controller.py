@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.decisions import Change, apply_changes, decide_freezing, emergence_reason
-from mocte_ds.dist.collectives import gather_objects, require_same, sum_over_ranks
-from mocte_ds.errors import MocteError
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.measurements import BlockReading, measure_trainability, read_blocks
+from mocte_ds.dist.collectives import gather_objects, require_same, sum_over_ranks
+from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.spectrum.collect import FeatureCollector
 from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer, dense_unit, expert_unit
@@ -227,7 +227,9 @@ class Controller:
                 for k, e in enumerate(handle.experts)
             ]
             facts = reading.facts(self.domain_names)
-            blocks.append({"block": handle.index, "name": handle.name, "mode": str(handle.mode), **facts, "experts": experts})
+            blocks.append(
+                {"block": handle.index, "name": handle.name, "mode": str(handle.mode), **facts, "experts": experts}
+            )
         return {"event": "check", "seconds": seconds, "bytes": moved, "blocks": blocks}
 
     def _emit_projections(self, readings: dict[int, BlockReading]) -> None:
@@ -277,7 +279,9 @@ class Controller:
         if not 0 <= expert < len(experts):
             raise MocteError(f"block {block} has no expert {expert}: it has experts 0 to {len(experts) - 1}.")
         if experts[expert].mode is not mode:
-            raise MocteError(f"cannot {verb} expert {expert} of block {block}: it is {experts[expert].mode}, not {mode}.")
+            raise MocteError(
+                f"cannot {verb} expert {expert} of block {block}: it is {experts[expert].mode}, not {mode}."
+            )
 
 
 def unit_fingerprint(parameters: tuple[torch.nn.Parameter, ...]) -> Tensor:

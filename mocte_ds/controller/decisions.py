@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mocte_ds.config import ClustersConfig, MocteConfig
-from mocte_ds.dist.collectives import max_over_ranks
-from mocte_ds.errors import MocteError
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.measurements import BlockReading
+from mocte_ds.dist.collectives import max_over_ranks
+from mocte_ds.errors import MocteError
 from mocte_ds.moe.birth import copy_dense_weights, inherit, set_gate, set_random_gate
 from mocte_ds.moe.block import BlockMode, ExpertMode
 from mocte_ds.trainability.policy import make_policy
@@ -32,9 +32,7 @@ class Change:
     reason: str
 
 
-def emergence_reason(
-    handle: BlockHandle, reading: BlockReading, config: ClustersConfig, share: float
-) -> str | None:
+def emergence_reason(handle: BlockHandle, reading: BlockReading, config: ClustersConfig, share: float) -> str | None:
     """Why a block's experts emerge at this check, or None (docs/method.md, section 3).
 
     Side effect: counts the checks in a row that found stable clusters.
@@ -62,7 +60,7 @@ def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: floa
     if freeze.policy == "off":
         return []
     policy = make_policy(
-        freeze.policy, alpha=freeze.alpha, beta=freeze.beta, checks=freeze.checks, until=freeze.until, seed=config.seed
+        freeze.policy, freeze.alpha, freeze.beta, freeze.checks, freeze.until, config.seed, freeze.after_checks
     )
     changes = []
     for handle in handles:
@@ -70,11 +68,12 @@ def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: floa
         for k, expert in enumerate(handle.experts):
             if not expert.history or abs(expert.history[-1].share - share) > 1e-12:
                 continue
-            decision = policy.decide(expert.history, handle.born_share or 0.0, peers)
-            if decision.action == "freeze" and expert.mode is ExpertMode.TRAINING:
-                changes.append(Change("freeze", handle.index, k, decision.reason))
-            elif decision.action == "thaw" and expert.mode is ExpertMode.FROZEN and not expert.thawed:
-                changes.append(Change("thaw", handle.index, k, decision.reason))
+            frozen = expert.mode is ExpertMode.FROZEN
+            if expert.thawed and frozen:
+                continue
+            decision = policy.decide(expert.history, handle.born_share or 0.0, peers, (handle.index, k), frozen)
+            if decision.action != "keep":
+                changes.append(Change(decision.action, handle.index, k, decision.reason))
     return changes
 
 

@@ -41,6 +41,7 @@ class BlockHandle:
         self.document_basis: Tensor | None = None
         self.document_mean: Tensor | None = None
         self.document_centroids: Tensor | None = None
+        self.document_prices: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +76,7 @@ class BlockHandle:
             "document_basis": self.document_basis,
             "document_mean": self.document_mean,
             "document_centroids": self.document_centroids,
+            "document_prices": self.document_prices,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -83,6 +85,7 @@ class BlockHandle:
             expert.mode = ExpertMode(state["experts"][k])
             expert.tokens, expert.thawed = state["tokens"][k], state["thawed"][k]
             expert.history = [Probe(**probe) for probe in state["history"][k]]
-        for name in ("born_share", "streak", "token_basis", "document_basis", "document_mean", "document_centroids"):
+        for name in ("born_share", "streak", "token_basis", "document_basis", "document_mean"):
             setattr(self, name, state[name])
+        self.document_centroids, self.document_prices = state["document_centroids"], state["document_prices"]
         self.refresh_mode()

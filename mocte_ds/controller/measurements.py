@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mocte_ds.clusters.detect import Detection, agreement, detect, stability
-from mocte_ds.clusters.table import balanced_kmeans
+from mocte_ds.clusters import BalancedClusters, Detection, agreement, balanced_kmeans, detect, stability
+from mocte_ds.controller.handles import BlockHandle, ExpertHandle
 from mocte_ds.dist.collectives import gather_objects, gather_rows, sum_over_ranks
-from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.moe.block import BlockMode, ExpertMode
 from mocte_ds.spectrum.subspace import Subspace, sampled_svd, split_half_certificate
-from mocte_ds.trainability.kernel import top_eigenpair
-from mocte_ds.trainability.policy import Probe
+from mocte_ds.trainability import Probe, top_eigenpair
 from mocte_ds.zero import expert_unit
 
 if TYPE_CHECKING:
@@ -112,7 +110,9 @@ def read_blocks(controller: "Controller", handles: list[BlockHandle]) -> dict[in
         return readings
     features = [sample[0] for sample in samples]
     subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles])
-    certificates = split_half_certificate(features, min(config.rank, *(x.shape[1] for x in features), features[0].shape[1]))
+    certificates = split_half_certificate(
+        features, min(config.rank, *(x.shape[1] for x in features), features[0].shape[1])
+    )
     for number, handle in enumerate(handles):
         reading, found = readings[handle.index], subspaces[number]
         reading.mean, reading.basis = found.mean, found.basis
@@ -144,9 +144,7 @@ def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None]) ->
     ]
 
 
-def _read_documents(
-    controller: "Controller", handles: list[BlockHandle], readings: dict[int, BlockReading]
-) -> None:
+def _read_documents(controller: "Controller", handles: list[BlockHandle], readings: dict[int, BlockReading]) -> None:
     """Clusters of the document means; block i is worked on by rank i mod world."""
     config, started = controller.config, time.perf_counter()
     samples = [controller.collectors[handle.index].documents() for handle in handles]
@@ -168,13 +166,19 @@ def _read_documents(
         results.update(part)
     for number, handle in enumerate(handles):
         reading = readings[handle.index]
-        detection, labels, centroids, stable, agree = results[handle.index]
+        detection, clusters, stable, agree = results[handle.index]
         space = subspaces[number]
         reading.coordinates, reading.domains = coordinates[number], domains
         if space.directions.shape[1] > 1:
             reading.plane = coordinates[number] @ (space.basis.T @ space.directions[:, :2]).cpu()
-        reading.detection, reading.labels, reading.stability, reading.agreement = detection, labels, stable, agree
-        handle.document_mean, handle.document_basis, handle.document_centroids = space.mean, space.basis, centroids
+        reading.detection, reading.labels, reading.stability, reading.agreement = (
+            detection,
+            clusters.labels,
+            stable,
+            agree,
+        )
+        handle.document_mean, handle.document_basis = space.mean, space.basis
+        handle.document_centroids, handle.document_prices = clusters.centroids, clusters.prices
         reading.seconds["clusters"] = (time.perf_counter() - started) / len(handles)
         reading.bytes["clusters"] = 4 * coordinates[number].numel()
 
@@ -185,24 +189,24 @@ def _cluster(
     coordinates: Tensor,
     subspace: Subspace,
     domains: Tensor,
-) -> tuple[Detection, Tensor, Tensor, float | None, dict[str, float] | None]:
+) -> tuple[Detection, BalancedClusters, float | None, dict[str, float] | None]:
     """Detect clusters, and compare today's balanced clusters with those of the last check on today's documents.
 
     Both clusterings label the same documents, with today's features; so no second forward over a probe set is needed.
     """
     config = controller.config
     found = detect(coordinates, min_silhouette=config.clusters.min_silhouette)
-    centroids, labels = balanced_kmeans(coordinates, config.num_experts, config.seed)
+    clusters = balanced_kmeans(coordinates, config.num_experts, config.seed)
     stable = None
     if handle.document_centroids is not None:
-        mean, basis = subspace.mean, subspace.basis
-        # Last check's centroids as features, seen from today's mean and basis.
-        old = handle.document_centroids @ handle.document_basis.cpu().T + handle.document_mean.cpu()
-        old = (old - mean.cpu()) @ basis.cpu()
-        stable = stability(torch.cdist(coordinates, old).argmin(1), torch.cdist(coordinates, centroids).argmin(1))
+        mean, basis = subspace.mean.cpu(), subspace.basis.cpu()
+        # Today's documents as the last check would have seen them: its mean, its basis, its boundaries.
+        features = coordinates @ basis.T + mean - handle.document_mean.cpu()
+        last = BalancedClusters(handle.document_centroids, handle.document_prices, clusters.labels, False)
+        stable = stability(last.assign(features @ handle.document_basis.cpu()), clusters.labels)
     known = domains >= 0
-    agree = agreement(labels[known], domains[known]) if bool(known.any()) else None
-    return found, labels, centroids, stable, agree
+    agree = agreement(clusters.labels[known], domains[known]) if bool(known.any()) else None
+    return found, clusters, stable, agree
 
 
 @torch.no_grad()
@@ -232,8 +236,7 @@ def measure_trainability(controller: "Controller") -> None:
                 for local, expert in enumerate(bank.local_experts):
                     k = number * bank.num_experts + bank.first_local(controller.ep_rank) + local
                     rows = layer.rows[local]
-                    watched = handle.experts[k].mode is ExpertMode.TRAINING
-                    if not watched or rows is None or rows.shape[0] < MIN_EXPERT_ROWS:
+                    if not _watched(handle.experts[k], config.policy) or rows is None or len(rows) < MIN_EXPERT_ROWS:
                         continue
                     value, _ = top_eigenpair(expert, rows.float(), iterations=config.iterations)
                     norm = squares.get(expert_unit(handle.block, k), 0.0)
@@ -252,3 +255,9 @@ def measure_trainability(controller: "Controller") -> None:
                     gradient_norm=sum(part[2] for part in parts) ** 0.5,
                 )
                 expert.history.append(probe)
+
+
+def _watched(expert: ExpertHandle, policy: str) -> bool:
+    """Whether a policy reads this expert: while it trains, and frozen as long as it may be thawed."""
+    may_thaw = policy == "trainability" and expert.mode is ExpertMode.FROZEN and not expert.thawed
+    return expert.mode is ExpertMode.TRAINING or may_thaw

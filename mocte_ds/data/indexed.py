@@ -1,68 +1,35 @@
 """Turns a corpus into megatron-core's indexed data, a fixed train/validation split and a manifest of what was done."""
 
+import contextlib
+import fcntl
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
+import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from mocte_ds.data.corpus import corpus_files, read_documents
+from mocte_ds.data.corpus import Documents, read_corpus
+from mocte_ds.data.manifest import FORMAT, NAME, SPLITS, Manifest, open_indexed, prefix
 from mocte_ds.data.tokenizer import Tokenizer
 from mocte_ds.errors import DataError
 
-FORMAT = 1
-SPLITS = ("train", "validation")
+# A process costs seconds to start; it has to get at least so many characters.
+_CHARACTERS_A_WORKER = 16_000_000
+# Documents travel to the processes in parts of about so many characters.
+_CHARACTERS_A_PART = 200_000
 
-
-@dataclass(frozen=True)
-class Manifest:
-    """What prepared data was made from, and how much there is of it."""
-
-    format: int
-    tokenizer_sha256: str
-    vocab_size: int
-    eod_id: int
-    validation_share: float
-    domains: dict[str, dict[str, Any]]
-    """By domain: "source_sha256", and for "train" and "validation" the numbers of "documents" and "tokens"."""
-
-    @property
-    def sha256(self) -> str:
-        """Hash of everything above."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "Manifest":
-        """The manifest of a folder of prepared data.
-
-        Raises:
-            DataError: there is none, or it is damaged or of another format.
-        """
-        path = Path(folder) / "manifest.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            manifest = cls(**values)
-        except FileNotFoundError as error:
-            raise DataError(f"{folder} holds no prepared data (no manifest.json); tools/prepare_data.py makes it.") from error
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error}); prepare the data again.") from error
-        if manifest.format != FORMAT:
-            raise DataError(f"{path} has format {manifest.format}, this version reads {FORMAT}; prepare the data again.")
-        return manifest
-
-
-def prefix(folder: str | Path, domain: str, split: str) -> Path:
-    """Path of an indexed data set without .bin and .idx."""
-    return Path(folder) / f"{domain}_{split}"
+_Encoder = Callable[[Iterable[str]], Iterator[np.ndarray]]
 
 
 def prepare(
@@ -75,110 +42,182 @@ def prepare(
 ) -> tuple[Manifest, bool]:
     """Tokenise a corpus, unless that was done before from the same files.
 
+    Everything is written under temporary names first and the manifest last; other files in ``out`` are left alone. A
+    second process that prepares the same folder waits and then finds the work done.
+
     Args:
         corpus: folder of the corpus.
         out: folder for DOMAIN_train.bin/.idx, DOMAIN_validation.bin/.idx, tokenizer.model and manifest.json.
         tokenizer_path: sentencepiece model.
         validation_share: share of documents, chosen by the hash of their text, that go to validation; at least one.
-        workers: processes.
-        progress: show a bar.
+        workers: processes at most; a small corpus is tokenised by this process.
+        progress: show a bar on a terminal.
 
     Returns:
         The manifest, and whether anything had to be made.
 
     Raises:
-        DataError: see :func:`mocte_ds.data.read_corpus`; also a full disk, or a domain with fewer than two documents.
+        DataError: a bad corpus or tokenizer, a domain with fewer than two documents, or ``out`` cannot be written.
     """
     if not 0.0 < validation_share < 1.0:
         raise DataError(f"validation_share = {validation_share} must lie between 0 and 1.")
-    out, tokenizer, files = Path(out), Tokenizer(tokenizer_path), corpus_files(corpus)
-    sources = {domain: _file_hash(path) for domain, path in files.items()}
-    old = _reusable(out, tokenizer, validation_share, sources)
-    if old:
-        return old, False
-    pending = out.with_name(out.name + ".tmp")
-    shutil.rmtree(pending, ignore_errors=True)
+    if workers < 1:
+        raise DataError(f"workers = {workers} must be 1 or more.")
+    out, tokenizer, documents = Path(out), Tokenizer(tokenizer_path), read_corpus(corpus)
+    sources = {domain: texts.sha256() for domain, texts in documents.items()}
     try:
-        pending.mkdir(parents=True)
-        domains = {}
-        with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (str(tokenizer_path),)) as pool:
-            bar = tqdm(files.items(), desc="tokenising", unit="domain", disable=not progress)
-            for domain, path in bar:
-                bar.set_postfix_str(domain)
-                counts = _write_domain(pending, domain, path, tokenizer, validation_share, pool.imap)
-                domains[domain] = {"source_sha256": sources[domain], **counts}
-        shutil.copyfile(tokenizer_path, pending / "tokenizer.model")
-        manifest = Manifest(
-            FORMAT, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id, validation_share, domains
-        )
-        (pending / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(pending, out)
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone_in(out):
+            old = _reusable(out, tokenizer, validation_share, sources)
+            if old:
+                return old, False
+            with tempfile.TemporaryDirectory(prefix=".preparing-", dir=out) as pending:
+                counts = _build(Path(pending), documents, tokenizer, validation_share, workers, progress)
+                domains = {domain: {"source_sha256": sources[domain], **counts[domain]} for domain in documents}
+                manifest = Manifest(
+                    FORMAT, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id, validation_share, domains
+                )
+                shutil.copyfile(tokenizer_path, Path(pending) / "tokenizer.model")
+                manifest.write(Path(pending) / NAME)
+                _install(Path(pending), out, manifest)
     except OSError as error:
-        shutil.rmtree(pending, ignore_errors=True)
-        raise DataError(f"could not write prepared data to {out}: {error}. What was there before is untouched.") from error
+        raise DataError(
+            f"could not write prepared data to {out}: {error.strerror or error}; make room or choose another place. "
+            "What was prepared there before is complete."
+        ) from error
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a process that tokenised ended (out of memory?); take fewer workers than {workers}."
+        ) from error
     return manifest, True
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a first pass over one domain found."""
+
+    documents: int
+    characters: int
+    threshold: int
+    """Documents whose :func:`_place` is smaller go to validation."""
+
+
+def _build(
+    folder: Path, corpus: dict[str, Documents], tokenizer: Tokenizer, share: float, workers: int, progress: bool
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Write the data sets of all domains; numbers of documents and tokens by domain and split."""
+    silent = None if progress else True  # None: no bar where there is no terminal
+    bar = tqdm(corpus.items(), desc="reading", unit="domain", disable=silent)
+    plans = {domain: _plan(texts, share) for domain, texts in bar}
+    characters = sum(plan.characters for plan in plans.values())
+    workers = min(workers, 1 + characters // _CHARACTERS_A_WORKER)
+    total = sum(plan.documents for plan in plans.values())
+    with (
+        _encoder(tokenizer, workers) as encode,
+        tqdm(total=total, desc="tokenising", unit="document", disable=silent) as bar,
+    ):
+        return {
+            domain: _write_domain(folder, domain, texts, plans[domain].threshold, tokenizer, encode, bar)
+            for domain, texts in corpus.items()
+        }
+
+
+def _plan(texts: Documents, share: float) -> _Plan:
+    """Count, and choose a threshold near the share that leaves no split empty.
+
+    The choice hangs on the text alone, so a document (and every copy of it) stays on its side when others come or go.
+    """
+    count = characters = 0
+    smallest, largest, threshold = 2**64, -1, int(share * 2**64)
+    for text in texts:
+        place = _place(text)
+        smallest, largest = min(smallest, place), max(largest, place)
+        count, characters = count + 1, characters + len(text)
+    if smallest == largest:
+        raise DataError(
+            f"{texts.path}: one document (or copies of one) cannot be split into training and validation; cut it into "
+            "several documents or add more."
+        )
+    return _Plan(count, characters, min(max(threshold, smallest + 1), largest))
+
+
+def _place(text: str) -> int:
+    """A number in [0, 2^64) from the text. Salted: corpora are often thinned out by a plain hash of the text."""
+    return int.from_bytes(hashlib.sha256(b"mocte-ds validation\0" + text.encode("utf-8")).digest()[:8])
+
+
 def _write_domain(
-    folder: Path, domain: str, path: Path, tokenizer: Tokenizer, share: float, imap: Callable
+    folder: Path, domain: str, texts: Documents, threshold: int, tokenizer: Tokenizer, encode: _Encoder, bar: tqdm
 ) -> dict[str, dict[str, int]]:
     """Tokenise one file into its two indexed data sets."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core warns of missing GPU libraries
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    texts = read_documents(path)
-    if len(texts) < 2:
-        raise DataError(f"{path}: one document cannot be split into training and validation; split it or add more.")
-    validation = _validation_documents(texts, share)
-    dtype = np.uint16 if tokenizer.vocab_size < 65500 else np.int32
-    builders = {split: IndexedDatasetBuilder(f"{prefix(folder, domain, split)}.bin", dtype=dtype) for split in SPLITS}
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
     counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
-    for number, ids in enumerate(imap(_encode, texts, chunksize=64)):
-        split = "validation" if number in validation else "train"
-        ids.append(tokenizer.eod_id)
-        builders[split].add_document(torch.tensor(ids), [len(ids)])
-        counts[split]["documents"] += 1
-        counts[split]["tokens"] += len(ids)
-    for split, builder in builders.items():
-        builder.finalize(f"{prefix(folder, domain, split)}.idx")
+    builders = {split: IndexedDatasetBuilder(f"{prefix(folder, domain, split)}.bin", dtype=dtype) for split in SPLITS}
+    sides: deque[str] = deque()  # of the documents that are under way
+
+    def sorted_out() -> Iterator[str]:
+        for text in texts:
+            sides.append("validation" if _place(text) < threshold else "train")
+            yield text
+
+    try:
+        for ids in encode(sorted_out()):
+            split = sides.popleft()
+            builders[split].add_document(torch.from_numpy(ids), [len(ids)])
+            counts[split]["documents"] += 1
+            counts[split]["tokens"] += len(ids)
+            bar.update()
+        for split, builder in builders.items():
+            builder.finalize(f"{prefix(folder, domain, split)}.idx")
+    except OSError:
+        for builder in builders.values():
+            with contextlib.suppress(OSError):  # closing writes the rest, which fails again
+                builder.data_file.close()
+        raise
     return counts
 
 
-def _validation_documents(texts: list[str], share: float) -> set[int]:
-    """Numbers of the documents with the smallest text hashes below the share; at least one, never all.
+@contextlib.contextmanager
+def _encoder(tokenizer: Tokenizer, workers: int) -> Iterator[_Encoder]:
+    """A function from texts to token ids with eod, in order; by other processes where there are several."""
+    if workers == 1:
+        yield lambda texts: (_ids(tokenizer, text) for text in texts)
+        return
+    context = multiprocessing.get_context("spawn")  # fork and the threads of PyTorch do not go together
+    with ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer.path),)) as pool:
 
-    The choice hangs on the text alone, so a document stays on its side when others come or go. The hash is salted:
-    corpora are often thinned out by a plain hash of the text, and then all their hashes are small.
-    """
-    salted = [hashlib.sha256(b"mocte-ds validation\0" + text.encode("utf-8", "replace")) for text in texts]
-    places = [int.from_bytes(digest.digest()[:8]) / 2**64 for digest in salted]
-    chosen = {number for number, place in enumerate(places) if place < share}
-    if not chosen:
-        chosen = {min(range(len(texts)), key=places.__getitem__)}
-    if len(chosen) == len(texts):
-        chosen.discard(max(range(len(texts)), key=places.__getitem__))
-    return chosen
+        def encode(texts: Iterable[str]) -> Iterator[np.ndarray]:
+            waiting: deque[Future[list[np.ndarray]]] = deque()
+            for part in _parts(texts):
+                waiting.append(pool.submit(_encode_part, part))
+                if len(waiting) > 3 * workers:  # enough to keep all busy, little enough for the memory
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
 
-
-def _reusable(out: Path, tokenizer: Tokenizer, share: float, sources: dict[str, str]) -> Manifest | None:
-    try:
-        old = Manifest.read(out)
-    except DataError:
-        return None
-    same = old.tokenizer_sha256 == tokenizer.sha256 and old.validation_share == share
-    same = same and {d: facts["source_sha256"] for d, facts in old.domains.items()} == sources
-    whole = all(
-        Path(f"{prefix(out, domain, split)}{end}").is_file() for domain in sources for split in SPLITS for end in (".bin", ".idx")
-    )
-    return old if same and whole else None
+        yield encode
 
 
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= _CHARACTERS_A_PART:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Token ids of a document and its end: (n + 1,) int32."""
+    return np.asarray([*tokenizer.encode(text), tokenizer.eod_id], dtype=np.int32)
 
 
 _worker: Tokenizer
@@ -189,5 +228,52 @@ def _start_worker(path: str) -> None:
     _worker = Tokenizer(path)
 
 
-def _encode(text: str) -> list[int]:
-    return _worker.encode(text)
+def _encode_part(texts: list[str]) -> list[np.ndarray]:
+    return [_ids(_worker, text) for text in texts]
+
+
+def _install(pending: Path, out: Path, manifest: Manifest) -> None:
+    """Move finished files into place. A folder without a manifest counts as empty, so it goes first and comes last."""
+    stale: set[str] = set()
+    with contextlib.suppress(DataError):
+        stale = set(Manifest.read(out).domains) - set(manifest.domains)
+    (out / NAME).unlink(missing_ok=True)
+    for path in sorted(pending.iterdir()):
+        if path.name != NAME:
+            os.replace(path, out / path.name)
+    os.replace(pending / NAME, out / NAME)
+    for domain in stale:
+        for split in SPLITS:
+            for end in (".bin", ".idx"):
+                Path(f"{prefix(out, domain, split)}{end}").unlink(missing_ok=True)
+
+
+def _reusable(out: Path, tokenizer: Tokenizer, share: float, sources: dict[str, str]) -> Manifest | None:
+    """The manifest that is there, if it tells of the same input and its files are complete."""
+    try:
+        old = Manifest.read(out)
+        old.require_tokenizer(out / "tokenizer.model")
+        if old.tokenizer_sha256 != tokenizer.sha256 or old.validation_share != share:
+            return None
+        if {domain: facts["source_sha256"] for domain, facts in old.domains.items()} != sources:
+            return None
+        for domain in sources:
+            for split in SPLITS:
+                open_indexed(out, old, domain, split)
+    except DataError:
+        return None
+    return old
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process prepares this folder, and remove what a killed one has left."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            yield
+            return
+        for left in folder.glob(".preparing-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield

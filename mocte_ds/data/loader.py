@@ -1,6 +1,5 @@
 """Batches from prepared data. The place in the data is one integer; who reads which part hangs on nothing else."""
 
-import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mocte_ds.data.indexed import Manifest, prefix
+from mocte_ds.data.manifest import Manifest, open_indexed
 from mocte_ds.errors import DataError
 
 # Length of the pattern in which domains follow each other; weights are rounded to multiples of 1/_PERIOD.
@@ -17,37 +16,37 @@ _PERIOD = 1024
 
 
 class PackedDomain:
-    """Sequences of one domain: documents in an order that changes with every epoch, packed without gaps."""
+    """Sequences of one domain: documents in an order that changes with every epoch, packed without gaps.
 
-    def __init__(self, folder: Path, domain: str, split: str, context: int, seed: int) -> None:
+    Megatron-core's GPTDataset fixes the number of sequences, and with it the orders, when it is built; here the number
+    is open, so that a run can be prolonged, and the order of an epoch follows from the seed alone. Tokens stay
+    memory-mapped; in memory are lengths and orders, some 40 bytes a document.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, domain: str, split: str, context: int, seed: int) -> None:
         """Open the indexed data.
 
         Args:
             folder: prepared data.
+            manifest: of the folder.
             domain: its name.
             split: `train` or `validation`.
             context: tokens of a sequence; a sample holds one more, for the labels.
             seed: of the orders.
 
         Raises:
-            DataError: files are missing or hold fewer tokens than one sample.
+            DataError: files are missing or damaged, or hold fewer tokens than one sample.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # megatron-core warns of missing GPU libraries
-            from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        path = prefix(folder, domain, split)
-        if not IndexedDataset.exists(str(path)):
-            raise DataError(f"{path}.bin or .idx is missing; prepare the data again.")
-        self._data, self._context = IndexedDataset(str(path)), context
+        self._data, self._context = open_indexed(folder, manifest, domain, split), context
         self._lengths = np.asarray(self._data.sequence_lengths, dtype=np.int64)
         self._key = [seed, *domain.encode(), len(split)]
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.tokens = int(self._lengths.sum())
         self.samples = (self.tokens - 1) // context
         if self.samples < 1:
             raise DataError(
-                f"domain '{domain}' has {self.tokens} {split} tokens, fewer than one sequence of {context} + 1; "
-                "take a shorter context or more text."
+                f"domain '{domain}' of {folder} has {self.tokens} {split} tokens, fewer than one sequence of {context} "
+                "+ 1; take a shorter context, add text, or give the domain the weight 0."
             )
 
     def __getitem__(self, number: int) -> np.ndarray:
@@ -65,19 +64,22 @@ class PackedDomain:
             missing, offset, at = missing - length, 0, at + 1
         return np.concatenate(parts).astype(np.int64)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - the loader lives as long as the run
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Order of the documents, their cumulated lengths, and the order of the samples."""
-        generator = np.random.default_rng([*self._key, epoch])
-        documents = generator.permutation(len(self._lengths))
-        return documents, np.cumsum(self._lengths[documents]), generator.permutation(self.samples)
+        if epoch not in self._epochs:
+            if len(self._epochs) == 2:  # reading goes forward, with neighbours around the end of an epoch
+                self._epochs.pop(next(iter(self._epochs)))
+            generator = np.random.default_rng([*self._key, epoch])
+            documents = generator.permutation(len(self._lengths))
+            self._epochs[epoch] = documents, np.cumsum(self._lengths[documents]), generator.permutation(self.samples)
+        return self._epochs[epoch]
 
 
 class BlendedLoader:
     """Micro-batches of one rank from all domains, by weight.
 
-    Global sequence p is the same whatever the number of ranks and micro-batches. Accumulation step g of rank r takes the
-    sequences position + (g * world_size + r) * micro_batch + [0, micro_batch).
+    Global sequence p is the same whatever the number of ranks and micro-batches. Accumulation step g of rank r takes
+    the sequences position + (g * world_size + r) * micro_batch + [0, micro_batch).
     """
 
     def __init__(
@@ -104,30 +106,53 @@ class BlendedLoader:
             world_size: data-parallel ranks.
             micro_batch: sequences of a micro-batch on one rank.
             seed: of all orders.
-            weights: share of each domain, any scale; None: by tokens.
+            weights: share of each domain, any scale; a domain that is not named gets nothing. None: by tokens.
             position: global sequences already consumed.
 
         Raises:
-            DataError: sizes that do not divide, unknown or negative weights, too little text.
+            DataError: sizes that do not fit together, unknown or negative weights, too little text, damaged files, or a
+                tokenizer.model that is not the one the data was prepared with.
         """
+        for name, value in {"context": context, "micro_batch": micro_batch, "batch_size": batch_size}.items():
+            if value < 1:
+                raise DataError(f"{name} = {value} must be 1 or more.")
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank = {rank} must be one of the {world_size} ranks from 0.")
         if batch_size % (world_size * micro_batch):
             raise DataError(
-                f"a global batch of {batch_size} sequences is no multiple of {world_size} ranks x {micro_batch} sequences "
-                "of a micro-batch."
+                f"a global batch of {batch_size} sequences is no multiple of {world_size} ranks x {micro_batch} "
+                "sequences of a micro-batch."
             )
-        self.manifest = Manifest.read(prepared)
+        if seed < 0:
+            raise DataError(f"seed = {seed} must be 0 or more.")
+        folder = Path(prepared)
+        self.manifest = Manifest.read(folder)
+        self.manifest.require_tokenizer(folder / "tokenizer.model")
         self.domains = sorted(self.manifest.domains)
         for domain in weights or {}:
             if domain not in self.domains:
                 raise DataError(f"data.weights names the domain '{domain}', which is not among {self.domains}.")
-        self._sets = [PackedDomain(Path(prepared), d, split, context, seed) for d in self.domains]
-        raw = [weights.get(d, 0.0) if weights else s.tokens for d, s in zip(self.domains, self._sets, strict=True)]
+        tokens = {domain: facts[split]["tokens"] for domain, facts in self.manifest.domains.items()}
+        raw = [weights.get(d, 0.0) if weights else tokens[d] for d in self.domains]
         self._counts = _pattern_counts(np.asarray(raw, dtype=np.float64))
+        self._sets = {
+            number: PackedDomain(folder, self.manifest, domain, split, context, seed)
+            for number, domain in enumerate(self.domains)
+            if self._counts[number]
+        }
+        self._patterns: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.batch_size, self.rank, self.world_size, self.micro_batch = batch_size, rank, world_size, micro_batch
-        self.seed, self.position = seed, position
+        self.seed = seed
+        self.seek(position)
 
     def seek(self, position: int) -> None:
-        """Go on behind ``position`` consumed sequences."""
+        """Go on behind ``position`` consumed global sequences.
+
+        Raises:
+            DataError: a negative position.
+        """
+        if position < 0:
+            raise DataError(f"position = {position} must be 0 or more.")
         self.position = position
 
     def sequence(self, number: int) -> tuple[int, np.ndarray]:
@@ -153,16 +178,19 @@ class BlendedLoader:
                     "domain": torch.tensor([domain for domain, _ in found]),
                 }
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - the loader lives as long as the run
     def _pattern(self, period: int) -> tuple[np.ndarray, np.ndarray]:
         """Domain of each place of a period, and how many places before it have the same domain."""
-        pattern = np.repeat(np.arange(len(self._counts)), self._counts)
-        np.random.default_rng([self.seed, 7, period]).shuffle(pattern)
-        ranks = np.empty_like(pattern)
-        for domain in range(len(self._counts)):
-            mine = pattern == domain
-            ranks[mine] = np.arange(mine.sum())
-        return pattern, ranks
+        if period not in self._patterns:
+            if len(self._patterns) == 2:
+                self._patterns.pop(next(iter(self._patterns)))
+            pattern = np.repeat(np.arange(len(self._counts)), self._counts)
+            np.random.default_rng([self.seed, 7, period]).shuffle(pattern)
+            ranks = np.empty_like(pattern)
+            for domain in range(len(self._counts)):
+                mine = pattern == domain
+                ranks[mine] = np.arange(mine.sum())
+            self._patterns[period] = pattern, ranks
+        return self._patterns[period]
 
 
 def _pattern_counts(weights: np.ndarray) -> np.ndarray:
@@ -178,26 +206,37 @@ def _pattern_counts(weights: np.ndarray) -> np.ndarray:
     return counts
 
 
-def validation_batches(
-    prepared: str | Path, context: int, max_sequences: int
-) -> dict[str, tuple[Tensor, Tensor]]:
+def validation_batches(prepared: str | Path, context: int, max_sequences: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Fixed validation sequences of every domain.
 
     Args:
         prepared: folder made by tools/prepare_data.py.
         context: tokens of a sequence.
-        max_sequences: at most so many of a domain.
+        max_sequences: at most so many of a domain (1 or more).
 
     Returns:
-        By domain: input_ids and labels, both (n, context); a domain with less than one sequence is left out.
+        By domain: input_ids and labels, both (n, context). A domain with less than one sequence is left out with a
+        warning.
+
+    Raises:
+        DataError: no domain has a whole sequence, or files are missing or damaged.
     """
-    result = {}
-    for domain, facts in sorted(Manifest.read(prepared).domains.items()):
-        if facts["validation"]["tokens"] <= context:
+    result, folder = {}, Path(prepared)
+    manifest = Manifest.read(folder)
+    for domain, facts in sorted(manifest.domains.items()):
+        tokens = facts["validation"]["tokens"]
+        if tokens <= context:
+            warnings.warn(
+                f"domain '{domain}' is not validated: its {tokens} tokens are fewer than a sequence of {context} + 1.",
+                stacklevel=2,
+            )
             continue
-        packed = PackedDomain(Path(prepared), domain, "validation", context, seed=0)
-        tokens = torch.from_numpy(np.stack([packed[i] for i in range(min(max_sequences, packed.samples))]))
-        result[domain] = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        packed = PackedDomain(folder, manifest, domain, "validation", context, seed=0)
+        rows = torch.from_numpy(np.stack([packed[i] for i in range(min(max_sequences, packed.samples))]))
+        result[domain] = (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
     if not result:
-        raise DataError(f"no domain of {prepared} has one validation sequence of {context} tokens; take a shorter context.")
+        raise DataError(
+            f"no domain of {folder} has one validation sequence of {context} + 1 tokens; take a shorter context or a "
+            "larger validation share."
+        )
     return result

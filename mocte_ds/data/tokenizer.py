@@ -1,41 +1,49 @@
 """A sentencepiece tokenizer: trained on a corpus, lossless on any text."""
 
+import contextlib
 import hashlib
+import heapq
 import io
 import os
-import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import sentencepiece
 
+from mocte_ds.data.corpus import read_corpus
 from mocte_ds.errors import DataError
 
-SAMPLE_BYTES = 8_000_000
+SAMPLE_CHARACTERS = 8_000_000
+# Sentencepiece writes spaces as this character and would turn the character itself into a space.
+_SPACE_MARK = "\u2581"
 
 
 def train_tokenizer(
-    corpus: Mapping[str, Iterable[str]], out: str | Path, vocab_size: int, model_type: str = "bpe", seed: int = 0
+    corpus: str | Path | Mapping[str, Iterable[str]],
+    out: str | Path,
+    vocab_size: int,
+    model_type: str = "bpe",
+    seed: int = 0,
 ) -> Path:
     """Train and store a tokenizer.
 
     Args:
-        corpus: texts by domain (see :func:`mocte_ds.data.read_corpus`).
+        corpus: folder of a corpus, or texts by domain (see :func:`mocte_ds.data.read_corpus`).
         out: file to write, by custom NAME.model.
-        vocab_size: pieces, 256 bytes and 4 special ones (<unk> 0, <s> 1, </s> 2, <pad> 3) included.
+        vocab_size: number of pieces; the 256 bytes and 4 special ones (<unk> 0, <s> 1, </s> 2, <pad> 3) count.
         model_type: `bpe` or `unigram`.
-        seed: of the choice of text where the corpus is larger than 8 MB.
+        seed: of the choice of documents where the corpus has more than 8 million characters.
 
     Returns:
         ``out``.
 
     Raises:
-        DataError: no text, or more pieces asked for than the text allows (names the largest possible number).
+        DataError: a bad corpus, no text, more or fewer pieces than the text allows (the message names the limit), or
+            ``out`` cannot be written.
     """
-    if vocab_size < 300:
-        raise DataError(f"vocab_size = {vocab_size} is too small: 256 bytes and 4 special pieces come first; take 300 or more.")
-    lines = list(_sample_lines(corpus, seed))
+    texts = corpus if isinstance(corpus, Mapping) else read_corpus(corpus)
+    lines = list(_sample_lines(texts, seed))
     if not lines:
         raise DataError("the corpus holds no text to train a tokenizer on.")
     model = io.BytesIO()
@@ -62,14 +70,19 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        largest = re.search(r"<= (\d+)", str(error))
-        advice = f"at most {largest.group(1)} are possible with this corpus" if largest else str(error).splitlines()[0]
-        raise DataError(f"vocab_size = {vocab_size} is more than the corpus allows: {advice}.") from error
+        raise DataError(_advice(vocab_size, str(error))) from error
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pending = out.with_suffix(out.suffix + ".tmp")
-    pending.write_bytes(model.getvalue())
-    os.replace(pending, out)
+    pending = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pending.write_bytes(model.getvalue())
+        os.replace(pending, out)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            pending.unlink(missing_ok=True)
+        raise DataError(
+            f"could not write {out}: {error.strerror or error}; make room or choose another place."
+        ) from error
     return out
 
 
@@ -80,15 +93,24 @@ class Tokenizer:
         """Load it.
 
         Raises:
-            DataError: no such file, or no sentencepiece model.
+            DataError: no such file, no sentencepiece model, or a model without </s>.
         """
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(f"{path}: no such tokenizer; tools/train_tokenizer.py makes one.")
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            content = self.path.read_bytes()
+            if not content:
+                raise ValueError("the file is empty")
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except Exception as error:
             raise DataError(f"{path} is no sentencepiece model: {str(error).splitlines()[0]}") from error
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        """Hash of the model file."""
+        if self.eod_id < 0:
+            raise DataError(f"{path} has no piece </s>, which has to end every document; train one with it.")
+        mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode("utf-8")]
+        self._mark = mark if all(self._model.is_byte(piece) for piece in mark) else []
 
     @property
     def vocab_size(self) -> int:
@@ -100,32 +122,60 @@ class Tokenizer:
         """Id of </s>, which ends every document."""
         return self._model.eos_id()
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the model file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
-
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special pieces."""
-        return self._model.encode(text)
+        if _SPACE_MARK not in text or not self._mark:
+            return self._model.encode(text)
+        first, *others = text.split(_SPACE_MARK)
+        ids = self._model.encode(first)
+        for part in others:
+            ids += self._mark + self._model.encode(part)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text again, exactly."""
+        """The text again, exactly (for a model trained by :func:`train_tokenizer`)."""
         return self._model.decode(ids)
 
 
+def _advice(vocab_size: int, message: str) -> str:
+    """What to do about an error of sentencepiece's trainer."""
+    largest = re.search(r"<= (\d+)\.", message)
+    if largest:
+        return (
+            f"vocab_size = {vocab_size} is more than the corpus allows: at most {largest.group(1)} are possible with "
+            "it; take that or add text."
+        )
+    smallest = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if smallest:
+        return (
+            f"vocab_size = {vocab_size} is too small: the 256 bytes, 4 special pieces and the characters of this "
+            f"corpus need {smallest.group(1)} already."
+        )
+    return f"no tokenizer with vocab_size = {vocab_size} could be trained: {message.splitlines()[0]}"
+
+
 def _sample_lines(corpus: Mapping[str, Iterable[str]], seed: int) -> Iterator[str]:
-    """Lines of the corpus; equal shares of all domains where there is more than enough."""
-    share = SAMPLE_BYTES // max(1, len(corpus))
+    """Lines to learn pieces from: everything, or equal shares of the domains where there is more than enough."""
+    share = SAMPLE_CHARACTERS // max(1, len(corpus))
     for domain in sorted(corpus):
-        texts = list(corpus[domain])
-        random.Random(f"{seed}/{domain}").shuffle(texts)
-        size = 0
-        for text in texts:
+        for text in _sample(corpus[domain], share, f"{seed}/{domain}/"):
             for line in text.split("\n"):
-                # Sentencepiece drops what is longer than max_sentence_length.
+                # Sentencepiece drops what is longer than max_sentence_length bytes.
                 for start in range(0, len(line), 4000):
                     yield line[start : start + 4000]
-            size += len(text.encode("utf-8", errors="ignore"))
-            if size > share:
-                break
+
+
+def _sample(texts: Iterable[str], characters: int, salt: str) -> list[str]:
+    """Documents with the smallest hashes that together have at least so many characters (all, if there are fewer).
+
+    One pass over the texts; no more of them is held than is returned.
+    """
+    kept: list[tuple[int, int, str]] = []
+    size = 0
+    for number, text in enumerate(texts):
+        digest = hashlib.blake2b((salt + text).encode("utf-8"), digest_size=8).digest()
+        heapq.heappush(kept, (-int.from_bytes(digest), -number, text))
+        size += len(text)
+        while size - len(kept[0][2]) >= characters:
+            size -= len(heapq.heappop(kept)[2])
+    return [text for _, _, text in sorted(kept, reverse=True)]

@@ -49,9 +49,7 @@ def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # `*` stands for one step of the path: model.layers.*.mlp must not match model.layers.0.mlp.act.mlp.
         matches = [
-            name
-            for name in all_names
-            if name.count(".") == pattern.count(".") and fnmatch.fnmatchcase(name, pattern)
+            name for name in all_names if name.count(".") == pattern.count(".") and fnmatch.fnmatchcase(name, pattern)
         ]
         if not matches:
             ffns = [name for name, module in model.named_modules() if ffn_shape(module) is not None]

@@ -3,13 +3,7 @@
 import torch
 from torch import Tensor
 
-from mocte_ds.clusters.table import (
-    balanced_kmeans,
-    hash_table,
-    linear_gate,
-    subspace_without_mean,
-    type_table,
-)
+from mocte_ds.clusters import balanced_kmeans, hash_table, linear_gate, subspace_without_mean, type_table
 from mocte_ds.config import MocteConfig
 from mocte_ds.dist.collectives import from_rank_zero, gather_rows
 from mocte_ds.moe.block import Block
@@ -39,14 +33,12 @@ def set_gate(block: Block, config: MocteConfig, sample: tuple[Tensor, Tensor], b
             table = from_rank_zero(type_table(ids.cpu(), coords.cpu(), gate.cluster_table.numel(), experts, seed))
             gate.set_table(table)
             continue
-        if config.router.bias:
-            coords = gather_rows((features - mean) @ basis)
-        else:
+        if not config.router.bias:
             # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
             basis = subspace_without_mean(basis, mean)
-            coords = torch.nn.functional.normalize(gather_rows(features @ basis), dim=1)
-        centroids, _ = balanced_kmeans(coords.cpu(), experts, seed)
-        weight, bias = linear_gate(from_rank_zero(centroids).to(basis), basis, mean, bias=config.router.bias)
+        coords = gather_rows((features - mean) @ basis)
+        clusters = balanced_kmeans(coords, experts, seed, directions=not config.router.bias)
+        weight, bias = (from_rank_zero(t.to(basis)) for t in linear_gate(clusters, basis, mean))
         if config.router.weight == "softmax":
             sharpness = from_rank_zero(_sharpness(gather_rows(features @ weight.T + bias)))
             weight, bias = weight * sharpness, bias * sharpness

@@ -6,21 +6,34 @@ from mocte_ds.report.wall import wall_clock
 COMPONENTS = {
     "forward": "forward pass of the model",
     "dgrad": "backward pass: gradients by inputs",
-    "wgrad": "backward pass: gradients by weights, of units that train",
+    "wgrad": "backward pass: gradients by weights, of what trains",
     "routing": "gates of the blocks",
     "sampling": "collecting features for the checks",
     "spectrum": "sampled SVD",
     "clusters": "clustering of documents",
     "trainability": "power iterations for the experts' kernels",
-    "wgrad_saved": "weight gradients that frozen units did not need",
+    "wgrad_saved": "weight gradients that frozen experts did not need: not spent",
+    "validation": "forward passes of validation: beside training",
 }
+BESIDE = ("wgrad_saved", "validation", "total")
 OWN_WORK = ("routing", "sampling", "spectrum", "clusters", "trainability")
 MEASURING = ("sampling", "spectrum", "clusters", "trainability")
 
 
 def total(run: Run) -> float:
-    """FLOPs spent, everything counted but what was saved; 0 without a ledger."""
-    return sum(value for name, value in run.ledger.items() if name != "wgrad_saved")
+    """FLOPs that training spent, MO-CTE's own work with it; 0 without a ledger."""
+    return sum(value for name, value in run.ledger.items() if name not in BESIDE)
+
+
+def spent(run: Run) -> list[str]:
+    """Names of the components that the total adds up."""
+    known = [name for name in COMPONENTS if name in run.ledger and name not in BESIDE]
+    return known + [name for name in run.ledger if name not in COMPONENTS and name not in BESIDE]
+
+
+def beside(run: Run) -> list[str]:
+    """Names of the components that are no part of the total."""
+    return [name for name in COMPONENTS if name in run.ledger and name in BESIDE]
 
 
 def overhead(run: Run) -> float | None:

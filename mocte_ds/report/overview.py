@@ -8,13 +8,13 @@ from mocte_ds.report.reader import Run
 from mocte_ds.report.wording import MISSING, integer
 
 LOOKED_FOR: tuple[tuple[str, tuple[str | tuple[str, ...], ...]], ...] = (
-    ("parameters of the model", ("num_params", "parameters", "model_parameters", "params")),
+    ("parameters of the model", ("parameters", "num_params", "model_parameters", "params")),
     ("style", (("model", "style"), "style")),
     ("layers", ("num_layers", "num_hidden_layers")),
     ("hidden size", ("hidden_size",)),
     ("FFN width", ("intermediate_size",)),
     ("vocabulary", ("vocab_size",)),
-    ("context (tokens)", ("context", "max_positions", "seq_length")),
+    ("context (tokens)", (("training", "context"), "context", "max_positions", "seq_length")),
     ("ranks (world size)", ("world_size",)),
     ("device", ("device", "accelerator", "hardware")),
     ("ZeRO stage", (("zero_optimization", "stage"), "zero_stage")),
@@ -27,6 +27,7 @@ LOOKED_FOR: tuple[tuple[str, tuple[str | tuple[str, ...], ...]], ...] = (
     ("deadline of emergence (share)", (("clusters", "deadline"),)),
     ("freeze policy", (("freeze", "policy"),)),
     ("seed", (("training", "seed"), "seed")),
+    ("sequences of a micro-batch", (("training", "micro_batch"), "train_micro_batch_size_per_gpu")),
     ("data manifest (hash)", ("manifest_sha256", "manifest_hash", "data_manifest", ("manifest", "sha256"), "manifest")),
     ("tokenizer (hash)", ("tokenizer_sha256", ("tokenizer", "sha256"), "tokenizer")),
     ("command", ("command", "argv", "command_line")),

@@ -23,6 +23,8 @@ SECTIONS = {
     "facts": "The run",
 }
 
+MEAN_REMARK = "Loss per token of held-out text; mean: over the domains, each counted alike; perplexity: exp(loss)."
+
 Pictures = Mapping[str, tuple[bytes, bytes]]
 """PNG files (wide, narrow) by the figure's name."""
 
@@ -53,6 +55,7 @@ def page(run: Run, pictures: Pictures) -> str:
         show("loss"),
         "<h3>Validation loss by domain</h3>",
         tables.validation_table(run),
+        f'<p class="soft">{escape(MEAN_REMARK)}</p>',
         show("clocks"),
         _heading("structure"),
         show("spectrum"),

@@ -3,7 +3,7 @@
 import math
 
 from mocte_ds.report import ledger
-from mocte_ds.report.facts import first_setting, setting
+from mocte_ds.report.facts import first_setting, section, setting
 from mocte_ds.report.reader import Row, Run
 from mocte_ds.report.wording import decimal, flops, integer, listing, percent, plural, size
 
@@ -28,6 +28,11 @@ def frozen_experts(run: Run) -> list[tuple[int, int]]:
 def emerged_blocks(run: Run) -> dict[int, Row]:
     """Emergence of every block that has emerged."""
     return {event["block"]: event for event in run.of_kind("emergence") if event.get("block") is not None}
+
+
+def is_dense(run: Run) -> bool:
+    """Whether run.json says that the run has no MO-CTE."""
+    return bool(run.facts) and not run.blocks and not section(run, "mocte")
 
 
 def sentences(run: Run) -> list[str]:
@@ -67,6 +72,8 @@ def _training(run: Run) -> str:
 
 def _emergence(run: Run) -> str:
     born, blocks = emerged_blocks(run), run.blocks
+    if is_dense(run):
+        return "This is a dense run: it has no blocks, so no experts can emerge."
     if not born:
         text = "No experts have emerged: every block has run its dense FFN"
         reasons = []
@@ -111,6 +118,8 @@ def _freezing(run: Run) -> str:
     frozen, everything = frozen_experts(run), sum(run.experts.values())
     events, thaws = run.of_kind("freeze"), run.of_kind("thaw")
     cost, gain = ledger.overhead(run), ledger.saved(run)
+    if is_dense(run):
+        return "No expert could be frozen, and MO-CTE's own work took nothing."
     if not events:
         text = "No expert has been frozen"
         if setting(run, "freeze", "policy") == "off":

@@ -55,19 +55,14 @@ def ledger_table(run: Run) -> str:
     whole = ledger.total(run)
     if not whole:
         return "<p>The run has not written its ledger yet.</p>"
-    names = [name for name in ledger.COMPONENTS if name in run.ledger and name != "wgrad_saved"]
-    names += [name for name in run.ledger if name not in ledger.COMPONENTS]
-    rows = [
-        [name, ledger.COMPONENTS.get(name, ""), flops(run.ledger[name]), percent(run.ledger[name] / whole)]
-        for name in names
-    ]
-    rows.append(["all", "everything that was spent", flops(whole), "100.00 %"])
-    if "wgrad_saved" in run.ledger:
-        spared = run.ledger["wgrad_saved"]
-        rows.append(
-            ["wgrad_saved", f"{ledger.COMPONENTS['wgrad_saved']} (not spent)", flops(spared), percent(spared / whole)]
-        )
+    rows = [_ledger_row(run, name, whole) for name in ledger.spent(run)]
+    rows.append(["all", "everything that training spent", flops(whole), "100.00 %"])
+    rows += [_ledger_row(run, name, whole) for name in ledger.beside(run)]
     return table("ledger-table", ["component", "what it is", "FLOPs", "share of all"], rows, "wtnn")
+
+
+def _ledger_row(run: Run, name: str, whole: float) -> list[str]:
+    return [name, ledger.COMPONENTS.get(name, ""), flops(run.ledger[name]), percent(run.ledger[name] / whole)]
 
 
 def ledger_remark(run: Run) -> str:
@@ -81,8 +76,7 @@ def ledger_remark(run: Run) -> str:
         return f"The log of steps counts the same sum ({flops(logged[-1])}) to within half a per cent."
     return (
         f"The log of steps counts {flops(logged[-1])} at its last step, the ledger {percent(difference, 1)} more or "
-        f"less: "
-        "they were not written at the same moment, or one of them misses a part."
+        f"less: they were not written at the same moment, or one of them misses a part."
     )
 
 
@@ -95,9 +89,16 @@ def seconds_table(run: Run) -> str:
     whole = sum(parts.values())
     rows.append(["all checks", duration(whole), percent(whole / wall) if wall else MISSING])
     if wall:
-        rows.append(["training", duration(wall), "100.00 %"])
+        rows.append(["training, its checks and validations", duration(wall), "100.00 %"])
+    saves = [event["seconds"] for event in run.of_kind("save") if event.get("seconds") is not None]
+    if saves:
+        share = percent(sum(saves) / wall) if wall else MISSING
+        rows.append([f"{plural(len(saves), 'save')}, beside training", duration(sum(saves)), share])
     return table(
-        "seconds-table", [f"part of {plural(len(run.checks), 'check')}", "seconds on rank 0", "share"], rows, "tnn"
+        "seconds-table",
+        [f"part of {plural(len(run.checks), 'check')}", "seconds on rank 0", "share of training"],
+        rows,
+        "tnn",
     )
 
 
@@ -132,6 +133,8 @@ def _who(run: Run, event: Row) -> str:
 
 
 def _reason(event: Row) -> str:
+    if event["event"] == "resume" and event.get("checkpoint"):
+        return f"went on from {event['checkpoint']}"
     return str(event.get("reason") or MISSING)
 
 

@@ -2,14 +2,11 @@
 
 INTRODUCTION = (
     "MO-CTE (Mixture of Cluster-Oriented, Trainability-aware Experts) is a way to pre-train a language model. The "
-    "model "
-    "starts dense. While it trains, the singular spectrum of its features is watched at regular checks; when documents "
-    "fall into stable clusters there, the feed-forward network (FFN) of a layer is copied into several experts, and "
-    "every "
-    "token goes to the expert of its cluster. From then on the experts differ. An expert whose Jacobian says that "
-    "it has "
-    "little left to learn is frozen: its weight gradients and its optimizer state are no longer needed. Everything on "
-    "this page is computed from the log that the run wrote while it trained."
+    "model starts dense. While it trains, the singular spectrum of its features is watched at regular checks; when "
+    "documents fall into stable clusters there, the feed-forward network (FFN) of a layer is copied into several "
+    "experts, and every token goes to the expert of its cluster. From then on the experts differ. An expert whose "
+    "Jacobian says that it has little left to learn is frozen: its weight gradients and its optimizer state are no "
+    "longer needed. Everything on this page is computed from the log that the run wrote while it trained."
 )
 
 STAGES = (
@@ -20,7 +17,7 @@ STAGES = (
     ),
     (
         "emergence",
-        "Stable clusters, or a deadline. The experts start as copies of the FFN, so that the loss does not jump.",
+        "Stable clusters, or a deadline. The experts start as copies of the FFN, so the loss need not jump.",
     ),
     ("specialising", "Every token passes through one expert, chosen by the cluster that its feature is nearest to."),
     ("freezing", "Experts with little left to learn stop, and their optimizer state is freed."),

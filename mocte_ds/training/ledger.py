@@ -1,7 +1,8 @@
 """Counts every FLOP of a run: forward, both halves of the backward pass, and everything that MO-CTE adds or saves.
 
-A multiply-add counts as two. Attention counts the full T x T scores (what the plain kernel computes). Norms, activations,
-softmax and the optimizer are left out, as is usual; tests compare the dense decoder with torch's FlopCounterMode.
+A multiply-add counts as two. Attention counts the full T x T scores (what the plain kernel computes). Norms,
+activations, softmax and the optimizer are left out, as is usual; the tests compare the dense decoder with
+torch's FlopCounterMode.
 """
 
 from collections.abc import Sequence
@@ -55,7 +56,12 @@ class Ledger:
                 setattr(self, key, value)
 
     def step(
-        self, model: DecoderConfig, tokens: int, context: int, config: MocteConfig | None, blocks: Sequence[dict[str, Any]]
+        self,
+        model: DecoderConfig,
+        tokens: int,
+        context: int,
+        config: MocteConfig | None,
+        blocks: Sequence[dict[str, Any]],
     ) -> None:
         """Add one optimizer step.
 

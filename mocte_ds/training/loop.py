@@ -1,11 +1,12 @@
-"""The training loop, top to bottom: data, model, engine, steps, validation, checkpoints."""
+"""The training loop, top to bottom: model, engine, data, steps, validation, checkpoints."""
 
 import random
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -15,13 +16,14 @@ from deepspeed.accelerator import get_accelerator
 
 import mocte_ds
 from mocte_ds.config import MocteConfig
-from mocte_ds.data import BlendedLoader, Manifest, Tokenizer, validation_batches
-from mocte_ds.dist.collectives import gather_objects, gather_rows, world
+from mocte_ds.data import BlendedLoader, validation_batches
+from mocte_ds.dist.collectives import gather_rows, world
 from mocte_ds.errors import NonFiniteLoss
 from mocte_ds.models import Decoder
 from mocte_ds.training.ledger import Ledger
-from mocte_ds.training.run_config import RunConfig
-from mocte_ds.training.run_folder import prune_checkpoints, require_same_run, resume_folder, versions, write_json
+from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
+from mocte_ds.training.saving import load, save
+from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry
 from mocte_ds.training.validation import Validation
 
@@ -29,68 +31,68 @@ from mocte_ds.training.validation import Validation
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, run: RunConfig, out: Path, resume: str) -> None:
-        """Set everything up; see launch/pretrain.py for the arguments."""
-        self.run, self.out = run, out
+    def __init__(self, start: Start) -> None:
+        """Build the engine, open the data and go on from the checkpoint, if there is one (collective)."""
+        self.start, self.run, self.out = start, start.run, start.out
         self.rank, self.world_size = world()
-        prepared = Path(run.data.prepared)
-        self.manifest = Manifest.read(prepared)
-        tokenizer = Tokenizer(prepared / "tokenizer.model")
-        settings = run.resolve(self.world_size, tokenizer.eod_id, tokenizer.vocab_size)
+        t, settings = self.run.training, start.settings
         self.config = MocteConfig.from_dict(settings["mocte"]) if "mocte" in settings else None
-        checkpoints = resume_folder(out, resume)
-        t = run.training
-        for seeded in (random.seed, np.random.seed, torch.manual_seed):
-            seeded(t.seed)
-        self.engine = _engine(Decoder(run.model), settings)
+        _seed_everything(t.seed)
+        self.engine = _engine(Decoder(self.run.model), settings)
+        # Every rank draws other numbers from here on; the weights above had to be the same.
+        _seed_everything(t.seed + 1000 + self.rank)
         self.loader = BlendedLoader(
-            prepared,
+            start.prepared,
             "train",
-            run.context,
-            t.batch_tokens // run.context,
+            self.run.context,
+            t.batch_tokens // self.run.context,
             self.rank,
             self.world_size,
             t.micro_batch,
             t.seed,
-            run.data.weights,
+            self.run.data.weights,
         )
-        self.validation = Validation(
-            validation_batches(prepared, run.context, run.evaluation.sequences_per_domain), t.micro_batch
-        )
+        held_out = validation_batches(start.prepared, self.run.context, self.run.evaluation.sequences_per_domain)
+        self.validation = Validation(held_out, t.micro_batch)
         self.ledger, self.stop_asked = Ledger(), False
-        if checkpoints:
-            self._resume(checkpoints)
-        else:
-            # Every rank draws other numbers from here on; the weights above had to be the same.
-            for seeded in (random.seed, np.random.seed, torch.manual_seed):
-                seeded(t.seed + 1000 + self.rank)
         if self.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "run.json", self._facts(settings))
+            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(start.prepared / "tokenizer.model", self.out / "tokenizer.model")
+            write_json(self.out / "run.json", self._facts())
+        if start.checkpoints:
+            client_state = load(self.engine, start.checkpoints, start.tag)
+            self.loader.seek(client_state["data_position"])
+            self.ledger.load(client_state["ledger"])
         monitor = getattr(self.engine, "monitor", None)
-        self.telemetry = Telemetry(out, self.rank == 0, t.steps, self.engine.global_steps, monitor)
-        if checkpoints:
-            self._event("resume", checkpoint=str(checkpoints), position=self.loader.position)
+        self.telemetry = Telemetry(self.out, self.rank == 0, t.steps, self.engine.global_steps, monitor)
+        if start.checkpoints:
+            self._event("resume", checkpoint=str(start.checkpoints / start.tag), position=self.loader.position)
         if self.config:
             self.engine.mocte.on_event(self._mocte_event)
 
     def train(self, stop_after: int | None) -> bool:
-        """Train to the end of the budget, or up to ``stop_after``.
+        """Train to the end of the budget, or up to ``stop_after``; SIGTERM and SIGINT save behind the current step.
 
         Returns:
             True if the budget is done.
 
         Raises:
-            NonFiniteLoss: the loss is NaN or infinite; the optimizer has not seen it.
+            NonFiniteLoss: the loss or the gradient is NaN or infinite; the last good checkpoint stays.
         """
+        before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._train(stop_after)
+        finally:
+            self.telemetry.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _train(self, stop_after: int | None) -> bool:
         t = self.run.training
-        last = min(t.steps, stop_after or t.steps)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask_to_stop)
-        batches = iter(self.loader)
-        started = time.perf_counter()
+        last = min(t.steps, stop_after if stop_after is not None else t.steps)
+        batches, started = iter(self.loader), time.perf_counter()
         while self.engine.global_steps < last:
-            metrics = self._step(batches)
+            metrics, stopping = self._step(batches)
             step = metrics["step"]
             if step % self.run.validate_every == 0 or step == t.steps:
                 metrics["validation"] = self.validation.losses(self.engine)
@@ -98,19 +100,19 @@ class Trainer:
             now = time.perf_counter()
             metrics["seconds"], started = now - started, now
             self.telemetry.step(metrics)
-            stopping = any(gather_objects(self.stop_asked))
             if step % self.run.checkpoint_every == 0 or step == last or stopping:
                 self._save(step)
                 started = time.perf_counter()
             if stopping:
+                self._event("stop", reason="a signal asked for it")
                 break
-        self.telemetry.close()
         return self.engine.global_steps >= t.steps
 
-    def _step(self, batches: Any) -> dict[str, Any]:
-        """One optimizer step and its line in metrics.jsonl."""
+    def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: its line of metrics.jsonl, and whether any rank was asked to stop."""
         engine, t = self.engine, self.run.training
         started, total = time.perf_counter(), 0.0
+        rate = engine.optimizer.param_groups[0]["lr"]
         turns = engine.gradient_accumulation_steps()
         for turn in range(turns):
             batch = next(batches)
@@ -119,42 +121,51 @@ class Trainer:
             loss = engine(input_ids=batch["input_ids"].to(engine.device), labels=batch["labels"].to(engine.device))
             total += loss.item() / turns
             if turn == turns - 1:
-                everywhere = gather_rows(torch.tensor([[total, self._optimizer_bytes()]], dtype=torch.float64))
-                mean = everywhere[:, 0].mean().item()
-                self._require_finite(mean)
+                # Agreed before the last backward pass, so that no rank steps while another one stops.
+                mine = [total, float(self._optimizer_bytes()), float(self.stop_asked)]
+                losses, sizes, stops = gather_rows(torch.tensor([mine], dtype=torch.float64)).T
+                self._require_finite("loss", losses.mean().item())
             engine.backward(loss)
             engine.step()
-        loads = engine.mocte.expert_load() if self.config else []
-        blocks = []
-        for handle, load in zip(engine.mocte.blocks if self.config else [], loads, strict=True):
-            modes = [str(expert.mode) for expert in handle.experts]
-            blocks.append({"mode": str(handle.mode), "experts": modes, "load": load})
-        self.ledger.step(self.run.model, t.batch_tokens, self.run.context, self.config, blocks)
         norm = engine.get_global_grad_norm()
-        return {
+        if norm is not None:
+            self._require_finite("gradient norm", float(norm), engine.global_steps)
+        load = self._count_flops()
+        metrics = {
             "step": engine.global_steps,
             "tokens": engine.global_steps * t.batch_tokens,
-            "loss": mean,
-            "lr": engine.get_lr()[0],
+            "loss": losses.mean().item(),
+            "lr": float(rate),
             "grad_norm": float(norm) if norm is not None else None,
             "tokens_per_second": t.batch_tokens / (time.perf_counter() - started),
             "flops": self.ledger.total,
-            "optimizer_bytes": [int(value) for value in everywhere[:, 1].tolist()],
-            "expert_load": [block["load"] for block in blocks] or None,
+            "optimizer_bytes": [int(size) for size in sizes.tolist()],
+            "expert_load": load,
         }
+        return metrics, bool(stops.any())
 
-    def _require_finite(self, loss: float) -> None:
-        if np.isfinite(loss):
+    def _count_flops(self) -> list[list[int]] | None:
+        """Add a step to the ledger; the tokens of each expert of each block (collective)."""
+        loads = self.engine.mocte.expert_load() if self.config else []
+        blocks = []
+        for handle, counts in zip(self.engine.mocte.blocks if self.config else [], loads, strict=True):
+            modes = [str(expert.mode) for expert in handle.experts]
+            blocks.append({"mode": str(handle.mode), "experts": modes, "load": counts})
+        self.ledger.step(self.run.model, self.run.training.batch_tokens, self.run.context, self.config, blocks)
+        return loads or None
+
+    def _require_finite(self, what: str, value: float, step: int | None = None) -> None:
+        if np.isfinite(value):
             return
-        step = self.engine.global_steps + 1
-        last = self.out / "checkpoints" / "latest"
-        good = last.read_text(encoding="utf-8").strip() if last.is_file() else "none yet"
-        self.telemetry.close()
+        folder = self.out / "checkpoints"
+        latest = folder / "latest"
+        good = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "none yet"
+        end = self.loader.position
         raise NonFiniteLoss(
-            f"the loss of step {step} is {loss} (sequences {self.loader.position - self.loader.batch_size} to "
-            f"{self.loader.position - 1}). The run stops before the optimizer sees it; the last good checkpoint is {good} "
-            f"in {self.out / 'checkpoints'}. Lower training.learning_rate, or look at that text, and start again: the run "
-            "resumes."
+            f"the {what} of step {step or self.engine.global_steps + 1} is {value} (sequences "
+            f"{end - self.loader.batch_size} to {end - 1} of the data). The run stops and nothing of this step is "
+            f"saved; the last good checkpoint in {folder} is: {good}. Lower training.learning_rate, or look at "
+            "that text, and start again."
         )
 
     def _optimizer_bytes(self) -> int:
@@ -170,22 +181,15 @@ class Trainer:
         state = {
             "data_position": self.loader.position,
             "model": asdict(self.run.model),
-            "tokenizer": str(Path(self.run.data.prepared) / "tokenizer.model"),
+            "tokenizer": str((self.out / "tokenizer.model").absolute()),
             "tokens": step * self.run.training.batch_tokens,
             "ledger": self.ledger.to_dict(),
-            "identity": {**self.run.identity(), "data.manifest": self.manifest.sha256},
         }
-        self.engine.save_checkpoint(str(folder), tag=f"step{step}", client_state=state)
+        save(self.engine, folder, checkpoint_tag(step), state, self.start.identity)
         if self.rank == 0:
             prune_checkpoints(folder, self.run.training.keep_checkpoints)
             write_json(self.out / "ledger.json", self.ledger.to_dict())
-        self._event("save", checkpoint=f"step{step}", seconds=time.perf_counter() - started)
-
-    def _resume(self, folder: Path) -> None:
-        _, client = self.engine.load_checkpoint(str(folder))
-        require_same_run(self.run, self.manifest.sha256, client, folder)
-        self.loader.seek(client["data_position"])
-        self.ledger.load(client["ledger"])
+        self._event("save", checkpoint=checkpoint_tag(step), seconds=time.perf_counter() - started)
 
     def _mocte_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "check":
@@ -196,22 +200,30 @@ class Trainer:
         step = self.engine.global_steps
         self.telemetry.event({"event": name, "step": step, "tokens": step * self.run.training.batch_tokens, **facts})
 
-    def _facts(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
+        run, start = self.run, self.start
+        mocte = {"mocte": self.config.to_dict()} if self.config else {}
         return {
             "command": " ".join(sys.argv),
             "world_size": self.world_size,
             "device": get_accelerator().device_name(),
-            "model": asdict(self.run.model),
-            "parameters": self.run.model.num_params(),
-            "data": {**asdict(self.run.data), "manifest_sha256": self.manifest.sha256, "domains": self.manifest.domains},
-            "training": {**asdict(self.run.training), "context": self.run.context, "warmup_steps": self.run.warmup_steps},
-            "evaluation": asdict(self.run.evaluation),
-            "deepspeed": {**settings, **({"mocte": self.config.to_dict()} if self.config else {})},
+            "model": asdict(run.model),
+            "parameters": run.model.num_params(),
+            "data": {**asdict(run.data), "manifest_sha256": start.manifest.sha256, "domains": start.manifest.domains},
+            "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
+            "evaluation": asdict(run.evaluation),
+            "deepspeed": {**start.settings, **mocte},
             "versions": versions(),
         }
 
     def _ask_to_stop(self, _number: int, _frame: Any) -> None:
         self.stop_asked = True
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _engine(model: Decoder, settings: dict[str, Any]) -> Any:

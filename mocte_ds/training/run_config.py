@@ -1,17 +1,28 @@
 """Run files: everything about a run in one YAML file, checked before any work starts."""
 
 import copy
-import json
+import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mocte_ds.config import MocteConfig, parse_section
 from mocte_ds.errors import ConfigError
 from mocte_ds.models import DecoderConfig, preset
+from mocte_ds.training.run_file import read_values
+from mocte_ds.training.schedule import warmup_cosine
+
+# DeepSpeed passes over a key that it does not know without a word.
+_DEEPSPEED_KEYS = (
+    "activation_checkpointing amp bf16 checkpoint comms_logger communication_data_type csv_monitor data_types "
+    "dump_state elasticity flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor "
+    "mocte optimizer prescale_gradients scheduler seed sparse_gradients steps_per_print tensorboard torch_autocast "
+    "train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer "
+    "zero_force_ds_cpu_optimizer zero_optimization"
+).split()
+# Changing these does not change what is learned.
+_FREE_TRAINING_KEYS = ("micro_batch", "checkpoint_every", "keep_checkpoints")
 
 
 @dataclass(frozen=True)
@@ -58,16 +69,12 @@ class TrainingSection:
 
 @dataclass(frozen=True)
 class EvaluationSection:
-    """What is measured on the way and at the end."""
+    """What is measured on the way."""
 
     every: int = 0
     """Steps between validations; 0: a twentieth of the steps."""
     sequences_per_domain: int = 8
     """Validation sequences of each domain."""
-    tasks: list[str] = field(default_factory=list)
-    """lm-evaluation-harness tasks for the exported model."""
-    limit: int | None = None
-    """Items of each task; null: all."""
 
 
 @dataclass(frozen=True)
@@ -94,46 +101,33 @@ class RunConfig:
         t, settings = self.training, copy.deepcopy(self.deepspeed)
         if vocab_size > self.model.vocab_size:
             raise ConfigError(
-                f"the tokenizer has {vocab_size} pieces, model.vocab_size is {self.model.vocab_size}; raise the model's."
+                f"the tokenizer has {vocab_size} pieces, model.vocab_size is {self.model.vocab_size}; raise the "
+                "model's, or train a smaller tokenizer."
             )
         unit = world_size * t.micro_batch * self.context
         if t.batch_tokens % unit:
+            near = max(1, round(t.batch_tokens / unit)) * unit
             raise ConfigError(
                 f"training.batch_tokens = {t.batch_tokens} is no multiple of {unit} = {world_size} ranks x "
-                f"micro_batch {t.micro_batch} x context {self.context}."
+                f"micro_batch {t.micro_batch} x context {self.context}; {near} would be."
             )
-        complete = {
+        derived = {
             "train_batch_size": t.batch_tokens // self.context,
             "train_micro_batch_size_per_gpu": t.micro_batch,
             "gradient_accumulation_steps": t.batch_tokens // unit,
             "gradient_clipping": t.gradient_clipping,
             "seed": t.seed,
         }
-        for key, value in complete.items():
-            if settings.setdefault(key, value) != value:
-                raise ConfigError(f"deepspeed.{key} = {settings[key]} contradicts the run file, which asks for {value}.")
-        optimizer = settings.setdefault("optimizer", {"type": "AdamW", "params": {}})
-        for key, value in (("lr", t.learning_rate), ("betas", list(t.betas)), ("weight_decay", t.weight_decay)):
-            optimizer.setdefault("params", {}).setdefault(key, value)
-        settings.setdefault(
-            "scheduler",
-            {
-                "type": "WarmupCosineLR",
-                "params": {
-                    "total_num_steps": t.steps,
-                    "warmup_num_steps": self.warmup_steps,
-                    "warmup_min_ratio": 0.0,
-                    "cos_min_ratio": t.min_learning_rate_ratio,
-                    "warmup_type": "linear",
-                },
-            },
-        )
+        _complete(settings, derived, "deepspeed")
+        optimizer = settings.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
+        rates = {"lr": t.learning_rate, "betas": list(t.betas), "weight_decay": t.weight_decay}
+        _complete(optimizer, rates, "deepspeed.optimizer.params")
+        settings.setdefault("scheduler", warmup_cosine(t.steps, self.warmup_steps, t.min_learning_rate_ratio))
         if "mocte" in settings:
-            block = settings["mocte"]
-            block.setdefault("total_steps", t.steps)
-            block.setdefault("eod_id", eod_id)
-            block.setdefault("seed", t.seed)
-            MocteConfig.from_dict(block, world_size)
+            _complete(settings["mocte"], {"total_steps": t.steps}, "deepspeed.mocte")
+            settings["mocte"].setdefault("eod_id", eod_id)
+            settings["mocte"].setdefault("seed", t.seed)
+            MocteConfig.from_dict(settings["mocte"], world_size)
         return settings
 
     @property
@@ -158,54 +152,73 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed, flat, for a comparison key by key."""
-        keys = ("steps", "batch_tokens", "context", "learning_rate", "warmup_steps", "seed", "weight_decay")
-        training = {f"training.{key}": getattr(self.training, key) for key in keys}
-        return {**{f"model.{key}": value for key, value in asdict(self.model).items()}, **training}
+        model = {
+            f"model.{key}": value for key, value in asdict(self.model).items() if key != "activation_checkpointing"
+        }
+        given = {**asdict(self.training), "context": self.context, "warmup_steps": self.warmup_steps}
+        training = {f"training.{key}": value for key, value in given.items() if key not in _FREE_TRAINING_KEYS}
+        deepspeed = {
+            "deepspeed.zero_optimization.stage": (self.deepspeed.get("zero_optimization") or {}).get("stage", 0),
+            "deepspeed.optimizer.type": (self.deepspeed.get("optimizer") or {}).get("type", "AdamW"),
+            "deepspeed.bf16.enabled": bool((self.deepspeed.get("bf16") or {}).get("enabled")),
+            "deepspeed.fp16.enabled": bool((self.deepspeed.get("fp16") or {}).get("enabled")),
+            "deepspeed.mocte is there": "mocte" in self.deepspeed,
+        }
+        return {**model, "data.weights": self.data.weights, **training, **deepspeed}
 
 
 def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
-    """Read a run file.
+    """Read and check a run file.
 
     Args:
         path: YAML file with the sections model, data, training, evaluation and deepspeed.
         changes: `section.key=value` each, value in YAML; they win over the file.
 
     Raises:
-        ConfigError: unreadable file, unknown section or key, wrong value, missing required value.
+        ConfigError: unreadable file, unknown section or key (with the nearest valid one), wrong value, missing value.
     """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the run file {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is no run file: it must have the sections model, data, training, deepspeed.")
-    _load_deepspeed(values, path)
-    for change in changes:
-        _set(values, change)
-    known = {f.name for f in fields(RunConfig)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{path}: unknown section '{name}'. Allowed: {', '.join(sorted(known))}.")
+    values = read_values(Path(path), changes)
+    _require_known(values, [f.name for f in fields(RunConfig)], f"{path}: unknown section")
     run = RunConfig(
         model=_model(values.get("model") or {}),
         data=parse_section(DataSection, values.get("data") or {}, "data"),
         training=parse_section(TrainingSection, values.get("training") or {}, "training"),
         evaluation=parse_section(EvaluationSection, values.get("evaluation") or {}, "evaluation"),
-        deepspeed=values.get("deepspeed") or {},
+        deepspeed=_deepspeed(values.get("deepspeed")),
     )
-    for name, value in (("data.prepared", run.data.prepared), ("training.steps", run.training.steps)):
-        if not value:
-            raise ConfigError(f"{path}: {name} is missing.")
-    if run.training.batch_tokens < 1 or run.training.micro_batch < 1:
-        raise ConfigError(f"{path}: training.batch_tokens and training.micro_batch must be at least 1.")
+    _check(run, Path(path))
+    return run
+
+
+def _check(run: RunConfig, path: Path) -> None:
+    t, e = run.training, run.evaluation
+    if not run.data.prepared:
+        raise ConfigError(f"{path}: data.prepared is missing; name the folder that tools/prepare_data.py made.")
+    least: list[tuple[str, float, float]] = [
+        ("training.steps", t.steps, 1),
+        ("training.batch_tokens", t.batch_tokens, 1),
+        ("training.micro_batch", t.micro_batch, 1),
+        ("training.keep_checkpoints", t.keep_checkpoints, 1),
+        ("evaluation.sequences_per_domain", e.sequences_per_domain, 1),
+    ]
+    names = ("context", "warmup_steps", "checkpoint_every", "seed", "weight_decay", "gradient_clipping")
+    least += [(f"training.{name}", getattr(t, name), 0) for name in names]
+    least.append(("evaluation.every", e.every, 0))
+    for name, value, bound in least:
+        if value < bound:
+            raise ConfigError(f"{path}: {name} = {value} must be {bound} or more.")
+    if not t.learning_rate > 0:
+        raise ConfigError(f"{path}: training.learning_rate = {t.learning_rate} must be greater than 0.")
+    if not 0 <= t.min_learning_rate_ratio <= 1:
+        raise ConfigError(f"{path}: training.min_learning_rate_ratio = {t.min_learning_rate_ratio} must lie in [0, 1].")
+    if len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
+        raise ConfigError(f"{path}: training.betas = {t.betas} must be two numbers in [0, 1).")
     if run.context > run.model.max_positions:
         raise ConfigError(
-            f"training.context = {run.context} is longer than model.max_positions = {run.model.max_positions}."
+            f"{path}: training.context = {run.context} is longer than model.max_positions = {run.model.max_positions}."
         )
     if "mocte" in run.deepspeed:
         MocteConfig.from_dict(run.deepspeed["mocte"])
-    return run
 
 
 def _model(section: dict[str, Any]) -> DecoderConfig:
@@ -213,35 +226,36 @@ def _model(section: dict[str, Any]) -> DecoderConfig:
     if "preset" in section:
         base = asdict(preset(section.pop("preset")))
         return parse_section(DecoderConfig, {**base, **section}, "model")
-    missing = [f.name for f in fields(DecoderConfig) if f.default is f.default_factory and f.name not in section]
+    needed = [f.name for f in fields(DecoderConfig) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in section]
     if missing:
         raise ConfigError(f"model: either a preset or all sizes are needed; missing: {', '.join(missing)}.")
     return parse_section(DecoderConfig, section, "model")
 
 
-def _load_deepspeed(values: dict[str, Any], path: Path) -> None:
-    """`deepspeed:` is a section, or the path of a JSON file relative to the run file or to the working folder."""
-    where = values.get("deepspeed")
-    if not isinstance(where, str):
-        return
-    for candidate in (path.parent / where, Path(where)):
-        if candidate.is_file():
-            try:
-                values["deepspeed"] = json.loads(candidate.read_text(encoding="utf-8"))
-                return
-            except ValueError as error:
-                raise ConfigError(f"{candidate} is no JSON: {error}.") from error
-    raise ConfigError(f"{path}: deepspeed = {where!r} is no file (looked beside the run file and in the working folder).")
+def _deepspeed(section: Any) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        raise ConfigError(f"deepspeed = {section!r} must be a DeepSpeed config or the path of one (JSON).")
+    for key in section:
+        near = difflib.get_close_matches(str(key), _DEEPSPEED_KEYS, n=1, cutoff=0.8)
+        if near and key not in _DEEPSPEED_KEYS:
+            raise ConfigError(f"unknown key deepspeed.{key} (value {section[key]!r}). Did you mean '{near[0]}'?")
+    return section
 
 
-def _set(values: dict[str, Any], change: str) -> None:
-    key, separator, text = change.partition("=")
-    parts = key.split(".")
-    if not separator or len(parts) < 2:
-        raise ConfigError(f"--set {change!r}: write section.key=value, e.g. training.steps=100.")
-    section = values
-    for part in parts[:-1]:
-        if not isinstance(section.get(part), dict):
-            section[part] = {}
-        section = section[part]
-    section[parts[-1]] = yaml.safe_load(text)
+def _require_known(values: dict[str, Any], allowed: list[str], what: str) -> None:
+    for name in values:
+        if name not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"{what} '{name}' (value {values[name]!r}).{hint} Allowed: {', '.join(sorted(allowed))}.")
+
+
+def _complete(section: dict[str, Any], derived: dict[str, Any], where: str) -> None:
+    """Fill in what follows from the other sections; a value that says otherwise is a contradiction."""
+    for key, value in derived.items():
+        if section.setdefault(key, value) != value:
+            raise ConfigError(
+                f"{where}.{key} = {section[key]!r} contradicts the sections of the run file, from which {value!r} "
+                "follows; remove it there."
+            )

@@ -10,9 +10,11 @@ from typing import Any
 
 from mocte_ds.checkpoints.load import resolve_tag
 from mocte_ds.errors import CheckpointError, ConfigError
-from mocte_ds.training.run_config import RunConfig
 
-_PACKAGES = ("mocte-ds", "deepspeed", "torch", "megatron-core", "transformers", "sentencepiece", "scikit-learn", "datasets")
+IDENTITY_FILE = "run_identity.json"
+_PACKAGES = (
+    "mocte-ds deepspeed torch megatron-core transformers sentencepiece scikit-learn datasets numpy lm-eval".split()
+)
 
 
 def resume_folder(out: Path, resume: str) -> Path | None:
@@ -38,28 +40,50 @@ def resume_folder(out: Path, resume: str) -> Path | None:
     raise ConfigError(f"--resume {resume}: no checkpoint there (no file 'latest').")
 
 
-def require_same_run(run: RunConfig, manifest_sha256: str, saved: dict[str, Any], where: Path) -> None:
-    """Refuse to go on from a checkpoint of another run.
+def checkpoint_tag(step: int) -> str:
+    """Name of the checkpoint behind ``step``."""
+    return f"step{step}"
+
+
+def checkpoint_step(tag: str) -> int | None:
+    """The step in a checkpoint's name, None for a name that is not ours."""
+    digits = tag.removeprefix("step")
+    return int(digits) if digits != tag and digits.isdigit() else None
+
+
+def require_same_run(identity: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on from a checkpoint of another run, before anything is built.
+
+    Args:
+        identity: what must not change, flat.
+        folder: the checkpoint (one tag).
 
     Raises:
-        CheckpointError: names every key that differs.
+        CheckpointError: names every key that differs, or the file that tells is missing.
     """
-    now = {**run.identity(), "data.manifest": manifest_sha256}
-    before = saved.get("identity") or {}
-    differing = [f"{key}: checkpoint {before.get(key)!r}, run {value!r}" for key, value in now.items() if before.get(key) != value]
-    if differing:
+    try:
+        before = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"the checkpoint in {where} belongs to another configuration: {'; '.join(differing)}. Use its run file, or "
-            "start anew in another --out."
+            f"{folder / IDENTITY_FILE} cannot be read ({error}): no whole checkpoint of launch/pretrain.py. Put the "
+            f"name of another checkpoint into {folder.parent / 'latest'}, or start anew in another --out."
+        ) from error
+    now = json.loads(json.dumps(identity))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if keys:
+        listed = "; ".join(f"{key}: checkpoint {before.get(key)!r}, run {now.get(key)!r}" for key in keys)
+        raise CheckpointError(
+            f"the checkpoint {folder} belongs to another configuration: {listed}. Use its values, or start anew in "
+            "another --out."
         )
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, never the one that `latest` names."""
     latest = resolve_tag(folder)
-    tags = [path for path in folder.iterdir() if path.is_dir() and path.name.startswith("step")]
-    tags.sort(key=lambda path: int(path.name.removeprefix("step")), reverse=True)
-    for path in tags[keep:]:
+    steps = {path: checkpoint_step(path.name) for path in folder.iterdir() if path.is_dir()}
+    ours = sorted((path for path, step in steps.items() if step is not None), key=lambda path: -steps[path])
+    for path in ours[keep:]:
         if path.name != latest:
             shutil.rmtree(path, ignore_errors=True)
 

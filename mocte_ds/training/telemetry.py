@@ -4,9 +4,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from mocte_ds.errors import MocteError
+
+_SHOWN = ("emergence", "freeze", "thaw")
 
 
 class Telemetry:
@@ -21,24 +25,30 @@ class Telemetry:
             total_steps: steps of the run.
             start_step: steps that are done.
             monitor: DeepSpeed's monitor, for TensorBoard.
+
+        Raises:
+            MocteError: the folder cannot be written.
         """
         self.active, self._monitor = active, monitor
         if not active:
             return
-        self._files = {}
+        self._files: dict[str, TextIO] = {}
         for name in ("metrics", "events"):
             path = folder / f"{name}.jsonl"
-            keep_until(path, start_step)
-            self._files[name] = open(path, "a", encoding="utf-8", buffering=1)
-        interval = 0.5 if sys.stderr.isatty() else 10.0
+            try:
+                keep_until(path, start_step)
+                self._files[name] = open(path, "a", encoding="utf-8", buffering=1)
+            except OSError as error:
+                raise _cannot_write(path, error) from error
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
             desc="training",
             unit="step",
-            mininterval=interval,
+            # A log file should not fill with bars.
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}% {n}/{total} [{elapsed}, {remaining} left] {postfix}",
+            bar_format="{desc} {percentage:3.0f}% step {n}/{total}, {elapsed} gone, {remaining} left{postfix}",
         )
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -53,14 +63,15 @@ class Telemetry:
         for domain, loss in (metrics.get("validation") or {}).items():
             scalars[f"validation/{domain}"] = loss
         if self._monitor is not None and self._monitor.enabled:
-            self._monitor.write_events([(f"train/{k}", v, metrics["tokens"]) for k, v in scalars.items()])
+            found = {name: value for name, value in scalars.items() if value is not None}
+            self._monitor.write_events([(f"mocte/{name}", value, metrics["tokens"]) for name, value in found.items()])
 
     def event(self, event: dict[str, Any]) -> None:
         """Write one event, and show those that people wait for."""
         if not self.active:
             return
         self._write("events", event)
-        if event["event"] in ("emergence", "freeze", "thaw"):
+        if event["event"] in _SHOWN:
             which = f"block {event['block']}" + (f" expert {event['expert']}" if "expert" in event else "")
             self._bar.write(f"step {event['step']}: {event['event']} of {which} ({event['reason']})", file=sys.stderr)
 
@@ -72,7 +83,17 @@ class Telemetry:
                 file.close()
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(values) + "\n")
+        try:
+            self._files[name].write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise _cannot_write(Path(self._files[name].name), error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> MocteError:
+    return MocteError(
+        f"cannot write {path}: {error.strerror or error}. The last good checkpoint is untouched; make room or choose "
+        "another --out, and start again: the run resumes."
+    )
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -80,12 +101,12 @@ def keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
-            break
+        except (ValueError, KeyError, TypeError):
+            continue
     pending = path.with_suffix(".tmp")
     pending.write_text("".join(kept), encoding="utf-8")
     os.replace(pending, path)

@@ -44,10 +44,18 @@ _ATTRIBUTES = (
 
 def broken_assumptions() -> list[str]:
     """What this DeepSpeed lacks of what mocte_ds/zero relies on; empty where nothing is missing."""
-    broken = [f"DeepSpeedZeroOptimizer.{name} is gone" for name in _METHODS if not hasattr(DeepSpeedZeroOptimizer, name)]
+    broken = [
+        f"DeepSpeedZeroOptimizer.{name} is gone" for name in _METHODS if not hasattr(DeepSpeedZeroOptimizer, name)
+    ]
     source = inspect.getsource(DeepSpeedZeroOptimizer)
-    broken += [f"DeepSpeedZeroOptimizer no longer has self.{name}" for name in _ATTRIBUTES if f"self.{name}" not in source]
-    order = ("self.flatten_dense_tensors_aligned(", "self.single_partition_of_fp32_groups.append(", "self.get_partition_info(")
+    broken += [
+        f"DeepSpeedZeroOptimizer no longer has self.{name}" for name in _ATTRIBUTES if f"self.{name}" not in source
+    ]
+    order = (
+        "self.flatten_dense_tensors_aligned(",
+        "self.single_partition_of_fp32_groups.append(",
+        "self.get_partition_info(",
+    )
     places = [inspect.getsource(DeepSpeedZeroOptimizer.__init__).find(call) for call in order]
     if -1 in places or places != sorted(places):
         broken.append("the constructor no longer flattens, makes master weights and reads the partition in that order")

@@ -64,7 +64,9 @@ class UnitRegistry:
         self.options, self._option_of = _options(model, blocks, given)
         missing = [name for name, unit in self.units.items() for p in unit.parameters if id(p) not in self._option_of]
         if missing and missing[0] != TRUNK:
-            raise ConfigError(f"model_parameters leaves out parameters of {missing[0]}; hand over the FFNs of all blocks.")
+            raise ConfigError(
+                f"model_parameters leaves out parameters of {missing[0]}; hand over the FFNs of all blocks."
+            )
 
     def groups(self, trainable: Iterable[str]) -> list[dict[str, Any]]:
         """Parameter groups of the trainable units, always in the same order; one group a unit and set of options."""

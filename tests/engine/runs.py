@@ -49,7 +49,12 @@ def run(settings: dict[str, Any], first: int, last: int, load: str | None, save:
 
     torch.manual_seed(0)
     llama = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, use_cache=False
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        use_cache=False,
     )
     engine, *_ = mocte_ds.initialize(model=LlamaForCausalLM(llama), config=settings)
     events: list[dict] = []

@@ -36,15 +36,14 @@ def write_run(
         if step % max(1, budget // 60) == 0:
             events += _check(random, step, budget, blocks, experts, ranks, born, frozen)
         if step % 100 == 0:
-            events.append(
-                {"event": "save", "step": step, "tokens": step * TOKENS_A_STEP, "path": f"checkpoints/step_{step}"}
-            )
+            save = {"event": "save", "step": step, "tokens": step * TOKENS_A_STEP}
+            events.append({**save, "checkpoint": f"step{step}", "seconds": 0.25})
     spent = metrics[-1]["flops"]
     shares = {"forward": 0.334, "dgrad": 0.334, "wgrad": 0.329, "routing": 1e-4, "sampling": 4e-5, "spectrum": 7e-4}
     shares.update(clusters=2e-6)
     ledger = {name: share * spent for name, share in shares.items()}
     ledger["trainability"] = spent - sum(ledger.values())
-    ledger["wgrad_saved"] = 0.012 * spent if frozen else 0.0
+    ledger.update(wgrad_saved=0.012 * spent if frozen else 0.0, validation=0.03 * spent, total=spent)
     facts = _facts(blocks, experts, ranks, budget)
     evaluation = {
         "results": {
@@ -103,7 +102,7 @@ def _step(
         "lr": 3e-4 * min(1.0, step / 20) * (1 - 0.9 * share),
         "grad_norm": float(abs(random.normal()) + 0.4),
         "tokens_per_second": TOKENS_A_STEP / 0.7,
-        "seconds": 0.7 * step,
+        "seconds": 0.75,
         "flops": 2.1e12 * step,
         "optimizer_bytes": _bytes(step, blocks, experts, ranks, born, frozen),
         "expert_load": load,
@@ -213,10 +212,14 @@ def _check(
 
 def _facts(blocks: int, experts: int, ranks: int, budget: int) -> dict[str, Any]:
     return {
-        "run": {
-            "model": {"style": "llama", "hidden_size": 128, "num_layers": 2 * blocks, "vocab_size": 4096},
-            "training": {"steps": budget, "seed": 1234},
-        },
+        "command": "launch/pretrain.py --run launch/runs/<quickstart>.yaml",
+        "world_size": ranks,
+        "device": "cpu",
+        "model": {"style": "llama", "hidden_size": 128, "num_layers": 2 * blocks, "vocab_size": 4096},
+        "parameters": 4_218_112,
+        "data": {"prepared": "runs/quickstart/data", "manifest_sha256": "5b1f0c" + "0" * 58},
+        "training": {"steps": budget, "seed": 1234, "micro_batch": 8, "context": 128},
+        "evaluation": {"every": 30, "sequences_per_domain": 8},
         "deepspeed": {
             "zero_optimization": {"stage": 2},
             "bf16": {"enabled": True},
@@ -230,9 +233,5 @@ def _facts(blocks: int, experts: int, ranks: int, budget: int) -> dict[str, Any]
                 "expert": {"kind": "ffn"},
             },
         },
-        "num_params": 4_218_112,
-        "world_size": ranks,
-        "data": {"manifest_sha256": "5b1f0c" + "0" * 58},
         "versions": {"python": "3.11.2", "torch": "2.13", "deepspeed": "0.19.8"},
-        "command": ["deepspeed", "launch/pretrain.py", "--run", "launch/runs/<quickstart>.yaml"],
     }

@@ -32,7 +32,10 @@ def test_trajectory_is_that_of_an_optimizer_without_the_frozen_units(world, ep, 
         for name, weight in result["weights"].items():
             if name in expected["weights"]:
                 torch.testing.assert_close(weight, expected["weights"][name], rtol=1e-5, atol=2e-6, msg=name)
-    assert results[0]["modes"] == [["frozen", "training", "frozen", "frozen"], ["training", "training", "frozen", "training"]]
+    assert results[0]["modes"] == [
+        ["frozen", "training", "frozen", "frozen"],
+        ["training", "training", "frozen", "training"],
+    ]
 
 
 def test_bytes_are_those_of_the_trainable_parameters():

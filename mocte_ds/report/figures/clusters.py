@@ -123,8 +123,7 @@ FIGURE = FigureKind(
     name="clusters",
     title="Clusters by layer over time",
     reading="Experts emerge when filled dots come twice in a row with a stability above its line; NMI and purity "
-    "near 1 "
-    "mean that clusters are the domains, near the bottom that they are something else.",
+    "near 1 mean that clusters are the domains, near the bottom that they are something else.",
     missing=missing,
     draw=draw,
     caption=caption,

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import sheet
 from mocte_ds.report.figures.palette import INK, QUALITATIVE, SOFT
-from mocte_ds.report.ledger import COMPONENTS, OWN_WORK, overhead, saved, total
+from mocte_ds.report.ledger import OWN_WORK, beside, overhead, saved, spent, total
 from mocte_ds.report.reader import Run
 from mocte_ds.report.wording import flops, percent
 
@@ -15,8 +15,7 @@ def missing(run: Run) -> str | None:
 
 
 def draw(run: Run, narrow: bool) -> Figure:
-    rows = [name for name in COMPONENTS if name in run.ledger]
-    rows += [name for name in run.ledger if name not in COMPONENTS]
+    rows = spent(run) + beside(run)
     figure = sheet(narrow, 0.7 + 0.28 * len(rows))
     axis = figure.subplots()
     whole = total(run)
@@ -29,8 +28,9 @@ def draw(run: Run, narrow: bool) -> Figure:
         if share <= 0:
             axis.annotate("none", (floor, height), (6, 0), textcoords="offset points", va="center", fontsize=8)
             continue
-        hollow = name == "wgrad_saved"
-        color = QUALITATIVE[2] if hollow else QUALITATIVE[1] if name in OWN_WORK else QUALITATIVE[0]
+        hollow = name in beside(run)
+        color = QUALITATIVE[1] if name in OWN_WORK else QUALITATIVE[0]
+        color = {"wgrad_saved": QUALITATIVE[2], "validation": SOFT}.get(name, color)
         axis.plot(share, height, "o", ms=8, color=color, mfc="white" if hollow else color, mew=1.6)
         left = share > 0.02
         axis.annotate(
@@ -59,9 +59,8 @@ def caption(run: Run) -> str:
     whole = total(run)
     return (
         f"All {flops(whole)} FLOPs of {len(run.metrics):,} steps. Blue: the model's own work; orange: what MO-CTE "
-        f"adds, "
-        f"{percent(overhead(run))} of all; open green: weight gradients that freezing saved, "
-        f"{percent(saved(run))} of what would have been spent without it."
+        f"adds, {percent(overhead(run))} of all; open green: weight gradients that freezing saved, "
+        f"{percent(saved(run))} of what would have been spent without it; open grey: beside training."
     )
 
 
@@ -69,8 +68,7 @@ FIGURE = FigureKind(
     name="flops",
     title="Ledger of FLOPs",
     reading="The axis is logarithmic, one grid line is a factor of ten; freezing pays in computation where the open "
-    "circle "
-    "lies right of the orange dots together.",
+    "circle lies right of the orange dots together.",
     missing=missing,
     draw=draw,
     caption=caption,

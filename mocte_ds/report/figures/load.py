@@ -103,9 +103,8 @@ def caption(run: Run) -> str:
         )
     marks = " Triangles: freeze (down), thaw (up)." if run.of_kind("freeze", "thaw") else ""
     return (
-        f"Tokens routed to each expert over what an even split would give, each column "
-        f"{plural(bin_steps(run), 'step')} added "
-        f"up; grey: warm-up. By block: {'; '.join(parts)}.{marks}"
+        "Tokens routed to each expert over what an even split would give, each column adds up "
+        f"{plural(bin_steps(run), 'step')}; grey: warm-up. By block: {'; '.join(parts)}.{marks}"
     )
 
 
@@ -113,8 +112,7 @@ FIGURE = FigureKind(
     name="load",
     title="Expert load over time",
     reading="Pale rows are in balance; a row that stays dark purple is an expert that hardly gets tokens, dark "
-    "orange one "
-    "that gets too many.",
+    "orange one that gets too many.",
     missing=missing,
     draw=draw,
     caption=caption,

@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
+from mocte_ds.report.facts import setting
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import label_ends, sheet, token_axis
 from mocte_ds.report.figures.marks import KINDS, emergence_lines, event_strip
@@ -74,9 +75,11 @@ def caption(run: Run) -> str:
     if rows:
         domains = [name for name in run.domains if validation_series(run, name)[0]]
         last = rows[-1]["validation"].get("mean")
-        text += (
-            f" Lines with marks: held-out text of {plural(len(domains), 'domain')}, {plural(len(rows), 'evaluation')}"
-        )
+        text += f" Lines with marks: held-out text of {plural(len(domains), 'domain')}"
+        sequences, context = setting(run, "sequences_per_domain"), setting(run, "training", "context")
+        if sequences and context:
+            text += f" (at most {sequences} sequences of {context} tokens each)"
+        text += f", {plural(len(rows), 'evaluation')}"
         text += f"; the last mean is {decimal(last)} nats." if last is not None else "."
     else:
         text += " The log has no validation yet."
@@ -90,9 +93,8 @@ def caption(run: Run) -> str:
 FIGURE = FigureKind(
     name="loss",
     title="Loss by domain",
-    reading="Lower is better; the loss must not jump where a dashed line stands, because experts start as copies of "
-    "the "
-    "dense FFN that they replace.",
+    reading="Lower is better; the loss should not jump where a dashed line stands, because experts start as copies of "
+    "the dense FFN that they replace.",
     missing=missing,
     draw=draw,
     caption=caption,

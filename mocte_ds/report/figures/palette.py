@@ -10,7 +10,7 @@ INK = "#1f2328"
 SOFT = "#8a9099"
 GRID = "#e3e6ea"
 # M. Okabe and K. Ito, Color Universal Design (2008), without its yellow, which is too pale on white.
-QUALITATIVE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+QUALITATIVE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 SEQUENTIAL = "Blues"
 DIVERGING = "PuOr_r"
@@ -43,7 +43,7 @@ STYLE: dict[str, Any] = {
 
 
 def category_color(index: int) -> str:
-    """Colour of the n-th domain, cluster or expert; colours repeat after seven, markers after eight."""
+    """Colour of the n-th domain, cluster or expert; colours and markers repeat after eight."""
     return QUALITATIVE[index % len(QUALITATIVE)]
 
 

@@ -33,7 +33,7 @@ def draw(run: Run, narrow: bool) -> Figure:
         clusters = event.get("cluster") or [0] * len(points)
         domains = event.get("domain") or ["unknown"] * len(points)
         numbers = sorted(set(clusters))
-        labels = {number: "noise" if number < 0 else f"cluster {number}" for number in numbers}
+        labels = {number: "noise" if number < 0 else str(number) for number in numbers}
         _scatter(by_cluster, points, clusters, numbers, [labels[number] for number in numbers])
         names = [name for name in run.domains if name in set(domains)]
         _scatter(by_domain, points, domains, names, names, first=[run.domains.index(name) for name in names])

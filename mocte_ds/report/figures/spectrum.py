@@ -73,8 +73,8 @@ def _ends(run: Run, block: int) -> list[EndLabel]:
 def _log_axis(axis: Axes, low: float, high: float) -> None:
     axis.set_yscale("log")
     axis.set_ylim(low / 1.3, high * 1.3)
-    if high / low < 30:
-        # Less than two decades: plain numbers at 1, 2, 5 are easier than powers.
+    if high / low < 300:
+        # Few decades: plain numbers at 1, 2, 5 are easier than powers.
         axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())

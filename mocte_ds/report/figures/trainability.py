@@ -109,8 +109,7 @@ FIGURE = FigureKind(
     name="trainability",
     title="Trainability by expert",
     reading="An expert whose line has stopped moving, or has fallen far below its own peak, has little left to "
-    "learn and may "
-    "be frozen; a cross marks where that was done.",
+    "learn and may be frozen; a cross marks where that was done.",
     missing=missing,
     draw=draw,
     caption=caption,

@@ -1,0 +1,7 @@
+"""Evaluates on several ranks: deepspeed launch/evaluate.py MODEL --tasks ... (the same options as tools/evaluate.py)."""
+
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":
+    runpy.run_path(str(Path(__file__).parents[1] / "tools" / "evaluate.py"), run_name="__main__")

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Sets up and runs lint, format and type checks, then all tests on the CPU (at most 15 minutes).
+#
+#   bash launch/test.sh [options of pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/setup.sh
+
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+echo "checks: ruff check"
+ruff check .
+echo "checks: ruff format"
+ruff format --check .
+echo "checks: mypy"
+mypy
+echo "tests: pytest"
+# INT lets pytest print what hung and its closing line; a group that does not end is killed.
+exec timeout --signal=INT --kill-after=30 840 python -m pytest "$@"

@@ -1,0 +1,5 @@
+"""Evaluation of an exported model with lm-evaluation-harness, without a network."""
+
+from mocte_ds.evaluation.lm import evaluate, offline_tasks
+
+__all__ = ["evaluate", "offline_tasks"]

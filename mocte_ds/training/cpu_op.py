@@ -1,0 +1,80 @@
+"""Builds the op that DeepSpeed compiles at its first start on a CPU, once, with nobody waiting for a dead process."""
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+from mocte_ds.cli import run_cli
+from mocte_ds.errors import MocteError
+
+NAME = "deepspeed_shm_comm"
+_BUILD = "from deepspeed.comm.torch import build_shm_op\nbuild_shm_op()\n"
+_LOAD_SECONDS = 20.0  # whoever loads a built op holds torch's lock for less than this
+_TAIL = 2000
+
+
+def build_cpu_op(folder: str | Path | None = None) -> bool:
+    """Make sure that the op is built.
+
+    torch guards a build by a plain file. A process killed while it builds leaves the file, and everyone who comes later
+    waits for ever; so builds are guarded by a lock that the system frees, and whoever holds that removes such a file.
+
+    Args:
+        folder: of torch's extensions; None: $TORCH_EXTENSIONS_DIR, which is set if it is not.
+
+    Returns:
+        Whether anything had to be built.
+
+    Raises:
+        MocteError: the compiler failed; says what to install.
+    """
+    folder = Path(
+        folder or os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "mocte_ds" / "extensions"
+    )
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        guard = open(folder / "build.flock", "w")  # noqa: SIM115  held until the end of the function
+    except OSError as error:
+        raise MocteError(
+            f"cannot write to {folder}: {error.strerror}; name another folder: TORCH_EXTENSIONS_DIR=FOLDER."
+        ) from error
+    with guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        built = (folder / NAME / f"{NAME}.so").is_file()
+        _remove_stale_lock(folder / NAME / "lock", _LOAD_SECONDS if built else 0.0)
+        if built:
+            return False
+        print("set-up: compiling DeepSpeed's CPU op (about a minute)", file=sys.stderr, flush=True)
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        environment["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{environment.get('PATH', '')}"
+        command = [sys.executable, "-c", _BUILD]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise MocteError(
+                f"DeepSpeed's CPU op could not be compiled:\n{done.stdout[-_TAIL:]}{done.stderr[-_TAIL:]}\nIt needs "
+                "g++, ninja and Python's headers (on Debian and Ubuntu: apt-get install g++ ninja-build python3-dev)."
+            )
+    return True
+
+
+def _remove_stale_lock(lock: Path, patience: float) -> None:
+    """Wait for torch's lock file until it is ``patience`` seconds old; then it belongs to a killed process."""
+    with contextlib.suppress(FileNotFoundError):
+        while time.time() - lock.stat().st_mtime < patience:
+            time.sleep(0.1)
+        lock.unlink()
+
+
+def main() -> None:
+    """Command line of launch/setup.sh."""
+    build_cpu_op()
+
+
+if __name__ == "__main__":
+    run_cli(main)

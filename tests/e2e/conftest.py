@@ -1,0 +1,154 @@
+"""What the end-to-end tests share: tiny data, and a way to start the real `deepspeed` launcher."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mocte_ds.data import prepare, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 150.0
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of made-up text with different words, tokenised."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = {
+        "letters": ["alpha", "beta", "gamma", "delta", "omega"],
+        "numbers": ["one", "two", "three", "four", "five"],
+    }
+    rng = random.Random(0)
+    (folder / "corpus").mkdir()
+    for domain, vocabulary in words.items():
+        lines = [json.dumps({"text": " ".join(rng.choices(vocabulary, k=60))}) for _ in range(80)]
+        (folder / "corpus" / f"{domain}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tokenizer = train_tokenizer(folder / "corpus", folder / "tokenizer.model", 300)
+    prepare(folder / "corpus", folder / "data", tokenizer, validation_share=0.2, workers=1, progress=False)
+    return folder / "data"
+
+
+def _run_values(prepared: Path, blocks: bool) -> dict:
+    deepspeed = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5000},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+    }
+    if blocks:
+        deepspeed["mocte"] = {
+            "modules": "model.layers.*.mlp",
+            "num_experts": 4,
+            "ep_size": 2,
+            "check_every": 0.1,
+            "router": {"bias": False},
+            "spectrum": {"rank": 4, "rows": 128, "documents": 64},
+            "clusters": {"deadline": 0.3},
+            "freeze": {"rows": 32, "iterations": 4},
+        }
+    return {
+        "model": {
+            "style": "llama",
+            "vocab_size": 304,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 2,
+            "num_heads": 2,
+            "max_positions": 32,
+        },
+        "data": {"prepared": str(prepared)},
+        "training": {
+            "steps": 20,
+            "batch_tokens": 512,
+            "micro_batch": 4,
+            "learning_rate": 3e-3,
+            "checkpoint_every": 6,
+        },
+        "evaluation": {"every": 5, "sequences_per_domain": 3},
+        "deepspeed": deepspeed,
+    }
+
+
+@pytest.fixture
+def run_file(prepared: Path, tmp_path: Path) -> Callable[[bool], Path]:
+    """Writes a run file with or without blocks."""
+
+    def write(blocks: bool) -> Path:
+        path = tmp_path / f"{'blocks' if blocks else 'dense'}.yaml"
+        path.write_text(yaml.safe_dump(_run_values(prepared, blocks)), encoding="utf-8")
+        return path
+
+    return write
+
+
+class Launcher:
+    """Starts scripts through `deepspeed` on two processes."""
+
+    def start(self, *arguments: object, before: str = "", processes: int = 2) -> subprocess.Popen:
+        """Start in the repository's root; ``before`` is a shell command in front, e.g. a limit."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [Path(sys.executable).parent / "deepspeed", "--log_level", "error", "--master_port", port]
+        command += ["--num_accelerators", processes, *arguments]
+        shell = ["bash", "-c", f'{before or ":"}; exec "$@"', "bash", *map(str, command)]
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return subprocess.Popen(
+            shell,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, process: subprocess.Popen) -> tuple[int, str]:
+        """Exit code and output; what hangs is ended."""
+        try:
+            output, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail(f"no end within {LIMIT:.0f} s:\n{output[-3000:]}")
+        return process.returncode, output
+
+    def __call__(self, *arguments: object, before: str = "") -> tuple[int, str]:
+        """Start and wait."""
+        return self.finish(self.start(*arguments, before=before))
+
+    def pretrain(self, run: Path, out: Path, *more: object, before: str = "") -> tuple[int, str]:
+        """launch/pretrain.py."""
+        return self("launch/pretrain.py", "--run", run, "--out", out, *more, before=before)
+
+
+@pytest.fixture
+def launch(deepspeed_op: Path) -> Launcher:
+    """The launcher; the op that DeepSpeed compiles is there already."""
+    return Launcher()
+
+
+def read_log(folder: Path, name: str = "metrics") -> list[dict]:
+    """Lines of a run's log."""
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Wait until a run has logged a step."""
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").is_file() and len(read_log(folder)) >= step:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"step {step} was not reached")

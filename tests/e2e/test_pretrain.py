@@ -1,0 +1,91 @@
+"""Pre-training through the real launcher on two processes: interrupted runs, bad values, full disks."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import Launcher, read_log, wait_for_step
+
+Write = Callable[[bool], Path]
+VARYING = ("seconds", "tokens_per_second")
+
+
+def what_is_learned(folder: Path) -> list[dict]:
+    """The log without clocks."""
+    return [{key: value for key, value in row.items() if key not in VARYING} for row in read_log(folder)]
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
+def test_interrupted_run_equals_uninterrupted(launch: Launcher, run_file: Write, tmp_path: Path, blocks: bool) -> None:
+    run, whole, parts = run_file(blocks), tmp_path / "whole", tmp_path / "parts"
+    code, output = launch.pretrain(run, whole)
+    assert code == 0, output
+    code, output = launch.pretrain(run, parts, "--stop-after", 10)
+    assert code == 0, output
+    assert len(read_log(parts)) == 10 and "stopped at step 10" in output
+    code, output = launch.pretrain(run, parts)
+    assert code == 0, output
+    assert what_is_learned(parts) == what_is_learned(whole)
+
+    rows = read_log(whole)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[-1]["tokens"] == 20 * 512
+    assert rows[-1]["validation"]["mean"] < rows[4]["validation"]["mean"]
+    assert set(rows[-1]["validation"]) == {"letters", "numbers", "mean"}
+    assert all(a["flops"] < b["flops"] for a, b in zip(rows, rows[1:], strict=False))
+    kept = sorted(path.name for path in (whole / "checkpoints").glob("step*"))
+    assert kept == ["step18", "step20"]
+    assert "resume" in [event["event"] for event in read_log(parts, "events")]
+    if blocks:
+        events = [event["event"] for event in read_log(whole, "events")]
+        assert events.count("check") == 10 and events.count("emergence") == 2
+        assert all(sum(load) == 512 for load in rows[-1]["expert_load"])
+        return
+
+    code, output = launch.pretrain(run, whole)
+    assert code == 0 and "done already" in output
+    assert what_is_learned(parts) == what_is_learned(whole)
+
+
+def test_terminated_run_saves_and_goes_on(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
+    run, out = run_file(False), tmp_path / "out"
+    process = launch.start("launch/pretrain.py", "--run", run, "--out", out, "--set", "training.steps=100000")
+    wait_for_step(out, 3)
+    # As a scheduler does it: the ranks get the signal, here one of them.
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+    ranks[0].send_signal(signal.SIGTERM)
+    code, output = launch.finish(process)
+    assert code == 0, output
+    stopped = len(read_log(out))
+    assert (out / "checkpoints" / "latest").read_text(encoding="utf-8") == f"step{stopped}"
+    assert f"stopped at step {stopped}" in output
+
+
+def test_full_disk_leaves_the_last_checkpoint(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
+    run, out = run_file(False), tmp_path / "out"
+    code, output = launch.pretrain(run, out, "--stop-after", 2)
+    assert code == 0, output
+    # No file may grow over 20 KiB: the logs fit, the weights do not.
+    code, output = launch.pretrain(run, out, before="ulimit -f 20")
+    assert code == 2 and "Traceback" not in output, output
+    assert "could not save the checkpoint" in output and "The last good checkpoint (step2) is untouched" in output
+    code, output = launch.pretrain(run, out, "--set", "model.num_layers=3")
+    assert code == 2 and "Traceback" not in output, output
+    assert "model.num_layers: checkpoint 2, run 3" in output
+    code, output = launch.pretrain(run, out, "--stop-after", 8)
+    assert code == 0, output
+    assert [row["step"] for row in read_log(out)] == list(range(1, 9))
+
+
+def test_non_finite_loss_stops_the_run(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
+    # Weights of this size overflow in the forward pass.
+    changes = ["--set", "training.learning_rate=1e30", "--set", "training.gradient_clipping=1e30"]
+    code, output = launch.pretrain(run_file(False), tmp_path, *changes)
+    assert code == 2 and "Traceback" not in output, output
+    assert "of step 3 is" in output and "last good checkpoint" in output
+    assert output.count("error: ") == 1, "the same message from every rank"
+    assert not (tmp_path / "checkpoints" / "latest").exists()
+    assert len(read_log(tmp_path)) == 2

@@ -1,0 +1,41 @@
+"""The quickstart's whole way with few steps; a second start uses again what is there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import read_log
+from tests.launch.test_scripts import bash
+
+CHANGES = (
+    "training.steps=24 training.batch_tokens=2048 training.micro_batch=4 training.warmup_steps=2 evaluation.every=8 "
+    "evaluation.sequences_per_domain=1 model.num_layers=2 model.hidden_size=64 model.intermediate_size=96 "
+    "deepspeed.mocte.check_every=0.1 deepspeed.mocte.clusters.deadline=0.3"
+).split()
+
+
+@pytest.mark.usefixtures("deepspeed_op")
+def test_quickstart_with_few_steps(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["launch/quickstart.sh", "--out", out, *(word for change in CHANGES for word in ("--set", change))]
+    variables = {"MOCTE_SKIP_SETUP": "1", "EVAL_LIMIT": "4"}
+    code, output = bash(*command, timeout=280, **variables)
+    assert code == 0, output[-4000:]
+    assert [row["step"] for row in read_log(out)] == list(range(1, 25))
+    assert "emergence" in [event["event"] for event in read_log(out, "events")]
+    assert (out / "report" / "index.html").stat().st_size > 10_000
+    results = json.loads((out / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    assert "openbookqa_offline" in json.dumps(results) and "commonsense_qa_generate" in json.dumps(results)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out / "export")
+    model = AutoModelForCausalLM.from_pretrained(out / "export")
+    ids = tokenizer("The", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] >= ids.shape[1] + 1
+
+    code, output = bash(*command, timeout=280, **variables)
+    assert code == 0, output[-4000:]
+    for found in ("found", "done already", f"found {out}/export", f"found {out}/evaluation/results.json"):
+        assert found in output

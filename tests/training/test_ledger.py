@@ -1,0 +1,88 @@
+"""The ledger's formulas against torch's FlopCounterMode, which counts the real products of matrices."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.moe.gate import ClusterGate
+from mocte_ds.training.ledger import Ledger
+
+LLAMA = DecoderConfig("llama", 96, 32, 48, 2, 4, 2, max_positions=64)
+GPT2 = DecoderConfig("gpt2", 96, 32, 64, 2, 4, max_positions=64)
+TOKENS, CONTEXT = 128, 64
+WARMUP = [{"mode": "warmup", "experts": ["dormant"] * 4, "load": [0] * 4}] * 2
+
+
+def counted(model: nn.Module, backward: bool) -> int:
+    ids = torch.zeros(TOKENS // CONTEXT, CONTEXT, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(input_ids=ids, labels=ids)
+        if backward:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_dense_step(config: DecoderConfig) -> None:
+    model, ledger = Decoder(config).to(torch.bfloat16), Ledger()
+    ledger.step(config, TOKENS, CONTEXT, None, [])
+    assert ledger.forward == counted(model, backward=False)
+    assert ledger.forward + ledger.dgrad + ledger.wgrad == counted(model, backward=True) == ledger.total
+    ledger.validate(config, TOKENS, CONTEXT)
+    assert ledger.validation == ledger.forward and ledger.total == counted(model, backward=True)
+
+
+def test_what_freezing_saves() -> None:
+    model = Decoder(LLAMA).to(torch.bfloat16)
+    everything = counted(model, backward=True)
+    for parameter in model.model.layers[1].mlp.parameters():
+        parameter.requires_grad_(False)
+    saved = everything - counted(model, backward=True)
+    # A block whose four experts, all frozen, share the tokens costs what the frozen FFN costs, and its gate.
+    blocks = [WARMUP[0], {"mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]}]
+    ledger = Ledger()
+    ledger.step(LLAMA, TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks)
+    assert ledger.wgrad_saved == saved
+    assert ledger.forward + ledger.dgrad + ledger.wgrad == everything - saved
+    assert ledger.total == everything - saved + ledger.routing + ledger.sampling
+
+
+def test_one_frozen_expert_saves_its_tokens() -> None:
+    blocks = [{"mode": "specialising", "experts": ["training", "frozen"], "load": [100, 28]}] * 2
+    some, none = Ledger(), Ledger()
+    config = MocteConfig(modules="x", num_experts=2)
+    some.step(LLAMA, TOKENS, CONTEXT, config, blocks)
+    none.step(LLAMA, TOKENS, CONTEXT, config, [{**b, "experts": ["training"] * 2} for b in blocks])
+    assert some.wgrad_saved == 2 * 28 * (2 * 3 * 32 * 48)
+    assert some.total == none.total - some.wgrad_saved
+
+
+def test_gate() -> None:
+    gate = ClusterGate(32, 4, "token", "hard", None)
+    with FlopCounterMode(display=False) as counter:
+        gate(torch.zeros(TOKENS, 32), None)
+    ledger, config = Ledger(), MocteConfig(modules="x", num_experts=4)
+    ledger.step(
+        LLAMA, TOKENS, CONTEXT, config, [{"mode": "specialising", "experts": ["training"] * 4, "load": [32] * 4}]
+    )
+    assert ledger.routing == counter.get_total_flops()
+
+
+def test_lora_experts_come_on_top() -> None:
+    config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "expert": {"kind": "lora", "width": 12}})
+    blocks = [{"mode": "specialising", "experts": ["training"] * 4, "load": [32] * 4}] * 2
+    dense, lora = Ledger(), Ledger()
+    dense.step(LLAMA, TOKENS, CONTEXT, config, WARMUP)
+    lora.step(LLAMA, TOKENS, CONTEXT, config, blocks)
+    assert lora.forward - dense.forward == 2 * 2 * TOKENS * 3 * 32 * 12
+
+
+def test_round_trip() -> None:
+    ledger = Ledger()
+    ledger.step(LLAMA, TOKENS, CONTEXT, None, [])
+    other = Ledger()
+    other.load(ledger.to_dict())
+    assert other == ledger and other.to_dict()["total"] == ledger.total > 0

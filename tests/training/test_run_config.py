@@ -1,0 +1,158 @@
+"""Run files: what they may say, what follows from them, and errors that name key, value and mend."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mocte_ds.errors import ConfigError
+from mocte_ds.models import preset
+from mocte_ds.training.run_config import RunConfig, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_FILES = sorted((ROOT / "launch" / "runs").glob("*.yaml"))
+
+
+def minimal() -> dict:
+    return {
+        "model": {"preset": "quickstart"},
+        "data": {"prepared": "somewhere"},
+        "training": {"steps": 100, "batch_tokens": 8192},
+        "deepspeed": {
+            "zero_optimization": {"stage": 2},
+            "bf16": {"enabled": True},
+            "mocte": {"modules": "model.layers.*.mlp", "num_experts": 4, "ep_size": 2},
+        },
+    }
+
+
+def read(tmp_path: Path, values: dict, *changes: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return read_run(path, changes)
+
+
+def test_completes_the_deepspeed_config(tmp_path: Path) -> None:
+    settings = read(tmp_path, minimal()).resolve(world_size=2, eod_id=2, vocab_size=2048)
+    assert settings["train_batch_size"] == 32
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.1}
+    assert settings["scheduler"]["params"]["total_num_steps"] == 100
+    assert settings["mocte"]["total_steps"] == 100
+    assert settings["mocte"]["eod_id"] == 2
+    assert (
+        settings["train_batch_size"]
+        == settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * 2
+    )
+
+
+def test_own_scheduler_stays(tmp_path: Path) -> None:
+    values = minimal()
+    values["deepspeed"]["scheduler"] = {"type": "WarmupLR", "params": {}}
+    assert read(tmp_path, values).resolve(2, 2, 2048)["scheduler"]["type"] == "WarmupLR"
+
+
+def test_changes_from_the_command_line(tmp_path: Path) -> None:
+    changes = (
+        "training.learning_rate=2e-4",
+        "model.num_layers=3",
+        "deepspeed.mocte.freeze.policy=off",
+        "data.weights={a: 1}",
+    )
+    run = read(tmp_path, minimal(), *changes)
+    assert run.training.learning_rate == 2e-4
+    assert run.model == preset("quickstart", num_layers=3)
+    assert run.deepspeed["mocte"]["freeze"] == {"policy": "off"}  # a boolean in YAML 1.1
+    assert run.data.weights == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.step=5", "training.step .value 5.. Did you mean 'steps'"),
+        ("trainig.steps=5", "section 'trainig'.*Did you mean 'training'"),
+        ("model.hidden_sizes=5", "model.hidden_sizes.*'hidden_size'"),
+        ("model.preset=quikstart", "'quikstart'.*'quickstart'"),
+        ("training.steps=many", "training.steps = 'many' must be of type int"),
+        ("training.steps=0", "training.steps = 0 must be 1 or more"),
+        ("training.betas=[0.9]", "two numbers"),
+        ("training.context=512", "longer than model.max_positions = 256"),
+        ("deepspeed.mocte.num_expert=4", "mocte.num_expert .*'num_experts'"),
+        ("deepspeed.mocte.ep_size=3", "allowed: .1, 2, 4."),
+        ("deepspeed.mocte.expert.kind=fnn", "'ffn'"),
+        ("deepspeed.zero_optimisation={}", "deepspeed.zero_optimisation .*'zero_optimization'"),
+        ("data.prepared=", "data.prepared"),
+        ("steps=5", "section.key=value"),
+        ("training.steps", "section.key=value"),
+        ("training.steps.x=1", "steps is a value"),
+    ],
+)
+def test_bad_values_are_named(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, minimal(), change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.batch_tokens=5000", r"no multiple of 4096 = 2 ranks x micro_batch 8 x context 256; 4096 would be"),
+        ("deepspeed.gradient_clipping=5.0", "deepspeed.gradient_clipping = 5.0 contradicts"),
+        ("deepspeed.optimizer={type: AdamW, params: {lr: 1.0}}", "params.lr = 1.0 contradicts"),
+        ("deepspeed.mocte.total_steps=7", "mocte.total_steps = 7 contradicts"),
+        ("deepspeed.mocte.ep_size=4", "does not divide the 2 data-parallel ranks; allowed with 4 experts: .1, 2."),
+        ("model.vocab_size=2000", "the tokenizer has 2048 pieces"),
+    ],
+)
+def test_contradictions_are_named(tmp_path: Path, change: str, message: str) -> None:
+    run = read(tmp_path, minimal(), change)
+    with pytest.raises(ConfigError, match=message):
+        run.resolve(2, 2, 2048)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the run file"):
+        read_run(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("model: [", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot read the run file"):
+        read_run(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is no run file"):
+        read_run(tmp_path / "list.yaml")
+    with pytest.raises(ConfigError, match="deepspeed = 'none.json' is no file"):
+        read(tmp_path, {**minimal(), "deepspeed": "none.json"})
+
+
+def test_identity_ignores_only_what_does_not_matter(tmp_path: Path) -> None:
+    first = read(tmp_path, minimal()).identity()
+    assert first == read(tmp_path, minimal(), "training.micro_batch=4", "training.checkpoint_every=3").identity()
+    for change in (
+        "training.learning_rate=1e-3",
+        "model.num_layers=2",
+        "data.weights={a: 1}",
+        "deepspeed.bf16.enabled=false",
+    ):
+        assert first != read(tmp_path, minimal(), change).identity(), change
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_shipped_run_files(path: Path) -> None:
+    run = read_run(path)
+    settings = run.resolve(_ranks(path), eod_id=2, vocab_size=run.model.vocab_size)
+    assert settings["train_batch_size"] * run.context == run.training.batch_tokens
+    if path.stem != "quickstart":
+        assert 0.5e6 <= run.training.batch_tokens <= 0.55e6
+
+
+def _ranks(path: Path) -> int:
+    """Ranks for which a run file is written, from its first lines ("N GPUs" or "N processes")."""
+    words = path.read_text(encoding="utf-8").split("\nmodel:")[0].replace(",", " ").split()
+    return next(int(a) for a, b in zip(words, words[1:], strict=False) if b in ("GPUs", "processes") and a.isdigit())
+
+
+def test_every_shipped_deepspeed_config_is_used() -> None:
+    used = {yaml.safe_load(path.read_text(encoding="utf-8"))["deepspeed"] for path in RUN_FILES}
+    shipped = {f"../../ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    assert used == shipped
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        assert "modules" in json.loads(path.read_text(encoding="utf-8"))["mocte"]

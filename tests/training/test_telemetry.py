@@ -1,0 +1,75 @@
+"""Logs of a run: a line a step, and after a resume no step twice."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mocte_ds.errors import MocteError
+from mocte_ds.training.telemetry import Telemetry, keep_until
+
+
+def metrics(step: int) -> dict:
+    return {
+        "step": step,
+        "tokens": 10 * step,
+        "loss": 5.0,
+        "lr": 1e-3,
+        "grad_norm": None,
+        "tokens_per_second": 100.0,
+        "validation": {"a": 4.0, "mean": 4.0} if step == 2 else None,
+    }
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_resume_takes_back_later_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = Telemetry(tmp_path, True, 5, 0, None)
+    for step in (1, 2, 3):
+        log.step(metrics(step))
+    log.event({"event": "freeze", "step": 3, "block": 0, "expert": 1, "reason": "enough"})
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3], "lines must be on the disk before the run ends"
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "tok')
+    log = Telemetry(tmp_path, True, 5, 2, None)
+    log.step(metrics(3))
+    log.close()
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    assert steps(tmp_path / "events.jsonl") == []
+    assert "step 3: freeze of block 0 expert 1 (enough)" in capsys.readouterr().err
+
+
+def test_only_rank_zero_writes(tmp_path: Path) -> None:
+    log = Telemetry(tmp_path, False, 5, 0, None)
+    log.step(metrics(1))
+    log.event({"event": "save", "step": 1})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    written: list[tuple] = []
+    monitor = SimpleNamespace(enabled=True, write_events=written.extend)
+    log = Telemetry(tmp_path, True, 5, 0, monitor)
+    log.step(metrics(2))
+    log.close()
+    assert ("mocte/loss", 5.0, 20) in written and ("mocte/validation/a", 4.0, 20) in written
+    assert all(value is not None for _, value, _ in written)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(MocteError, match="cannot write"):
+        Telemetry(tmp_path, True, 5, 0, None)
+
+
+def test_keep_until_survives_damage(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n[1]\n{"no": 1}\n{"step": 2}\n{"step": 3}\n')
+    keep_until(path, 2)
+    assert steps(path) == [1, 2]
+    keep_until(tmp_path / "none.jsonl", 2)

@@ -1,0 +1,64 @@
+"""Validation: each domain's loss over all its sequences, however they are shared out."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.training.validation import Validation
+from tests.spawn import spawn
+
+CONFIG = DecoderConfig("llama", 40, 16, 24, 1, 2, max_positions=12)
+
+
+def batches() -> dict:
+    generator = torch.Generator().manual_seed(3)
+    result = {}
+    for domain, count in {"b": 5, "a": 2, "c": 4}.items():
+        ids = torch.randint(40, (count, 13), generator=generator)
+        labels = ids[:, 1:].clone()
+        labels[0, :4] = -100
+        result[domain] = (ids[:, :-1], labels)
+    return result
+
+
+def losses_on_a_rank(micro_batch: int) -> dict:
+    torch.manual_seed(7)
+    model = Decoder(CONFIG)
+    modes = []
+    engine = SimpleNamespace(training=True, device="cpu", eval=lambda: modes.append("eval"), train=modes.append)
+    found = Validation(batches(), micro_batch).losses(_Callable(model, engine))
+    assert modes == ["eval", True]
+    return found
+
+
+class _Callable:
+    def __init__(self, model: Decoder, engine: SimpleNamespace) -> None:
+        self._model, self._engine = model, engine
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self._model(input_ids)
+
+    def __getattr__(self, name: str):
+        return getattr(self._engine, name)
+
+
+def expected() -> dict:
+    torch.manual_seed(7)
+    model, means = Decoder(CONFIG), {}
+    for domain, (ids, labels) in batches().items():
+        with torch.no_grad():
+            means[domain] = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100).item()
+    return {**means, "mean": sum(means.values()) / 3}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 16])
+def test_one_process(micro_batch: int) -> None:
+    assert losses_on_a_rank(micro_batch) == pytest.approx(expected(), rel=1e-5)
+
+
+def test_three_ranks() -> None:
+    for found in spawn(losses_on_a_rank, 3, 2, timeout=90):
+        assert found == pytest.approx(expected(), rel=1e-5)

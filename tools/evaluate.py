@@ -1,0 +1,53 @@
+"""Evaluates an exported model with lm-evaluation-harness; the tasks that ship here need no network."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from mocte_ds.cli import run_cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; see --help. Started by the `deepspeed` launcher, the ranks share the items."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="folder made by tools/export_hf.py (any Hugging Face causal model)")
+    parser.add_argument("--tasks", default="openbookqa_offline,commonsense_qa_generate", help="names, with commas")
+    parser.add_argument("--limit", type=int, default=None, help="items of each task (default: all)")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a forward (default: %(default)s)")
+    parser.add_argument("--num-fewshot", type=int, default=None, help="examples before each question")
+    parser.add_argument("--include-path", type=Path, default=None, help="folder with more lm-eval task files")
+    parser.add_argument("--output", type=Path, default=None, help="write the results as JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        import torch
+
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(args.local_rank)
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    from mocte_ds.evaluation.lm import evaluate, table
+
+    results = evaluate(
+        args.model,
+        [task for task in args.tasks.split(",") if task],
+        args.limit,
+        args.batch_size,
+        num_fewshot=args.num_fewshot,
+        include_path=args.include_path,
+    )
+    if results:
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        print(json.dumps(results) if args.json else table(results))
+    if several:
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
