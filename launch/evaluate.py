@@ -1,4 +1,4 @@
-"""Evaluates on several ranks: deepspeed launch/evaluate.py MODEL --tasks ... (the same options as tools/evaluate.py)."""
+"""Evaluates on several ranks: deepspeed launch/evaluate.py MODEL --tasks ... (options of tools/evaluate.py)."""
 
 import runpy
 from pathlib import Path

@@ -1,9 +1,10 @@
 """mocte_ds: pre-training with mixtures of cluster-oriented, trainability-aware experts, as a DeepSpeed plugin."""
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["initialize"]
+__all__ = ["clusters", "initialize", "spectrum", "trainability"]
 
 
 def __getattr__(name: str) -> Any:
@@ -12,4 +13,6 @@ def __getattr__(name: str) -> Any:
         from mocte_ds.engine import initialize
 
         return initialize
+    if name in __all__:
+        return importlib.import_module(f"mocte_ds.{name}")
     raise AttributeError(f"module 'mocte_ds' has no attribute '{name}'")

@@ -18,7 +18,7 @@ class ExpertConfig:
     """What one expert is."""
 
     kind: Literal["ffn", "lora"] = "ffn"
-    """`ffn`: a full FFN, born as a copy of the dense one; `lora`: a zero-initialised narrow bypass beside a shared FFN."""
+    """`ffn`: a full FFN, born as a copy of the dense one; `lora`: a narrow bypass, born as zero, beside it."""
     width: int | None = None
     """Hidden units of a `lora` expert; null: the FFN's width / num_experts. `ffn` experts keep the FFN's width."""
 
@@ -28,9 +28,9 @@ class RouterConfig:
     """How a token finds its expert."""
 
     kind: Literal["token", "type", "hash"] = "token"
-    """`token`: nearest cluster of the feature; `type`: a table token id -> cluster; `hash`: a random table (baseline)."""
+    """`token`: nearest cluster of the feature; `type`: table token id -> cluster; `hash`: a random table (baseline)."""
     bias: bool = True
-    """False: a gate without bias, from unit centroids with the mean's direction projected out (stock Mixtral has none)."""
+    """False: a gate without bias, from directions orthogonal to the mean (stock Mixtral has none)."""
     weight: Literal["hard", "softmax"] = "hard"
     """Weight of the expert's output: 1, or the softmax probability of the chosen expert."""
 
@@ -69,10 +69,10 @@ class FreezeConfig:
 
     policy: Literal["trainability", "paper", "grad-norm", "inverted", "random", "off"] = "trainability"
     """Rule that decides; see mocte_ds.trainability.policy."""
-    alpha: float = 0.1
+    alpha: float = 0.2
     """LEVEL: lambda under this share of the expert's own peak."""
-    beta: float = 1e-3
-    """RATE: change of |lambda - lambda_0| from check to check under this share of its largest (`paper`: first) value."""
+    beta: float = 0.05
+    """RATE: change of |lambda - lambda_0| between checks under this share of its largest (`paper`: first) value."""
     checks: int = 3
     """Checks in a row that must agree."""
     after_checks: int = 5

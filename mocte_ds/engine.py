@@ -158,8 +158,9 @@ def initialize(
     require_conformance()
     if config is None:
         config = other.pop("config_params", None) or getattr(args, "deepspeed_config", None)
-    if other:
-        raise ConfigError(f"mocte_ds.initialize does not support: {', '.join(sorted(other))}.")
+    given = sorted(name for name, value in other.items() if value is not None)
+    if given:
+        raise ConfigError(f"mocte_ds.initialize does not support: {', '.join(given)}.")
     settings = _read_config(config)
     block = MocteConfig.from_dict(settings.pop("mocte"))
     _check_deepspeed_part(settings, model, optimizer, mpu)
@@ -197,17 +198,22 @@ def _read_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any
     """A private copy of the config, from a dict or a JSON file."""
     if config is None:
         raise ConfigError("mocte_ds.initialize needs config=: a DeepSpeed config (dict or path) with a 'mocte' block.")
+    values: Any = config
     if isinstance(config, str | Path):
         try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
+            values = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read the DeepSpeed config {config}: {error}") from error
-    if "mocte" not in config:
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"the DeepSpeed config must be a dict or the path of a JSON file, not {type(values).__name__}."
+        )
+    if "mocte" not in values:
         raise ConfigError(
             'the DeepSpeed config has no "mocte" block, e.g. "mocte": {"modules": "model.layers.*.mlp"}; '
             "a run without blocks is deepspeed.initialize."
         )
-    return copy.deepcopy(dict(config))
+    return copy.deepcopy(dict(values))
 
 
 def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, optimizer: Any, mpu: Any) -> None:
@@ -223,8 +229,8 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
         raise ConfigError(f"zero_optimization.stage = {stage}: use stage 1 or 2 ({reason}).")
     if isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
-            "an optimizer object cannot follow experts that do not exist yet; name the optimizer in the config, or hand "
-            "over a callable: optimizer=lambda groups: torch.optim.AdamW(groups, lr=...)."
+            "an optimizer object cannot follow experts that do not exist yet; name the optimizer in the config, or "
+            "hand over a callable: optimizer=lambda groups: torch.optim.AdamW(groups, lr=...)."
         )
     if optimizer is None and "optimizer" not in settings:
         raise ConfigError('the DeepSpeed config has no "optimizer" and no optimizer callable was handed over.')

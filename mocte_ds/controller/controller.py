@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ EventListener = Callable[[dict[str, Any]], None]
 
 
 class Controller:
-    """`engine.mocte`: owns the modes of all blocks and experts, decides at checks, acts at optimizer-step boundaries."""
+    """`engine.mocte`: owns the modes of all blocks and experts, decides at checks, acts between optimizer steps."""
 
     def __init__(
         self, config: MocteConfig, blocks: list[Block], registry: UnitRegistry, ep_rank: int, total_steps: int
@@ -44,7 +45,7 @@ class Controller:
             for b in blocks
         ]
         for block, collector in zip(blocks, self.collectors, strict=True):
-            block.observe = lambda features, collector=collector: collector.see(features, self.context)
+            block.observe = partial(collector.see, context=self.context)
         self.domain_names: list[str] = []
         self.step = 0
         self.tokens = 0
@@ -62,7 +63,7 @@ class Controller:
         enough = max(self.config.spectrum.rows / 16, self.config.spectrum.documents) / sequences_per_step
         self._window = min(self.interval, max(1, round(enough + 0.5)))
 
-    # ---- for users ---------------------------------------------------------------------------------------------------
+    # ---- for users -------------------------------------------------------------------------------------------------
 
     def annotate(self, domain: Tensor | None, names: list[str]) -> None:
         """Say where the next micro-batch comes from, so that checks can compare clusters with sources.
@@ -117,7 +118,7 @@ class Controller:
                     units.add(expert_unit(handle.block, k))
         return units
 
-    # ---- called by the engine -----------------------------------------------------------------------------------------
+    # ---- called by the engine --------------------------------------------------------------------------------------
 
     def before_micro_batch(self, first_sequence: int, micro_step: int) -> None:
         """Tell the blocks where in the run the next micro-batch stands."""
@@ -142,7 +143,7 @@ class Controller:
         """Part of the budget that is done."""
         return self.step / self.total_steps
 
-    # ---- the check ------------------------------------------------------------------------------------------------------
+    # ---- the check -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Read the blocks, decide, agree, act, report (collective)."""
@@ -211,7 +212,7 @@ class Controller:
         total = sum_over_ranks(torch.cat(counts).clone())
         return list(total.split([count.numel() for count in counts]))
 
-    # ---- events -----------------------------------------------------------------------------------------------------------
+    # ---- events ----------------------------------------------------------------------------------------------------
 
     def _check_event(self, readings: dict[int, BlockReading], trainability_seconds: float) -> dict[str, Any]:
         seconds = {"spectrum": 0.0, "clusters": 0.0, "trainability": trainability_seconds}
@@ -242,7 +243,7 @@ class Controller:
             for listener in self._listeners:
                 listener(event)
 
-    # ---- state ----------------------------------------------------------------------------------------------------------------
+    # ---- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, in plain values and tensors (collective)."""

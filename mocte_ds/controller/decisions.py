@@ -95,7 +95,7 @@ def apply_changes(
             reading = readings[change.block]
             sampled = reading.basis is not None
             if sampled:
-                set_gate(block, controller.config, reading.tokens[:2], handle.token_basis, reading.mean)
+                set_gate(block, controller.config, reading.tokens[:2], reading.basis, reading.mean)
             else:
                 set_random_gate(block, controller.config)
             outputs_before[change.block] = _output(controller, handle, reading)
@@ -181,6 +181,6 @@ def _require_no_jump(name: str, change: float | None) -> None:
     """
     if change is not None and change > 0.05:
         raise MocteError(
-            f"emergence changed the output of {name} by {change:.1%} of its largest value; the experts are no copies of "
-            "the dense FFN. The run stops because training would go on from another function."
+            f"emergence changed the output of {name} by {change:.1%} of its largest value; the experts are no copies "
+            "of the dense FFN. The run stops because training would go on from another function."
         )

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mocte_ds.clusters import BalancedClusters, Detection, agreement, balanced_kmeans, detect, stability
 from mocte_ds.controller.handles import BlockHandle, ExpertHandle
-from mocte_ds.dist.collectives import gather_objects, gather_rows, sum_over_ranks
+from mocte_ds.dist.collectives import gather_objects, gather_rows, sum_over_ranks, world
 from mocte_ds.moe.block import BlockMode, ExpertMode
-from mocte_ds.spectrum.subspace import Subspace, sampled_svd, split_half_certificate
+from mocte_ds.spectrum.subspace import Subspace, certified_rank, sampled_svd, split_half_angles
 from mocte_ds.trainability import Probe, top_eigenpair
 from mocte_ds.zero import expert_unit
 
@@ -32,9 +32,11 @@ class BlockReading:
     """Sampled token features of all ranks; 0: nothing was seen, and everything below is empty."""
     mean: Tensor | None = None
     basis: Tensor | None = None
+    """(d, k) leading centred singular directions, those that the sample determines: what a gate is built in."""
     singular_values: list[float] = field(default_factory=list)
     explained: list[float] = field(default_factory=list)
     certificate: float | None = None
+    """Sine of the angle between the subspaces of two half-samples, all directions."""
     coordinates: Tensor | None = None
     """(m, r) document means of all ranks in the span of their centred singular directions."""
     plane: Tensor | None = None
@@ -66,6 +68,7 @@ class BlockReading:
             "singular_values": self.singular_values,
             "explained": self.explained,
             "certificate": self.certificate,
+            "certified_rank": None if self.basis is None else self.basis.shape[1],
             "documents": 0 if self.coordinates is None else self.coordinates.shape[0],
             "clusters": found.count if found else None,
             "sizes": torch.bincount(found.labels[found.labels >= 0]).tolist() if found else None,
@@ -110,15 +113,14 @@ def read_blocks(controller: "Controller", handles: list[BlockHandle]) -> dict[in
         return readings
     features = [sample[0] for sample in samples]
     subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles])
-    certificates = split_half_certificate(
-        features, min(config.rank, *(x.shape[1] for x in features), features[0].shape[1])
-    )
+    angles = _half_sample_angles(features, config.rank)
     for number, handle in enumerate(handles):
         reading, found = readings[handle.index], subspaces[number]
-        reading.mean, reading.basis = found.mean, found.basis
+        reading.mean = found.mean
+        reading.basis = found.directions[:, : certified_rank(angles[number], config.max_angle)]
         reading.singular_values = found.singular_values.tolist()
         reading.explained = found.explained.tolist()
-        reading.certificate = float(certificates[number])
+        reading.certificate = angles[number][-1]
         reading.seconds["spectrum"] = (time.perf_counter() - started) / len(handles)
         reading.bytes["spectrum"] = found.moved_bytes
         if handle.token_basis is None or reading.certificate <= config.max_angle:
@@ -131,8 +133,9 @@ def read_blocks(controller: "Controller", handles: list[BlockHandle]) -> dict[in
 
 def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None]) -> list[Subspace]:
     """Subspace of each block's rows; one batched call where all widths agree and all blocks have a last basis."""
-    rank = min(rank, *(x.shape[1] for x in features), features[0].shape[1])
-    if len({x.shape[1] for x in features}) > 1:
+    widths = {x.shape[1] for x in features}
+    rank = min(rank, min(widths))
+    if len(widths) > 1:
         return [sampled_svd(x, rank, basis=basis) for x, basis in zip(features, bases, strict=True)]
     known = torch.stack(bases) if all(basis is not None for basis in bases) else None
     found = sampled_svd(torch.stack(features), rank, basis=known)
@@ -144,6 +147,15 @@ def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None]) ->
     ]
 
 
+def _half_sample_angles(features: list[Tensor], rank: int) -> list[list[float]]:
+    """For each block the sines of the angles between two half-samples' leading directions."""
+    widths = {x.shape[1] for x in features}
+    rank = min(rank, min(widths))
+    if len(widths) > 1:
+        return [split_half_angles(x, rank).tolist() for x in features]
+    return split_half_angles(features, rank).tolist()
+
+
 def _read_documents(controller: "Controller", handles: list[BlockHandle], readings: dict[int, BlockReading]) -> None:
     """Clusters of the document means; block i is worked on by rank i mod world."""
     config, started = controller.config, time.perf_counter()
@@ -153,13 +165,12 @@ def _read_documents(controller: "Controller", handles: list[BlockHandle], readin
         return
     domains = gather_rows(samples[0][1][:, None])[:, 0].cpu()
     means = [sample[0] for sample in samples]
-    rank = min(config.spectrum.rank, means[0].shape[1])
-    subspaces = _subspaces(means, rank, [handle.document_basis for handle in handles])
+    subspaces = _subspaces(means, config.spectrum.rank, [handle.document_basis for handle in handles])
     coordinates = [gather_rows((x - s.mean) @ s.basis).cpu() for x, s in zip(means, subspaces, strict=True)]
     mine = {}
-    world = len(gather_objects(None))
+    rank, size = world()
     for number, handle in enumerate(handles):
-        if handle.index % world == controller.rank % world:
+        if handle.index % size == rank:
             mine[handle.index] = _cluster(controller, handle, coordinates[number], subspaces[number], domains)
     results: dict[int, tuple] = {}
     for part in gather_objects(mine):
@@ -171,12 +182,8 @@ def _read_documents(controller: "Controller", handles: list[BlockHandle], readin
         reading.coordinates, reading.domains = coordinates[number], domains
         if space.directions.shape[1] > 1:
             reading.plane = coordinates[number] @ (space.basis.T @ space.directions[:, :2]).cpu()
-        reading.detection, reading.labels, reading.stability, reading.agreement = (
-            detection,
-            clusters.labels,
-            stable,
-            agree,
-        )
+        reading.detection, reading.labels = detection, clusters.labels
+        reading.stability, reading.agreement = stable, agree
         handle.document_mean, handle.document_basis = space.mean, space.basis
         handle.document_centroids, handle.document_prices = clusters.centroids, clusters.prices
         reading.seconds["clusters"] = (time.perf_counter() - started) / len(handles)

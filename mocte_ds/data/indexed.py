@@ -107,8 +107,8 @@ def _build(
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Write the data sets of all domains; numbers of documents and tokens by domain and split."""
     silent = None if progress else True  # None: no bar where there is no terminal
-    bar = tqdm(corpus.items(), desc="reading", unit="domain", disable=silent)
-    plans = {domain: _plan(texts, share) for domain, texts in bar}
+    reading = tqdm(corpus.items(), desc="reading", unit="domain", disable=silent)
+    plans = {domain: _plan(texts, share) for domain, texts in reading}
     characters = sum(plan.characters for plan in plans.values())
     workers = min(workers, 1 + characters // _CHARACTERS_A_WORKER)
     total = sum(plan.documents for plan in plans.values())

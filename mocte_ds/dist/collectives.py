@@ -172,4 +172,5 @@ def _around_difference(first: str, second: str) -> tuple[str, str]:
         return first, second
     place = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
     start = max(0, place - 40)
-    return tuple(f"...{text[start : start + _LONGEST_VALUE]}..." for text in (first, second))
+    cut = slice(start, start + _LONGEST_VALUE)
+    return f"...{first[cut]}...", f"...{second[cut]}..."

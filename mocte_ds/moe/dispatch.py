@@ -1,4 +1,4 @@
-"""Brings every token to its expert and its output back: sort, all-to-all, one matrix product an expert. Drops nothing."""
+"""Brings every token to its expert and its output back, drops nothing: sort, all-to-all, one expert after another."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -104,7 +104,7 @@ def sampled_svd(
     columns = blocks.shape[2]
     moved = count * (8 * (width + 3) + 4 * width * (columns - start.shape[2]) + 8 * columns * columns)
     single = isinstance(x, Tensor) and x.dim() == 2
-    return Subspace(*(t[0] for t in result) if single else result, moved_bytes=moved)
+    return Subspace(*[t[0] if single else t for t in result], moved_bytes=moved)  # type: ignore[misc]
 
 
 def split_half_certificate(
@@ -149,6 +149,23 @@ def sine_of_largest_angle(one: Tensor, other: Tensor) -> Tensor:
     """Sine of the largest principal angle between the spans of orthonormal (..., d, r) bases: (...,)."""
     one, other = one.double().cpu(), other.double().cpu()
     return torch.linalg.matrix_norm(other - one @ (one.mT @ other), ord=2).clamp(max=1.0).float()
+
+
+def certified_rank(angles: Sequence[float], max_angle: float, low: int = 2) -> int:
+    """The number of leading directions that a sample determines.
+
+    Args:
+        angles: entry k - 1 is the sine of the angle between two half-samples' first k directions
+            (:func:`split_half_angles`).
+        max_angle: largest sine that counts as determined.
+        low: smallest number to return.
+
+    Returns:
+        The largest k whose angle is small enough; where no k from ``low`` on is, the one with the smallest angle.
+    """
+    low = min(low, len(angles))
+    good = [k for k in range(low, len(angles) + 1) if angles[k - 1] <= max_angle]
+    return max(good) if good else min(range(low, len(angles) + 1), key=lambda k: angles[k - 1])
 
 
 def gap_rank(singular_values: Tensor, low: int = 4, high: int = 16) -> int:

@@ -163,7 +163,7 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
         if state:
             self.optimizer.state[master] = state
 
-    # ---- hooks of DeepSpeed's constructor through which a rebuild keeps what stays -------------------------------------
+    # ---- hooks of DeepSpeed's constructor through which a rebuild keeps what stays ---------------------------------
 
     def flatten_dense_tensors_aligned(self, tensor_list: list, alignment: int, *args: Any, **kwargs: Any) -> Tensor:
         """The flat model weights of a group; those of a group that stays are used again."""
@@ -192,7 +192,7 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
         else:
             self.is_moe_param_group = [False] * len(self.optimizer.param_groups)
 
-    # ---- buckets -----------------------------------------------------------------------------------------------------
+    # ---- buckets ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _expert_bucket(self) -> Iterator[None]:
@@ -228,7 +228,7 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
             super()._release_ipg_buffers()
         super()._release_ipg_buffers()
 
-    # ---- gradient norm -------------------------------------------------------------------------------------------------
+    # ---- gradient norm ---------------------------------------------------------------------------------------------
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """L2 norm over all distinct trainable parameters, equal on all ranks and for every ep_size.
