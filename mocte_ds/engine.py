@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mocte_ds.checkpoints.load import read_state, resolve_tag, restore_random_st
 from mocte_ds.checkpoints.save import finish_checkpoint, prepare_checkpoint
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
-from mocte_ds.dist.groups import expert_parallel_rank
+from mocte_ds.dist.groups import destroy_at_exit, expert_parallel_rank
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe.attach import attach
 from mocte_ds.zero import UnitRegistry, require_conformance, with_unit_optimizer
@@ -156,6 +157,8 @@ def initialize(
         ConfigError: before any work starts, with the key, the value and what is allowed.
     """
     require_conformance()
+    # DeepSpeed 0.19 calls what torch 2.13 is about to rename, at every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
     if config is None:
         config = other.pop("config_params", None) or getattr(args, "deepspeed_config", None)
     given = sorted(name for name, value in other.items() if value is not None)
@@ -164,11 +167,13 @@ def initialize(
     settings = _read_config(config)
     block = MocteConfig.from_dict(settings.pop("mocte"))
     _check_deepspeed_part(settings, model, optimizer, mpu)
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(),
+            distributed_port=distributed_port,
+            dist_init_required=dist_init_required,
+        )
+        destroy_at_exit()
     block.check(dist.get_world_size())
     resolved = DeepSpeedConfig(settings, mpu)
     total_steps = block.total_steps or (settings.get("scheduler") or {}).get("params", {}).get("total_num_steps")

@@ -1,4 +1,4 @@
-"""Exports a checkpoint to Hugging Face format: a stock class, loadable without code of ours, checked before it says done."""
+"""Exports a checkpoint to Hugging Face format: a stock class, without code of ours, checked before it says done."""
 
 import argparse
 import json
@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(
             f"done: {args.out} is a {facts['architecture']} with {facts['parameters']:,} parameters; "
-            f"{facts['tensors_compared']} tensors equal, logits within {facts['logit_difference']:.1e}"
+            f"{facts['tensors_compared']} tensors and {facts['experts_compared']} experts equal, "
+            f"logits within {facts['logit_difference']:.1e}"
         )
     return 0
 

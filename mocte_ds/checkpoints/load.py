@@ -20,13 +20,17 @@ def resolve_tag(load_dir: str | Path) -> str | None:
     """Tag of the last good checkpoint, None where there is none.
 
     Raises:
-        CheckpointError: `latest` names a folder that does not exist.
+        CheckpointError: `latest` is damaged or names a folder that does not exist.
     """
     latest = Path(load_dir) / "latest"
     if not latest.is_file():
         return None
-    tag = latest.read_text(encoding="utf-8").strip()
-    if not (Path(load_dir) / tag).is_dir():
+    try:
+        tag = latest.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{latest} cannot be read: {error}; write the name of a checkpoint into it.") from error
+    # An empty name would be the folder itself, and the run would start anew as if there were no checkpoint.
+    if not tag or not (Path(load_dir) / tag).is_dir():
         raise CheckpointError(f"{latest} names the checkpoint '{tag}', which is not there; write another tag into it.")
     return tag
 
@@ -42,7 +46,20 @@ def read_plain(path: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete or not one of mocte_ds.") from error
     except Exception as error:  # torch.load raises many types for a damaged file
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        text = str(error).strip().splitlines() or ["damaged"]
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {text[0]}") from error
+
+
+def require_keys(values: Any, keys: tuple[str, ...], path: Path) -> dict[str, Any]:
+    """``values``, if it is a dict with these keys.
+
+    Raises:
+        CheckpointError: it is not; names the file.
+    """
+    missing = [key for key in keys if key not in values] if isinstance(values, dict) else ["keys"]
+    if missing:
+        raise CheckpointError(f"{path} has no {', '.join(missing)}: it is no file of a checkpoint of mocte_ds.")
+    return values
 
 
 def read_state(load_dir: str | Path, tag: str, config: MocteConfig | None, names: list[str] | None) -> dict[str, Any]:
@@ -57,9 +74,12 @@ def read_state(load_dir: str | Path, tag: str, config: MocteConfig | None, names
     Raises:
         CheckpointError: damaged, of another format, or of another configuration; names every key that differs.
     """
-    state = read_plain(Path(load_dir) / tag / STATE_FILE)
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{load_dir}/{tag} has format {state.get('format')}; this version reads format {FORMAT}.")
+    path = Path(load_dir) / tag / STATE_FILE
+    state = require_keys(read_plain(path), ("format",), path)
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{load_dir}/{tag} has format {state['format']}; this version reads format {FORMAT}.")
+    require_keys(state, ("mocte", "client_state"), path)
+    require_keys(state["mocte"], ("config", "blocks", "tokens"), path)
     if config is not None:
         saved, now = _flat(state["mocte"]["config"]), _flat(config.to_dict())
         differing = [key for key in now if key.startswith(_STRUCTURE) and saved.get(key) != now[key]]
@@ -80,7 +100,7 @@ def restore_random_states(load_dir: str | Path, tag: str) -> None:
     path = Path(load_dir) / tag / RANDOM_FILE.format(rank=world()[0])
     if not path.exists():
         return
-    states = read_plain(path)
+    states = require_keys(read_plain(path), ("python", "numpy", "torch"), path)
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]

@@ -47,7 +47,8 @@ def finish_checkpoint(
         save_dir: folder of all checkpoints.
         tag: this checkpoint's folder in it; DeepSpeed's files are there already.
         mocte: state of the controller.
-        client_state: the caller's own state.
+        client_state: the caller's own state; entries that cannot be read back without executing code are left to
+            DeepSpeed's files, which hold all of them.
         save_latest: whether `latest` moves.
 
     Raises:
@@ -58,7 +59,8 @@ def finish_checkpoint(
     failure: Exception | None = None
     try:
         if rank == 0:
-            torch.save({"format": FORMAT, "mocte": mocte, "client_state": client_state}, folder / STATE_FILE)
+            plain = {key: value for key, value in client_state.items() if is_plain(value)}
+            torch.save({"format": FORMAT, "mocte": mocte, "client_state": plain}, folder / STATE_FILE)
         torch.save(random_states(), folder / RANDOM_FILE.format(rank=rank))
     except _WRITE_ERRORS as error:
         failure = error
@@ -81,9 +83,10 @@ def random_states() -> dict[str, Any]:
     """States of this rank's random number generators, in plain values and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
+    numbers = torch.from_numpy(np.asarray(keys, dtype=np.int64))
     states = {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [name, numbers, int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -91,12 +94,30 @@ def random_states() -> dict[str, Any]:
     return states
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of tensors, numbers, texts, lists, tuples and dicts alone.
+
+    Exact types: subclasses, such as an enum or a numpy number, are stored as code to execute.
+    """
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(map(is_plain, value.keys())) and all(map(is_plain, value.values()))
+    return value is None or type(value) in (bool, int, float, str, bytes, torch.Tensor)
+
+
 def _write_error(save_dir: str | Path, tag: str, error: object) -> CheckpointError:
     latest = Path(save_dir) / "latest"
     last = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "none"
     with contextlib.suppress(OSError):
         error = f"{error} ({shutil.disk_usage(save_dir).free / 1e6:.0f} MB are free there)"
+    what = f"could not save the checkpoint {Path(save_dir) / tag}: {error}."
+    if last == tag:
+        return CheckpointError(
+            f"{what} It was saved over the checkpoint that {latest} names, which may be damaged now; make room, then "
+            "save again or write the name of another checkpoint into that file."
+        )
     return CheckpointError(
-        f"could not save the checkpoint {Path(save_dir) / tag}: {error}. The last good checkpoint ({last}) is untouched; "
-        "make room or choose another folder, and start again: the run resumes from it."
+        f"{what} The last good checkpoint ({last}) is untouched; make room or choose another folder, and start again: "
+        "the run resumes from it."
     )

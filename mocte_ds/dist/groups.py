@@ -1,5 +1,8 @@
-"""The process groups of expert parallelism, made by DeepSpeed."""
+"""The process groups of expert parallelism, made by DeepSpeed, and their end."""
 
+import atexit
+
+import torch.distributed as dist
 from deepspeed.utils import groups
 
 
@@ -14,3 +17,17 @@ def expert_parallel_rank(ep_size: int, data_before_expert: bool = False) -> int:
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
     return groups._get_expert_parallel_rank(name)
+
+
+def destroy_at_exit() -> None:
+    """Take the process groups down when the script ends, if it has not done so.
+
+    A gloo group that is still there when the interpreter goes can abort the process (exit code -6), and the launcher
+    then reports a finished run as failed.
+    """
+
+    def destroy() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    atexit.register(destroy)

@@ -1,50 +1,29 @@
-"""Find settings and versions in run.json, whose nesting belongs to the run and not to the report."""
+"""Look up settings and versions in run.json, as the training loop writes it."""
 
-from collections.abc import Iterator
 from typing import Any
 
-from mocte_ds.report.reader import Run
+from mocte_ds.report.run import Run
+
+MOCTE = ("deepspeed", "mocte")
+"""Where run.json keeps the "mocte" block with all its defaults filled in."""
 
 
-def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every plain value of a nested structure with its path; lists of plain values count as one value."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from leaves(inner, (*path, str(key)))
-    elif isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
-        for place, inner in enumerate(value):
-            yield from leaves(inner, (*path, str(place)))
-    else:
-        yield path, value
+def fact(run: Run, *path: str) -> Any:
+    """The value at a path of run.json, outermost key first; None if there is none."""
+    value: Any = run.facts
+    for key in path:
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
 
 
-def setting(run: Run, *keys: str) -> Any:
-    """The value whose path ends with ``keys``, outermost first; None if there is none.
-
-    Example: ``setting(run, "clusters", "min_silhouette")``.
-    """
-    best: tuple[int, Any] | None = None
-    for path, value in leaves(run.facts):
-        if path[-len(keys) :] == keys and value is not None and (best is None or len(path) < best[0]):
-            best = (len(path), value)
-    return best[1] if best else None
+def budget(run: Run) -> int | None:
+    """Optimizer steps that the run is meant to take, or None if run.json does not say."""
+    value = fact(run, "training", "steps")
+    return value if isinstance(value, int) and value > 0 else None
 
 
-def first_setting(run: Run, *names: str | tuple[str, ...]) -> Any:
-    """The first of several names that run.json has."""
-    for name in names:
-        value = setting(run, *(name if isinstance(name, tuple) else (name,)))
-        if value is not None:
-            return value
-    return None
-
-
-def section(run: Run, name: str) -> dict[str, Any]:
-    """The dictionary called ``name`` nearest to the root of run.json; empty if there is none."""
-    level = [run.facts]
-    while level:
-        for inner in level:
-            if isinstance(inner.get(name), dict):
-                return inner[name]
-        level = [value for inner in level for value in inner.values() if isinstance(value, dict)]
-    return {}
+def is_dense(run: Run) -> bool:
+    """Whether run.json says that the run has no MO-CTE."""
+    return bool(run.facts) and not run.blocks and fact(run, *MOCTE) is None

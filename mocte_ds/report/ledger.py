@@ -1,7 +1,8 @@
-"""Sums of the ledger of FLOPs: all that was spent, what MO-CTE adds, what freezing saved; and its seconds."""
+"""What a run cost: sums of its ledger of FLOPs (all, what MO-CTE adds, what freezing saved), and its seconds."""
 
-from mocte_ds.report.reader import Run
-from mocte_ds.report.wall import wall_clock
+import numpy as np
+
+from mocte_ds.report.run import Run
 
 COMPONENTS = {
     "forward": "forward pass of the model",
@@ -17,7 +18,6 @@ COMPONENTS = {
 }
 BESIDE = ("wgrad_saved", "validation", "total")
 OWN_WORK = ("routing", "sampling", "spectrum", "clusters", "trainability")
-MEASURING = ("sampling", "spectrum", "clusters", "trainability")
 
 
 def total(run: Run) -> float:
@@ -56,6 +56,14 @@ def check_seconds(run: Run) -> dict[str, float]:
             if value is not None:
                 seconds[part] = seconds.get(part, 0.0) + value
     return seconds
+
+
+def wall_clock(run: Run) -> np.ndarray | None:
+    """Seconds of training up to every step, (steps,), checks and validations with them; None if the log has no times."""
+    seconds = [row.get("seconds") for row in run.metrics]
+    if all(value is None for value in seconds):
+        return None
+    return np.cumsum([0.0 if value is None else value for value in seconds])
 
 
 def wall_seconds(run: Run) -> float | None:

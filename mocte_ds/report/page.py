@@ -7,7 +7,7 @@ from html import escape
 from mocte_ds.report import tables, words
 from mocte_ds.report.figures import ALL, FigureKind
 from mocte_ds.report.overview import everything, fact_rows
-from mocte_ds.report.reader import Run
+from mocte_ds.report.run import Run
 from mocte_ds.report.style import CSS
 from mocte_ds.report.summary import sentences, tiles
 

@@ -1,112 +1,11 @@
 """Read a run folder, also of a run that is still going or was cut off: what is there, and what could not be read."""
 
 import json
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mocte_ds.errors import MocteError
-
-Row = dict[str, Any]
-
-
-@dataclass
-class Run:
-    """The logs of one run; numbers that are NaN or infinite in a log are None here."""
-
-    folder: Path
-    metrics: list[Row]
-    """One row an optimizer step, in the order of steps."""
-    events: list[Row] = field(default_factory=list)
-    """What happened, in the order of happening."""
-    ledger: dict[str, float] = field(default_factory=dict)
-    """FLOPs by component; empty if not written yet."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """run.json; empty if there is none."""
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    """evaluation/results.json; empty if there is none."""
-    notes: list[str] = field(default_factory=list)
-    """What was left out of the logs and why, for the reader of the report."""
-
-    def of_kind(self, *kinds: str) -> list[Row]:
-        """Events of some kinds, in order."""
-        return [event for event in self.events if event["event"] in kinds]
-
-    @cached_property
-    def checks(self) -> list[Row]:
-        """Check events."""
-        return self.of_kind("check")
-
-    @cached_property
-    def blocks(self) -> dict[int, str]:
-        """Label of each block, e.g. ``block 0 (layer 2)``, by its index."""
-        names: dict[int, str] = {}
-        for event in self.events:
-            for entry in block_entries(event) + [event]:
-                if isinstance(entry.get("block"), int):
-                    names[entry["block"]] = entry.get("name") or names.get(entry["block"], "")
-        for row in self.metrics:
-            for index in range(len(row.get("expert_load") or [])):
-                names.setdefault(index, "")
-        return {index: _block_label(index, names[index]) for index in sorted(names)}
-
-    @cached_property
-    def experts(self) -> dict[int, int]:
-        """Number of expert slots of each block."""
-        counts = dict.fromkeys(self.blocks, 0)
-        for check in self.checks:
-            for entry in block_entries(check):
-                counts[entry["block"]] = max(counts[entry["block"]], len(entry.get("experts") or []))
-        for row in self.metrics:
-            for index, load in enumerate(row.get("expert_load") or []):
-                counts[index] = max(counts.get(index, 0), len(load or []))
-        return counts
-
-    @cached_property
-    def domains(self) -> list[str]:
-        """Names of the data's domains, in the order in which the logs name them."""
-        names: dict[str, None] = {}
-        for row in self.metrics:
-            names.update(dict.fromkeys(name for name in (row.get("validation") or {}) if name != "mean"))
-        for event in self.events:
-            if event["event"] == "projection":
-                names.update(dict.fromkeys(event.get("domain") or []))
-            for entry in block_entries(event):
-                names.update(dict.fromkeys(entry.get("domain_load") or {}))
-        return [str(name) for name in names]
-
-    @cached_property
-    def validations(self) -> list[Row]:
-        """Rows of ``metrics`` that carry a validation."""
-        return [row for row in self.metrics if row.get("validation")]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the run has trained on."""
-        return int(self.metrics[-1]["tokens"])
-
-    @property
-    def tokens_per_step(self) -> int | None:
-        """Global tokens of the last optimizer step, or None where the log cannot say."""
-        *earlier, last = self.metrics
-        if not earlier:
-            return last["tokens"] // last["step"] if last["step"] else None
-        return (last["tokens"] - earlier[-1]["tokens"]) // (last["step"] - earlier[-1]["step"])
-
-    def block_history(self, block: int) -> list[tuple[int, Row]]:
-        """What the checks say of one block: (tokens, entry of the check) in order of time."""
-        return [
-            (check["tokens"], entry)
-            for check in self.checks
-            for entry in block_entries(check)
-            if entry["block"] == block
-        ]
-
-
-def block_entries(event: Row) -> list[Row]:
-    """The entries by block of a check; empty for any other event."""
-    return [entry for entry in event.get("blocks") or [] if isinstance(entry, dict) and "block" in entry]
+from mocte_ds.report.run import Row, Run
 
 
 def read_run(folder: Path | str) -> Run:
@@ -138,7 +37,7 @@ def read_run(folder: Path | str) -> Run:
         )
     metrics = _last_of_each_step(rows, notes)
     events = _without_undone(_json_lines(folder / "events.jsonl", notes), notes)
-    _fill_tokens(events, metrics)
+    _place_events(events, metrics, notes)
     return Run(
         folder=folder,
         metrics=metrics,
@@ -226,14 +125,16 @@ def _without_undone(rows: list[Row], notes: list[str]) -> list[Row]:
     return kept
 
 
-def _fill_tokens(events: list[Row], metrics: list[Row]) -> None:
-    """Events without a number of tokens stand where the log of steps says that their step stands."""
+def _place_events(events: list[Row], metrics: list[Row], notes: list[str]) -> None:
+    """Give every event the tokens that the log of steps has at its step, so that all figures share one axis."""
     tokens_at = {row["step"]: row["tokens"] for row in metrics}
+    moved = 0
     for event in events:
-        if not _is_number(event.get("tokens")):
-            event["tokens"] = tokens_at.get(event["step"], 0)
-
-
-def _block_label(index: int, name: str) -> str:
-    numbers = [part for part in name.split(".") if part.isdigit()]
-    return f"block {index} (layer {numbers[0]})" if numbers else f"block {index}"
+        own = event.get("tokens")
+        event["tokens"] = tokens_at.get(event["step"], own if _is_number(own) else metrics[-1]["tokens"])
+        moved += _is_number(own) and own != event["tokens"]
+    if moved:
+        notes.append(
+            f"events.jsonl: {moved} event(s) count other tokens than metrics.jsonl does at the same step; they are shown "
+            "where metrics.jsonl puts their step."
+        )

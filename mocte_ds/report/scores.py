@@ -1,9 +1,9 @@
-"""Read the results of lm-eval: one row a task and metric."""
+"""The results of an evaluation: one row a task and metric."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from mocte_ds.report.reader import Run
+from mocte_ds.report.run import Run
 
 
 @dataclass(frozen=True)
@@ -14,35 +14,46 @@ class Score:
     metric: str
     value: float
     error: float | None
-    """Standard error, None where lm-eval has none."""
-    samples: int | None
+    """Standard error, None where the task has none."""
+    chance: float | None
+    """What guessing gives, None where unknown."""
+    items: int | None
+
+    @property
+    def above_chance(self) -> bool | None:
+        """Whether the value is more than two standard errors over chance; None where that cannot be said."""
+        return None if self.chance is None or self.error is None else self.value > self.chance + 2 * self.error
 
 
 def scores(run: Run) -> list[Score]:
-    """Scores of evaluation/results.json in lm-eval's form; empty without an evaluation."""
-    results = run.evaluation.get("results")
-    if not isinstance(results, dict):
-        return []
+    """Scores of evaluation/results.json, as tools/evaluate.py or lm-eval itself writes it; empty without any."""
+    tasks = run.evaluation.get("tasks") or run.evaluation.get("results")
     found = []
-    for task, numbers in results.items():
-        if not isinstance(numbers, dict):
-            continue
-        for key, value in numbers.items():
-            metric, _, kind = key.partition(",")
-            if not _is_number(value) or metric.endswith("_stderr") or metric in ("sample_len", "samples"):
+    for task, numbers in tasks.items() if isinstance(tasks, dict) else ():
+        for key, value in numbers.items() if isinstance(numbers, dict) else ():
+            # lm-eval itself writes "acc,none"; tools/evaluate.py writes "acc".
+            metric, comma, kind = key.partition(",")
+            if not _is_number(value) or metric.endswith("_stderr") or metric in ("items", "chance", "sample_len"):
                 continue
-            error = numbers.get(f"{metric}_stderr,{kind}" if kind else f"{metric}_stderr")
-            name = metric if kind in ("", "none") else f"{metric} ({kind})"
-            found.append(Score(task, name, value, error if _is_number(error) else None, _samples(run, task, numbers)))
+            error = numbers.get(f"{metric}_stderr{comma}{kind}")
+            chance = numbers.get("chance")
+            found.append(
+                Score(
+                    task=task,
+                    metric=metric if kind in ("", "none") else f"{metric} ({kind})",
+                    value=value,
+                    error=error if _is_number(error) else None,
+                    chance=chance if _is_number(chance) else None,
+                    items=_items(run, task, numbers),
+                )
+            )
     return found
 
 
-def _samples(run: Run, task: str, numbers: dict[str, Any]) -> int | None:
-    counted = (run.evaluation.get("n-samples") or {}).get(task)
-    if isinstance(counted, dict):
-        counted = counted.get("effective") or counted.get("original")
-    counted = counted if _is_number(counted) else numbers.get("sample_len", numbers.get("samples"))
-    return int(counted) if _is_number(counted) else None
+def _items(run: Run, task: str, numbers: dict[str, Any]) -> int | None:
+    counted = (run.evaluation.get("n-samples") or {}).get(task) or {}
+    items = numbers.get("items", counted.get("effective"))
+    return int(items) if _is_number(items) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -4,7 +4,7 @@ import math
 
 from mocte_ds.report import ledger
 from mocte_ds.report.facts import first_setting, section, setting
-from mocte_ds.report.reader import Row, Run
+from mocte_ds.report.run import Row, Run
 from mocte_ds.report.wording import decimal, flops, integer, listing, percent, plural, size
 
 FEW_BLOCKS = 4

@@ -6,7 +6,7 @@ from html import escape
 
 from mocte_ds.report import ledger
 from mocte_ds.report.figures.loss import validation_series
-from mocte_ds.report.reader import Row, Run
+from mocte_ds.report.run import Row, Run
 from mocte_ds.report.scores import scores
 from mocte_ds.report.summary import budget
 from mocte_ds.report.wording import MISSING, decimal, duration, flops, integer, percent, plural, significant, size

@@ -77,6 +77,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def spread(values: Sequence[float]) -> str:
+    """``412`` or ``240 to 332``: what all values are, or between what they lie."""
+    low, high = integer(min(values)), integer(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
 def listing(parts: Sequence[str]) -> str:
     """``a, b and c``."""
     parts = list(parts)

@@ -8,7 +8,7 @@ import torch
 from tests.engine import runs
 from tests.spawn import spawn
 
-FREEZING = {"policy": "random", "checks": 1, "rows": 32, "iterations": 4}
+FREEZING = {"policy": "random", "checks": 1, "after_checks": 2, "rows": 32, "iterations": 4}
 
 
 def test_emergence_is_decided_and_reported():

@@ -14,7 +14,7 @@ from mocte_ds.moe.block import Block, BlockMode
 # Largest accepted difference in fp32, relative to the largest value; sums are taken in another order.
 TOLERANCE = 1e-4
 # Tokens whose two best experts are closer than this, relative to |gate| |feature|, may go to either by rounding.
-MARGIN = 1e-5
+MARGIN = 2e-6
 PROBE = (4, 64)
 
 
@@ -43,8 +43,7 @@ def compare(model: nn.Module, layout: Layout, folder: Path, dtype: str) -> dict[
     experts = _compare_experts(model, found, folder)
     ids = _probe_ids(model)
     expected, decided = _logits_and_decided(model, ids)
-    with torch.no_grad():
-        logits = found(input_ids=ids).logits
+    logits = _logits(found, ids, folder)
     difference = _relative(logits[decided], expected[decided])
     if not difference <= TOLERANCE:
         raise CheckpointError(
@@ -53,8 +52,7 @@ def compare(model: nn.Module, layout: Layout, folder: Path, dtype: str) -> dict[
         )
     if dtype == "bf16":
         del found, written
-        with torch.no_grad():
-            logits = _read(folder, torch.bfloat16)(input_ids=ids).logits
+        logits = _logits(_read(folder, torch.bfloat16), ids, folder)
     changed = (logits.argmax(-1) != expected.argmax(-1)).float().mean().item()
     return {
         "logit_difference": difference,
@@ -80,6 +78,15 @@ def _read(folder: Path, dtype: torch.dtype) -> nn.Module:
     return found.eval()
 
 
+@torch.no_grad()
+def _logits(found: nn.Module, ids: Tensor, folder: Path) -> Tensor:
+    try:
+        return found(input_ids=ids).logits.float()
+    except RuntimeError as error:  # e.g. sizes that a kernel does not take
+        text = str(error).strip().splitlines()
+        raise CheckpointError(f"transformers loads {folder} but cannot run it: {text[0]}") from error
+
+
 def _compare_experts(model: nn.Module, found: nn.Module, folder: Path) -> int:
     """Every expert by its number, and every block's function near every row of its gate; the number of experts."""
     ours, count = ffn_blocks(model), 0
@@ -97,7 +104,7 @@ def _compare_experts(model: nn.Module, found: nn.Module, folder: Path) -> int:
             gate, up = stock.experts.gate_up_proj[k].chunk(2)
             stored = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": stock.experts.down_proj[k]}
             for name, weight in expert.state_dict().items():
-                if not torch.equal(stored[name], weight):
+                if not _is_filled_up(stored[name], weight):
                     raise CheckpointError(f"{folder}: {name} of expert {k} of {block.name} is not the trained one.")
         _compare_block(block, stock, folder)
         count += len(experts)
@@ -118,8 +125,8 @@ def _compare_block(block: Block, stock: nn.Module, folder: Path) -> None:
     difference = _relative(output, expected)
     if not difference <= TOLERANCE:
         raise CheckpointError(
-            f"{folder}: the outputs of {block.name} differ from the trained block's by {difference:.1e} of their largest "
-            f"value (allowed: {TOLERANCE:.0e})."
+            f"{folder}: the outputs of {block.name} differ from the trained block's by {difference:.1e} of their "
+            f"largest value (allowed: {TOLERANCE:.0e})."
         )
 
 
@@ -143,8 +150,10 @@ def _logits_and_decided(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
             hook.remove()
     # Attention carries a token's other expert to all positions behind it.
     decided = decided.cummin(dim=1).values
-    if decided.float().mean() < 0.5:
-        raise CheckpointError("a gate leaves more than half of all tokens undecided; it cannot be exported faithfully.")
+    if decided.float().mean() < 0.25:
+        raise CheckpointError(
+            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared."
+        )
     return logits, decided
 
 
@@ -159,6 +168,12 @@ def _probe_ids(model: nn.Module) -> Tensor:
     length = min(PROBE[1], model.config.max_positions)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (PROBE[0], length), generator=generator)
+
+
+def _is_filled_up(matrix: Tensor, trained: Tensor) -> bool:
+    """Whether a matrix is the trained one, with nothing but zeros behind its last row or column."""
+    rows, columns = trained.shape
+    return torch.equal(matrix[:rows, :columns], trained) and not (matrix[rows:].any() or matrix[:, columns:].any())
 
 
 def _relative(values: Tensor, expected: Tensor) -> float:

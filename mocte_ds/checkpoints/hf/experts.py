@@ -1,7 +1,6 @@
 """Models with experts as transformers' Mixtral, Qwen2Moe and Glm4Moe."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,9 @@ from torch import Tensor, nn
 from mocte_ds.checkpoints.hf.dense import Layout, SpecialIds, llama_fields, llama_trunk, named
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block, BlockMode
+
+# transformers' grouped matrix product wants rows of a multiple of 16 bytes, in bf16 too; units of zeros fill them up.
+UNITS = 8
 
 # Shapes: E experts, d features, f hidden units of an expert.
 
@@ -21,8 +23,10 @@ def mixtral(model: nn.Module, blocks: dict[int, Block], special: SpecialIds) -> 
     for i, block in blocks.items():
         weights[f"model.layers.{i}.mlp.gate.weight"] = block.banks[0].gate.cluster_weight
         weights.update(_stacked(f"model.layers.{i}.mlp.experts", block))
+    fields = llama_fields(model.config, special)
+    fields["intermediate_size"] = expert_width(blocks[0])
     config = MixtralConfig(
-        **llama_fields(model.config, special),
+        **fields,
         num_local_experts=blocks[0].num_experts,
         num_experts_per_tok=1,
         sliding_window=None,
@@ -50,7 +54,7 @@ def qwen2moe(model: nn.Module, blocks: dict[int, Block], weight: str, special: S
         weights[f"{prefix}.shared_expert_gate.weight"] = torch.zeros(1, config.hidden_size)
     target = Qwen2MoeConfig(
         **llama_fields(config, special),
-        moe_intermediate_size=config.intermediate_size,
+        moe_intermediate_size=expert_width(next(iter(blocks.values()))),
         shared_expert_intermediate_size=1,
         num_experts=next(iter(blocks.values())).num_experts,
         num_experts_per_tok=1,
@@ -80,12 +84,12 @@ def glm4moe(model: nn.Module, blocks: dict[int, Block], weight: str, special: Sp
         )
     if weight != "hard":
         raise CheckpointError(
-            "Glm4Moe, the class for experts of the kind 'lora', weighs by a sigmoid, not by a softmax; to export, train "
-            "with router.weight 'hard'."
+            "Glm4Moe, the class for experts of the kind 'lora', weighs by a sigmoid, not by a softmax; to export, "
+            "train with router.weight 'hard'."
         )
     # A block in warm-up behind the first: its experts are born as zero and add exactly nothing.
     blocks = {i: blocks[i] for i in range(first, config.num_layers)}
-    width = _width(blocks[first])
+    width = expert_width(blocks[first])
     shared = math.ceil(config.intermediate_size / width)
     weights = llama_trunk(model)
     for i, layer in enumerate(model.model.layers):
@@ -132,27 +136,28 @@ def sigmoid_scale(gate: Tensor, norm_weight: Tensor) -> float:
         gate: (E, d).
         norm_weight: (d,) of the RMSNorm in front, whose output is at most sqrt(d) long before this factor.
     """
-    largest = float((gate * norm_weight).norm(dim=1).max()) * gate.shape[1] ** 0.5
+    largest = float((gate * norm_weight.detach()).norm(dim=1).max()) * gate.shape[1] ** 0.5
     return 2.0 ** -math.ceil(math.log2(largest)) if largest > 0 else 1.0
 
 
 def _stacked(prefix: str, block: Block) -> dict[str, Tensor]:
-    """transformers keeps the experts of a layer in one tensor for gate and up (E, 2 f, d), and one for down (E, d, f)."""
-    experts = block.banks[0].local_experts
-    gate_up = [torch.cat([expert.gate_proj.weight, expert.up_proj.weight]) for expert in experts]
-    return {
-        f"{prefix}.gate_up_proj": torch.stack(gate_up).detach(),
-        f"{prefix}.down_proj": torch.stack([expert.down_proj.weight for expert in experts]).detach(),
-    }
+    """The experts of a layer in one tensor for gate and up (E, 2 f, d) and one for down (E, d, f)."""
+    experts, width = block.banks[0].local_experts, expert_width(block)
+    gate_up = [
+        torch.cat([_padded(matrix.weight.detach(), 0, width) for matrix in (expert.gate_proj, expert.up_proj)])
+        for expert in experts
+    ]
+    down = [_padded(expert.down_proj.weight.detach(), 1, width) for expert in experts]
+    return {f"{prefix}.gate_up_proj": torch.stack(gate_up), f"{prefix}.down_proj": torch.stack(down)}
 
 
-def _width(block: Block) -> int:
-    """Hidden units of one expert."""
-    return block.banks[0].local_experts[0].gate_proj.weight.shape[0]
+def expert_width(block: Block) -> int:
+    """Hidden units of an expert in the export."""
+    return math.ceil(block.banks[0].local_experts[0].gate_proj.weight.shape[0] / UNITS) * UNITS
 
 
 def _padded(matrix: Tensor, axis: int, size: int) -> Tensor:
     """A matrix with zeros added along an axis."""
-    shape: list[Any] = list(matrix.shape)
+    shape = list(matrix.shape)
     shape[axis] = size - matrix.shape[axis]
     return torch.cat([matrix, matrix.new_zeros(shape)], dim=axis)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from mocte_ds.checkpoints.hf.compare import compare
 from mocte_ds.checkpoints.hf.dense import Layout
@@ -132,7 +131,7 @@ def _require_free(out: Path, checkpoint: Path) -> Path:
 @contextlib.contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place when all went well, and vanishes otherwise."""
-    pending, old = (out.with_name(f"{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    pending = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         pending.mkdir(parents=True)
         yield pending
@@ -140,19 +139,26 @@ def _whole(out: Path) -> Iterator[Path]:
         os.umask(mask)
         for path in pending.iterdir():
             path.chmod(0o666 & ~mask)  # safetensors leaves its files to the owner alone
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(pending, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise
+        _swap(pending, out)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write {out}: {error}. Nothing was changed there.") from error
     finally:
-        for leftover in (pending, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(pending, ignore_errors=True)
+
+
+def _swap(pending: Path, out: Path) -> None:
+    """Put a folder in another one's place, or leave that one where it is."""
+    if not out.exists():
+        os.replace(pending, out)
+        return
+    old = out.with_name(f"{out.name}.{os.getpid()}.old")
+    os.replace(out, old)
+    try:
+        os.replace(pending, out)
+    except OSError:
+        os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _card(state: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -164,7 +170,10 @@ def _card(state: dict[str, Any], facts: dict[str, Any]) -> str:
     lines.append(f"- largest difference of logits from the training checkpoint: {facts['logit_difference']:.1e}")
     if facts["dtype"] == "bf16":
         share = facts["changed_predictions"]
-        lines.append(f"- computed in bf16, {share:.1%} of random tokens have another likeliest successor; "
-                     "load with dtype=torch.float32 to compute as the checkpoint does")
-    head = "# Model exported by mocte-ds\n\nPre-trained with MO-CTE (cluster-oriented, trainability-aware experts); stored as"
-    return f"{head} {facts['architecture']}.\n\n" + "\n".join(lines) + "\n"
+        lines.append(
+            f"- computed in bf16, {share:.1%} of random tokens have another likeliest successor; "
+            "load with dtype=torch.float32 to compute as the checkpoint does"
+        )
+    origin = "Pre-trained with MO-CTE (cluster-oriented, trainability-aware experts)"
+    head = f"# Model exported by mocte-ds\n\n{origin}; stored as {facts['architecture']}."
+    return head + "\n\n" + "\n".join(lines) + "\n"

@@ -1,25 +1,32 @@
 """Figure: number of clusters, silhouette, stability and agreement with domains, by layer over time."""
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mocte_ds.report.facts import setting
+from mocte_ds.report.facts import MOCTE, fact
 from mocte_ds.report.figures.drawing import FigureKind
-from mocte_ds.report.figures.layout import columns_for, label_ends, sheet, token_axis
-from mocte_ds.report.figures.marks import emergence_lines
+from mocte_ds.report.figures.labels import EndLabel, label_ends
+from mocte_ds.report.figures.layout import columns_for, legend, sheet, token_axis
+from mocte_ds.report.figures.marks import emergence_lines, legend_of_events
 from mocte_ds.report.figures.palette import INK, QUALITATIVE, SOFT
-from mocte_ds.report.reader import Run
-from mocte_ds.report.wording import integer, listing, plural
+from mocte_ds.report.run import Run
+from mocte_ds.report.wording import listing, plural, spread
 
 INDICES = {"silhouette": QUALITATIVE[0], "stability": QUALITATIVE[1], "nmi": QUALITATIVE[2], "purity": QUALITATIVE[3]}
 NAMES = {"nmi": "NMI"}
+THRESHOLDS = {"silhouette": "min_silhouette", "stability": "stability"}
+"""Setting that holds the least value for emergence."""
 
 
 def missing(run: Run) -> str | None:
-    if not any(entry.get("clusters") is not None for check in run.checks for entry in check.get("blocks") or []):
-        return "no check has looked for clusters yet."
-    return None
+    return None if clustered_blocks(run) else "no check has looked for clusters yet."
+
+
+def clustered_blocks(run: Run) -> list[int]:
+    """Blocks of which at least one check counted clusters."""
+    return [block for block in run.blocks if series(run, block, "clusters")[0]]
 
 
 def series(run: Run, block: int, key: str) -> tuple[list[int], list[float]]:
@@ -28,102 +35,95 @@ def series(run: Run, block: int, key: str) -> tuple[list[int], list[float]]:
     return [tokens for tokens, _ in found], [value for _, value in found]
 
 
+def thresholds(run: Run) -> dict[str, float]:
+    """Least values for emergence that run.json knows."""
+    found = {name: fact(run, *MOCTE, "clusters", key) for name, key in THRESHOLDS.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def draw(run: Run, narrow: bool) -> Figure:
-    blocks = [block for block in run.blocks if series(run, block, "clusters")[0]]
+    blocks = clustered_blocks(run)
     columns = columns_for(len(blocks), narrow)
     rows = -(-len(blocks) // columns)
-    figure = sheet(narrow, 3.4 * rows + 0.2)
-    ratios = [1, 1.9] * rows
-    grid = figure.subplots(2 * rows, columns, sharex=True, squeeze=False, height_ratios=ratios)
+    documents = [value for block in blocks for value in series(run, block, "documents")[1]]
+    sample = f"n = {spread(documents)} documents a check; {plural(len(run.checks), 'check')}"
+    figure = sheet(narrow, 3.3 * rows + 0.4, sample)
+    grid = figure.subplots(2 * rows, columns, sharex=True, squeeze=False, height_ratios=[1, 1.9] * rows)
     most = max(max(series(run, block, "clusters")[1]) for block in blocks)
-    labelled = []
+    ends = []
     for place, block in enumerate(blocks):
         row, column = divmod(place, columns)
         count, index = grid[2 * row, column], grid[2 * row + 1, column]
         _draw_count(count, run, block, most)
-        labels = []
-        for key, color in INDICES.items():
-            x, y = series(run, block, key)
-            if x:
-                marker = "o" if len(x) == 1 else None
-                index.plot(x, y, color=color, lw=1.3, marker=marker, ms=4)
-                labels.append((y[-1], NAMES.get(key, key), color))
-        values = [value for key in INDICES for value in series(run, block, key)[1]]
-        index.set_ylim(min(-0.05, min(values, default=0) - 0.05), 1.05)
-        for name, color in (("min_silhouette", INDICES["silhouette"]), ("stability", INDICES["stability"])):
-            needed = setting(run, "clusters", name)
-            if isinstance(needed, (int, float)):
-                index.axhline(needed, color=color, lw=0.8, ls=":")
-        emergence_lines(count, run, block)
-        emergence_lines(index, run, block)
+        ends.append((index, _draw_indices(index, run, block)))
+        for axis in (count, index):
+            emergence_lines(axis, run, block)
         index.set_xlabel(token_axis(index, run.tokens))
         index.tick_params(labelbottom=True)
         count.set_title(run.blocks[block])
         if column == 0:
             count.set_ylabel("clusters K\n(count)")
             index.set_ylabel("index (no unit)")
-        labelled.append((index, labels))
-    for unused in range(len(blocks), rows * columns):
-        row, column = divmod(unused, columns)
-        grid[2 * row, column].remove()
-        grid[2 * row + 1, column].remove()
-    label_ends(labelled)
+    for axis in [*grid[-2, len(blocks) - columns * (rows - 1) :], *grid[-1, len(blocks) - columns * (rows - 1) :]]:
+        axis.remove()
+    dot = {"ls": "", "marker": "o", "ms": 4, "mec": INK}
+    looks = {"accepted": {**dot, "mfc": INK}, "not accepted": {**dot, "mfc": "white"}}
+    looks |= {"least for emergence": {"color": SOFT, "ls": ":"}} if thresholds(run) else {}
+    legend(figure, narrow, looks | legend_of_events(run, "emergence"))
+    label_ends(ends)
     return figure
 
 
-def _draw_count(axis, run: Run, block: int, most: int) -> None:  # noqa: ANN001
-    history = [
-        (t, e["clusters"], bool(e.get("found"))) for t, e in run.block_history(block) if e.get("clusters") is not None
-    ]
-    tokens, counts = [t for t, _, _ in history], [k for _, k, _ in history]
+def _draw_count(axis: Axes, run: Run, block: int, most: float) -> None:
+    history = [(tokens, entry) for tokens, entry in run.block_history(block) if entry.get("clusters") is not None]
+    tokens, counts = np.array([t for t, _ in history]), np.array([entry["clusters"] for _, entry in history])
     axis.plot(tokens, counts, color=SOFT, lw=0.8, drawstyle="steps-mid")
-    found = np.array([f for _, _, f in history])
+    found = np.array([bool(entry.get("found")) for _, entry in history])
     size = 4 if len(history) <= 60 else 2.5
-    axis.plot(np.array(tokens)[found], np.array(counts)[found], "o", color=INK, ms=size)
-    axis.plot(np.array(tokens)[~found], np.array(counts)[~found], "o", mfc="white", mec=INK, mew=0.7, ms=size)
+    axis.plot(tokens[found], counts[found], "o", color=INK, ms=size)
+    axis.plot(tokens[~found], counts[~found], "o", mfc="white", mec=INK, mew=0.7, ms=size)
     axis.set_ylim(-0.5, most + 0.8)
     axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))
 
 
+def _draw_indices(axis: Axes, run: Run, block: int) -> list[EndLabel]:
+    labels = []
+    for key, color in INDICES.items():
+        x, y = series(run, block, key)
+        if x:
+            axis.plot(x, y, color=color, lw=1.0, marker="o" if len(x) == 1 else None, ms=4)
+            labels.append((y[-1], NAMES.get(key, key), color))
+    lowest = min((value for key in INDICES for value in series(run, block, key)[1]), default=0.0)
+    axis.set_ylim(min(-0.05, lowest - 0.05), 1.05)
+    for name, needed in thresholds(run).items():
+        axis.axhline(needed, color=INDICES[name], lw=0.9, ls=":")
+    return labels
+
+
 def caption(run: Run) -> str:
-    documents = [
-        e.get("documents") or 0 for c in run.checks for e in c.get("blocks") or [] if e.get("clusters") is not None
+    entries = [
+        entry
+        for block in clustered_blocks(run)
+        for _, entry in run.block_history(block)
+        if entry.get("clusters") is not None
     ]
-    size = integer(min(documents))
-    if min(documents) != max(documents):
-        size += f" to {integer(max(documents))}"
-    parts = []
-    for block, label in run.blocks.items():
-        entries = [entry for _, entry in run.block_history(block) if entry.get("clusters") is not None]
-        if entries:
-            good = sum(bool(entry.get("found")) for entry in entries)
-            counts = [entry["clusters"] for entry in entries]
-            parts.append(
-                f"{label} K from {min(counts)} to {max(counts)}, accepted at {good} of {plural(len(entries), 'check')}"
-            )
-    thresholds = [
-        f"{name} {value}"
-        for name, value in (
-            ("silhouette", setting(run, "clusters", "min_silhouette")),
-            ("stability", setting(run, "clusters", "stability")),
-        )
-        if value is not None
-    ]
+    good = sum(bool(entry.get("found")) for entry in entries)
+    counts = [entry["clusters"] for entry in entries]
+    needed = listing([f"{name} {value:g}" for name, value in thresholds(run).items()])
     return (
-        f"Density clusters of the document means ({size} documents a check). By block: {'; '.join(parts)}. Filled "
-        f"dots: the check "
-        "accepts the clusters; open dots: it does not. NMI and purity compare balanced clusters with the documents' "
-        "domains."
-        + (f" Dotted lines: the least {listing(thresholds)} for emergence." if thresholds else "")
-        + (" Dashed line: emergence." if run.of_kind("emergence") else "")
+        f"Dense groups of documents, found without knowing their domains: {spread(counts)} in a block at a check, "
+        f"accepted as clusters in {good} of {plural(len(entries), 'look')}. "
+        + (f"Emergence needs at least {needed} at two checks in a row. " if needed else "")
+        + "Stability, NMI and purity are those of another clustering of the same documents, into as many parts as there "
+        "are experts: with fewer experts than domains its purity cannot reach 1."
     )
 
 
 FIGURE = FigureKind(
     name="clusters",
     title="Clusters by layer over time",
-    reading="Experts emerge when filled dots come twice in a row with a stability above its line; NMI and purity "
-    "near 1 mean that clusters are the domains, near the bottom that they are something else.",
+    reading="Experts emerge when filled dots come twice in a row with a stability above its dotted line. NMI and purity "
+    "that rise mean that the clusters come to follow the documents' sources.",
     missing=missing,
     draw=draw,
     caption=caption,

@@ -1,16 +1,17 @@
-"""Figure: which expert gets which domain's tokens, at the last check."""
+"""Figure: which expert gets which domain's tokens, and how pure that is, at the last check."""
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import outer_labels, panels
-from mocte_ds.report.figures.palette import SEQUENTIAL
-from mocte_ds.report.reader import Row, Run
-from mocte_ds.report.wording import decimal, integer, plural
+from mocte_ds.report.figures.palette import INK, SEQUENTIAL
+from mocte_ds.report.run import Row, Run
+from mocte_ds.report.wording import integer, percent, spread
 
 MOST_NUMBERS = 10
+BAR_INCHES = 2.4
 
 
 def last_loads(run: Run) -> dict[int, tuple[int, Row]]:
@@ -34,57 +35,70 @@ def shares(run: Run, entry: Row) -> tuple[list[str], np.ndarray]:
     return names, np.array([[np.nan if v is None else v for v in table[name]] for name in names], dtype=float)
 
 
+def purities(run: Run) -> dict[str, dict[int, tuple[float, int]]]:
+    """By domain and block: (share of the domain's tokens at the expert that gets most of them, that expert)."""
+    found: dict[str, dict[int, tuple[float, int]]] = {}
+    for block, (_, entry) in last_loads(run).items():
+        for name, row in zip(*shares(run, entry), strict=True):
+            found.setdefault(name, {})[block] = (float(np.nanmax(row)), int(np.nanargmax(row)))
+    return found
+
+
+def sampled(run: Run) -> list[int]:
+    """Sampled tokens behind each block's table."""
+    return [sum(value or 0 for value in entry.get("load") or []) for _, entry in last_loads(run).values()]
+
+
 def draw(run: Run, narrow: bool) -> Figure:
     found = last_loads(run)
     most = max(len(shares(run, entry)[0]) for _, entry in found.values())
-    figure, axes = panels(len(found), narrow, 0.9 + 0.3 * most, share_x=False, share_y=False)
-    image: AxesImage | None = None
+    sample = f"n = {spread(sampled(run))} sampled tokens a block"
+    figure, axes = panels(len(found), narrow, 1.0 + 0.27 * most, sample, share=False)
     high = max(np.nanmax(shares(run, entry)[1]) for _, entry in found.values())
-    for axis, block in zip(axes, sorted(found), strict=True):
+    for axis, block in zip(axes, found, strict=True):
         names, table = shares(run, found[block][1])
         image = axis.imshow(100 * table, cmap=SEQUENTIAL, vmin=0, vmax=100 * high, aspect="auto")
         axis.set_yticks(range(len(names)), names)
         axis.set_xticks(range(table.shape[1]))
         axis.grid(visible=False)
         axis.spines[:].set_visible(False)
-        axis.set_title(_title(run, block, found[block][1]))
+        axis.set_title(run.blocks[block])
         if table.shape[1] <= MOST_NUMBERS:
             for (row, column), value in np.ndenumerate(table):
                 color = "white" if value > 0.6 * high else "black"
                 axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=7.5)
+        _write_purity(axis, table)
     outer_labels(axes, "expert (number)", "domain")
-    bar = figure.colorbar(image, ax=axes, location="bottom" if narrow else "right", shrink=0.8, fraction=0.06, pad=0.02)
-    bar.set_label("% of the domain's tokens" if narrow else "% of domain")
+    where = {"location": "bottom"} if narrow else {"location": "right", "shrink": BAR_INCHES / figure.get_figheight()}
+    bar = figure.colorbar(image, ax=axes, fraction=0.06, pad=0.02, aspect=25, **where)
+    bar.set_label("load (% of the domain's tokens)", fontsize=8)
     bar.outline.set_visible(False)
     return figure
 
 
-def _title(run: Run, block: int, entry: Row) -> str:
-    purity, nmi = entry.get("purity"), entry.get("nmi")
-    text = run.blocks[block]
-    return text if purity is None or nmi is None else f"{text}: purity {purity:.2f}, NMI {nmi:.2f}"
+def _write_purity(axis: Axes, table: np.ndarray) -> None:
+    """The largest share of every row, right of the row."""
+    right = table.shape[1] - 0.4
+    for row, value in enumerate(np.nanmax(table, axis=1)):
+        axis.text(right, row, f"{100 * value:.0f} %", va="center", fontsize=7.5, fontweight="bold", color=INK)
+    axis.text(right, -0.6, "purity", va="bottom", fontsize=7.5, color=INK)
 
 
 def caption(run: Run) -> str:
-    parts = []
-    for block, (tokens, entry) in sorted(last_loads(run).items()):
-        load = [value for value in entry.get("load") or [] if value is not None]
-        text = f"{run.blocks[block]} after {integer(tokens)} tokens"
-        if load and sum(load):
-            uneven = max(load) * len(load) / sum(load)
-            text += f": {integer(sum(load))} sampled tokens, load max/mean {decimal(uneven, 2)}"
-        if entry.get("documents"):
-            text += f", purity and NMI of {plural(entry['documents'], 'document')}"
-        parts.append(text)
+    found = last_loads(run)
+    values = [share for by_block in purities(run).values() for share, _ in by_block.values()]
+    experts = max(run.experts[block] for block in found)
     return (
-        "Per cent of each domain's tokens that the router sends to each expert; rows add up to 100. By block: "
-        f"{'; '.join(parts)}."
+        "Per cent of each domain's tokens that the router sends to each expert; the rows of a block add up to 100. "
+        f"After {spread([tokens for tokens, _ in found.values()])} tokens. Purity: the largest share of the row, from "
+        f"{percent(min(values), 0)} to {percent(max(values), 0)}; with {integer(experts)} experts an even spread has "
+        f"{percent(1 / experts, 0)}."
     )
 
 
 FIGURE = FigureKind(
     name="domains",
-    title="Expert load by domain",
+    title="Expert load and purity by domain",
     reading="A row with one dark cell is a domain that has an expert of its own; rows that all look alike mean that "
     "experts do not follow domains.",
     missing=missing,

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mocte_ds.report.figures.palette import STYLE
-from mocte_ds.report.reader import Run
+from mocte_ds.report.run import Run
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,25 @@
 """Figure: what the run spent its FLOPs on, and what freezing saved."""
 
+from typing import Any
+
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from mocte_ds.report.figures.drawing import FigureKind
-from mocte_ds.report.figures.layout import sheet
-from mocte_ds.report.figures.palette import INK, QUALITATIVE, SOFT
+from mocte_ds.report.figures.layout import legend, sheet
+from mocte_ds.report.figures.palette import GRID, INK, QUALITATIVE, SOFT
 from mocte_ds.report.ledger import OWN_WORK, beside, overhead, saved, spent, total
-from mocte_ds.report.reader import Run
-from mocte_ds.report.wording import flops, percent
+from mocte_ds.report.run import Run
+from mocte_ds.report.wording import flops, percent, plural
+
+DOT: dict[str, Any] = {"ls": "", "marker": "o", "ms": 7, "mew": 1.6}
+LOOKS = {
+    "the model's own work": {**DOT, "color": QUALITATIVE[0]},
+    "what MO-CTE adds": {**DOT, "color": QUALITATIVE[1]},
+    "saved by freezing": {**DOT, "color": QUALITATIVE[2], "mfc": "white"},
+    "beside training": {**DOT, "color": SOFT, "mfc": "white"},
+}
 
 
 def missing(run: Run) -> str | None:
@@ -16,58 +28,69 @@ def missing(run: Run) -> str | None:
 
 def draw(run: Run, narrow: bool) -> Figure:
     rows = spent(run) + beside(run)
-    figure = sheet(narrow, 0.7 + 0.28 * len(rows))
-    axis = figure.subplots()
     whole = total(run)
+    sample = f"n = {plural(len(run.metrics), 'step')}, {flops(whole)} FLOPs in all"
+    figure = sheet(narrow, 1.0 + 0.27 * len(rows), sample)
+    axis = figure.subplots()
     smallest = min(run.ledger[name] for name in rows if run.ledger[name] > 0) / whole
     floor = 10.0 ** (int(f"{smallest:e}".split("e")[1]) - 1)
+    looks = {}
     for height, name in enumerate(reversed(rows)):
-        share = run.ledger[name] / whole
-        axis.axhline(height, color="#eef0f3", lw=5, zorder=0.5)
-        text = percent(share) if not narrow else percent(share, 1)
-        if share <= 0:
-            axis.annotate("none", (floor, height), (6, 0), textcoords="offset points", va="center", fontsize=8)
-            continue
-        hollow = name in beside(run)
-        color = QUALITATIVE[1] if name in OWN_WORK else QUALITATIVE[0]
-        color = {"wgrad_saved": QUALITATIVE[2], "validation": SOFT}.get(name, color)
-        axis.plot(share, height, "o", ms=8, color=color, mfc="white" if hollow else color, mew=1.6)
-        left = share > 0.02
-        axis.annotate(
-            text,
-            (share, height),
-            (-9 if left else 9, 0),
-            textcoords="offset points",
-            va="center",
-            ha="right" if left else "left",
-            fontsize=8,
-            color=INK,
-        )
+        kind = _kind(name)
+        looks[kind] = LOOKS[kind]
+        _draw_row(axis, height, run.ledger[name] / whole, floor, LOOKS[kind], 1 if narrow else 2)
     axis.set_xscale("log")
     axis.set_xlim(floor, 1.3)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_yticks(range(len(rows)), [name.replace("_", " ") for name in reversed(rows)])
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0, labelcolor=INK)
-    axis.spines["left"].set_color(SOFT)
-    axis.set_xlabel("share of all FLOPs spent (1 = all, log)")
+    axis.set_xlabel("share of all FLOPs spent (%, log)")
     axis.set_ylabel("component")
+    legend(figure, narrow, {kind: look for kind, look in LOOKS.items() if kind in looks})
     return figure
 
 
-def caption(run: Run) -> str:
-    whole = total(run)
-    return (
-        f"All {flops(whole)} FLOPs of {len(run.metrics):,} steps. Blue: the model's own work; orange: what MO-CTE "
-        f"adds, {percent(overhead(run))} of all; open green: weight gradients that freezing saved, "
-        f"{percent(saved(run))} of what would have been spent without it; open grey: beside training."
+def _kind(name: str) -> str:
+    if name == "wgrad_saved":
+        return "saved by freezing"
+    if name == "validation":
+        return "beside training"
+    return "what MO-CTE adds" if name in OWN_WORK else "the model's own work"
+
+
+def _draw_row(axis: Axes, height: int, share: float, floor: float, look: dict[str, Any], digits: int) -> None:
+    """One component: a dot with its share, or the word for none."""
+    axis.axhline(height, color=GRID, lw=4, zorder=0.5)
+    left = share > 0.02
+    if share > 0:
+        axis.plot(share, height, **look)
+    axis.annotate(
+        percent(share, digits) if share > 0 else "none",
+        (max(share, floor), height),
+        (-9 if left else 9, 0),
+        textcoords="offset points",
+        va="center",
+        ha="right" if left else "left",
+        fontsize=8,
     )
+
+
+def caption(run: Run) -> str:
+    text = (
+        f"All {flops(total(run))} floating-point operations of training. MO-CTE's own work is {percent(overhead(run))} of "
+        "them"
+    )
+    if "wgrad_saved" in run.ledger:
+        text += f"; freezing saved weight gradients worth {percent(saved(run))} of what would have been spent without it"
+    return f"{text}. The table below says what each component is."
 
 
 FIGURE = FigureKind(
     name="flops",
     title="Ledger of FLOPs",
-    reading="The axis is logarithmic, one grid line is a factor of ten; freezing pays in computation where the open "
+    reading="The axis is logarithmic, one grid line is a factor of ten; freezing pays in computation where the green "
     "circle lies right of the orange dots together.",
     missing=missing,
     draw=draw,

@@ -1,18 +1,23 @@
 """Figure: how evenly tokens spread over the experts of every block, over time."""
 
 import numpy as np
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from mocte_ds.report.figures.drawing import FigureKind
-from mocte_ds.report.figures.layout import outer_labels, panels, token_axis
+from mocte_ds.report.figures.layout import legend, outer_labels, panels, token_axis
+from mocte_ds.report.figures.marks import KINDS, expert_events, legend_of_events
 from mocte_ds.report.figures.palette import DIVERGING, INK
-from mocte_ds.report.reader import Run
-from mocte_ds.report.wording import decimal, integer, plural
+from mocte_ds.report.run import Run
+from mocte_ds.report.wording import decimal, plural, spread
 
 MOST_COLUMNS = 60
 WARM_UP = "#dde1e6"
 SMALLEST_RANGE, LARGEST_RANGE = 1.5, 4.0
+BAR_INCHES = 2.4
+TICKS = (0.25, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4)
+FINE_TICKS = (0.8, 0.9, 1.1, 1.25)
 
 
 def missing(run: Run) -> str | None:
@@ -51,7 +56,15 @@ def bin_steps(run: Run) -> int:
     return max(1, -(-len(run.metrics) // MOST_COLUMNS))
 
 
-def spread(run: Run) -> float:
+def unevenness(run: Run, block: int) -> tuple[float, float]:
+    """Largest load over mean load of a block: (over the whole run, over the last column of the figure)."""
+    table = counts(run, block)
+    table = np.nan_to_num(table[np.nansum(table, axis=1) > 0])
+    whole, last = table.sum(0), table[-bin_steps(run) :].sum(0)
+    return float(whole.max() / whole.mean()), float(last.max() / last.mean())
+
+
+def color_range(run: Run) -> float:
     """Largest load over even load, or even load over load, that the colours tell apart."""
     both = [np.nan_to_num(binned(run, block)[1], nan=1.0).clip(1e-6) for block in loaded_blocks(run)]
     largest = max(float(np.exp(np.abs(np.log(values)).max())) for values in both)
@@ -61,50 +74,51 @@ def spread(run: Run) -> float:
 def draw(run: Run, narrow: bool) -> Figure:
     blocks = loaded_blocks(run)
     most = max(run.experts[block] for block in blocks)
-    figure, axes = panels(len(blocks), narrow, 0.9 + 0.2 * most, share_y=False)
-    norm = LogNorm(1 / spread(run), spread(run))
-    mesh = None
+    steps = [int((np.nansum(counts(run, block), axis=1) > 0).sum()) for block in blocks]
+    sample = f"n = {spread(steps)} steps with experts, every routed token; a column adds up {bin_steps(run)}"
+    figure, axes = panels(len(blocks), narrow, 0.9 + 0.2 * most, sample, share=False)
+    norm = LogNorm(1 / color_range(run), color_range(run))
     for axis, block in zip(axes, blocks, strict=True):
         borders, relative = binned(run, block)
         rows = np.arange(relative.shape[0] + 1) - 0.5
         # An expert without a token is at the dark end, not white: a logarithm has no zero.
         mesh = axis.pcolormesh(borders, rows, np.maximum(relative, norm.vmin), cmap=DIVERGING, norm=norm)
         axis.set_facecolor(WARM_UP)
-        for event in run.of_kind("freeze", "thaw"):
-            if event.get("block") == block and event.get("expert") is not None:
-                marker = "v" if event["event"] == "freeze" else "^"
-                axis.plot(event["tokens"], event["expert"], marker, color=INK, ms=6, mec="white", mew=0.8)
+        for event in expert_events(run, block):
+            axis.plot(event["tokens"], event["expert"], KINDS[event["event"]], color=INK, ms=6, mec="white", mew=0.8)
         axis.set_yticks(range(relative.shape[0]))
         axis.invert_yaxis()
         axis.grid(visible=False)
         axis.set_title(run.blocks[block])
         name = token_axis(axis, run.tokens)
+        axis.set_xlim(0, run.tokens)
     outer_labels(axes, name, "expert (number)")
-    bar = figure.colorbar(mesh, ax=axes, location="bottom" if narrow else "right", shrink=0.8, fraction=0.06, pad=0.02)
-    bar.set_label("load (1 = even share)")
-    ticks = [t for t in (0.25, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4) if norm.vmin <= t <= norm.vmax]
-    if len(ticks) > 7:
-        ticks = [t for t in ticks if t not in (0.8, 0.9, 1.1, 1.25)]
-    bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks], minor=False)
-    bar.ax.minorticks_off()
+    where = {"location": "bottom"} if narrow else {"location": "right", "shrink": BAR_INCHES / figure.get_figheight()}
+    bar = figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.02, aspect=25, **where)
+    bar.set_label("load (1 = even share)", fontsize=8)
+    _set_ticks(bar, norm)
+    warm_up = {"ls": "", "marker": "s", "color": WARM_UP, "ms": 8}
+    legend(figure, narrow, {"warm-up": warm_up} | legend_of_events(run, "freeze", "thaw"))
     return figure
 
 
+def _set_ticks(bar: Colorbar, norm: LogNorm) -> None:
+    ticks = [tick for tick in TICKS if norm.vmin <= tick <= norm.vmax]
+    if len(ticks) > 7:
+        ticks = [tick for tick in ticks if tick not in FINE_TICKS]
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False)
+    bar.ax.minorticks_off()
+
+
 def caption(run: Run) -> str:
-    parts = []
-    for block in loaded_blocks(run):
-        table = counts(run, block)
-        table = table[np.nansum(table, axis=1) > 0]
-        total = np.nansum(table, axis=0)
-        last = np.nansum(table[-min(len(table), bin_steps(run)) :], axis=0)
-        parts.append(
-            f"{run.blocks[block]} {integer(total.sum())} tokens in {plural(len(table), 'step')}, max/mean "
-            f"{decimal(total.max() / total.mean(), 2)} over all and {decimal(last.max() / last.mean(), 2)} at the end"
-        )
-    marks = " Triangles: freeze (down), thaw (up)." if run.of_kind("freeze", "thaw") else ""
+    blocks = loaded_blocks(run)
+    whole, last = zip(*(unevenness(run, block) for block in blocks), strict=True)
+    worst = run.blocks[blocks[int(np.argmax(last))]]
     return (
-        "Tokens routed to each expert over what an even split would give, each column adds up "
-        f"{plural(bin_steps(run), 'step')}; grey: warm-up. By block: {'; '.join(parts)}.{marks}"
+        "Tokens routed to each expert over what an even split would give; each column adds up "
+        f"{plural(bin_steps(run), 'step')}. The busiest expert of a block got {decimal(min(whole), 2)} to "
+        f"{decimal(max(whole), 2)} times its even share over the whole run, and at the end at most "
+        f"{decimal(max(last), 2)} times ({worst})."
     )
 
 
@@ -112,7 +126,7 @@ FIGURE = FigureKind(
     name="load",
     title="Expert load over time",
     reading="Pale rows are in balance; a row that stays dark purple is an expert that hardly gets tokens, dark "
-    "orange one that gets too many.",
+    "orange one that gets too many. No token is dropped: a busy expert costs time, not quality.",
     missing=missing,
     draw=draw,
     caption=caption,

@@ -1,42 +1,57 @@
-"""Marks of what happened (emergence, freeze, thaw) on figures over time."""
+"""Marks of what happened (emergence, freeze, thaw) on figures over time; they look the same on all figures."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
-from mocte_ds.report.figures.palette import INK, depth_color
-from mocte_ds.report.reader import Row, Run
+from mocte_ds.report.figures.palette import INK
+from mocte_ds.report.run import Row, Run
 
-KINDS = {"emergence": ("o", "emergence"), "freeze": ("v", "freeze"), "thaw": ("^", "thaw")}
+KINDS = {"emergence": "o", "freeze": "v", "thaw": "^"}
+"""Marker of each kind of event."""
+EMERGENCE_LINE: dict[str, Any] = {"color": INK, "lw": 0.8, "ls": (0, (4, 3))}
+
+
+def legend_of_events(run: Run, *kinds: str) -> dict[str, dict[str, Any]]:
+    """Entries of a legend for the kinds of events that the run has."""
+    mark = {"color": INK, "ls": "", "ms": 6, "mec": "white", "mew": 0.6}
+    looks = {kind: EMERGENCE_LINE if kind == "emergence" else {**mark, "marker": KINDS[kind]} for kind in kinds}
+    return {kind: look for kind, look in looks.items() if run.of_kind(kind)}
 
 
 def emergence_lines(axis: Axes, run: Run, block: int | None = None) -> None:
     """A dashed line at each emergence, of all blocks or of one."""
-    for event in run.of_kind("emergence"):
-        if block is None or event.get("block") == block:
-            axis.axvline(event["tokens"], color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1.5)
+    for tokens in {event["tokens"] for event in run.of_kind("emergence") if block in (None, event.get("block"))}:
+        axis.axvline(tokens, zorder=1.5, **EMERGENCE_LINE)
+
+
+def expert_events(run: Run, block: int) -> list[Row]:
+    """Freezes and thaws of a block's experts."""
+    events = run.of_kind("freeze", "thaw")
+    return [event for event in events if event.get("block") == block and isinstance(event.get("expert"), int)]
 
 
 def event_strip(axis: Axes, run: Run, narrow: bool) -> None:
-    """A strip with one row a kind of event and one mark an event, coloured by the block's depth."""
-    rows = list(KINDS)
-    order = {block: place for place, block in enumerate(run.blocks)}
-    for height, kind in enumerate(reversed(rows)):
+    """A strip with one row a kind of event and one mark an event, with the event's name where there is room."""
+    heights = {kind: height for height, kind in enumerate(reversed(KINDS))}
+    for kind, height in heights.items():
         events = run.of_kind(kind)
         for event in events:
-            color = depth_color(order.get(event.get("block"), 0), len(order))
-            axis.plot(event["tokens"], height, KINDS[kind][0], color=color, ms=6, mec="white", mew=0.6, clip_on=False)
-        for together in _neighbours(events, run.tokens * (0.13 if narrow else 0.05)):
-            text = event_name(together[0]) if len(together) == 1 else f"{len(together)}×"
+            axis.plot(event["tokens"], height, KINDS[kind], color=INK, ms=6, mec="white", mew=0.6, clip_on=False)
+        for together in _neighbours(events, run.tokens * (0.16 if narrow else 0.055)):
             middle = sum(event["tokens"] for event in together) / len(together)
-            label = axis.annotate(text, (middle, height), (0, 5), textcoords="offset points", fontsize=7, ha="center")
+            label = axis.annotate(
+                _names(together), (middle, height), (0, 5), textcoords="offset points", fontsize=7, ha="center"
+            )
             label.set_path_effects([withStroke(linewidth=2, foreground="white")])
-    axis.set_ylim(-0.6, len(rows) - 0.2)
-    axis.set_yticks(range(len(rows)), [f"{kind} ({len(run.of_kind(kind))})" for kind in reversed(rows)])
+    axis.set_ylim(-0.6, len(heights) - 0.2)
+    axis.set_yticks(list(heights.values()), [f"{kind} ({len(run.of_kind(kind))})" for kind in heights])
     axis.set_ylabel("event (count)")
-    axis.grid(axis="y", visible=True)
 
 
-def _neighbours(events: list[Row], gap: float) -> list[list[Row]]:
+def _neighbours(events: Sequence[Row], gap: float) -> list[list[Row]]:
     """Events too near to each other for a name each, together."""
     groups: list[list[Row]] = []
     for event in sorted(events, key=lambda event: event["tokens"]):
@@ -47,7 +62,9 @@ def _neighbours(events: list[Row], gap: float) -> list[list[Row]]:
     return groups
 
 
-def event_name(event: Row) -> str:
-    """Short name of whom an event is about: ``b0`` a block, ``b0e2`` its expert 2."""
-    expert = event.get("expert")
-    return f"b{event.get('block')}" + (f"e{expert}" if expert is not None else "")
+def _names(events: Sequence[Row]) -> str:
+    """``b0`` for a block, ``b0e2`` for its expert 2, ``3×`` for three events together."""
+    if len(events) > 1:
+        return f"{len(events)}×"
+    expert = events[0].get("expert")
+    return f"b{events[0].get('block')}" + (f"e{expert}" if expert is not None else "")

@@ -4,11 +4,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mocte_ds.report.figures.drawing import FigureKind
-from mocte_ds.report.figures.layout import label_ends, sheet, token_axis
-from mocte_ds.report.figures.marks import emergence_lines
+from mocte_ds.report.figures.labels import label_ends
+from mocte_ds.report.figures.layout import legend, sheet, token_axis
+from mocte_ds.report.figures.marks import KINDS, emergence_lines, legend_of_events
 from mocte_ds.report.figures.palette import INK, category_color
-from mocte_ds.report.reader import Run
+from mocte_ds.report.run import Run
 from mocte_ds.report.wording import byte_unit, plural, size
+
+ALIKE = 0.02
+"""Ranks whose sizes differ by less than this share of the largest size are drawn as one line."""
 
 
 def missing(run: Run) -> str | None:
@@ -28,38 +32,36 @@ def by_rank(run: Run) -> np.ndarray:
 def draw(run: Run, narrow: bool) -> Figure:
     table = by_rank(run)
     tokens = np.array([row["tokens"] for row in run.metrics])
-    figure = sheet(narrow, 2.7)
+    figure = sheet(narrow, 3.0, f"n = {plural(len(run.metrics), 'step')} on {plural(table.shape[1], 'rank')}")
     axis = figure.subplots()
     factor, unit = byte_unit(float(np.nanmax(table)))
     labels = []
-    # Ranks are nearly alike: lines beneath are wider, so that none is hidden.
-    groups = _alike(table)
-    widths = np.linspace(min(1.6 + 1.6 * (len(groups) - 1), 7), 1.6, len(groups))
-    for index, ranks in enumerate(groups):
-        values = table[:, ranks[0]] / factor
+    for index, ranks in enumerate(alike(table)):
+        values = np.nanmax(table[:, ranks], axis=1) / factor
         # The log of a step tells what lay on the rank during that step, so a step up or down stands before its row.
-        axis.plot(tokens, values, drawstyle="steps-pre", color=category_color(index), lw=widths[index])
+        axis.plot(tokens, values, drawstyle="steps-pre", color=category_color(index))
         finite = values[np.isfinite(values)]
         labels.append((finite[-1] if finite.size else np.nan, _names(ranks), category_color(index)))
     for event in run.of_kind("freeze", "thaw"):
         after = [value for value in event.get("optimizer_bytes_after") or [] if value is not None]
         if after:
-            marker = "v" if event["event"] == "freeze" else "^"
-            axis.plot(event["tokens"], max(after) / factor, marker, color=INK, ms=6, mec="white", mew=0.8)
+            axis.plot(event["tokens"], max(after) / factor, KINDS[event["event"]], color=INK, ms=6, mec="white", mew=0.8)
     emergence_lines(axis, run)
     axis.set_ylim(0, float(np.nanmax(table)) / factor * 1.08)
     axis.set_ylabel(f"optimizer state ({unit})")
     axis.set_xlabel(token_axis(axis, run.tokens))
+    legend(figure, narrow, legend_of_events(run, "emergence", "freeze", "thaw"))
     label_ends([(axis, labels)])
     return figure
 
 
-def _alike(table: np.ndarray) -> list[list[int]]:
-    """Ranks with the same history together, so that no line hides another."""
+def alike(table: np.ndarray) -> list[list[int]]:
+    """Ranks whose sizes are nearly the same all the time, together, so that no line hides another."""
     groups: list[list[int]] = []
+    near = ALIKE * float(np.nanmax(table))
     for rank in range(table.shape[1]):
         for group in groups:
-            if np.array_equal(table[:, group[0]], table[:, rank], equal_nan=True):
+            if np.allclose(table[:, group[0]], table[:, rank], rtol=0, atol=near, equal_nan=True):
                 group.append(rank)
                 break
         else:
@@ -70,31 +72,32 @@ def _alike(table: np.ndarray) -> list[list[int]]:
 def _names(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    if ranks == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 2:
+    if ranks == list(range(ranks[0], ranks[-1] + 1)):
         return f"ranks {ranks[0]} to {ranks[-1]}"
     return "ranks " + ", ".join(str(rank) for rank in ranks)
 
 
+def totals(run: Run) -> tuple[float, float, float]:
+    """Bytes on all ranks together: (at the first step, at most, at the last step)."""
+    sums = [float(np.nansum(row)) for row in by_rank(run) if np.isfinite(row).any()]
+    return sums[0], max(sums), sums[-1]
+
+
 def caption(run: Run) -> str:
-    table = by_rank(run)
-    known = table[np.isfinite(table).any(1)]
-    first, last, peak = (np.nansum(row) for row in (known[0], known[-1], known[np.nansum(known, axis=1).argmax()]))
+    first, peak, last = totals(run)
     text = (
-        f"fp32 master weights and optimizer moments on {plural(table.shape[1], 'rank')}, "
-        f"{plural(len(known), 'step')}; all "
-        f"ranks together {size(first)} at first, {size(peak)} at most, {size(last)} at last."
+        "fp32 master weights and optimizer moments, on each rank (process) of the run; all ranks together "
+        f"{size(first)} in the first step, before there are moments, {size(peak)} at most, {size(last)} at last."
     )
-    if run.of_kind("emergence"):
-        text += " Dashed lines: emergence."
-    if run.of_kind("freeze", "thaw"):
-        text += " Triangles: freeze (down), thaw (up)."
+    if len(alike(by_rank(run))) < by_rank(run).shape[1]:
+        text += f" Ranks that differ by less than {100 * ALIKE:g} % share a line, which shows the largest of them."
     return text
 
 
 FIGURE = FigureKind(
     name="optimizer",
     title="Optimizer state on every rank",
-    reading="Emergence adds the moments of the new experts; every freeze must take a step down, or freezing frees "
+    reading="Emergence adds the state of the new experts; every freeze must take a step down, or freezing frees "
     "nothing.",
     missing=missing,
     draw=draw,

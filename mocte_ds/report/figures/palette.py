@@ -3,15 +3,18 @@
 import colorsys
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 
 INK = "#1f2328"
 SOFT = "#8a9099"
 GRID = "#e3e6ea"
-# M. Okabe and K. Ito, Color Universal Design (2008), without its yellow, which is too pale on white.
-QUALITATIVE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+# M. Okabe and K. Ito, Color Universal Design (2008), without its yellow, which is too pale on white; then indigo and
+# wine of P. Tol, Colour Schemes (2021), because data with nine or ten domains is common.
+QUALITATIVE = [
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"),
+    *("#332288", "#882255"),
+]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "p", "<"]
 SEQUENTIAL = "Blues"
 DIVERGING = "PuOr_r"
 
@@ -43,18 +46,13 @@ STYLE: dict[str, Any] = {
 
 
 def category_color(index: int) -> str:
-    """Colour of the n-th domain, cluster or expert; colours and markers repeat after eight."""
+    """Colour of the n-th domain, cluster or expert; colours repeat after ten."""
     return QUALITATIVE[index % len(QUALITATIVE)]
 
 
 def category_marker(index: int) -> str:
-    """Marker of the n-th category: tells categories apart where colours do not."""
-    return MARKERS[index % len(MARKERS)]
-
-
-def depth_color(index: int, count: int) -> str:
-    """Colour of a block by its depth: front blocks dark, back blocks light, none too pale for white."""
-    return to_hex(colormaps["viridis"](0.8 * index / max(1, count - 1)))
+    """Marker of the n-th category: tells categories apart where colours do not, and where colours repeat."""
+    return MARKERS[(index + index // len(QUALITATIVE)) % len(MARKERS)]
 
 
 def text_color(color: str) -> str:

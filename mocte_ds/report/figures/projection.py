@@ -5,18 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from mocte_ds.report.figures.drawing import FigureKind
+from mocte_ds.report.figures.labels import label_clouds
 from mocte_ds.report.figures.layout import sheet
-from mocte_ds.report.figures.palette import category_color, category_marker, text_color
-from mocte_ds.report.reader import Row, Run
-from mocte_ds.report.wording import decimal, integer, plural
+from mocte_ds.report.figures.palette import category_color, category_marker
+from mocte_ds.report.run import Row, Run
+from mocte_ds.report.wording import integer, plural, spread
+
+Cloud = tuple[np.ndarray, str, str]
+"""Points (n, 2), the name of what they share, its colour."""
 
 
 def projections(run: Run) -> dict[int, Row]:
     """The last projection of every block that has points."""
-    return {event["block"]: event for event in run.of_kind("projection") if event.get("points")}
+    found = {event["block"]: event for event in run.of_kind("projection") if event.get("points")}
+    return dict(sorted(found.items()))
 
 
 def missing(run: Run) -> str | None:
@@ -25,72 +29,61 @@ def missing(run: Run) -> str | None:
 
 def draw(run: Run, narrow: bool) -> Figure:
     found = projections(run)
-    figure = sheet(narrow, (2.0 if narrow else 3.3) * len(found) + 0.2)
-    grid = figure.subplots(len(found), 2, sharex="row", sharey="row", squeeze=False)
-    for (by_cluster, by_domain), block in zip(grid, sorted(found), strict=True):
-        event = found[block]
+    sizes = [len(event["points"]) for event in found.values()]
+    most = max(len(set(event["domain"])) for event in found.values())
+    height = max(2.3 if narrow else 3.0, 0.8 + 0.15 * most)
+    figure = sheet(narrow, (2 * height if narrow else height) * len(found) + 0.2, f"n = {spread(sizes)} documents a block")
+    grid = figure.subplots(2 * len(found), 1) if narrow else figure.subplots(len(found), 2, squeeze=False)
+    names = []
+    for (by_cluster, by_domain), (block, event) in zip(np.reshape(grid, (-1, 2)), found.items(), strict=True):
+        clusters = [f"cluster {number}" for number in event["cluster"]]
         points = np.array(event["points"], dtype=float)
-        clusters = event.get("cluster") or [0] * len(points)
-        domains = event.get("domain") or ["unknown"] * len(points)
-        numbers = sorted(set(clusters))
-        labels = {number: "noise" if number < 0 else str(number) for number in numbers}
-        _scatter(by_cluster, points, clusters, numbers, [labels[number] for number in numbers])
-        names = [name for name in run.domains if name in set(domains)]
-        _scatter(by_domain, points, domains, names, names, first=[run.domains.index(name) for name in names])
-        by_cluster.set_title(f"{run.blocks[block]}\nby cluster")
-        by_domain.set_title("\nby domain")
-        by_cluster.set_ylabel("second direction\n(feature units)")
+        order = [f"cluster {number}" for number in range(max(event["cluster"]) + 1)]
+        names.append((by_cluster, _scatter(by_cluster, points, clusters, order)))
+        names.append((by_domain, _scatter(by_domain, points, event["domain"], run.domains)))
+        by_cluster.set_title(f"{run.blocks[block]}, by cluster")
+        by_domain.set_title(f"{run.blocks[block]}, by domain")
         for axis in (by_cluster, by_domain):
-            axis.set_xlabel("first direction (feature units)" if not narrow else "first direction")
+            axis.set_xlabel("first direction (feature units)")
+            axis.set_ylabel("second direction\n(feature units)")
+    label_clouds(names)
     return figure
 
 
-def _scatter(
-    axis: Axes,
-    points: np.ndarray,
-    category: Sequence,
-    values: Sequence,
-    names: Sequence[str],
-    first: Sequence[int] | None = None,
-) -> None:
-    """Points by category, each category named where its middle lies."""
-    of = np.array([values.index(value) for value in category])
-    for place in range(len(names)):
-        mine = points[of == place]
-        index = first[place] if first else place
-        color, marker = category_color(index), category_marker(index)
-        axis.scatter(mine[:, 0], mine[:, 1], s=11, color=color, marker=marker, alpha=0.55, linewidths=0)
-    for place, name in enumerate(names):
-        x, y = np.median(points[of == place], axis=0)
-        color = text_color(category_color(first[place] if first else place))
-        text = axis.text(x, y, name, color=color, fontsize=8, fontweight="bold", ha="center", va="center")
-        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+def _scatter(axis: Axes, points: np.ndarray, category: Sequence[str], order: Sequence[str]) -> list[Cloud]:
+    """Draw points by category, with a legend right of them; each category that has points as a cloud."""
+    clouds = []
+    of = np.array(category)
+    for index, name in enumerate(order):
+        mine = points[of == name]
+        if len(mine):
+            color, marker = category_color(index), category_marker(index)
+            label = f"{name} ({len(mine)})"
+            axis.scatter(mine[:, 0], mine[:, 1], s=13, color=color, marker=marker, alpha=0.6, lw=0, label=label)
+            clouds.append((mine, name.removeprefix("cluster "), color))
+    axis.legend(
+        loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=7.5, handletextpad=0.1, borderaxespad=0.2
+    )
+    return clouds
 
 
 def caption(run: Run) -> str:
-    found, parts = projections(run), []
-    for block in sorted(found):
-        event = found[block]
-        entries = [entry for tokens, entry in run.block_history(block) if tokens <= event["tokens"]]
-        entry = entries[-1] if entries else {}
-        counts = ""
-        if entry.get("nmi") is not None and entry.get("purity") is not None:
-            counts = f", NMI {decimal(entry['nmi'], 2)}, purity {decimal(entry['purity'], 2)}"
-        domains = len(set(event.get("domain") or []))
-        parts.append(
-            f"{run.blocks[block]} after {integer(event['tokens'])} tokens: {plural(len(event['points']), 'document')}, "
-            f"{plural(len(set(event.get('cluster') or [])), 'cluster')}, {plural(domains, 'domain')}{counts}"
-        )
+    found = projections(run)
+    events = list(found.values())
+    tokens = [event["tokens"] for event in events]
+    when = f"after {integer(max(tokens))} tokens" if len(set(tokens)) == 1 else f"after {spread(tokens)} tokens"
+    domains = max(len(set(event["domain"])) for event in events)
     return (
-        "A point is the mean feature of one document, centred, in the first two singular directions of all documents. "
-        f"Left and right show the same points. By block: {'; '.join(parts)}."
+        "A point is the mean feature of one document, centred, in the first two singular directions of all documents, "
+        f"{when}. Both panels of a block show the same points: once by cluster, as many as experts and of about the same "
+        f"size, once by the documents' source ({plural(domains, 'domain')}). In brackets: documents."
     )
 
 
 FIGURE = FigureKind(
     name="projection",
     title="Documents in the first two singular directions",
-    reading="Where left and right have the same borders, clusters that were found without labels follow the documents' "
+    reading="Where both panels have the same borders, clusters that were found without labels follow the documents' "
     "sources; clusters that look mixed here may still be apart in the other directions.",
     missing=missing,
     draw=draw,

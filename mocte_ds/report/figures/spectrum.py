@@ -6,10 +6,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mocte_ds.report.figures.drawing import FigureKind
-from mocte_ds.report.figures.layout import EndLabel, label_ends, outer_labels, panels
+from mocte_ds.report.figures.labels import EndLabel, label_ends
+from mocte_ds.report.figures.layout import outer_labels, panels
 from mocte_ds.report.figures.palette import QUALITATIVE
-from mocte_ds.report.reader import Row, Run
-from mocte_ds.report.wording import integer, percent, plural
+from mocte_ds.report.run import Row, Run
+from mocte_ds.report.wording import MISSING, percent, plural, spread
 
 MOMENTS = {
     "first check": (QUALITATIVE[0], "o"),
@@ -19,24 +20,26 @@ MOMENTS = {
 
 
 def missing(run: Run) -> str | None:
-    if not any(entry.get("singular_values") for check in run.checks for entry in check.get("blocks") or []):
-        return "no check has measured a spectrum yet."
-    return None
+    return None if measured_blocks(run) else "no check has measured a spectrum yet."
 
 
-def moments(run: Run, block: int) -> dict[str, tuple[int, Row]]:
-    """(tokens, check's entry) of a block at the first check, at emergence and at the last check, as far as they "
-    "exist."""
+def measured_blocks(run: Run) -> list[int]:
+    """Blocks with at least one spectrum."""
+    return [block for block in run.blocks if moments(run, block)]
+
+
+def moments(run: Run, block: int) -> dict[str, Row]:
+    """The checks' entries of a block at the first check, at emergence and at the last check, as far as they exist."""
     history = [(tokens, entry) for tokens, entry in run.block_history(block) if entry.get("singular_values")]
     if not history:
         return {}
-    found = {"first check": history[0]}
+    found = {"first check": history[0][1]}
     births = [event["tokens"] for event in run.of_kind("emergence") if event.get("block") == block]
-    before = [moment for moment in history if births and moment[0] <= births[0]]
+    before = [entry for tokens, entry in history if births and tokens <= births[0]]
     if before:
         found["emergence"] = before[-1]
     if len(history) > 1:
-        found["last check"] = history[-1]
+        found["last check"] = history[-1][1]
     return found
 
 
@@ -46,28 +49,27 @@ def deviations(entry: Row) -> np.ndarray:
 
 
 def draw(run: Run, narrow: bool) -> Figure:
-    blocks = [block for block in run.blocks if moments(run, block)]
-    figure, axes = panels(len(blocks), narrow, 2.2)
-    positive = []
+    blocks = measured_blocks(run)
+    rows = [entry.get("rows") or 0 for block in blocks for entry in moments(run, block).values()]
+    figure, axes = panels(len(blocks), narrow, 2.2, f"n = {spread(rows)} sampled tokens a check and block")
+    positive, ends = [], []
     for axis, block in zip(axes, blocks, strict=True):
-        for name, (_, entry) in moments(run, block).items():
-            values = deviations(entry)
-            color, marker = MOMENTS[name]
+        labels: list[EndLabel] = []
+        for name, entry in moments(run, block).items():
+            values, (color, marker) = deviations(entry), MOMENTS[name]
             axis.plot(np.arange(1, len(values) + 1), values, color=color, marker=marker, ms=4, mec="white", mew=0.5)
             positive.append(values[values > 0])
+            labels.append((values[-1], name, color))
         axis.set_title(run.blocks[block])
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ends.append((axis, labels))
     outer_labels(axes, "singular direction (rank)", "standard deviation\n(feature units, log)")
-    everything = np.concatenate(positive) if positive else np.ones(1)
+    everything = np.concatenate(positive)
     if everything.size:
         _log_axis(axes[0], everything.min(), everything.max())
     axes[0].set_xlim(left=0.7)
-    label_ends([(axis, _ends(run, block)) for axis, block in zip(axes, blocks, strict=True)])
+    label_ends(ends)
     return figure
-
-
-def _ends(run: Run, block: int) -> list[EndLabel]:
-    return [(deviations(entry)[-1], name, MOMENTS[name][0]) for name, (_, entry) in moments(run, block).items()]
 
 
 def _log_axis(axis: Axes, low: float, high: float) -> None:
@@ -81,25 +83,30 @@ def _log_axis(axis: Axes, low: float, high: float) -> None:
 
 
 def caption(run: Run) -> str:
-    parts, rows = [], []
-    for block in run.blocks:
-        found = moments(run, block)
-        rows += [entry.get("rows") or 0 for _, entry in found.values()]
-        if found:
-            first, last = found["first check"][1], list(found.values())[-1][1]
-            parts.append(f"{run.blocks[block]} {_held(first)} at first, {_held(last)} at last")
-    width = max(len(entry["singular_values"]) for b in run.blocks for _, entry in moments(run, b).values())
-    size = integer(min(rows)) if min(rows) == max(rows) else f"{integer(min(rows))} to {integer(max(rows))}"
+    found = [moments(run, block) for block in measured_blocks(run)]
+    width = max(len(entry["singular_values"]) for moment in found for entry in moment.values())
+    first = [held(moment["first check"]) for moment in found]
+    last = [held(list(moment.values())[-1]) for moment in found]
     return (
-        f"Centred token features (input of the FFN), {size} sampled tokens a check, "
-        f"{plural(len(run.checks), 'check')}. "
-        f"The {width} directions that are followed hold, of the features' variance: {'; '.join(parts)}."
+        "Spread of the token features (the input of the FFN, centred) along their leading directions, strongest first, "
+        f"at the first check, at emergence and at the last of {plural(len(run.checks), 'check')}. The {width} "
+        f"directions hold {_range(first)} of the features' variance at the first check and {_range(last)} at the last, "
+        "depending on the block."
     )
 
 
-def _held(entry: Row) -> str:
-    shares = entry.get("explained")
-    return percent(sum(shares), 1) if shares else "–"
+def held(entry: Row) -> float | None:
+    """Share of the features' variance that the directions hold."""
+    shares = [value for value in entry.get("explained") or [] if value is not None]
+    return sum(shares) if shares else None
+
+
+def _range(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return MISSING
+    low, high = percent(min(known), 1), percent(max(known), 1)
+    return low if low == high else f"{low} to {high}"
 
 
 FIGURE = FigureKind(

@@ -4,10 +4,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mocte_ds.report.figures.drawing import FigureKind
-from mocte_ds.report.figures.layout import LINE_POINTS, label_ends, outer_labels, panels, token_axis
-from mocte_ds.report.figures.palette import category_color, category_marker
-from mocte_ds.report.reader import Run
-from mocte_ds.report.wording import plural, significant
+from mocte_ds.report.figures.labels import LINE_POINTS, label_ends
+from mocte_ds.report.figures.layout import legend, outer_labels, panels, token_axis
+from mocte_ds.report.figures.marks import KINDS, emergence_lines, expert_events, legend_of_events
+from mocte_ds.report.figures.palette import INK, category_color
+from mocte_ds.report.run import Row, Run
+from mocte_ds.report.wording import percent, plural, significant, spread
+
+SMOOTHING = 3
+"""Checks that the strong line averages: as many as the freeze policies do."""
 
 
 def missing(run: Run) -> str | None:
@@ -17,66 +22,83 @@ def missing(run: Run) -> str | None:
 
 
 def series(run: Run, block: int, expert: int) -> tuple[list[int], list[float]]:
-    """(tokens, lambda) of an expert at the checks at which it trained."""
-    tokens, values = [], []
+    """(tokens, lambda) of an expert at the checks that measured it while it trained.
+
+    A check that cannot measure an expert, for want of tokens, repeats its last value: that is no measurement.
+    """
+    tokens: list[int] = []
+    values: list[float] = []
+    last = None
     for at, entry in run.block_history(block):
         for row in entry.get("experts") or []:
-            if row.get("expert") == expert and row.get("lambda") is not None and row.get("mode") != "frozen":
-                tokens.append(at)
-                values.append(row["lambda"])
+            value = row.get("lambda")
+            if row.get("expert") == expert and value is not None and value != last:
+                last = value
+                if row.get("mode") != "frozen":
+                    tokens.append(at)
+                    values.append(value)
     return tokens, values
+
+
+def smoothed(values: list[float]) -> np.ndarray:
+    """(n,) mean of each value and the two before it, as far as they exist."""
+    return np.array([np.mean(values[max(0, i + 1 - SMOOTHING) : i + 1]) for i in range(len(values))])
+
+
+def measured(run: Run, block: int) -> dict[int, tuple[list[int], list[float]]]:
+    """Series of every expert of a block that was measured at least once."""
+    found = {expert: series(run, block, expert) for expert in range(run.experts[block])}
+    return {expert: both for expert, both in found.items() if both[0]}
 
 
 def measured_blocks(run: Run) -> list[int]:
     """Blocks of which at least one expert has a measured trainability."""
-    return [block for block in run.blocks if any(series(run, block, k)[0] for k in range(run.experts[block]))]
+    return [block for block in run.blocks if measured(run, block)]
 
 
 def draw(run: Run, narrow: bool) -> Figure:
     blocks = measured_blocks(run)
     most = max(run.experts[block] for block in blocks)
-    figure, axes = panels(len(blocks), narrow, max(2.2, 0.7 + most * LINE_POINTS / 72))
-    values = np.array([v for b in blocks for k in range(run.experts[b]) for v in series(run, b, k)[1]], dtype=float)
-    logarithmic = bool((values > 0).all() and values.max() / values.min() > 8)
-    first = min(series(run, b, k)[0][0] for b in blocks for k in range(run.experts[b]) if series(run, b, k)[0])
-    pending = []
+    sizes = [len(values) for block in blocks for _, values in measured(run, block).values()]
+    height = max(2.2, 0.7 + most * LINE_POINTS / 72)
+    figure, axes = panels(len(blocks), narrow, height, f"n = {spread(sizes)} measurements an expert")
+    ends = []
     for axis, block in zip(axes, blocks, strict=True):
         labels = []
-        for expert in range(run.experts[block]):
-            x, y = series(run, block, expert)
-            if not x:
-                continue
+        for expert, (x, y) in measured(run, block).items():
             color = category_color(expert)
-            axis.plot(x, y, color=color, marker=category_marker(expert), ms=3, mec="white", mew=0.3, lw=1.1)
-            labels.append((y[-1], f"e{expert}" + (" frozen" if _frozen(run, block, expert) else ""), color))
-        for event in run.of_kind("freeze", "thaw"):
-            at = _value_at(run, event) if event.get("block") == block else None
+            axis.plot(x, y, color=color, lw=0.7, alpha=0.35, marker="o" if len(x) == 1 else None, ms=3)
+            axis.plot(x, smoothed(y), color=color, lw=1.5)
+            labels.append((smoothed(y)[-1], _name(run, block, expert), color))
+        for event in expert_events(run, block):
+            at = _value_at(run, event)
             if at is not None:
-                marker = "X" if event["event"] == "freeze" else "^"
                 color = category_color(event["expert"])
-                axis.plot(event["tokens"], at, marker, color=color, ms=9, mec="black", mew=0.8, zorder=4)
+                axis.plot(event["tokens"], at, KINDS[event["event"]], color=color, ms=8, mec="black", mew=1, zorder=4)
+        emergence_lines(axis, run, block)
         axis.set_title(run.blocks[block])
         name = token_axis(axis, run.tokens)
-        axis.set_xlim(max(0, first - 0.03 * run.tokens), run.tokens * 1.01)
-        pending.append((axis, labels))
+        ends.append((axis, labels))
+    values = np.array([v for block in blocks for _, y in measured(run, block).values() for v in y], dtype=float)
+    logarithmic = bool((values > 0).all() and values.max() / values.min() > 8)
     if logarithmic:
         axes[0].set_yscale("log")
     elif values.min() >= 0:
         axes[0].set_ylim(0, values.max() * 1.08)
     outer_labels(axes, name, "trainability λ\n(per token" + (", log)" if logarithmic else ")"))
-    label_ends(pending)
+    looks = {"each check": {"color": INK, "lw": 0.7, "alpha": 0.35}, f"mean of {SMOOTHING} checks": {"color": INK}}
+    legend(figure, narrow, looks | legend_of_events(run, "emergence", "freeze", "thaw"))
+    label_ends(ends)
     return figure
 
 
-def _frozen(run: Run, block: int, expert: int) -> bool:
-    mine = [e for e in run.of_kind("freeze", "thaw") if e.get("block") == block and e.get("expert") == expert]
-    return bool(mine) and mine[-1]["event"] == "freeze"
+def _name(run: Run, block: int, expert: int) -> str:
+    mine = [event for event in expert_events(run, block) if event["expert"] == expert]
+    return f"e{expert}" + (" frozen" if mine and mine[-1]["event"] == "freeze" else "")
 
 
-def _value_at(run: Run, event: dict) -> float | None:
+def _value_at(run: Run, event: Row) -> float | None:
     """Lambda of an expert at an event: the event's own, or that of the last check before it."""
-    if event.get("expert") is None:
-        return None
     if event.get("lambda") is not None:
         return event["lambda"]
     x, y = series(run, event["block"], event["expert"])
@@ -85,31 +107,25 @@ def _value_at(run: Run, event: dict) -> float | None:
 
 
 def caption(run: Run) -> str:
-    parts = []
-    for block in measured_blocks(run):
-        probes = sum(len(series(run, block, k)[0]) for k in range(run.experts[block]))
-        ends = [series(run, block, k)[1] for k in range(run.experts[block]) if series(run, block, k)[0]]
-        last = [values[-1] for values in ends]
-        ratio = [values[-1] / max(values) for values in ends if max(values) > 0]
-        text = f"{run.blocks[block]} {plural(probes, 'value')} of {plural(len(ends), 'expert')}, last λ from "
-        text += f"{significant(min(last))} to {significant(max(last))}"
-        if ratio:
-            text += f" ({significant(min(ratio), 2)} to {significant(max(ratio), 2)} of its own peak)"
-        parts.append(text)
-    marks = plural(len(run.of_kind("freeze")), "freeze"), plural(len(run.of_kind("thaw")), "thaw")
-    return (
-        "λ: largest eigenvalue of the expert's neural-tangent kernel on a sample of its own tokens, over the "
-        "sample's size; "
-        f"every check as logged, not smoothed. By block: {'; '.join(parts)}. Crosses and triangles: {marks[0]}, "
-        f"{marks[1]}."
+    ends = [smoothed(values) for block in measured_blocks(run) for _, values in measured(run, block).values()]
+    last = [float(values[-1]) for values in ends]
+    shares = [float(values[-1] / values.max()) for values in ends if values.max() > 0]
+    text = (
+        "λ: largest eigenvalue of the expert's neural-tangent kernel on a sample of its own tokens, over the sample's "
+        "size. Faint: as measured at every check; strong: mean of three checks in a row, which is what the freeze "
+        f"policies read. e0, e1, …: experts. The last means of {plural(len(ends), 'expert')} lie from "
+        f"{significant(min(last))} to {significant(max(last))}"
     )
+    if shares:
+        text += f", each at {percent(min(shares), 0)} to {percent(max(shares), 0)} of its own peak"
+    return f"{text}. {plural(len(run.of_kind('freeze')), 'freeze')}, {plural(len(run.of_kind('thaw')), 'thaw')}."
 
 
 FIGURE = FigureKind(
     name="trainability",
     title="Trainability by expert",
-    reading="An expert whose line has stopped moving, or has fallen far below its own peak, has little left to "
-    "learn and may be frozen; a cross marks where that was done.",
+    reading="An expert whose strong line has stopped moving, far below its own peak, has little left to learn and may "
+    "be frozen; a triangle that points down marks where that was done, and its line ends there.",
     missing=missing,
     draw=draw,
     caption=caption,

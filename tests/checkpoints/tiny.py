@@ -1,0 +1,96 @@
+"""Tiny decoders with blocks whose experts and gates all differ, as a long training would leave them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mocte_ds.clusters import balanced_kmeans, linear_gate, subspace_without_mean
+from mocte_ds.config import MocteConfig
+from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.moe import Block, BlockMode, attach
+
+VOCAB, EXPERTS = 96, 4
+
+
+def decoder(style: str = "llama", **changes: Any) -> Decoder:
+    """Three layers, every weight random, norms far from one."""
+    sizes = {"intermediate_size": 48, "num_layers": 3, "num_heads": 4, "max_positions": 48, "rope_theta": 500.0}
+    if style == "llama":
+        sizes["num_kv_heads"] = 2
+    model = Decoder(DecoderConfig(style, VOCAB, 32, **{**sizes, **changes}))
+    randomise(model, 1)
+    return model.eval()
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Other weights for every parameter; matrices at a scale that lets experts matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 0.25 * noise if parameter.dim() > 1 else 1 + 0.3 * noise
+
+
+def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ...] = (), **changes: Any) -> list[Block]:
+    """Blocks with random experts and gates from clusters; those numbered in ``warmup`` stay in warm-up.
+
+    Args:
+        model: gets the blocks.
+        modules: patterns.
+        warmup: numbers of blocks, not of layers.
+        **changes: of the "mocte" block.
+    """
+    config = MocteConfig.from_dict({"modules": modules, "num_experts": EXPERTS, **changes})
+    blocks = attach(model, config)
+    for number, block in enumerate(blocks):
+        if number in warmup:
+            continue
+        block.mode = BlockMode.LOCKED if number % 2 else BlockMode.SPECIALISING
+        for k, expert in enumerate(block.banks[0].local_experts):
+            randomise(expert, 100 * number + k + 10)
+        if config.router.kind == "token":
+            block.banks[0].gate.set_linear(*cluster_gate(number, directions=not config.router.bias))
+    return blocks
+
+
+def cluster_gate(seed: int, directions: bool = True) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a gate, from clusters of random features as at an emergence."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(32, generator=generator)
+    features = torch.randn(512, 32, generator=generator) + mean
+    basis = torch.linalg.qr(torch.randn(32, 6, generator=generator)).Q
+    if directions:
+        basis = subspace_without_mean(basis, mean)
+    clusters = balanced_kmeans((features - mean) @ basis, EXPERTS, seed, directions=directions)
+    return linear_gate(clusters, basis, mean)
+
+
+def ids(seed: int, batch: int = 3, length: int = 40) -> Tensor:
+    """Random token ids."""
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
+    """The likeliest continuation, one token at a time, without a cache."""
+    for _ in range(count):
+        prompt = torch.cat([prompt, model(prompt)[:, -1:].argmax(-1)], dim=1)
+    return prompt
+
+
+def tokens_of_experts(model: nn.Module, input_ids: Tensor) -> dict[str, list[int]]:
+    """Tokens that each expert of each block gets."""
+    counts: dict[str, list[int]] = {}
+
+    def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+        index = block.banks[0].gate(rows, None)[0]
+        counts[block.name] = torch.bincount(index, minlength=EXPERTS).tolist()
+
+    emerged = [m for m in model.modules() if isinstance(m, Block) and m.mode is not BlockMode.WARMUP]
+    hooks = [block.register_forward_pre_hook(look) for block in emerged]
+    with torch.no_grad():
+        model(input_ids)
+    for hook in hooks:
+        hook.remove()
+    return counts
