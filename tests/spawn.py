@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,16 @@ def spawn(
 def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="mocte-spawn-") as folder:
         port, processes = _free_port(), []
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        # Imports take seconds; the server makes them once, for all ranks of all tests.
+        context.set_forkserver_preload(["torch", "deepspeed", "mocte_ds.engine", "transformers.models.llama"])
         try:
             for rank in range(world_size):
+                environment = _environment(rank, world_size, port)
                 process = context.Process(
-                    target=_child, args=(payload, folder, rank, world_size, timeout, deepspeed), daemon=False
+                    target=_child, args=(payload, folder, environment, timeout, deepspeed), daemon=False
                 )
-                with _environment(rank, world_size, port):
-                    process.start()
+                process.start()
                 processes.append(process)
             problem = _wait(processes, time.monotonic() + timeout, timeout)
             if problem:
@@ -83,9 +85,11 @@ def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool) -> li
         return _results(Path(folder), processes, problem)
 
 
-def _child(payload: bytes, folder: str, rank: int, world_size: int, timeout: float, deepspeed: bool) -> None:
+def _child(payload: bytes, folder: str, environment: dict[str, str], timeout: float, deepspeed: bool) -> None:
     """One rank, from start to end; its result or error goes into a file."""
     os.setpgid(0, 0)  # so that everything this rank starts can be ended with it
+    os.environ.update(environment)
+    rank = int(environment["RANK"])
     log = open(Path(folder) / f"log_{rank}", "w", buffering=1)  # noqa: SIM115  lives as long as the process
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -170,10 +174,9 @@ def _results(folder: Path, processes: list, problem: str | None) -> list[Any]:
     raise SpawnError("\n".join(parts))
 
 
-@contextlib.contextmanager
-def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
-    """The environment that a launcher would give this rank; a child takes it over when it starts."""
-    ours = {
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher would put into this rank's environment."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -183,16 +186,6 @@ def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _free_port() -> int:

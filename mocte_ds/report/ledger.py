@@ -59,7 +59,7 @@ def check_seconds(run: Run) -> dict[str, float]:
 
 
 def wall_clock(run: Run) -> np.ndarray | None:
-    """Seconds of training up to every step, (steps,), checks and validations with them; None if the log has no times."""
+    """(steps,) seconds of training so far, checks and validations included; None if the log has no times."""
     seconds = [row.get("seconds") for row in run.metrics]
     if all(value is None for value in seconds):
         return None

@@ -1,8 +1,11 @@
 """Read a run folder, also of a run that is still going or was cut off: what is there, and what could not be read."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mocte_ds.errors import MocteError
 from mocte_ds.report.run import Row, Run
@@ -54,7 +57,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _parse(text: str) -> Any:
-    return json.loads(text, parse_constant=lambda _: None)
+    """JSON in which numbers that are NaN or infinite become None."""
+    return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+
+
+def _finite(text: str) -> float | None:
+    return float(text) if math.isfinite(float(text)) else None
 
 
 def _json_lines(path: Path, notes: list[str]) -> list[Row]:
@@ -126,15 +134,18 @@ def _without_undone(rows: list[Row], notes: list[str]) -> list[Row]:
 
 
 def _place_events(events: list[Row], metrics: list[Row], notes: list[str]) -> None:
-    """Give every event the tokens that the log of steps has at its step, so that all figures share one axis."""
-    tokens_at = {row["step"]: row["tokens"] for row in metrics}
-    moved = 0
+    """Give every event the tokens that the log of steps has at its step, so that all figures share one axis.
+
+    An event of a step that is not in the log stands between its neighbours, one after the last step at the end.
+    """
+    steps, tokens = [row["step"] for row in metrics], [row["tokens"] for row in metrics]
+    known, moved = set(steps), 0
     for event in events:
         own = event.get("tokens")
-        event["tokens"] = tokens_at.get(event["step"], own if _is_number(own) else metrics[-1]["tokens"])
-        moved += _is_number(own) and own != event["tokens"]
+        event["tokens"] = round(float(np.interp(event["step"], steps, tokens)))
+        moved += event["step"] in known and _is_number(own) and own != event["tokens"]
     if moved:
         notes.append(
-            f"events.jsonl: {moved} event(s) count other tokens than metrics.jsonl does at the same step; they are shown "
-            "where metrics.jsonl puts their step."
+            f"events.jsonl: {moved} event(s) count other tokens than metrics.jsonl does at the same step; they are "
+            "shown where metrics.jsonl puts their step."
         )

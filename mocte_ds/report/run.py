@@ -103,7 +103,8 @@ class Run:
 
 def block_entries(event: Row) -> list[Row]:
     """The entries by block of a check; empty for any other event."""
-    return [entry for entry in event.get("blocks") or [] if isinstance(entry, dict) and "block" in entry]
+    entries = event.get("blocks") or []
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("block"), int)]
 
 
 def _block_label(index: int, name: str) -> str:

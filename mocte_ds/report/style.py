@@ -13,7 +13,7 @@ main{max-width:1080px;margin:0 auto;padding:24px 20px 64px;overflow-wrap:break-w
 h1{font-size:1.75rem;line-height:1.2;margin:.2em 0}
 h2{font-size:1.3rem;margin:2.2em 0 .5em;padding-top:.5em;border-top:1px solid var(--line)}
 h3{font-size:1.05rem;margin:1.6em 0 .4em}
-p,figcaption,dd,li{max-width:75ch}
+p,figcaption,dd,li{max-width:90ch}
 a{color:var(--accent)}
 nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:12px 0 4px;font-size:.9rem}
 .soft{color:var(--soft);font-size:.9rem}
@@ -21,6 +21,7 @@ nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:12px 0 4px;font-size:.9rem}
 .tiles div{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:10px 12px}
 .tiles dt{color:var(--soft);font-size:.8rem}
 .tiles dd{margin:0;font-size:1.15rem;font-weight:600;font-variant-numeric:tabular-nums}
+.happened p{max-width:none}
 .happened{background:var(--card);border-left:4px solid var(--accent);padding:4px 18px;border-radius:0 6px 6px 0}
 .stages{list-style:none;padding:0;display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:10px;counter-reset:stage}
 .stages li{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:8px 12px;
@@ -55,6 +56,10 @@ tr{border-bottom:1px solid var(--line);padding:6px 0}
 td,td.text,td.text.word{border:0;white-space:normal;overflow-wrap:anywhere;padding:1px 0;
 text-align:left;display:grid;grid-template-columns:38% 1fr;gap:8px}
 td::before{content:attr(data-label);color:var(--soft)}
+td:first-child{font-weight:600}
+#facts-table tr{display:grid;grid-template-columns:38% 1fr;gap:8px}
+#facts-table td{display:block}
+#facts-table td::before{content:none}
 }
 @media print{nav,details{display:none}figure,table{break-inside:avoid}}
 """

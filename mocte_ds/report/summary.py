@@ -3,17 +3,11 @@
 import math
 
 from mocte_ds.report import ledger
-from mocte_ds.report.facts import first_setting, section, setting
+from mocte_ds.report.facts import MOCTE, budget, fact, is_dense
 from mocte_ds.report.run import Row, Run
 from mocte_ds.report.wording import decimal, flops, integer, listing, percent, plural, size
 
 FEW_BLOCKS = 4
-
-
-def budget(run: Run) -> int | None:
-    """Optimizer steps that the run is meant to take, or None if run.json does not say."""
-    value = first_setting(run, ("training", "steps"), "total_steps", "total_num_steps", "steps")
-    return int(value) if isinstance(value, (int, float)) and value > 0 else None
 
 
 def frozen_experts(run: Run) -> list[tuple[int, int]]:
@@ -28,11 +22,6 @@ def frozen_experts(run: Run) -> list[tuple[int, int]]:
 def emerged_blocks(run: Run) -> dict[int, Row]:
     """Emergence of every block that has emerged."""
     return {event["block"]: event for event in run.of_kind("emergence") if event.get("block") is not None}
-
-
-def is_dense(run: Run) -> bool:
-    """Whether run.json says that the run has no MO-CTE."""
-    return bool(run.facts) and not run.blocks and not section(run, "mocte")
 
 
 def sentences(run: Run) -> list[str]:
@@ -85,25 +74,27 @@ def _emergence(run: Run) -> str:
             more = f" (and {len(reasons) - 2} more)" if len(reasons) > 2 else ""
             return f"{text}; the last check says: {'; '.join(reasons[:2])}{more}."
         return text + ("; there has been no check yet." if not run.checks else ".")
-    whole = max(len(blocks), len(born))
-    if len(born) > FEW_BLOCKS:
-        by_reason: dict[str, int] = {}
-        for event in born.values():
-            why = _why(event)
-            by_reason[why] = by_reason.get(why, 0) + 1
-        steps = [event["step"] for event in born.values()]
-        reasons = listing([f"{count} because {why}" for why, count in by_reason.items()])
-        text = (
-            f"Experts have emerged in {len(born)} of {plural(whole, 'block')}, between step {integer(min(steps))} and "
-        )
-        return f"{text}step {integer(max(steps))}: {reasons}."
+    return f"Experts have emerged in {len(born)} of {plural(max(len(blocks), len(born)), 'block')}: {_births(run)}."
+
+
+def _births(run: Run) -> str:
+    """Which blocks have emerged and when, together by reason."""
+    by_reason: dict[str, list[Row]] = {}
+    for _, event in sorted(emerged_blocks(run).items()):
+        by_reason.setdefault(_why(event), []).append(event)
     parts = []
-    for block, event in sorted(born.items()):
-        parts.append(f"in {blocks.get(block, f'block {block}')} at step {integer(event['step'])} because {_why(event)}")
-    return f"Experts have emerged in {len(born)} of {plural(whole, 'block')}: {listing(parts)}."
+    for why, events in by_reason.items():
+        steps = [event["step"] for event in events]
+        if len(events) > FEW_BLOCKS:
+            parts.append(f"{len(events)} from step {integer(min(steps))} to step {integer(max(steps))} because {why}")
+        else:
+            names = [f"{run.blocks[event['block']]} at step {integer(event['step'])}" for event in events]
+            parts.append(f"{listing(names)} because {why}")
+    return "; ".join(parts)
 
 
 def _why(event: Row) -> str:
+    """The kind of reason that an emergence had; the table of events has its numbers."""
     reason = str(event.get("reason") or "")
     if reason.startswith("detected"):
         return "stable clusters were detected"
@@ -122,7 +113,7 @@ def _freezing(run: Run) -> str:
         return "No expert could be frozen, and MO-CTE's own work took nothing."
     if not events:
         text = "No expert has been frozen"
-        if setting(run, "freeze", "policy") == "off":
+        if fact(run, *MOCTE, "freeze", "policy") == "off":
             text += " (the freeze policy is off)"
         text += ", so freezing has saved nothing"
         if cost is not None:
@@ -151,8 +142,9 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     means = [row["validation"]["mean"] for row in run.validations if row["validation"].get("mean") is not None]
     if means:
         found.append(("mean validation loss", decimal(means[-1])))
-    found.append(("blocks with experts", f"{len(emerged_blocks(run))} of {len(run.blocks)}"))
-    found.append(("experts frozen", f"{len(frozen_experts(run))} of {sum(run.experts.values())}"))
+    if run.blocks:
+        found.append(("blocks with experts", f"{len(emerged_blocks(run))} of {len(run.blocks)}"))
+        found.append(("experts frozen", f"{len(frozen_experts(run))} of {sum(run.experts.values())}"))
     if ledger.total(run):
         found.append(("FLOPs", flops(ledger.total(run))))
     return found

@@ -6,10 +6,11 @@ from typing import Any
 from tqdm import tqdm
 
 from mocte_ds.errors import MocteError
+from mocte_ds.report.facts import budget
 from mocte_ds.report.figures import ALL, png
 from mocte_ds.report.page import page
 from mocte_ds.report.reader import read_run
-from mocte_ds.report.summary import budget, emerged_blocks, frozen_experts, sentences
+from mocte_ds.report.summary import emerged_blocks, frozen_experts, sentences
 
 
 def write_report(folder: Path | str, out: Path | str | None = None, progress: bool = True) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def write_report(folder: Path | str, out: Path | str | None = None, progress: bo
         raise MocteError(
             f"cannot write the report into {out}: {error.strerror}. Give another folder with --out."
         ) from error
-    missing = {name: reason for name, kind in ALL.items() if (reason := kind.missing(run)) is not None}
+    missing = {name: reason for name, kind in ALL.items() if (reason := kind.reason_missing(run)) is not None}
     todo = [(name, narrow) for name in ALL if name not in missing for narrow in (False, True)]
     drawn: dict[str, dict[bool, bytes]] = {}
     for name, narrow in tqdm(todo, desc="figures", unit="figure", disable=not progress):

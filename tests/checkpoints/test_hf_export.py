@@ -202,7 +202,7 @@ def test_code_in_a_checkpoint_is_not_executed(fresh, tmp_path, name, as_zip):
     if as_zip:
         torch.save(attack, fresh / name)
     else:
-        (fresh / name).write_bytes(pickle.dumps(attack))
+        (fresh / name).write_bytes(pickle.dumps(attack, protocol=2))
     with raises(CheckpointError, match=f"{name} cannot be read"):
         export(fresh, tmp_path / "export")
     assert not (tmp_path / "executed").exists()
@@ -276,11 +276,10 @@ def test_folders_with_other_things_are_not_replaced(fresh, tmp_path):
         export(fresh, tmp_path / "file" / "below")
 
 
-@mark.parametrize("kilobytes", [20, 2])
-def test_a_full_disk_leaves_nothing_behind(fresh, tmp_path, kilobytes):
-    """A limit on the size of files stands for the disk: weights do not fit into 20 kB, config.json not into 2."""
+def test_a_full_disk_leaves_nothing_behind(fresh, tmp_path):
+    """A limit on the size of files stands for the disk: the weights do not fit into 20 kB."""
     command = [sys.executable, "tools/export_hf.py", str(fresh), str(tmp_path / "out" / "export"), "--json"]
-    shell = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash", *command]
+    shell = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *command]
     done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and not done.stdout
     assert "error: could not write" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Every stock class computes what the trained model computes; what no class can is refused with the setting to change."""
+"""Every stock class computes what the trained model computes; what no class can is refused, with what to change."""
 
 import torch
 from pytest import approx, mark, raises
@@ -77,9 +77,11 @@ def stored(model: torch.nn.Module, folder, dtype: str = "fp32", special: Special
 @mark.parametrize("name", CASES)
 def test_logits_and_generation_are_the_trained_models(name, tmp_path):
     model, stock = build(name)
-    layout = stored(model, tmp_path)
+    layout = choose_layout(model, NONE)
+    parameters = write_model(layout, tmp_path, "fp32")
     found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert layout.name == type(found).__name__ == stock
+    assert parameters == sum(parameter.numel() for parameter in found.parameters())
     with torch.no_grad():
         expected, logits = model(tiny.ids(5)), found(input_ids=tiny.ids(5)).logits
     largest = expected.abs().max().item()

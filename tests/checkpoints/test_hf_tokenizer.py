@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import random
+import resource
 
 import sentencepiece
 from pytest import fixture, mark, param, raises
@@ -148,6 +149,16 @@ def test_missing_or_too_large(model, tmp_path):
     source.require_fit(size)
     with raises(CheckpointError, match=f"has {size} pieces, the model only {size - 1}"):
         source.require_fit(size - 1)
+
+
+def test_a_full_disk(model, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with raises(CheckpointError, match="could not write the tokenizer"):
+            SourceTokenizer(model).write(tmp_path, 77)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_an_export_whose_ids_changed_is_noticed(model, tmp_path, monkeypatch):

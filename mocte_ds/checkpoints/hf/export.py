@@ -167,7 +167,7 @@ def _card(state: dict[str, Any], facts: dict[str, Any]) -> str:
     for block in state["blocks"]:
         frozen = sum(mode == "frozen" for mode in block["experts"])
         lines.append(f"- {block['name']}: {block['mode']}, {len(block['experts'])} experts, {frozen} frozen")
-    lines.append(f"- largest difference of logits from the training checkpoint: {facts['logit_difference']:.1e}")
+    lines.append(f"- largest difference of logits from the checkpoint's, relative: {facts['logit_difference']:.1e}")
     if facts["dtype"] == "bf16":
         share = facts["changed_predictions"]
         lines.append(

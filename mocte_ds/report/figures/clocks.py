@@ -1,5 +1,7 @@
 """Figure: the same loss over three clocks: tokens, FLOPs and wall time."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -12,7 +14,7 @@ from mocte_ds.report.run import Run
 from mocte_ds.report.wording import count_unit, duration, flops, integer, listing
 
 TITLES = {"tokens": "by tokens", "flops": "by computation", "seconds": "by wall time"}
-MEAN = {"color": category_color(0), "marker": "o", "ms": 4, "mec": "white", "mew": 0.5}
+MEAN: dict[str, Any] = {"color": category_color(0), "marker": "o", "ms": 4, "mec": "white", "mew": 0.5}
 
 
 def missing(run: Run) -> str | None:
@@ -39,8 +41,8 @@ def draw(run: Run, narrow: bool) -> Figure:
     found = clocks(run)
     columns = 1 if narrow else len(found)
     figure, axes = panels(len(found), narrow, 2.3, sample(run, ["mean"]), share=False, columns=columns)
-    validated, means = validation_series(run, "mean")
-    rows = np.searchsorted(column(run, "tokens"), validated)
+    means = validation_series(run, "mean")[1]
+    rows = [i for i, row in enumerate(run.metrics) if (row.get("validation") or {}).get("mean") is not None]
     for axis, (name, reading) in zip(axes, found.items(), strict=True):
         factor, unit = _unit(name, float(np.nanmax(reading)))
         axis.plot(reading / factor, column(run, "loss"), color=TRAINING, lw=0.8)
@@ -63,9 +65,9 @@ def _unit(name: str, largest: float) -> tuple[float, str]:
     if name == "flops":
         power = int(np.floor(np.log10(largest))) if largest > 0 else 0
         return 10.0**power, f"training FLOPs (1e{power})"
-    for factor, unit in ((3600.0, "hours"), (60.0, "minutes")):
-        if largest > 2 * factor:
-            return factor, f"wall time ({unit})"
+    for seconds, unit in ((3600.0, "hours"), (60.0, "minutes")):
+        if largest > 2 * seconds:
+            return seconds, f"wall time ({unit})"
     return 1.0, "wall time (seconds)"
 
 

@@ -114,17 +114,18 @@ def caption(run: Run) -> str:
         f"Dense groups of documents, found without knowing their domains: {spread(counts)} in a block at a check, "
         f"accepted as clusters in {good} of {plural(len(entries), 'look')}. "
         + (f"Emergence needs at least {needed} at two checks in a row. " if needed else "")
-        + "Stability, NMI and purity are those of another clustering of the same documents, into as many parts as there "
-        "are experts: with fewer experts than domains its purity cannot reach 1."
+        + "Stability, NMI and purity are those of another clustering of the same documents, into as many parts as "
+        "there are experts: with fewer experts than domains its purity cannot reach 1."
     )
 
 
 FIGURE = FigureKind(
     name="clusters",
     title="Clusters by layer over time",
-    reading="Experts emerge when filled dots come twice in a row with a stability above its dotted line. NMI and purity "
-    "that rise mean that the clusters come to follow the documents' sources.",
+    reading="Experts emerge when filled dots come twice in a row with a stability above its dotted line. NMI and "
+    "purity that rise mean that the clusters come to follow the documents' sources.",
     missing=missing,
     draw=draw,
     caption=caption,
+    of_blocks=True,
 )

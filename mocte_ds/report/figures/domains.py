@@ -5,20 +5,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mocte_ds.report.figures.drawing import FigureKind
-from mocte_ds.report.figures.layout import outer_labels, panels
+from mocte_ds.report.figures.layout import color_bar, outer_labels, panels
 from mocte_ds.report.figures.palette import INK, SEQUENTIAL
 from mocte_ds.report.run import Row, Run
 from mocte_ds.report.wording import integer, percent, spread
 
 MOST_NUMBERS = 10
-BAR_INCHES = 2.4
 
 
 def last_loads(run: Run) -> dict[int, tuple[int, Row]]:
     """(tokens, check's entry) of the last check that knows the load by domain, by block."""
     found: dict[int, tuple[int, Row]] = {}
     for block in run.blocks:
-        known = [moment for moment in run.block_history(block) if moment[1].get("domain_load")]
+        known = [moment for moment in run.block_history(block) if shares(run, moment[1])[0]]
         if known:
             found[block] = known[-1]
     return found
@@ -30,9 +29,9 @@ def missing(run: Run) -> str | None:
 
 def shares(run: Run, entry: Row) -> tuple[list[str], np.ndarray]:
     """Domains and the (domains, experts) share of each domain's tokens that each expert gets."""
-    table = {name: row for name, row in entry["domain_load"].items() if row}
-    names = [name for name in run.domains if name in table]
-    return names, np.array([[np.nan if v is None else v for v in table[name]] for name in names], dtype=float)
+    table, experts = entry.get("domain_load") or {}, run.experts[entry["block"]]
+    names = [name for name in run.domains if len(table.get(name) or []) == experts and None not in table[name]]
+    return names, np.array([table[name] for name in names], dtype=float)
 
 
 def purities(run: Run) -> dict[str, dict[int, tuple[float, int]]]:
@@ -40,7 +39,7 @@ def purities(run: Run) -> dict[str, dict[int, tuple[float, int]]]:
     found: dict[str, dict[int, tuple[float, int]]] = {}
     for block, (_, entry) in last_loads(run).items():
         for name, row in zip(*shares(run, entry), strict=True):
-            found.setdefault(name, {})[block] = (float(np.nanmax(row)), int(np.nanargmax(row)))
+            found.setdefault(name, {})[block] = (float(np.max(row)), int(np.argmax(row)))
     return found
 
 
@@ -53,8 +52,8 @@ def draw(run: Run, narrow: bool) -> Figure:
     found = last_loads(run)
     most = max(len(shares(run, entry)[0]) for _, entry in found.values())
     sample = f"n = {spread(sampled(run))} sampled tokens a block"
-    figure, axes = panels(len(found), narrow, 1.0 + 0.27 * most, sample, share=False)
-    high = max(np.nanmax(shares(run, entry)[1]) for _, entry in found.values())
+    figure, axes = panels(len(found), narrow, max(1.6, 1.0 + 0.27 * most), sample, share=False)
+    high = max(np.max(shares(run, entry)[1]) for _, entry in found.values())
     for axis, block in zip(axes, found, strict=True):
         names, table = shares(run, found[block][1])
         image = axis.imshow(100 * table, cmap=SEQUENTIAL, vmin=0, vmax=100 * high, aspect="auto")
@@ -69,9 +68,7 @@ def draw(run: Run, narrow: bool) -> Figure:
                 axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=7.5)
         _write_purity(axis, table)
     outer_labels(axes, "expert (number)", "domain")
-    where = {"location": "bottom"} if narrow else {"location": "right", "shrink": BAR_INCHES / figure.get_figheight()}
-    bar = figure.colorbar(image, ax=axes, fraction=0.06, pad=0.02, aspect=25, **where)
-    bar.set_label("load (% of the domain's tokens)", fontsize=8)
+    bar = color_bar(figure, image, axes, narrow, "load (% of the\ndomain's tokens)")
     bar.outline.set_visible(False)
     return figure
 
@@ -79,7 +76,7 @@ def draw(run: Run, narrow: bool) -> Figure:
 def _write_purity(axis: Axes, table: np.ndarray) -> None:
     """The largest share of every row, right of the row."""
     right = table.shape[1] - 0.4
-    for row, value in enumerate(np.nanmax(table, axis=1)):
+    for row, value in enumerate(np.max(table, axis=1)):
         axis.text(right, row, f"{100 * value:.0f} %", va="center", fontsize=7.5, fontweight="bold", color=INK)
     axis.text(right, -0.6, "purity", va="bottom", fontsize=7.5, color=INK)
 
@@ -104,4 +101,5 @@ FIGURE = FigureKind(
     missing=missing,
     draw=draw,
     caption=caption,
+    of_blocks=True,
 )

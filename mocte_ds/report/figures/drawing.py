@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.figure import Figure
 
+from mocte_ds.report.facts import is_dense
 from mocte_ds.report.figures.palette import STYLE
 from mocte_ds.report.run import Run
 
@@ -25,7 +26,16 @@ class FigureKind:
     draw: Callable[[Run, bool], Figure]
     """Draw it from a run's log; the second argument asks for the narrow version."""
     caption: Callable[[Run], str]
-    """What is shown, with sample sizes, computed from the log."""
+    """What is shown, computed from the log."""
+    of_blocks: bool = False
+    """Whether it is about blocks, which a dense run has none of."""
+
+    def reason_missing(self, run: Run) -> str | None:
+        """Why the figure cannot be drawn, or None."""
+        reason = self.missing(run)
+        if reason and self.of_blocks and is_dense(run):
+            return "this is a dense run: it has no blocks and no experts."
+        return reason
 
 
 def drawn(kind: FigureKind, run: Run, narrow: bool) -> Figure:

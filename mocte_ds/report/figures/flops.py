@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import legend, sheet
@@ -41,7 +42,8 @@ def draw(run: Run, narrow: bool) -> Figure:
         _draw_row(axis, height, run.ledger[name] / whole, floor, LOOKS[kind], 1 if narrow else 2)
     axis.set_xscale("log")
     axis.set_xlim(floor, 1.3)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    axis.xaxis.set_major_locator(LogLocator(numticks=5 if narrow else 12))
+    axis.xaxis.set_major_formatter(FuncFormatter(_percents))
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_yticks(range(len(rows)), [name.replace("_", " ") for name in reversed(rows)])
     axis.grid(axis="y", visible=False)
@@ -50,6 +52,10 @@ def draw(run: Run, narrow: bool) -> Figure:
     axis.set_ylabel("component")
     legend(figure, narrow, {kind: look for kind, look in LOOKS.items() if kind in looks})
     return figure
+
+
+def _percents(share: float, _position: int | None = None) -> str:
+    return np.format_float_positional(100 * share, precision=3, fractional=False, trim="-")
 
 
 def _kind(name: str) -> str:
@@ -62,7 +68,7 @@ def _kind(name: str) -> str:
 
 def _draw_row(axis: Axes, height: int, share: float, floor: float, look: dict[str, Any], digits: int) -> None:
     """One component: a dot with its share, or the word for none."""
-    axis.axhline(height, color=GRID, lw=4, zorder=0.5)
+    axis.axhline(height, color=GRID, lw=0.7, zorder=0.5)
     left = share > 0.02
     if share > 0:
         axis.plot(share, height, **look)
@@ -74,16 +80,17 @@ def _draw_row(axis: Axes, height: int, share: float, floor: float, look: dict[st
         va="center",
         ha="right" if left else "left",
         fontsize=8,
+        bbox={"facecolor": "white", "lw": 0, "pad": 1},
     )
 
 
 def caption(run: Run) -> str:
-    text = (
-        f"All {flops(total(run))} floating-point operations of training. MO-CTE's own work is {percent(overhead(run))} of "
-        "them"
-    )
+    text = f"All {flops(total(run))} floating-point operations of training. MO-CTE's own work is "
+    text += f"{percent(overhead(run))} of them"
     if "wgrad_saved" in run.ledger:
-        text += f"; freezing saved weight gradients worth {percent(saved(run))} of what would have been spent without it"
+        text += (
+            f"; freezing saved weight gradients worth {percent(saved(run))} of what would have been spent without it"
+        )
     return f"{text}. The table below says what each component is."
 
 

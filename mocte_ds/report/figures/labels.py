@@ -24,9 +24,15 @@ def label_ends(panels: Sequence[tuple[Axes, Sequence[EndLabel]]]) -> None:
     if not panels:
         return
     # Heights in points are known only after the layout.
-    panels[0][0].figure.draw_without_rendering()
+    _lay_out(panels[0][0])
     for axis, labels in panels:
         _label_panel(axis, [label for label in labels if np.isfinite(label[0])])
+
+
+def _lay_out(axis: Axes) -> None:
+    figure = axis.get_figure(root=True)
+    if figure is not None:
+        figure.draw_without_rendering()
 
 
 def _label_panel(axis: Axes, labels: Sequence[EndLabel]) -> None:
@@ -79,7 +85,7 @@ def label_clouds(panels: Sequence[tuple[Axes, Sequence[tuple[np.ndarray, str, st
     """
     written: list[list[Text]] = []
     for axis, clouds in panels:
-        texts = []
+        texts: list[Text] = []
         for points, name, color in clouds:
             x, y = np.nanmedian(points, axis=0)
             text = axis.annotate(
@@ -98,9 +104,9 @@ def label_clouds(panels: Sequence[tuple[Axes, Sequence[tuple[np.ndarray, str, st
             texts.append(text)
         written.append(texts)
     if panels:
-        panels[0][0].figure.draw_without_rendering()
-    for texts in written:
-        _lift(texts)
+        _lay_out(panels[0][0])
+    for group in written:
+        _lift(group)
 
 
 def _lift(texts: Sequence[Text]) -> None:

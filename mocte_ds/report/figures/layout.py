@@ -6,15 +6,21 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mocte_ds.report.wording import count_unit
 
+MOST_PIXELS = 60_000
+"""Height of the largest picture that the renderer can make, nearly."""
 WIDE_INCHES, WIDE_DPI, WIDE_LETTERS = 9.6, 150, 150
 NARROW_INCHES, NARROW_DPI, NARROW_LETTERS = 4.0, 220, 60
 NOTE_INCHES = 0.15
+BAR_INCHES = (2.4, 0.1)
+"""Length and breadth of a colour bar."""
 
 
 def sheet(narrow: bool, height: float, sample: str) -> Figure:
@@ -25,12 +31,12 @@ def sheet(narrow: bool, height: float, sample: str) -> Figure:
         height: in inches, without the line of the sample.
         sample: sample sizes, written below everything.
     """
-    lines = textwrap.wrap(sample, NARROW_LETTERS if narrow else WIDE_LETTERS)
-    figure = Figure(
-        figsize=(NARROW_INCHES if narrow else WIDE_INCHES, height + NOTE_INCHES * len(lines)),
-        dpi=NARROW_DPI if narrow else WIDE_DPI,
-        layout="constrained",
+    width, dpi, letters = (
+        (NARROW_INCHES, NARROW_DPI, NARROW_LETTERS) if narrow else (WIDE_INCHES, WIDE_DPI, WIDE_LETTERS)
     )
+    lines = textwrap.wrap(sample, letters)
+    height += NOTE_INCHES * len(lines)
+    figure = Figure(figsize=(width, height), dpi=min(dpi, MOST_PIXELS / height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5)
     return figure
@@ -87,6 +93,34 @@ def token_axis(axis: Axes, largest: float) -> str:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
     axis.set_xlim(0, largest * 1.01 if largest else 1)
     return f"tokens seen ({unit})" if unit else "tokens seen"
+
+
+def log_axis(axis: Axes, low: float, high: float) -> None:
+    """A logarithmic y axis with room for values from ``low`` to ``high``."""
+    axis.set_yscale("log")
+    axis.set_ylim(low / 1.3, high * 1.3)
+    if high / low < 300:
+        # Few decades: plain numbers at 1, 2, 5 are easier than powers.
+        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def color_bar(figure: Figure, image: ScalarMappable, axes: Sequence[Axes], narrow: bool, label: str) -> Colorbar:
+    """A colour bar of fixed size, right of all panels or below them."""
+    # A fraction of what the panels take, not of the whole figure.
+    across = max(0.5, figure.get_figheight() - 1.2) if narrow else figure.get_figwidth()
+    bar = figure.colorbar(
+        image,
+        ax=list(axes),
+        location="bottom" if narrow else "right",
+        fraction=BAR_INCHES[1] / across,
+        shrink=min(1.0, BAR_INCHES[0] / (figure.get_figwidth() if narrow else figure.get_figheight())),
+        aspect=BAR_INCHES[0] / BAR_INCHES[1],
+        pad=BAR_INCHES[1] / across,
+    )
+    bar.set_label(label, fontsize=8)
+    return bar
 
 
 def legend(figure: Figure, narrow: bool, looks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from mocte_ds.report.figures.drawing import FigureKind
-from mocte_ds.report.figures.layout import legend, outer_labels, panels, token_axis
+from mocte_ds.report.figures.layout import color_bar, legend, outer_labels, panels, token_axis
 from mocte_ds.report.figures.marks import KINDS, expert_events, legend_of_events
 from mocte_ds.report.figures.palette import DIVERGING, INK
 from mocte_ds.report.run import Run
@@ -15,7 +15,6 @@ from mocte_ds.report.wording import decimal, plural, spread
 MOST_COLUMNS = 60
 WARM_UP = "#dde1e6"
 SMALLEST_RANGE, LARGEST_RANGE = 1.5, 4.0
-BAR_INCHES = 2.4
 TICKS = (0.25, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4)
 FINE_TICKS = (0.8, 0.9, 1.1, 1.25)
 
@@ -75,8 +74,10 @@ def draw(run: Run, narrow: bool) -> Figure:
     blocks = loaded_blocks(run)
     most = max(run.experts[block] for block in blocks)
     steps = [int((np.nansum(counts(run, block), axis=1) > 0).sum()) for block in blocks]
-    sample = f"n = {spread(steps)} steps with experts, every routed token; a column adds up {bin_steps(run)}"
-    figure, axes = panels(len(blocks), narrow, 0.9 + 0.2 * most, sample, share=False)
+    sample = (
+        f"n = {spread(steps)} steps with experts, every routed token; a column adds up {plural(bin_steps(run), 'step')}"
+    )
+    figure, axes = panels(len(blocks), narrow, max(1.6, 0.9 + 0.2 * most), sample, share=False)
     norm = LogNorm(1 / color_range(run), color_range(run))
     for axis, block in zip(axes, blocks, strict=True):
         borders, relative = binned(run, block)
@@ -93,9 +94,7 @@ def draw(run: Run, narrow: bool) -> Figure:
         name = token_axis(axis, run.tokens)
         axis.set_xlim(0, run.tokens)
     outer_labels(axes, name, "expert (number)")
-    where = {"location": "bottom"} if narrow else {"location": "right", "shrink": BAR_INCHES / figure.get_figheight()}
-    bar = figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.02, aspect=25, **where)
-    bar.set_label("load (1 = even share)", fontsize=8)
+    bar = color_bar(figure, mesh, axes, narrow, "load (1 = even share)")
     _set_ticks(bar, norm)
     warm_up = {"ls": "", "marker": "s", "color": WARM_UP, "ms": 8}
     legend(figure, narrow, {"warm-up": warm_up} | legend_of_events(run, "freeze", "thaw"))
@@ -104,7 +103,7 @@ def draw(run: Run, narrow: bool) -> Figure:
 
 def _set_ticks(bar: Colorbar, norm: LogNorm) -> None:
     ticks = [tick for tick in TICKS if norm.vmin <= tick <= norm.vmax]
-    if len(ticks) > 7:
+    if len(ticks) > 6:
         ticks = [tick for tick in ticks if tick not in FINE_TICKS]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False)
     bar.ax.minorticks_off()
@@ -130,4 +129,5 @@ FIGURE = FigureKind(
     missing=missing,
     draw=draw,
     caption=caption,
+    of_blocks=True,
 )

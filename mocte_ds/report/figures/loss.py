@@ -95,8 +95,8 @@ def caption(run: Run) -> str:
     counts = {kind: len(run.of_kind(kind)) for kind in KINDS}
     text += f" Strip below: {listing([plural(count, kind) for kind, count in counts.items()])}"
     if counts["freeze"] or counts["thaw"]:
-        return f"{text} (b0 is block 0, b0e2 its expert 2)."
-    return f"{text} (b0 is block 0)." if counts["emergence"] else f"{text}."
+        return f"{text} (b0 is block 0, b0e2 its expert 2; 3×: three that are too close for names)."
+    return f"{text} (b0 is block 0; 3×: three that are too close for names)." if counts["emergence"] else f"{text}."
 
 
 FIGURE = FigureKind(

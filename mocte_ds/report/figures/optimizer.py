@@ -8,8 +8,8 @@ from mocte_ds.report.figures.labels import label_ends
 from mocte_ds.report.figures.layout import legend, sheet, token_axis
 from mocte_ds.report.figures.marks import KINDS, emergence_lines, legend_of_events
 from mocte_ds.report.figures.palette import INK, category_color
-from mocte_ds.report.run import Run
-from mocte_ds.report.wording import byte_unit, plural, size
+from mocte_ds.report.run import Row, Run
+from mocte_ds.report.wording import byte_unit, listing, plural, size
 
 ALIKE = 0.02
 """Ranks whose sizes differ by less than this share of the largest size are drawn as one line."""
@@ -37,15 +37,14 @@ def draw(run: Run, narrow: bool) -> Figure:
     factor, unit = byte_unit(float(np.nanmax(table)))
     labels = []
     for index, ranks in enumerate(alike(table)):
-        values = np.nanmax(table[:, ranks], axis=1) / factor
+        values = np.fmax.reduce(table[:, ranks], axis=1) / factor
         # The log of a step tells what lay on the rank during that step, so a step up or down stands before its row.
         axis.plot(tokens, values, drawstyle="steps-pre", color=category_color(index))
         finite = values[np.isfinite(values)]
         labels.append((finite[-1] if finite.size else np.nan, _names(ranks), category_color(index)))
     for event in run.of_kind("freeze", "thaw"):
-        after = [value for value in event.get("optimizer_bytes_after") or [] if value is not None]
-        if after:
-            axis.plot(event["tokens"], max(after) / factor, KINDS[event["event"]], color=INK, ms=6, mec="white", mew=0.8)
+        for value in changed(event):
+            axis.plot(event["tokens"], value / factor, KINDS[event["event"]], color=INK, ms=6, mec="white", mew=0.8)
     emergence_lines(axis, run)
     axis.set_ylim(0, float(np.nanmax(table)) / factor * 1.08)
     axis.set_ylabel(f"optimizer state ({unit})")
@@ -53,6 +52,12 @@ def draw(run: Run, narrow: bool) -> Figure:
     legend(figure, narrow, legend_of_events(run, "emergence", "freeze", "thaw"))
     label_ends([(axis, labels)])
     return figure
+
+
+def changed(event: Row) -> list[float]:
+    """Bytes after an event on every rank whose bytes it changed: the ranks that hold the expert."""
+    before, after = event.get("optimizer_bytes_before") or [], event.get("optimizer_bytes_after") or []
+    return [now for then, now in zip(before, after, strict=False) if now is not None and now != then]
 
 
 def alike(table: np.ndarray) -> list[list[int]]:
@@ -70,11 +75,9 @@ def alike(table: np.ndarray) -> list[list[int]]:
 
 
 def _names(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    if ranks == list(range(ranks[0], ranks[-1] + 1)):
+    if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
         return f"ranks {ranks[0]} to {ranks[-1]}"
-    return "ranks " + ", ".join(str(rank) for rank in ranks)
+    return f"rank{'s' if len(ranks) > 1 else ''} {listing([str(rank) for rank in ranks])}"
 
 
 def totals(run: Run) -> tuple[float, float, float]:
@@ -89,6 +92,8 @@ def caption(run: Run) -> str:
         "fp32 master weights and optimizer moments, on each rank (process) of the run; all ranks together "
         f"{size(first)} in the first step, before there are moments, {size(peak)} at most, {size(last)} at last."
     )
+    if run.of_kind("freeze", "thaw"):
+        text += " Triangles: on the ranks that hold the expert."
     if len(alike(by_rank(run))) < by_rank(run).shape[1]:
         text += f" Ranks that differ by less than {100 * ALIKE:g} % share a line, which shows the largest of them."
     return text

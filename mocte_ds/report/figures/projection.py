@@ -18,9 +18,14 @@ Cloud = tuple[np.ndarray, str, str]
 
 
 def projections(run: Run) -> dict[int, Row]:
-    """The last projection of every block that has points."""
-    found = {event["block"]: event for event in run.of_kind("projection") if event.get("points")}
+    """The last projection of every block that has points with all their clusters and domains."""
+    found = {event["block"]: event for event in run.of_kind("projection") if _is_whole(event)}
     return dict(sorted(found.items()))
+
+
+def _is_whole(event: Row) -> bool:
+    points, clusters, domains = (event.get(name) or [] for name in ("points", "cluster", "domain"))
+    return 0 < len(points) == len(clusters) == len(domains) and None not in clusters
 
 
 def missing(run: Run) -> str | None:
@@ -32,7 +37,9 @@ def draw(run: Run, narrow: bool) -> Figure:
     sizes = [len(event["points"]) for event in found.values()]
     most = max(len(set(event["domain"])) for event in found.values())
     height = max(2.3 if narrow else 3.0, 0.8 + 0.15 * most)
-    figure = sheet(narrow, (2 * height if narrow else height) * len(found) + 0.2, f"n = {spread(sizes)} documents a block")
+    figure = sheet(
+        narrow, (2 * height if narrow else height) * len(found) + 0.2, f"n = {spread(sizes)} documents a block"
+    )
     grid = figure.subplots(2 * len(found), 1) if narrow else figure.subplots(len(found), 2, squeeze=False)
     names = []
     for (by_cluster, by_domain), (block, event) in zip(np.reshape(grid, (-1, 2)), found.items(), strict=True):
@@ -75,8 +82,8 @@ def caption(run: Run) -> str:
     domains = max(len(set(event["domain"])) for event in events)
     return (
         "A point is the mean feature of one document, centred, in the first two singular directions of all documents, "
-        f"{when}. Both panels of a block show the same points: once by cluster, as many as experts and of about the same "
-        f"size, once by the documents' source ({plural(domains, 'domain')}). In brackets: documents."
+        f"{when}. Both panels of a block show the same points: once by cluster, as many as experts and of about the "
+        f"same size, once by the documents' source ({plural(domains, 'domain')}). In brackets: documents."
     )
 
 
@@ -88,4 +95,5 @@ FIGURE = FigureKind(
     missing=missing,
     draw=draw,
     caption=caption,
+    of_blocks=True,
 )

@@ -1,13 +1,12 @@
 """Figure: singular spectrum of the features of every block at the first check, at emergence and at the last check."""
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.labels import EndLabel, label_ends
-from mocte_ds.report.figures.layout import outer_labels, panels
+from mocte_ds.report.figures.layout import log_axis, outer_labels, panels
 from mocte_ds.report.figures.palette import QUALITATIVE
 from mocte_ds.report.run import Row, Run
 from mocte_ds.report.wording import MISSING, percent, plural, spread
@@ -66,20 +65,10 @@ def draw(run: Run, narrow: bool) -> Figure:
     outer_labels(axes, "singular direction (rank)", "standard deviation\n(feature units, log)")
     everything = np.concatenate(positive)
     if everything.size:
-        _log_axis(axes[0], everything.min(), everything.max())
+        log_axis(axes[0], everything.min(), everything.max())
     axes[0].set_xlim(left=0.7)
     label_ends(ends)
     return figure
-
-
-def _log_axis(axis: Axes, low: float, high: float) -> None:
-    axis.set_yscale("log")
-    axis.set_ylim(low / 1.3, high * 1.3)
-    if high / low < 300:
-        # Few decades: plain numbers at 1, 2, 5 are easier than powers.
-        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def caption(run: Run) -> str:
@@ -117,4 +106,5 @@ FIGURE = FigureKind(
     missing=missing,
     draw=draw,
     caption=caption,
+    of_blocks=True,
 )

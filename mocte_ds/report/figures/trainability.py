@@ -1,11 +1,14 @@
 """Figure: trainability of every expert over time, with freezes and thaws."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
+from mocte_ds.report.facts import MOCTE, fact
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.labels import LINE_POINTS, label_ends
-from mocte_ds.report.figures.layout import legend, outer_labels, panels, token_axis
+from mocte_ds.report.figures.layout import legend, log_axis, outer_labels, panels, token_axis
 from mocte_ds.report.figures.marks import KINDS, emergence_lines, expert_events, legend_of_events
 from mocte_ds.report.figures.palette import INK, category_color
 from mocte_ds.report.run import Row, Run
@@ -22,21 +25,18 @@ def missing(run: Run) -> str | None:
 
 
 def series(run: Run, block: int, expert: int) -> tuple[list[int], list[float]]:
-    """(tokens, lambda) of an expert at the checks that measured it while it trained.
+    """(tokens, lambda) of an expert at the checks that measured it.
 
-    A check that cannot measure an expert, for want of tokens, repeats its last value: that is no measurement.
+    A check that does not measure an expert, for want of tokens or because it is frozen for good, repeats the old one.
     """
     tokens: list[int] = []
     values: list[float] = []
-    last = None
     for at, entry in run.block_history(block):
         for row in entry.get("experts") or []:
             value = row.get("lambda")
-            if row.get("expert") == expert and value is not None and value != last:
-                last = value
-                if row.get("mode") != "frozen":
-                    tokens.append(at)
-                    values.append(value)
+            if row.get("expert") == expert and value is not None and value not in values[-1:]:
+                tokens.append(at)
+                values.append(value)
     return tokens, values
 
 
@@ -60,8 +60,11 @@ def draw(run: Run, narrow: bool) -> Figure:
     blocks = measured_blocks(run)
     most = max(run.experts[block] for block in blocks)
     sizes = [len(values) for block in blocks for _, values in measured(run, block).values()]
-    height = max(2.2, 0.7 + most * LINE_POINTS / 72)
-    figure, axes = panels(len(blocks), narrow, height, f"n = {spread(sizes)} measurements an expert")
+    height = max(2.2, 1.0 + most * LINE_POINTS / 72)
+    sample = f"n = {spread(sizes)} measurements an expert"
+    rows = fact(run, *MOCTE, "freeze", "rows")
+    sample += f", each on at most {rows} of its tokens a rank" if rows else ""
+    figure, axes = panels(len(blocks), narrow, height, sample)
     ends = []
     for axis, block in zip(axes, blocks, strict=True):
         labels = []
@@ -82,11 +85,14 @@ def draw(run: Run, narrow: bool) -> Figure:
     values = np.array([v for block in blocks for _, y in measured(run, block).values() for v in y], dtype=float)
     logarithmic = bool((values > 0).all() and values.max() / values.min() > 8)
     if logarithmic:
-        axes[0].set_yscale("log")
+        log_axis(axes[0], values.min(), values.max())
     elif values.min() >= 0:
         axes[0].set_ylim(0, values.max() * 1.08)
     outer_labels(axes, name, "trainability λ\n(per token" + (", log)" if logarithmic else ")"))
-    looks = {"each check": {"color": INK, "lw": 0.7, "alpha": 0.35}, f"mean of {SMOOTHING} checks": {"color": INK}}
+    looks: dict[str, dict[str, Any]] = {
+        "each check": {"color": INK, "lw": 0.7, "alpha": 0.35},
+        f"mean of {SMOOTHING} checks": {"color": INK},
+    }
     legend(figure, narrow, looks | legend_of_events(run, "emergence", "freeze", "thaw"))
     label_ends(ends)
     return figure
@@ -125,8 +131,10 @@ FIGURE = FigureKind(
     name="trainability",
     title="Trainability by expert",
     reading="An expert whose strong line has stopped moving, far below its own peak, has little left to learn and may "
-    "be frozen; a triangle that points down marks where that was done, and its line ends there.",
+    "be frozen; a triangle that points down marks where that was done. Its line goes on if it is still measured, to "
+    "thaw it should λ come back.",
     missing=missing,
     draw=draw,
     caption=caption,
+    of_blocks=True,
 )
