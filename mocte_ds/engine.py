@@ -20,7 +20,7 @@ from mocte_ds.checkpoints.save import finish_checkpoint, prepare_checkpoint
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.dist.groups import destroy_at_exit, expert_parallel_rank
-from mocte_ds.errors import ConfigError
+from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import attach
 from mocte_ds.zero import UnitRegistry, require_conformance, with_unit_optimizer
 
@@ -34,7 +34,7 @@ class MocteEngine(DeepSpeedEngine):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run this micro-batch stands."""
-        if self.training:
+        if self.module.training:  # engine.eval() sets the module only
             micro = self.train_micro_batch_size_per_gpu()
             accumulation = self.micro_steps % self.gradient_accumulation_steps()
             place = (accumulation * self.dp_world_size + dist.get_rank(group=self.data_parallel_group)) * micro
@@ -90,6 +90,10 @@ class MocteEngine(DeepSpeedEngine):
         state = read_state(load_dir, tag, self.mocte.config, [handle.name for handle in self.mocte.blocks])
         self.mocte.load_state_dict(state["mocte"])
         path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
+        if path is None:
+            raise CheckpointError(
+                f"the checkpoint {Path(load_dir) / tag} has no model states of DeepSpeed: incomplete."
+            )
         self.tokens_seen = int(client_state.pop("tokens_seen"))
         self.mocte.remember_frozen()
         restore_random_states(load_dir, tag)

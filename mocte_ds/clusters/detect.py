@@ -16,9 +16,9 @@ from mocte_ds.errors import MocteError
 # are smaller or wider than the others; the best of several is chosen by silhouette times coverage.
 EPS_QUANTILES = (0.5, 0.7, 0.8, 0.9, 0.95)
 # Clusters must stay apart when eps grows by exp(VALLEY / (m sqrt(k))), m the local dimension, k = min_samples: the
-# distance to the k-th neighbour varies by 1 / (m sqrt(k)) in a cloud of constant density, so pieces of such a cloud join
-# again. Measured in these units, the pieces of 1,400 Gaussian, heavy-tailed and uniform clouds (1 to 8 dimensions, 60 to
-# 400 points) joined by 2.1; planted clusters six standard deviations apart, at their best eps, held to 4.7 or more.
+# distance to the k-th neighbour varies by 1 / (m sqrt(k)) in a cloud of constant density, so pieces of such a cloud
+# join again. Measured in these units, the pieces of 1,400 Gaussian, heavy-tailed and uniform clouds (1 to 8 dimensions,
+# 60 to 400 points) joined by 2.1; planted clusters six standard deviations apart, at their best eps, held to 4.7.
 VALLEY = 3.0
 MIN_POINTS = 40
 _SILHOUETTE_POINTS = 1000
@@ -75,9 +75,9 @@ def detect(
 ) -> Detection:
     """Look for clusters with DBSCAN; a cloud without structure, or one giant cluster with crumbs, is "not found".
 
-    Rules (docs/method.md, section 3): at least two clusters of ``min_mass``, the largest under ``max_largest``, noise at
-    most ``max_noise``, silhouette at least ``min_silhouette``; and an emptier region between clusters (VALLEY above).
-    Deterministic.
+    Rules (docs/method.md, section 3): at least two clusters of ``min_mass``, the largest under ``max_largest``, noise
+    at most ``max_noise``, silhouette at least ``min_silhouette``; and an emptier region between clusters (VALLEY
+    above). Deterministic.
 
     Args:
         z: (n, r) coordinates, document means in the leading singular directions. Their scale does not matter.

@@ -165,7 +165,7 @@ class Controller:
         self._emit(self._check_event(readings, seconds))
         if changes:
             self._apply(changes, readings)
-        elif self.share >= 1.0:
+        if self.share >= 1.0:
             self._emit_projections(readings)
 
     def _apply(self, changes: list[Change], readings: dict[int, BlockReading]) -> None:
@@ -181,7 +181,9 @@ class Controller:
             event = {"event": change.kind, "block": change.block, "name": handle.name, "reason": change.reason, **fact}
             if change.expert is not None:
                 event.update(expert=change.expert, **{"lambda": handle.experts[change.expert].trainability})
-            self._emit({**event, "optimizer_bytes_before": before, "optimizer_bytes_after": after})
+            sizes = {"optimizer_bytes_before": sum(before), "optimizer_bytes_after": sum(after)}
+            by_rank = {"optimizer_bytes_by_rank_before": before, "optimizer_bytes_by_rank_after": after}
+            self._emit({**event, **sizes, **by_rank})
 
     def _require_frozen_unmoved(self) -> None:
         """Stop the run if the weights of a frozen expert changed: nothing else would show it."""
@@ -224,7 +226,13 @@ class Controller:
                 seconds[part] += reading.seconds[part]
                 moved[part] += reading.bytes[part]
             experts = [
-                {"expert": k, "mode": str(e.mode), "tokens": e.tokens, "lambda": e.trainability}
+                {
+                    "expert": k,
+                    "mode": str(e.mode),
+                    "tokens": e.tokens,
+                    "lambda": e.trainability,
+                    "rows": e.rows(self.step),
+                }
                 for k, e in enumerate(handle.experts)
             ]
             facts = reading.facts(self.domain_names)

@@ -27,6 +27,10 @@ class ExpertHandle:
         """Largest eigenvalue of its neural-tangent kernel a row, at its last probe; None before the first."""
         return self.history[-1].value if self.history else None
 
+    def rows(self, step: int) -> int:
+        """Rows that its trainability was measured on at the check of ``step``; 0: it was not."""
+        return self.history[-1].tokens if self.history and self.history[-1].step == step else 0
+
 
 class BlockHandle:
     """One block; `.mode` and `.experts[k]` are what the fixed interface promises."""

@@ -226,8 +226,8 @@ def _domain_load(
     table = torch.zeros(sources, bank.num_experts, dtype=torch.int64)
     if features.shape[0]:
         index, _ = bank.gate(features, ids)
-        source = domain.clamp(min=0, max=sources - 1)
-        cells = source * bank.num_experts + index
+        known = (domain >= 0) & (domain < sources)
+        cells = domain[known] * bank.num_experts + index[known]
         table = torch.bincount(cells, minlength=table.numel()).view_as(table).cpu()
     return sum_over_ranks(table).tolist()
 

@@ -47,8 +47,8 @@ def evaluate(
         seed: of the few-shot examples.
 
     Returns:
-        On rank 0: {"tasks": {name: {"metric": value, "metric_stderr": ..., "items": n, "chance": ...}}, "versions", ...};
-        on other ranks {}.
+        On rank 0: {"model", "tasks": {name: {"metric": value, "metric_stderr": ..., "items": n, "chance": ...}},
+        "ranks", "limit", "lm_eval": its version}; on other ranks {}.
 
     Raises:
         CheckpointError: no model in the folder, or one that cannot be loaded.

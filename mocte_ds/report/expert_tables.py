@@ -100,7 +100,7 @@ def _numbers(event: Row) -> str:
         parts.append(f"λ {significant(event['lambda'])}")
     if event.get("output_change") is not None:
         parts.append(f"block's output moved by {percent(event['output_change'])}")
-    before, after = event.get("optimizer_bytes_before"), event.get("optimizer_bytes_after")
+    before, after = event.get("optimizer_bytes_by_rank_before"), event.get("optimizer_bytes_by_rank_after")
     if before and after and None not in [*before, *after]:
         parts.append(f"optimizer {size(sum(before))} → {size(sum(after))}")
     return ", ".join(parts) or MISSING

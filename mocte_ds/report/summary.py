@@ -132,7 +132,7 @@ def _freezing(run: Run) -> str:
 
 
 def _bytes(event: Row, when: str) -> float | None:
-    values = [value for value in event.get(f"optimizer_bytes_{when}") or [] if value is not None]
+    values = [value for value in event.get(f"optimizer_bytes_by_rank_{when}") or [] if value is not None]
     return sum(values) if values else None
 
 

@@ -180,7 +180,7 @@ def _grad_norm(policy: Policy, history: Sequence[Probe], _peers: Sequence[float]
 
 
 def _inverted(policy: Policy, history: Sequence[Probe], _peers: Sequence[float], _who: tuple[int, int]) -> str | None:
-    """The opposite of `trainability`: experts near their peak and still changing. If this does no harm, lambda is no use."""
+    """The opposite of `trainability`: experts near their peak and still changing."""
     values = [probe.value for probe in history]
     now, change = level(values), rate(values)
     if now >= 1.0 - policy.alpha and change >= policy.beta:

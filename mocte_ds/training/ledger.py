@@ -107,13 +107,12 @@ class Ledger:
                 self.spectrum += 4.0 * rows * d * q * (1 + 1) + 4.0 * rows * d * q * (3 + 1)
             m, r = block["documents"], config.spectrum.rank
             self.clusters += 3.0 * m * m * r + 20 * 2.0 * m * config.num_experts * r
-            probed = sum(expert["mode"] == "training" for expert in block["experts"])
-            n = config.freeze.rows
-            if config.freeze.policy != "off":
+            for expert in block["experts"]:
+                n = expert["rows"]
                 # One forward and X X^T, then per iteration: v W2, back through W2, and two (n, n) x (n, f) products.
                 once = 6.0 * n * d * f + 2.0 * n * n * d
                 each = 4.0 * n * d * f + 6.0 * n * n * f
-                self.trainability += probed * (once + config.freeze.iterations * each)
+                self.trainability += once + config.freeze.iterations * each
 
     def validate(self, model: DecoderConfig, tokens: int, context: int) -> None:
         """Add the forward passes of a validation."""

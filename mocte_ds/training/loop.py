@@ -139,7 +139,8 @@ class Trainer:
             "grad_norm": float(norm) if norm is not None else None,
             "tokens_per_second": t.batch_tokens / (time.perf_counter() - started),
             "flops": self.ledger.total,
-            "optimizer_bytes": [int(size) for size in sizes.tolist()],
+            "optimizer_bytes": int(sizes.sum()),
+            "optimizer_bytes_by_rank": [int(size) for size in sizes.tolist()],
             "expert_load": load,
         }
         return metrics, bool(stops.any())

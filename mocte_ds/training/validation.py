@@ -34,7 +34,7 @@ class Validation:
     @torch.no_grad()
     def losses(self, engine: Any) -> dict[str, float]:
         """Mean loss in nats a token of each domain, and their mean (collective)."""
-        training = engine.training
+        training = engine.module.training
         engine.eval()
         sums = torch.zeros(2, len(self.domains), dtype=torch.float64)
         for (inputs, labels, owner), valid in zip(self._parts, self._valid, strict=True):

@@ -51,7 +51,7 @@ class Story:
         """Whether an expert is frozen during a step."""
         return self.frozen.get((block, expert), NEVER) < step <= self.thawed.get((block, expert), NEVER)
 
-    def optimizer_bytes(self, step: int) -> list[int]:
+    def optimizer_bytes_by_rank(self, step: int) -> list[int]:
         """Bytes on every rank in a step; in the first step there are no moments yet."""
         training = 0
         for b in range(self.blocks):
@@ -127,7 +127,7 @@ def _step(story: Story, step: int) -> dict[str, Any]:
         "grad_norm": float(abs(random.normal()) + 0.4),
         "tokens_per_second": TOKENS_A_STEP / 0.7,
         "flops": 2.1e12 * step,
-        "optimizer_bytes": story.optimizer_bytes(step),
+        "optimizer_bytes_by_rank": story.optimizer_bytes_by_rank(step),
         "expert_load": load or None,
     }
     if step % max(1, story.budget // 12) == 0:
@@ -195,8 +195,8 @@ def _check(story: Story, step: int) -> list[dict[str, Any]]:
     entries = [_block(story, b, step) for b in range(story.blocks)]
     cost = {"seconds": {"spectrum": 0.02, "clusters": 0.09, "trainability": 0.05}, "bytes": {"spectrum": 9216}}
     events = [{"event": "check", **_at(step), **cost, "blocks": entries}]
-    before, after = story.optimizer_bytes(step), story.optimizer_bytes(step + 1)
-    sizes = {"optimizer_bytes_before": before, "optimizer_bytes_after": after}
+    before, after = story.optimizer_bytes_by_rank(step), story.optimizer_bytes_by_rank(step + 1)
+    sizes = {"optimizer_bytes_by_rank_before": before, "optimizer_bytes_by_rank_after": after}
     emerging = [b for b, birth in story.born.items() if birth == step]
     events += [_projection(story, b, step) for b in emerging]
     for b in emerging:

@@ -194,10 +194,10 @@ def test_a_repeated_lambda_is_no_measurement(tmp_path: Path) -> None:
 def test_optimizer(run: Run, logs: Logs) -> None:
     (axis,) = drawn(ALL["optimizer"], run, False).axes
     rows = logs["metrics"]
-    curve(axis, [row["tokens"] for row in rows], [max(row["optimizer_bytes"]) / 1e6 for row in rows])
+    curve(axis, [row["tokens"] for row in rows], [max(row["optimizer_bytes_by_rank"]) / 1e6 for row in rows])
     assert [text.get_text() for text in axis.texts] == ["ranks 0 and 1"]
     for kind, marker in (("freeze", "v"), ("thaw", "^")):
-        after = [(e["tokens"], size / 1e6) for e in of_kind(logs, kind) for size in e["optimizer_bytes_after"]]
+        after = [(e["tokens"], size / 1e6) for e in of_kind(logs, kind) for size in e["optimizer_bytes_by_rank_after"]]
         assert np.allclose(sorted(marks(axis, marker)), sorted(after))
     assert upright(axis) == {event["tokens"] for event in of_kind(logs, "emergence")}
 
@@ -205,10 +205,10 @@ def test_optimizer(run: Run, logs: Logs) -> None:
 def test_ranks_that_differ_have_lines_and_marks_of_their_own(tmp_path: Path) -> None:
     logs = write_run(tmp_path, steps=10, budget=60, ranks=3, emergences=False)
     for row in logs["metrics"]:
-        row["optimizer_bytes"] = [4_000_000, 8_000_000 if row["step"] <= 5 else 6_000_000, 4_000_000]
+        row["optimizer_bytes_by_rank"] = [4_000_000, 8_000_000 if row["step"] <= 5 else 6_000_000, 4_000_000]
     freeze = {"event": "freeze", "step": 5, "block": 0, "expert": 1, "reason": "called"}
-    before, after = (logs["metrics"][step]["optimizer_bytes"] for step in (4, 5))
-    event = {**freeze, "optimizer_bytes_before": before, "optimizer_bytes_after": after}
+    before, after = (logs["metrics"][step]["optimizer_bytes_by_rank"] for step in (4, 5))
+    event = {**freeze, "optimizer_bytes_by_rank_before": before, "optimizer_bytes_by_rank_after": after}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logs["metrics"]))
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
     (axis,) = drawn(ALL["optimizer"], read_run(tmp_path), False).axes

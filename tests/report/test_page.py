@@ -160,7 +160,7 @@ def test_events_table(parsed: Page, logs: Logs) -> None:
         who = f"block {event['block']} (layer {2 + event['block']})"
         who += f", expert {event['expert']}" if "expert" in event else ""
         assert row[:5] == [str(event["step"]), f"{event['step'] / 1.2:.1f} %", event["event"], who, event["reason"]]
-        before, after = (sum(event[f"optimizer_bytes_{when}"]) / 1e6 for when in ("before", "after"))
+        before, after = (sum(event[f"optimizer_bytes_by_rank_{when}"]) / 1e6 for when in ("before", "after"))
         assert f"optimizer {before:.2f} MB → {after:.2f} MB" in row[5]
         assert "lambda" not in event or f"λ {event['lambda']:.3g}" in row[5]
     assert "Also in the log: 60 check events, 4 projection events, 1 save event." in parsed.text

@@ -21,10 +21,10 @@ def missing(run: Run) -> str | None:
 
 def by_rank(run: Run) -> np.ndarray:
     """(steps, ranks) bytes; NaN where the log has none; empty if it never has."""
-    ranks = max((len(row.get("optimizer_bytes") or []) for row in run.metrics), default=0)
+    ranks = max((len(row.get("optimizer_bytes_by_rank") or []) for row in run.metrics), default=0)
     table = np.full((len(run.metrics), ranks), np.nan)
     for place, row in enumerate(run.metrics):
-        for rank, value in enumerate(row.get("optimizer_bytes") or []):
+        for rank, value in enumerate(row.get("optimizer_bytes_by_rank") or []):
             table[place, rank] = np.nan if value is None else value
     return table if np.isfinite(table).any() else np.zeros((0, 0))
 
@@ -56,7 +56,7 @@ def draw(run: Run, narrow: bool) -> Figure:
 
 def changed(event: Row) -> list[float]:
     """Bytes after an event on every rank whose bytes it changed: the ranks that hold the expert."""
-    before, after = event.get("optimizer_bytes_before") or [], event.get("optimizer_bytes_after") or []
+    before, after = event.get("optimizer_bytes_by_rank_before") or [], event.get("optimizer_bytes_by_rank_after") or []
     return [now for then, now in zip(before, after, strict=False) if now is not None and now != then]
 
 
