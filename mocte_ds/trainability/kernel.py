@@ -80,6 +80,7 @@ def top_eigenpair(
 
 def _lanczos(product: Product, start: Tensor, iterations: int, tolerance: float) -> tuple[float, Tensor]:
     vector, value, done = start / start.norm().clamp(min=1e-30), 0.0, 0
+    floor = 100 * torch.finfo(start.dtype).eps
     while done < iterations:
         basis, image = [vector.reshape(-1)], []
         for _ in range(min(_STEPS_A_ROUND, iterations - done)):
@@ -93,13 +94,14 @@ def _lanczos(product: Product, start: Tensor, iterations: int, tolerance: float)
             residual = float((turn @ y - value * (turn @ q)).norm())
             if value <= 0.0 or residual <= tolerance * value:
                 return max(value, 0.0), (turn @ q).view(vector.shape)
-            rest = image[-1]
-            for _ in range(2):
-                rest = rest - q.T @ (q @ rest)
-            length = rest.norm()
-            if float(length) <= 1e-12 * value:  # the span is invariant: nothing larger can be seen from here
+            rest = image[-1] - q.T @ (q @ image[-1])
+            if float(rest.norm()) <= floor * float(image[-1].norm()):
+                # The span is invariant: what is left is rounding, and nothing larger can be seen from here.
                 return value, (turn @ q).view(vector.shape)
-            basis.append(rest / length)
+            # What is left may be small, and then its own rounding is not: clean it at length one.
+            rest = rest / rest.norm()
+            rest = rest - q.T @ (q @ rest)
+            basis.append(rest / rest.norm())
         vector = (turn @ q).view(vector.shape)
     return value, vector
 

@@ -1,0 +1,82 @@
+"""Clusters that are there are found, with their number; clouds, however odd, are not."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+
+from mocte_ds.clusters import agreement, detect, stability
+from mocte_ds.errors import MocteError
+
+
+def planted(count: int, n: int, seed: int, r: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clusters of unequal size and width, centres at least six widths apart, and which each point is of."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 9.0 * torch.linalg.qr(torch.randn(max(r, count), max(r, count), generator=generator)).Q[:count, :r]
+    if count > r:
+        centres = 9.0 * torch.cat([torch.eye(r), -torch.eye(r)])[:count]
+    truth = torch.arange(n) % count
+    width = 0.6 + 0.4 * torch.rand(count, generator=generator)
+    return centres[truth] + width[truth][:, None] * torch.randn(n, r, generator=generator), truth
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("count", [2, 3, 5, 9])
+def test_planted_clusters(count: int, seed: int) -> None:
+    z, truth = planted(count, 120 * count, seed)
+    found = detect(z)
+    assert found.found and found.count == count, found.reason
+    clear = found.labels >= 0
+    assert clear.float().mean() > 0.5
+    assert adjusted_rand_score(truth[clear].numpy(), found.labels[clear].numpy()) > 0.99
+    assert found.noise == pytest.approx(float((~clear).float().mean()))
+    own = silhouette_score(z[clear].numpy(), found.labels[clear].numpy())
+    assert found.silhouette == pytest.approx(own, abs=0.03)
+    assert torch.equal(detect(1e4 * z + 7).labels, found.labels), "scale and place do not matter"
+
+
+def structureless(kind: str, n: int, r: int, rng: np.random.Generator) -> np.ndarray:
+    if kind == "gaussian":
+        return rng.normal(size=(n, r)) * np.linspace(3, 0.5, r)
+    if kind == "heavy":
+        return rng.standard_t(3, size=(n, r))
+    if kind == "uniform":
+        return rng.uniform(-1, 1, size=(n, r))
+    giant = rng.normal(size=(n, r))
+    crumbs = 12.0 * rng.normal(size=(3, r))
+    giant[: n // 10] = crumbs[rng.integers(0, 3, n // 10)] + 0.1 * rng.normal(size=(n // 10, r))
+    return giant
+
+
+@pytest.mark.parametrize("n", [60, 400, 2000])
+@pytest.mark.parametrize("kind", ["gaussian", "heavy", "uniform", "giant"])
+def test_nothing_is_found_where_nothing_is(kind: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    for r in (2, 4, 8):
+        for _ in range(4 if n < 2000 else 1):
+            found = detect(torch.from_numpy(structureless(kind, n, r, rng)))
+            assert not found.found, (kind, n, r, found.reason)
+            assert found.reason
+
+
+def test_degenerate_input() -> None:
+    assert not detect(torch.ones(100, 3)).found
+    assert "too few" in detect(torch.randn(10, 3)).reason
+    with pytest.raises(MocteError, match="NaN or infinite"):
+        detect(torch.full((100, 3), float("inf")))
+    with pytest.raises(MocteError, match="matrix"):
+        detect(torch.zeros(100))
+
+
+def test_agreement_and_stability_are_those_of_scikit_learn() -> None:
+    one, other = torch.randint(4, (300,)), torch.randint(5, (300,))
+    other[:150] = one[:150]
+    assert stability(one, other) == pytest.approx(adjusted_rand_score(one.numpy(), other.numpy()))
+    found = agreement(one, other)
+    assert found["nmi"] == pytest.approx(normalized_mutual_info_score(other.numpy(), one.numpy()))
+    best = sum(int(torch.bincount(other[one == k]).max()) for k in range(4)) / 300
+    assert found["purity"] == pytest.approx(best)
+    # Noise and unknown sources are left out.
+    one[:20], other[20:40] = -1, -1
+    assert agreement(one, other) == agreement(one[40:], other[40:])
+    assert agreement(torch.full((5,), -1), torch.zeros(5, dtype=torch.int64)) == {"nmi": 0.0, "purity": 0.0}
