@@ -143,8 +143,10 @@ def _model(folder: Path, batch_size: int, device: str | None, rank: int, size: i
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        network = AutoModelForCausalLM.from_pretrained(folder).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Nothing is fetched, and no code from the folder runs.
+        only = {"local_files_only": True, "trust_remote_code": False}
+        network = AutoModelForCausalLM.from_pretrained(folder, **only).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **only)
     except Exception as error:  # transformers raises many types for a damaged folder
         text = str(error).splitlines()[0] if str(error) else ""
         raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {text}") from error

@@ -1,0 +1,94 @@
+"""At birth the gate gives every expert its share of the sampled tokens, and the experts are the dense FFN."""
+
+import pytest
+import torch
+from torch import nn
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.moe import Block, attach
+from mocte_ds.moe.birth import copy_dense_weights, inherit, set_gate, set_random_gate
+
+V, D, E, N = 50, 16, 4, 800
+
+
+def born(**router: object) -> tuple[Block, MocteConfig]:
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": E, "router": router})
+    model = Decoder(DecoderConfig("llama", V, D, 24, 1, 2, max_positions=8))
+    (block,) = attach(model, config)
+    return block, config
+
+
+def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features, token ids, leading directions and mean."""
+    ids = torch.randint(V, (N,))
+    features = torch.randn(V, D)[ids] + 0.3 * torch.randn(N, D) + 2 * torch.randn(D)
+    mean = features.mean(0)
+    basis = torch.linalg.svd(features - mean, full_matrices=False).Vh[:5].T.contiguous()
+    return features, ids, basis, mean
+
+
+@pytest.mark.parametrize("weight", ["hard", "softmax"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_gate_is_even_on_its_sample(bias: bool, weight: str) -> None:
+    block, config = born(kind="token", bias=bias, weight=weight)
+    features, ids, basis, mean = sample()
+    set_gate(block, config, (features, ids), basis, mean)
+    gate = block.banks[0].gate
+    index, given = gate(features, ids)
+    load = torch.bincount(index, minlength=E)
+    assert load.max() < 1.1 * N / E and load.min() > 0.9 * N / E
+    assert bool(gate.cluster_bias.any()) is bias
+    if weight == "hard":
+        assert given is None
+        return
+    probability = (features @ gate.cluster_weight.T + gate.cluster_bias).softmax(1).amax(1)
+    torch.testing.assert_close(given, probability)
+    assert 0.95 <= float(probability.mean()) < 1.0
+    hard, config = born(kind="token", bias=bias)
+    set_gate(hard, config, (features, ids), basis, mean)
+    assert torch.equal(hard.banks[0].gate(features, ids)[0], index), "sharper logits choose the same experts"
+
+
+@pytest.mark.parametrize("kind", ["type", "hash"])
+def test_tables(kind: str) -> None:
+    block, config = born(kind=kind)
+    features, ids, basis, mean = sample()
+    set_gate(block, config, (features, ids), basis, mean)
+    index, _ = block.banks[0].gate(features, ids)
+    assert torch.bincount(index, minlength=E).max() < 1.35 * N / E
+    for token in range(V):
+        assert len(index[ids == token].unique()) <= 1
+
+
+def test_random_gate_uses_all_experts_and_is_the_same_everywhere() -> None:
+    block, config = born(kind="token")
+    set_random_gate(block, config)
+    features = torch.randn(500, D)
+    index, _ = block.banks[0].gate(features, None)
+    other, config = born(kind="token")
+    torch.manual_seed(99)
+    set_random_gate(other, config)
+    assert len(index.unique()) == E and torch.equal(other.banks[0].gate(features, None)[0], index)
+
+
+def test_experts_are_the_dense_ffn_with_its_moments() -> None:
+    block, _ = born(kind="token")
+    with torch.no_grad():
+        for parameter in block.dense.parameters():
+            parameter.normal_()
+    copy_dense_weights(block)
+    x = torch.randn(7, D)
+    for expert in block.banks[0].local_experts:
+        assert torch.equal(expert(x), block.dense(x))
+    state = {p: {"master": torch.randn_like(p), "exp_avg": torch.randn_like(p)} for p in block.dense.parameters()}
+    inherited = inherit(block, state)
+    dense = dict(block.dense.named_parameters())
+    count = 0
+    for expert in block.banks[0].local_experts:
+        for name, parameter in expert.named_parameters():
+            assert isinstance(parameter, nn.Parameter)
+            assert torch.equal(inherited[parameter]["exp_avg"], state[dense[name]]["exp_avg"])
+            assert torch.equal(inherited[parameter]["master"], state[dense[name]]["master"])
+            count += 1
+    assert count == len(inherited) == E * len(dense)

@@ -1,0 +1,113 @@
+"""Policies decide as their documented rules say: at the right check, and not before, after or under other names."""
+
+import pytest
+
+from mocte_ds.errors import ConfigError
+from mocte_ds.trainability import Policy, Probe, make_policy
+from mocte_ds.trainability.policy import level, rate, smoothed
+
+ALPHA, BETA, CHECKS, UNTIL = 0.2, 0.05, 3, 0.9
+FALLING = [100.0, 80.0, 50.0, 25.0, 12.0] + [10.0] * 20
+
+
+def history(values: list[float], norms: list[float] | None = None, first: float = 0.1) -> list[Probe]:
+    """A probe every 0.8 % of the budget."""
+    norms = norms or [1.0] * len(values)
+    pairs = enumerate(zip(values, norms, strict=True))
+    return [Probe(4 * i, first + 0.008 * i, value, 64, norm) for i, (value, norm) in pairs]
+
+
+def policy(name: str = "trainability", **changes: float) -> Policy:
+    return make_policy(name, **{"alpha": ALPHA, "beta": BETA, "checks": CHECKS, "until": UNTIL, "seed": 0, **changes})
+
+
+def first_freeze(rule: Policy, probes: list[Probe], born: float = 0.1, who: tuple[int, int] = (0, 0)) -> int | None:
+    """Number of probes at which the policy freezes for the first time."""
+    for n in range(1, len(probes) + 1):
+        if rule.decide(probes[:n], born, [probe.value for probe in probes[:n]], who, False).action == "freeze":
+            return n
+    return None
+
+
+def test_smoothing_level_and_rate() -> None:
+    assert smoothed([6.0, 0.0, 3.0, 9.0]) == [6.0, 3.0, 3.0, 4.0]
+    assert level([6.0, 0.0, 3.0, 9.0]) == pytest.approx(4 / 6)
+    # Smoothed 6, 3, 3, 4: Delta 0, 3, 3, 2.
+    assert rate([6.0, 0.0, 3.0, 9.0]) == pytest.approx(1 / 3)
+    assert rate([5.0, 5.0, 5.0]) == 0.0 and level([0.0]) == 0.0
+
+
+def test_trainability_needs_both_and_some_checks_in_a_row() -> None:
+    probes = history(FALLING)
+    ready = [n for n in range(1, len(FALLING)) if level(FALLING[:n]) < ALPHA and rate(FALLING[:n]) < BETA]
+    assert first_freeze(policy(), probes) == ready[0] + CHECKS - 1
+    assert first_freeze(policy(checks=1), probes) == ready[0]
+    decision = policy().decide(probes, 0.1, [], (0, 0), False)
+    assert "of its peak (alpha 0.2)" in decision.reason and "3 checks in a row" in decision.reason
+    # LEVEL without RATE: low, but jumping. RATE without LEVEL: flat at half of the peak.
+    jumping = history([100.0, 100.0, 100.0] + [2.0, 2.0, 2.0, 32.0, 32.0, 32.0] * 4)
+    assert first_freeze(policy(alpha=0.4, beta=0.01), jumping) is None
+    assert first_freeze(policy(alpha=0.4, beta=0.5), jumping) is not None
+    assert first_freeze(policy(), history([100.0] * 3 + [50.0] * 20)) is None
+
+
+def test_scale_does_not_matter() -> None:
+    for name in ("trainability", "paper", "grad-norm", "inverted"):
+        small = first_freeze(policy(name), history(FALLING, FALLING))
+        large = first_freeze(policy(name), history([1000 * v for v in FALLING], [1000 * v for v in FALLING]))
+        assert small == large, name
+
+
+def test_neither_too_young_nor_too_late() -> None:
+    assert first_freeze(policy(after_checks=15), history(FALLING)) == 15
+    # 2 % of the budget since emergence is 0.02 / 0.008 probes and a half.
+    flat = history([100.0] + [1.0] * 20)
+    assert first_freeze(policy("paper", after_checks=1), flat, born=0.1) == 4
+    assert first_freeze(policy(), history(FALLING, first=0.89)) is None
+    assert policy().decide([], 0.0, [], (0, 0), False).action == "keep"
+
+
+def test_paper_is_level_or_rate_of_single_probes() -> None:
+    paper = policy("paper", after_checks=1)
+    assert first_freeze(paper, history([10.0, 20.0, 31.0, 45.0, 60.0, 76.0])) is None
+    assert first_freeze(paper, history([10.0, 20.0, 31.0, 45.0, 60.0, 60.1])) == 6  # rate .1 / 10
+    assert first_freeze(paper, history([100.0, 90.0, 80.0, 70.0, 19.0])) == 5
+    # Under alpha of the block's largest, though not of its own peak.
+    quiet = history([10.0, 11.0, 13.0, 16.0])
+    assert paper.decide(quiet, 0.1, [16.0, 100.0], (0, 0), False).action == "freeze"
+    assert paper.decide(quiet, 0.1, [16.0, 20.0], (0, 0), False).action == "keep"
+
+
+def test_controls() -> None:
+    rising = [float(v) for v in range(1, 30)]
+    assert first_freeze(policy("grad-norm"), history(rising, FALLING + [10.0] * 4)) is not None
+    assert first_freeze(policy("grad-norm"), history(FALLING, [1.0] * len(FALLING))) is None
+    assert first_freeze(policy("inverted", beta=0.01), history(rising)) is not None
+    assert first_freeze(policy("inverted"), history(FALLING)) is None
+
+
+def test_random_is_a_coin_that_everybody_sees_alike() -> None:
+    probes = history([1.0] * 110, first=0.0)
+    when = [first_freeze(policy("random"), probes, 0.0, (b, k)) for b in range(20) for k in range(20)]
+    assert when == [first_freeze(policy("random"), probes, 0.0, (b, k)) for b in range(20) for k in range(20)]
+    assert when != [first_freeze(policy("random", seed=1), probes, 0.0, (b, k)) for b in range(20) for k in range(20)]
+    # Half of those that are left within half of the time: .5 after .45 of the budget, .75 after .9.
+    half = sum(n is not None and probes[n - 1].share <= 0.45 for n in when) / len(when)
+    late = sum(n is not None for n in when) / len(when)
+    assert 0.4 < half < 0.6 and 0.66 < late < 0.84
+
+
+def test_thaw() -> None:
+    low, back = FALLING[:10], [60.0, 60.0, 60.0, 60.0, 60.0]
+    rule = policy()
+    assert rule.decide(history(low), 0.1, [], (0, 0), True).action == "keep"
+    actions = [rule.decide(history(low + back[:n]), 0.1, [], (0, 0), True).action for n in range(6)]
+    # The mean of three is over 2 alpha = .4 of the peak from the second on; three checks in a row must be.
+    assert actions == ["keep", "keep", "keep", "keep", "thaw", "thaw"]
+    assert rule.decide(history(low + back, first=0.8), 0.1, [], (0, 0), True).action == "keep", "too little is left"
+    assert policy("paper").decide(history(low + back), 0.1, [], (0, 0), True).action == "keep"
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ConfigError, match="'progres' is not one of"):
+        policy("progres")
