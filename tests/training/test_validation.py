@@ -1,7 +1,5 @@
 """Validation: each domain's loss over all its sequences, however they are shared out."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -24,25 +22,31 @@ def batches() -> dict:
     return result
 
 
-def losses_on_a_rank(micro_batch: int) -> dict:
-    torch.manual_seed(7)
-    model = Decoder(CONFIG)
-    modes = []
-    engine = SimpleNamespace(training=True, device="cpu", eval=lambda: modes.append("eval"), train=modes.append)
-    found = Validation(batches(), micro_batch).losses(_Callable(model, engine))
-    assert modes == ["eval", True]
-    return found
+class _Engine:
+    """What DeepSpeed's engine does: its own `training` stays True, eval() and train() set the module's."""
 
-
-class _Callable:
-    def __init__(self, model: Decoder, engine: SimpleNamespace) -> None:
-        self._model, self._engine = model, engine
+    def __init__(self, model: Decoder) -> None:
+        self.module, self.device, self.training, self.modes = model, "cpu", True, []
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self._model(input_ids)
+        self.modes.append(self.module.training)
+        return self.module(input_ids)
 
-    def __getattr__(self, name: str):
-        return getattr(self._engine, name)
+    def eval(self) -> None:
+        self.module.eval()
+
+    def train(self, mode: bool = True) -> None:
+        self.module.train(mode)
+
+
+def losses_on_a_rank(micro_batch: int) -> dict:
+    torch.manual_seed(7)
+    engine = _Engine(Decoder(CONFIG))
+    for mode in (False, True):
+        engine.train(mode)
+        found = Validation(batches(), micro_batch).losses(engine)
+        assert engine.module.training is mode and not any(engine.modes)
+    return found
 
 
 def expected() -> dict:
