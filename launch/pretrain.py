@@ -56,6 +56,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
+    from mocte_ds.dist.groups import end_process_groups
     from mocte_ds.training.cpu_op import build_cpu_op
     from mocte_ds.training.loop import Trainer
 
@@ -71,7 +72,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         step = trainer.engine.global_steps
         print(f"{'done' if finished else 'stopped'} at step {step}; the run is in {out}", file=sys.stderr)
     deepspeed.comm.barrier()
-    deepspeed.comm.destroy_process_group()
+    end_process_groups()
     return 0
 
 

@@ -19,7 +19,7 @@ from mocte_ds.checkpoints.load import read_state, resolve_tag, restore_random_st
 from mocte_ds.checkpoints.save import finish_checkpoint, prepare_checkpoint
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
-from mocte_ds.dist.groups import destroy_at_exit, expert_parallel_rank
+from mocte_ds.dist.groups import end_process_groups_at_exit, expert_parallel_rank
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import attach
 from mocte_ds.zero import UnitRegistry, require_conformance, with_unit_optimizer
@@ -177,7 +177,7 @@ def initialize(
             distributed_port=distributed_port,
             dist_init_required=dist_init_required,
         )
-        destroy_at_exit()
+        end_process_groups_at_exit()
     block.check(dist.get_world_size())
     resolved = DeepSpeedConfig(settings, mpu)
     total_steps = block.total_steps or (settings.get("scheduler") or {}).get("params", {}).get("total_num_steps")

@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
             args.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
         print(json.dumps(results) if args.json else table(results))
     if several:
-        torch.distributed.destroy_process_group()
+        from mocte_ds.dist.groups import end_process_groups
+
+        end_process_groups()
     return 0
 
 
