@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From raw text to an evaluated MO-CTE model: set-up, tokenizer, data, training on 2 processes, export, evaluation, report.
-# About 7 minutes on two CPU cores after the set-up. What is there already is used again; an interrupted run goes on.
+# About 5 minutes on two CPU cores after the set-up. What is there already is used again; an interrupted run goes on.
 #
 #   bash launch/quickstart.sh [--fresh] [--out DIR] [options of launch/pretrain.py, e.g. --set training.steps=100]
 #
