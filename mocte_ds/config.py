@@ -27,12 +27,17 @@ class ExpertConfig:
 class RouterConfig:
     """How a token finds its expert."""
 
-    kind: Literal["token", "type", "hash"] = "token"
-    """`token`: nearest cluster of the feature; `type`: table token id -> cluster; `hash`: a random table (baseline)."""
+    kind: Literal["token", "type", "prefix", "previous", "hash"] = "token"
+    """`token`: nearest cluster of the feature; `prefix`: of the document's mean feature so far; `type`: table token id
+    -> cluster; `previous`: random table of the id before; `hash`: random table of the id (baseline)."""
     bias: bool = True
     """False: a gate without bias, from directions orthogonal to the mean (stock Mixtral has none)."""
     weight: Literal["hard", "softmax"] = "hard"
     """Weight of the expert's output: 1, or the softmax probability of the chosen expert."""
+    learn: bool = False
+    """The router above as the birth of a trained one: its logits plus a residual W h from zero. Needs `softmax`."""
+    aux: float = 0.01
+    """Weight of a learned router's loss for even loads, which the engine adds to the model's loss."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,9 @@ class MocteConfig:
     """What one expert is."""
     router: RouterConfig = field(default_factory=RouterConfig)
     """How a token finds its expert."""
+    banks: list[RouterConfig] | None = None
+    """Several sets of experts, a router each, in place of `router`: a token uses one expert of every bank, whose widths
+    add up to the FFN's. Null: one bank with `router`."""
     spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
     """The distributed sampled SVD."""
     clusters: ClustersConfig = field(default_factory=ClustersConfig)
@@ -190,11 +198,24 @@ class MocteConfig:
                     "mocte.expert.width is for kind 'lora'; 'ffn' experts keep the FFN's width. Remove one of the two."
                 )
             _at_least("mocte.expert.width", self.expert.width, 1)
-        if self.router.kind != "token" and self.router.weight == "softmax":
-            raise ConfigError(
-                f"mocte.router.weight 'softmax' needs logits, which router.kind '{self.router.kind}' does not have; "
-                "use kind 'token' or weight 'hard'."
-            )
+        if self.banks is not None and (not self.banks or self.router != RouterConfig()):
+            raise ConfigError("mocte.banks holds a router for each bank, at least one; leave mocte.router out then.")
+        for number, router in enumerate(self.routers):
+            where = "mocte.router" if self.banks is None else f"mocte.banks[{number}]"
+            if router.kind not in ("token", "prefix") and router.weight == "softmax" and not router.learn:
+                raise ConfigError(
+                    f"{where}.weight 'softmax' needs logits, which kind '{router.kind}' does not have; use kind "
+                    "'token' or 'prefix', weight 'hard', or learn true."
+                )
+            if router.learn and router.weight != "softmax":
+                raise ConfigError(f"{where}.learn needs weight 'softmax': a weight of 1 gives the router no gradient.")
+            if router.aux < 0:
+                raise ConfigError(f"{where}.aux = {router.aux} must not be negative.")
+
+    @property
+    def routers(self) -> list[RouterConfig]:
+        """One router a bank."""
+        return [self.router] if self.banks is None else self.banks
 
     def to_dict(self) -> dict[str, Any]:
         """The block as plain JSON values, defaults included."""
@@ -237,7 +258,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         hint_text = f" Did you mean '{near[0]}'?" if near else ""
         raise ConfigError(f"{where} = {value!r} is not one of {list(arguments)}.{hint_text}")
     if origin in (typing.Union, types.UnionType):
-        for option in arguments:
+        if value is None and type(None) in arguments:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        if len(options) == 1 and isinstance(value, list):
+            return _convert(options[0], value, where)  # its message names the entry
+        for option in options:
             try:
                 return _convert(option, value, where)
             except ConfigError:
@@ -247,7 +273,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if origin is list and isinstance(value, list | tuple):
-        return [_convert(arguments[0], item, where) for item in value]
+        return [_convert(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):

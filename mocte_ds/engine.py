@@ -42,6 +42,11 @@ class MocteEngine(DeepSpeedEngine):
             self._count_tokens(inputs, kwargs)
         return super().forward(*inputs, **kwargs)
 
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's backward; learned routers add their loss for even loads."""
+        auxiliary = self.mocte.auxiliary_loss()
+        return super().backward(loss if auxiliary is None else loss + auxiliary.to(loss.dtype), *args, **kwargs)
+
     def step(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's step; at the boundary of an optimizer step the controller does what is due."""
         boundary = self.is_gradient_accumulation_boundary()

@@ -16,7 +16,7 @@ from mocte_ds.dist.collectives import gather_objects, require_same, sum_over_ran
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.spectrum.collect import FeatureCollector
-from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer, dense_unit, expert_unit
+from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer, dense_unit, expert_unit, router_unit
 
 EventListener = Callable[[dict[str, Any]], None]
 
@@ -73,6 +73,7 @@ class Controller:
             names: names of the sources.
         """
         self.context.domain, self.domain_names = domain, list(names)
+        self.context.sources = len(names)
 
     def on_event(self, listener: EventListener) -> None:
         """Call ``listener`` with every event (check, projection, emergence, freeze, thaw), on rank 0 only."""
@@ -99,6 +100,11 @@ class Controller:
         """Bytes of fp32 master weights and optimizer state on this rank."""
         return self.optimizer.optimizer_bytes()
 
+    def auxiliary_loss(self) -> Tensor | None:
+        """Sum of the last forward's losses for even loads of learned routers, for the engine to add to the model's."""
+        losses = [loss for handle in self.blocks if (loss := handle.block.auxiliary_loss()) is not None]
+        return sum(losses[1:], losses[0]) if losses else None
+
     def expert_load(self) -> list[list[int]]:
         """Tokens routed to each expert of each block since the last call, all ranks together (collective)."""
         result = []
@@ -113,6 +119,8 @@ class Controller:
         for handle in self.blocks:
             if handle.mode is BlockMode.WARMUP or handle.block.kind == "lora":
                 units.add(dense_unit(handle.block))
+            if handle.mode is BlockMode.SPECIALISING and router_unit(handle.block) in self.registry.units:
+                units.add(router_unit(handle.block))
             for k, expert in enumerate(handle.experts):
                 if expert.mode is ExpertMode.TRAINING:
                     units.add(expert_unit(handle.block, k))
@@ -135,8 +143,10 @@ class Controller:
             self.check()
         if not self.config.auto or step % self.interval == 0:
             # Old rows keep the lowest hashes, so a sample must start anew to show the features of today's weights.
-            for collector in self.collectors:
+            for handle, collector in zip(self.blocks, self.collectors, strict=True):
                 collector.clear()
+                for bank in handle.block.banks:
+                    bank.deepspeed_moe.clear_samples()
 
     @property
     def share(self) -> float:

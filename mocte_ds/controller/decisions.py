@@ -95,7 +95,7 @@ def apply_changes(
             reading = readings[change.block]
             sampled = reading.basis is not None
             if sampled:
-                set_gate(block, controller.config, reading.tokens[:2], reading.basis, reading.mean)
+                set_gate(block, controller.config, reading.sample())
             else:
                 set_random_gate(block, controller.config)
             outputs_before[change.block] = _output(controller, handle, reading)
@@ -119,7 +119,7 @@ def apply_changes(
             reading, handle = readings[change.block], controller.blocks[change.block]
             fact["clusters"] = reading.detection.count if reading.detection else None
             change_of_output = _relative_change(outputs_before[change.block], _output(controller, handle, reading))
-            if controller.config.router.weight == "hard":
+            if all(router.weight == "hard" for router in controller.config.routers):
                 _require_no_jump(handle.name, change_of_output)
             fact["output_change"] = change_of_output
     controller.remember_frozen()

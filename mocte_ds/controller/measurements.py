@@ -10,6 +10,7 @@ from torch import Tensor
 from mocte_ds.clusters import BalancedClusters, Detection, agreement, balanced_kmeans, detect, stability
 from mocte_ds.controller.handles import BlockHandle, ExpertHandle
 from mocte_ds.dist.collectives import gather_objects, gather_rows, sum_over_ranks, world
+from mocte_ds.moe.birth import FeatureSample, Rows
 from mocte_ds.moe.block import BlockMode, ExpertMode
 from mocte_ds.spectrum.subspace import Subspace, certified_rank, sampled_svd, split_half_angles
 from mocte_ds.trainability import Probe, top_eigenpair
@@ -48,10 +49,17 @@ class BlockReading:
     """(m,) balanced clusters of the documents."""
     stability: float | None = None
     agreement: dict[str, float] | None = None
+    documents: Rows | None = None
+    """This rank's document means, with mean and directions of all ranks'."""
     domain_load: list[list[int]] | None = None
-    """Tokens of the sample by source (rows) and expert (columns)."""
+    """Tokens by source (rows) and expert (columns, bank after bank) while features were sampled."""
     seconds: dict[str, float] = field(default_factory=lambda: {"spectrum": 0.0, "clusters": 0.0})
     bytes: dict[str, int] = field(default_factory=lambda: {"spectrum": 0, "clusters": 0})
+
+    def sample(self) -> FeatureSample:
+        """What a gate is made of."""
+        features, ids, _ = self.tokens
+        return FeatureSample(Rows(features, self.basis, self.mean), ids, self.documents)
 
     def facts(self, names: list[str]) -> dict[str, Any]:
         """The numbers of the check's event; ``names`` are the sources."""
@@ -126,7 +134,7 @@ def read_blocks(controller: "Controller", handles: list[BlockHandle]) -> dict[in
         if handle.token_basis is None or reading.certificate <= config.max_angle:
             handle.token_basis = found.basis
         if handle.mode is not BlockMode.WARMUP:
-            reading.domain_load = _domain_load(controller, handle, reading.tokens)
+            reading.domain_load = _domain_load(controller, handle)
     _read_documents(controller, handles, readings)
     return readings
 
@@ -180,6 +188,7 @@ def _read_documents(controller: "Controller", handles: list[BlockHandle], readin
         detection, clusters, stable, agree = results[handle.index]
         space = subspaces[number]
         reading.coordinates, reading.domains = coordinates[number], domains
+        reading.documents = Rows(means[number], space.directions, space.mean)
         if space.directions.shape[1] > 1:
             reading.plane = coordinates[number] @ (space.basis.T @ space.directions[:, :2]).cpu()
         reading.detection, reading.labels = detection, clusters.labels
@@ -216,20 +225,14 @@ def _cluster(
     return found, clusters, stable, agree
 
 
-@torch.no_grad()
-def _domain_load(
-    controller: "Controller", handle: BlockHandle, sample: tuple[Tensor, Tensor, Tensor]
-) -> list[list[int]]:
-    """Sampled tokens by source and expert of the first bank, all ranks together."""
-    features, ids, domain = sample
-    bank, sources = handle.block.banks[0], max(1, len(controller.domain_names))
-    table = torch.zeros(sources, bank.num_experts, dtype=torch.int64)
-    if features.shape[0]:
-        index, _ = bank.gate(features, ids)
-        known = (domain >= 0) & (domain < sources)
-        cells = domain[known] * bank.num_experts + index[known]
-        table = torch.bincount(cells, minlength=table.numel()).view_as(table).cpu()
-    return sum_over_ranks(table).tolist()
+def _domain_load(controller: "Controller", handle: BlockHandle) -> list[list[int]]:
+    """Tokens by source and expert since the sample was begun, all ranks together."""
+    sources = max(1, len(controller.domain_names))
+    parts = []
+    for bank in handle.block.banks:
+        table, shape = bank.deepspeed_moe.by_source, (sources, bank.num_experts)
+        parts.append(table if table is not None and table.shape == shape else torch.zeros(shape, dtype=torch.int64))
+    return sum_over_ranks(torch.cat(parts, dim=1)).tolist()
 
 
 def measure_trainability(controller: "Controller") -> None:
@@ -248,7 +251,6 @@ def measure_trainability(controller: "Controller") -> None:
                     value, _ = top_eigenpair(expert, rows.float(), iterations=config.iterations)
                     norm = squares.get(expert_unit(handle.block, k), 0.0)
                     measured[handle.index, k] = (value / rows.shape[0], rows.shape[0], norm)
-                layer.rows = [None] * len(layer.rows)
     everywhere = gather_objects(measured)
     for handle in controller.blocks:
         for k, expert in enumerate(handle.experts):

@@ -10,6 +10,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.moe.experts import ffn_shape
+from mocte_ds.moe.keys import TABLES
 
 
 def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
@@ -26,13 +27,15 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
         ConfigError: a pattern matches nothing, a match lies inside another one, or it is no FFN.
     """
     names = matching_modules(model, config.modules)
-    context = BatchContext()
+    context = BatchContext(config.eod_id)
     context.follow(model)
-    vocab_size = _vocab_size(model) if config.router.kind != "token" else None
+    tables = any(router.kind in TABLES for router in config.routers)
+    vocab_size = _vocab_size(model) if tables else None
     blocks = []
     for name in names:
         parent, _, child = name.rpartition(".")
-        block = Block(name, model.get_submodule(name), config, context, vocab_size)
+        ffn = model.get_submodule(name)
+        block = Block(name, ffn, config, context, vocab_size).train(ffn.training)
         setattr(model.get_submodule(parent), child, block)
         blocks.append(block)
     return blocks
@@ -73,4 +76,4 @@ def _vocab_size(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             return module.num_embeddings
-    raise ConfigError("router.kind 'type' and 'hash' need a model with a token embedding (nn.Embedding).")
+    raise ConfigError("routers by token ids need a model with a token embedding (nn.Embedding).")

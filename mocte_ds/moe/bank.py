@@ -5,7 +5,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
 
-from mocte_ds.config import MocteConfig
+from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.moe.dispatch import route_through
 from mocte_ds.moe.gate import ClusterGate
@@ -20,6 +20,10 @@ class ClusterMOELayer(MOELayer):
         num_experts = stock.ep_size * stock.num_local_experts
         self.routed = torch.zeros(num_experts, dtype=torch.int64)
         self.rows: list[Tensor | None] = [None] * stock.num_local_experts
+        self.by_source: Tensor | None = None
+        """(S, E) tokens of each source and expert while the controller samples."""
+        self.recorded: Tensor | None = None
+        """(T,) experts of the last forward that was recorded."""
         self._counted_step = -1
         self.l_aux: Tensor | None = None
         self.exp_counts: Tensor | None = None
@@ -27,7 +31,8 @@ class ClusterMOELayer(MOELayer):
     def forward(self, hidden: Tensor, _used_token: Tensor | None = None) -> Tensor:
         """Features (..., d) to outputs (..., d)."""
         features = hidden.reshape(-1, hidden.shape[-1])
-        index, weight = self.gate(features, self.context.token_ids)
+        index, weight, loss = self.gate(features, self.context.tokens(hidden.shape, self.gate))
+        self.l_aux = features.new_zeros(()) if loss is None else loss
         # A recomputation under activation checkpointing must not be counted a second time.
         first_time = self.training and self._counted_step != self.context.micro_step
         outputs, counts = route_through(
@@ -42,10 +47,19 @@ class ClusterMOELayer(MOELayer):
         if first_time:
             self._counted_step = self.context.micro_step
             self.routed += counts.to(self.routed.device)
+            if self.context.sampling:
+                self._count_sources(index)
+        if self.context.recording:
+            self.recorded = index
         if weight is not None:
-            outputs = outputs * weight[:, None]
-        self.l_aux, self.exp_counts = features.new_zeros(()), counts
+            outputs = outputs * weight.to(outputs.dtype)[:, None]
+        self.exp_counts = counts
         return outputs.view_as(hidden)
+
+    def clear_samples(self) -> None:
+        """Forget rows and sources, so that the next check sees today's weights."""
+        self.rows = [None] * len(self.rows)
+        self.by_source = None
 
     def _keep(self, expert: int, rows: Tensor) -> None:
         """Remember up to ``keep_rows`` of the newest rows of an expert, spread evenly over the micro-batch."""
@@ -56,12 +70,29 @@ class ClusterMOELayer(MOELayer):
         old = self.rows[expert]
         self.rows[expert] = new if old is None else torch.cat([new, old])[: self.keep_rows]
 
+    def _count_sources(self, index: Tensor) -> None:
+        domain, sources, experts = self.context.domain, self.context.sources, self.routed.numel()
+        if domain is None or not sources or index.numel() % domain.numel():
+            return
+        source = domain.to(index.device).repeat_interleave(index.numel() // domain.numel())
+        known = (source >= 0) & (source < sources)
+        cells = torch.bincount(source[known] * experts + index[known], minlength=sources * experts)
+        table = cells.view(sources, experts).cpu()
+        fits = self.by_source is not None and self.by_source.shape == table.shape
+        self.by_source = self.by_source + table if fits else table
+
 
 class Bank(MoE):
     """E experts, one a token; a block adds up its banks."""
 
     def __init__(
-        self, hidden_size: int, expert: nn.Module, config: MocteConfig, context: BatchContext, vocab_size: int | None
+        self,
+        hidden_size: int,
+        expert: nn.Module,
+        config: MocteConfig,
+        router: RouterConfig,
+        context: BatchContext,
+        vocab_size: int | None,
     ) -> None:
         """Copy ``expert`` to every local slot.
 
@@ -69,12 +100,12 @@ class Bank(MoE):
             hidden_size: d.
             expert: the module that every slot starts from.
             config: the "mocte" block.
+            router: of this bank.
             context: shared by all blocks of the model.
             vocab_size: entries of a routing table.
         """
         super().__init__(hidden_size, expert, config.num_experts, config.ep_size, k=1, drop_tokens=False)
-        router = config.router
-        gate = ClusterGate(hidden_size, config.num_experts, router.kind, router.weight, vocab_size)
+        gate = ClusterGate(hidden_size, config.num_experts, router, vocab_size)
         self.deepspeed_moe = ClusterMOELayer(gate, self.deepspeed_moe, context, config.freeze.rows)
         for parameter in self.parameters():
             parameter.requires_grad_(False)  # dormant until emergence

@@ -1,60 +1,88 @@
 """How a block's experts are born: the gate from the sampled features, the weights and moments from the dense FFN."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from mocte_ds.clusters import balanced_kmeans, hash_table, linear_gate, subspace_without_mean, type_table
-from mocte_ds.config import MocteConfig
+from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.dist.collectives import from_rank_zero, gather_rows
+from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block
+from mocte_ds.moe.experts import Part, copy_slice
+from mocte_ds.moe.keys import TABLES
 from mocte_ds.zero.optimizer import UnitState
 
+# Shapes: n tokens and m documents of this rank, d features, k directions.
 
-def set_gate(block: Block, config: MocteConfig, sample: tuple[Tensor, Tensor], basis: Tensor, mean: Tensor) -> None:
-    """Fix the routing of a block by the clusters of its sampled token features (collective).
 
-    Args:
-        block: in warm-up.
-        config: the "mocte" block.
-        sample: this rank's token features (n, d) and token ids (n,).
-        basis: (d, r) centred singular directions of the features of all ranks.
-        mean: (d,) their mean.
-    """
-    features, token_ids = sample
+@dataclass(frozen=True)
+class Rows:
+    """Features of this rank and the leading directions of all ranks' features."""
+
+    features: Tensor
+    """(n, d)."""
+    basis: Tensor
+    """(d, k) orthonormal."""
+    mean: Tensor
+    """(d,) of all ranks' features."""
+
+
+@dataclass(frozen=True)
+class FeatureSample:
+    """What a gate is made of."""
+
+    tokens: Rows
+    """Single tokens."""
+    token_ids: Tensor
+    """(n,) their ids; -1 where unknown."""
+    documents: Rows | None = None
+    """Means of documents; None where none was sampled."""
+
+
+def set_gate(block: Block, config: MocteConfig, sample: FeatureSample) -> None:
+    """Fix the routing of a block by the clusters of its sampled features (collective)."""
     for number, bank in enumerate(block.banks):
-        seed = config.seed + 1000 * number
-        gate, experts = bank.gate, bank.num_experts
-        if config.router.kind == "hash":
-            gate.set_table(hash_table(gate.cluster_table.numel(), experts, seed))
-            continue
-        if config.router.kind == "type":
-            coords = gather_rows((features - mean) @ basis)
-            ids = gather_rows(token_ids[:, None])[:, 0]
-            table = from_rank_zero(type_table(ids.cpu(), coords.cpu(), gate.cluster_table.numel(), experts, seed))
-            gate.set_table(table)
-            continue
-        if not config.router.bias:
-            # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
-            basis = subspace_without_mean(basis, mean)
-        coords = gather_rows((features - mean) @ basis)
-        clusters = balanced_kmeans(coords, experts, seed, directions=not config.router.bias)
-        weight, bias = (from_rank_zero(t.to(basis)) for t in linear_gate(clusters, basis, mean))
-        if config.router.weight == "softmax":
-            sharpness = from_rank_zero(_sharpness(gather_rows(features @ weight.T + bias)))
-            weight, bias = weight * sharpness, bias * sharpness
-        gate.set_linear(weight, bias)
+        _set_bank(bank, bank.gate.router, sample, config.seed + 1000 * number)
+
+
+def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int) -> None:
+    key, experts = bank.gate.key, bank.num_experts
+    if router.kind == "type":
+        rows = sample.tokens
+        coordinates = gather_rows((rows.features - rows.mean) @ rows.basis)
+        ids = gather_rows(sample.token_ids[:, None])[:, 0]
+        table = type_table(ids.cpu(), coordinates.cpu(), key.cluster_table.numel(), experts, seed)
+        key.set(from_rank_zero(table))
+        return
+    if router.kind in TABLES:
+        key.set(hash_table(key.cluster_table.numel(), experts, seed))
+        return
+    # A document's mean feature so far is nearest to a cluster of documents' means.
+    rows = sample.documents if router.kind == "prefix" and sample.documents is not None else sample.tokens
+    # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
+    basis = rows.basis if router.bias else subspace_without_mean(rows.basis, rows.mean)
+    clusters = balanced_kmeans(
+        gather_rows((rows.features - rows.mean) @ basis), experts, seed, directions=not router.bias
+    )
+    weight, bias = (from_rank_zero(t.to(basis)) for t in linear_gate(clusters, basis, rows.mean))
+    if router.weight == "softmax":
+        sharpness = from_rank_zero(_sharpness(gather_rows(rows.features @ weight.T + bias)))
+        weight, bias = weight * sharpness, bias * sharpness
+    key.set(weight, bias)
 
 
 def set_random_gate(block: Block, config: MocteConfig) -> None:
     """Route by random directions: for emergence on call before any feature was seen."""
     for number, bank in enumerate(block.banks):
         generator = torch.Generator().manual_seed(config.seed + 1000 * number + block.hidden_size)
-        if config.router.kind == "token":
-            directions = torch.randn(bank.num_experts, block.hidden_size, generator=generator)
-            bank.gate.set_linear(directions, torch.zeros(bank.num_experts))
+        key = bank.gate.key
+        if bank.gate.router.kind in TABLES:
+            key.set(torch.randint(bank.num_experts, key.cluster_table.shape, generator=generator))
         else:
-            table = torch.randint(bank.num_experts, bank.gate.cluster_table.shape, generator=generator)
-            bank.gate.set_table(table)
+            directions = torch.randn(bank.num_experts, block.hidden_size, generator=generator)
+            key.set(directions, torch.zeros(bank.num_experts))
 
 
 def _sharpness(logits: Tensor) -> float:
@@ -68,23 +96,29 @@ def _sharpness(logits: Tensor) -> float:
     return factor
 
 
-@torch.no_grad()
 def copy_dense_weights(block: Block) -> None:
-    """`ffn` experts take the dense FFN's weights as they are now."""
-    dense = dict(block.dense.named_parameters())
-    for bank in block.banks:
+    """`ffn` experts take the dense FFN's weights, each bank its slice, as they are now."""
+    for number, bank in enumerate(block.banks):
         for expert in bank.local_experts:
-            for name, parameter in expert.named_parameters():
-                parameter.copy_(dense[name])
+            copy_slice(block.dense, expert, Part(number, len(block.banks)))
 
 
 def inherit(block: Block, dense_state: UnitState) -> UnitState:
-    """fp32 masters and moments for a block's `ffn` experts: those of the dense FFN."""
+    """fp32 masters and moments for a block's `ffn` experts: those of the dense FFN, each bank its slice."""
     dense = dict(block.dense.named_parameters())
-    return {
-        parameter: dense_state[dense[name]]
-        for bank in block.banks
-        for expert in bank.local_experts
-        for name, parameter in expert.named_parameters()
-        if dense[name] in dense_state
-    }
+    inherited: UnitState = {}
+    for number, bank in enumerate(block.banks):
+        part = Part(number, len(block.banks))
+        for expert in bank.local_experts:
+            for name, parameter in expert.named_parameters():
+                state = dense_state.get(dense[name])
+                if state is not None:
+                    inherited[parameter] = {
+                        key: part.cut(block.dense, name, value) if _is_like(value, dense[name]) else value
+                        for key, value in state.items()
+                    }
+    return inherited
+
+
+def _is_like(value: object, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape

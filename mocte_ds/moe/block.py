@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mocte_ds.config import MocteConfig
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.context import BatchContext
-from mocte_ds.moe.experts import feature_size, make_expert
+from mocte_ds.moe.experts import Part, feature_size, make_expert
 
 
 class BlockMode(StrEnum):
@@ -34,6 +34,7 @@ class Block(nn.Module):
     """An FFN that becomes a mixture of cluster-oriented experts.
 
     Warm-up: y = FFN(x). Afterwards, kind `ffn`: y = sum over banks of w E_k(x); kind `lora`: y = FFN(x) + the same.
+    With B banks an `ffn` expert has 1/B of the FFN's hidden units: bank b's are born as copies of the b-th slice.
     """
 
     def __init__(
@@ -53,8 +54,12 @@ class Block(nn.Module):
         self.hidden_size = feature_size(ffn, name)
         self.mode = BlockMode.WARMUP
         self.dense = ffn
-        expert = make_expert(ffn, config.expert.kind, config.expert.width, config.num_experts, name)
-        self.banks = nn.ModuleList([Bank(self.hidden_size, expert, config, context, vocab_size)])
+        routers = config.routers
+        self.banks = nn.ModuleList()
+        for number, router in enumerate(routers):
+            part = Part(number, len(routers))
+            expert = make_expert(ffn, config.expert.kind, config.expert.width, config.num_experts, name, part)
+            self.banks.append(Bank(self.hidden_size, expert, config, router, context, vocab_size))
         self.observe: Callable[[Tensor], None] | None = None
         self._observed_step = -1
 
@@ -76,6 +81,13 @@ class Block(nn.Module):
             added = bank(hidden)[0]
             output = added if output is None else output + added
         return output
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Loss of the last forward for even loads of learned routers; None where none learns."""
+        if self.mode is BlockMode.WARMUP:
+            return None
+        losses = [bank.deepspeed_moe.l_aux for bank in self.banks if bank.gate.router.learn and bank.gate.router.aux]
+        return sum(losses[1:], losses[0]) if losses else None
 
     def extra_repr(self) -> str:
         return f"name={self.name}, mode={self.mode.value}, kind={self.kind}, num_experts={self.num_experts}"

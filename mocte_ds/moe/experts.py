@@ -3,7 +3,8 @@
 import copy
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mocte_ds.errors import ConfigError
 
@@ -60,38 +61,88 @@ def feature_size(ffn: nn.Module, name: str) -> int:
     raise ConfigError(f"mocte.modules matches {name} ({type(ffn).__name__}), which has no linear layer: it is no FFN.")
 
 
-def make_expert(ffn: nn.Module, kind: str, width: int | None, num_experts: int, name: str) -> nn.Module:
+@dataclass(frozen=True)
+class Part:
+    """Which slice of an FFN's hidden units a bank's experts take over."""
+
+    number: int = 0
+    """From 0."""
+    count: int = 1
+    """Slices, equally wide."""
+
+    def cut(self, ffn: nn.Module, name: str, value: Tensor) -> Tensor:
+        """The slice of a tensor of the FFN: a parameter, or what the optimizer keeps of it.
+
+        The slices' outputs add up to the FFN's: the output's bias goes to the first.
+
+        Args:
+            ffn: the dense FFN.
+            name: of its parameter, e.g. `up_proj.weight`.
+            value: of that parameter's shape.
+        """
+        if self.count == 1:
+            return value
+        shape, (attribute, _, kind) = ffn_shape(ffn), name.rpartition(".")
+        width = shape.width // self.count
+        units = slice(self.number * width, (self.number + 1) * width)
+        rows_are_outputs = isinstance(getattr(ffn, attribute), nn.Linear)  # Conv1D is stored transposed
+        if attribute == shape.output:
+            if kind == "bias":
+                return value if self.number == 0 else torch.zeros_like(value)
+            return value[:, units] if rows_are_outputs else value[units]
+        return value[units] if kind == "bias" or rows_are_outputs else value[:, units]
+
+
+def make_expert(
+    ffn: nn.Module, kind: str, width: int | None, num_experts: int, name: str, part: Part | None = None
+) -> nn.Module:
     """One expert, before it is copied to the slots of a block.
 
     Args:
         ffn: the block's dense FFN.
         kind: `ffn` (a copy, so that emergence does not change the function) or `lora` (a narrow FFN of the same form
             whose output matrix is zero, so that it adds nothing at birth).
-        width: hidden units of a `lora` expert; None: the FFN's width / num_experts, at least 1.
+        width: hidden units of a `lora` expert; None: the FFN's width / num_experts / banks, at least 1.
         num_experts: E.
         name: the block's name, for messages.
+        part: the bank's slice of an `ffn`; None: all of it.
 
     Raises:
-        ConfigError: `lora` beside an FFN whose form is not known.
+        ConfigError: a narrower expert of an FFN whose form is not known, or banks that do not divide its width.
     """
-    expert = copy.deepcopy(ffn)
-    if kind == "ffn":
+    expert, part = copy.deepcopy(ffn), part or Part()
+    if kind == "ffn" and part.count == 1:
         return expert
     shape = ffn_shape(ffn)
     if shape is None:
         known = "; ".join(f"{', '.join(i)}, {o}" for i, o in _KNOWN_SHAPES)
         raise ConfigError(
-            f"mocte.expert.kind 'lora' cannot narrow {name} ({type(ffn).__name__}): its matrices are none of: {known}. "
-            "Use kind 'ffn'."
+            f"mocte.expert.kind 'lora' and several banks cannot narrow {name} ({type(ffn).__name__}): its matrices are "
+            f"none of: {known}. Use kind 'ffn' and one bank."
         )
-    narrow = width or max(1, shape.width // num_experts)
+    if kind == "ffn":
+        if shape.width % part.count:
+            raise ConfigError(f"{part.count} mocte.banks do not divide the {shape.width} hidden units of {name}.")
+        narrow = shape.width // part.count
+    else:
+        narrow = width or max(1, shape.width // num_experts // part.count)
     for attribute in shape.inputs:
         setattr(expert, attribute, _resized(getattr(ffn, attribute), outputs=narrow))
     output = _resized(getattr(ffn, shape.output), inputs=narrow)
     for parameter in output.parameters():
         nn.init.zeros_(parameter)
     setattr(expert, shape.output, output)
+    if kind == "ffn":
+        copy_slice(ffn, expert, part)
     return expert
+
+
+@torch.no_grad()
+def copy_slice(ffn: nn.Module, expert: nn.Module, part: Part) -> None:
+    """Give an `ffn` expert the FFN's weights, or its bank's slice of them."""
+    weights = dict(ffn.named_parameters())
+    for name, parameter in expert.named_parameters():
+        parameter.copy_(part.cut(ffn, name, weights[name]))
 
 
 def _is_matrix(module: object) -> bool:

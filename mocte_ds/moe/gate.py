@@ -1,79 +1,90 @@
-"""Which expert a token goes to: the nearest cluster of its feature, or a table from token ids to clusters."""
+"""Which expert a token goes to, and with what weight: one small interface, a few keys behind it.
+
+A gate is made of a prior, which is read from clusters at emergence and never trained, and, if it is to learn, of a
+residual W h that starts at zero. The keys (the priors' kinds) are in mocte_ds/moe/keys.py.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mocte_ds.errors import MocteError
+from mocte_ds.config import RouterConfig
+from mocte_ds.moe.context import Tokens
+from mocte_ds.moe.keys import Key, LinearKey, make_key
 
 
 class ClusterGate(nn.Module):
-    """Routes by clusters that were read from the features at emergence; nothing in it is trained.
+    """Chooses one expert a token. Shapes: T tokens, d features, E experts."""
 
-    The linear gate is the nearest centroid, logits = 2 C V^T (h - mu) - |C|^2 + b (docs/method.md, section 4), stored
-    as one (E, d) matrix and one (E,) vector. Shapes: T tokens, d features, E experts.
-    """
-
-    def __init__(self, hidden_size: int, num_experts: int, kind: str, weight: str, vocab_size: int | None) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, router: RouterConfig, vocab_size: int | None) -> None:
         """Allocate an empty gate.
 
         Args:
             hidden_size: d.
             num_experts: E.
-            kind: `token` (linear gate), `type` or `hash` (tables).
-            weight: `hard` (1) or `softmax` (probability of the chosen expert).
-            vocab_size: entries of a table; only used by `type` and `hash`.
+            router: kind of key, weight, and whether it learns.
+            vocab_size: entries of a table.
         """
         super().__init__()
-        self.kind, self.weight_kind = kind, weight
-        if kind == "token":
+        self.router = router
+        self.key: Key = make_key(router.kind, hidden_size, num_experts, vocab_size)
+        if router.learn:
             # DeepSpeed takes names with "expert" in them for expert parameters and drops them from checkpoints.
-            self.register_buffer("cluster_weight", torch.zeros(num_experts, hidden_size))
-            self.register_buffer("cluster_bias", torch.zeros(num_experts))
-        else:
-            self.register_buffer("cluster_table", torch.zeros(vocab_size or 0, dtype=torch.int64))
+            self.cluster_residual = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
-    def set_linear(self, weight: Tensor, bias: Tensor) -> None:
-        """Store a linear gate: (E, d) and (E,)."""
-        self.cluster_weight.copy_(weight)
-        self.cluster_bias.copy_(bias)
+    @property
+    def soft(self) -> bool:
+        """Whether the expert's output is weighted by its probability."""
+        return self.router.weight == "softmax"
 
-    def set_table(self, table: Tensor) -> None:
-        """Store a table: (vocab,) expert of each token id."""
-        self.cluster_table.copy_(table)
-
-    def forward(self, features: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Choose one expert a token.
+    def forward(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Choose.
 
         Args:
             features: (T, d).
-            token_ids: (T,) ids; needed by tables only.
+            tokens: what else is known of them.
 
         Returns:
-            (T,) int64 expert of each token, and its weight (T,) or None for the hard weight 1.
+            (T,) int64 expert of each token; its weight (T,), or None for the hard weight 1; and where the gate learns
+            the auxiliary loss (), else None.
 
         Raises:
-            MocteError: a table without token ids, or a token id outside of it.
+            MocteError: the key needs token ids and there are none.
         """
-        if self.kind == "token":
-            logits = torch.nn.functional.linear(features.detach().float(), self.cluster_weight, self.cluster_bias)
-            index = logits.argmax(dim=-1)
-            if self.weight_kind == "hard":
-                return index, None
-            return index, logits.softmax(dim=-1).gather(1, index[:, None]).squeeze(1).to(features.dtype)
-        if token_ids is None or token_ids.numel() != features.shape[0]:
-            raise MocteError(
-                f"router.kind '{self.kind}' needs the token ids: call the model with input_ids=(batch, length)."
-            )
-        return self.cluster_table[token_ids.reshape(-1)], None
+        if not self.soft:
+            return self.key.choose(features.detach().float(), tokens), None, None
+        learns = self.router.learn
+        features = features.float() if learns else features.detach().float()
+        logits = self.key.logits(features, tokens)
+        if learns:
+            logits = logits + F.linear(features, self.cluster_residual.float())
+        index = logits.argmax(dim=-1)
+        probability = logits.softmax(dim=-1)
+        weight = probability.gather(1, index[:, None]).squeeze(1)
+        return index, weight, self._balance_loss(index, probability) if learns else None
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """(E, d) and (E,) of the whole gate, prior and residual, in fp32; for linear keys only."""
+        assert isinstance(self.key, LinearKey)
+        weight, bias = self.key.cluster_weight, self.key.cluster_bias
+        if self.router.learn:
+            weight = weight + self.cluster_residual.detach().float()
+        return weight, bias
+
+    def _balance_loss(self, index: Tensor, probability: Tensor) -> Tensor:
+        """E * sum over experts of (share of tokens) * (mean probability): 1 when even (Fedus et al., Switch, 2021)."""
+        experts = probability.shape[1]
+        share = torch.bincount(index, minlength=experts).float() / max(1, index.numel())
+        return self.router.aux * experts * (share * probability.mean(dim=0)).sum()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ClusterGate":
         """Moves with the model but keeps its precision: a boundary rounded to bf16 sends tokens elsewhere."""
-        kept = dict(self._buffers)
+        kept = dict(self.key._buffers)
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
-            self._buffers[name] = buffer.to(self._buffers[name].device)
+            self.key._buffers[name] = buffer.to(self.key._buffers[name].device)
         return self
 
     def _set_ep_group(self, _group: object) -> None:

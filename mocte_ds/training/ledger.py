@@ -79,16 +79,18 @@ class Ledger:
         self.wgrad += matrices
         if config is None:
             return
-        ffn = 2.0 * ffn_parameters(model)
+        banks = len(config.routers)
+        # Matrices of a gate: a linear prior, and forward, input and weight gradient of a learned residual.
+        gates = sum((router.kind in ("token", "prefix")) + 3 * router.learn for router in config.routers)
+        each = 2.0 * ffn_parameters(model) / banks
+        if config.expert.kind == "lora":
+            width = config.expert.width or max(1, model.intermediate_size // config.num_experts // banks)
+            each = 2.0 * ffn_parameters(model) * width / model.intermediate_size
         for block in blocks:
             if block["mode"] == "warmup":
                 continue
-            if config.router.kind == "token":
-                self.routing += 2.0 * config.num_experts * model.hidden_size * tokens
-            each = ffn
+            self.routing += 2.0 * config.num_experts * model.hidden_size * tokens * gates
             if config.expert.kind == "lora":
-                width = config.expert.width or max(1, model.intermediate_size // config.num_experts)
-                each = ffn * width / model.intermediate_size
                 self.forward += each * sum(block["load"])
                 self.dgrad += each * sum(block["load"])
                 self.wgrad += each * sum(block["load"])

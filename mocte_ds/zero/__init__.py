@@ -3,7 +3,7 @@
 from mocte_ds.zero.conformance import require_conformance, with_unit_optimizer
 from mocte_ds.zero.optimizer import UnitState, UnitZeroOptimizer
 from mocte_ds.zero.schedulers import follow_groups
-from mocte_ds.zero.units import TRUNK, UnitRegistry, dense_unit, expert_unit
+from mocte_ds.zero.units import TRUNK, UnitRegistry, dense_unit, expert_unit, router_unit
 
 __all__ = [
     "TRUNK",
@@ -14,5 +14,6 @@ __all__ = [
     "expert_unit",
     "follow_groups",
     "require_conformance",
+    "router_unit",
     "with_unit_optimizer",
 ]

@@ -17,7 +17,7 @@ class Unit:
     """A partition unit of the ZeRO optimizer on this rank."""
 
     name: str
-    """`trunk`, `<block>.dense` or `<block>.<global expert>`."""
+    """`trunk`, `<block>.dense`, `<block>.router` or `<block>.<global expert>`."""
     parameters: tuple[nn.Parameter, ...]
     """In the order of the model."""
     process_group: str | None
@@ -27,6 +27,11 @@ class Unit:
 def dense_unit(block: Block) -> str:
     """Name of the unit of a block's dense or shared FFN."""
     return f"{block.name}.dense"
+
+
+def router_unit(block: Block) -> str:
+    """Name of the unit of a block's learned routers."""
+    return f"{block.name}.router"
 
 
 def expert_unit(block: Block, expert: int) -> str:
@@ -58,6 +63,9 @@ class UnitRegistry:
                 for local, expert in enumerate(bank.local_experts):
                     k = number * bank.num_experts + bank.first_local(ep_rank) + local
                     self._add(expert_unit(block, k), expert.parameters(), bank.expert_group_name)
+            residuals = [bank.gate.cluster_residual for bank in block.banks if bank.gate.router.learn]
+            if residuals:
+                self._add(router_unit(block), residuals, None)
             in_blocks.update(id(p) for p in block.parameters())
         trunk = Unit(TRUNK, tuple(p for p in model.parameters() if id(p) not in in_blocks and p.requires_grad), None)
         self.units = {TRUNK: trunk, **self.units}
@@ -98,7 +106,7 @@ def _options(
     """Distinct sets of optimizer options, and which of them each parameter (by id) has.
 
     Experts do not exist yet when a user sorts his parameters into groups: `ffn` experts take the options of the dense
-    FFN's parameter of the same name, `lora` experts those of the dense FFN's first parameter with as many dimensions.
+    FFN's parameter of the same name, `lora` experts and learned routers those of a parameter with as many dimensions.
     """
     option_of: dict[int, int] = {}
     if given is None:
@@ -119,9 +127,9 @@ def _options(
         dense = {name: option_of[id(p)] for name, p in block.dense.named_parameters() if id(p) in option_of}
         by_dims = {p.dim(): option_of[id(p)] for p in block.dense.parameters() if id(p) in option_of}
         for bank in block.banks:
-            for expert in bank.local_experts:
-                for name, parameter in expert.named_parameters():
-                    option = dense.get(name, by_dims.get(parameter.dim()))
-                    if option is not None:
-                        option_of[id(parameter)] = option
+            newcomers = [item for expert in bank.local_experts for item in expert.named_parameters()]
+            for name, parameter in [*newcomers, *bank.gate.named_parameters()]:
+                option = dense.get(name, by_dims.get(parameter.dim()))
+                if option is not None:
+                    option_of[id(parameter)] = option
     return options, option_of

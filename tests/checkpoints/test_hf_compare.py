@@ -171,7 +171,7 @@ def test_a_gate_that_leaves_the_choice_to_rounding(tmp_path):
     model = tiny.decoder()
     blocks = tiny.add_blocks(model, ALL, router={"bias": False})
     gate = blocks[0].banks[0].gate
-    gate.cluster_weight[1:] = gate.cluster_weight[0]
+    gate.key.cluster_weight[1:] = gate.key.cluster_weight[0]
     layout = choose_layout(model, NONE)
     write_model(layout, tmp_path, "fp32")
     with raises(CheckpointError, match="some gate has experts with the same row"):

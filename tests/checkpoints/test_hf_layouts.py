@@ -99,7 +99,7 @@ def test_logits_and_generation_are_the_trained_models(name, tmp_path):
     for block in layout.blocks.values():
         if block.name in counts:
             gate = block.banks[0].gate
-            gate.cluster_weight.copy_(gate.cluster_weight[[1, 0, 2, 3]])
+            gate.key.cluster_weight.copy_(gate.key.cluster_weight[[1, 0, 2, 3]])
             with torch.no_grad():
                 assert (model(tiny.ids(5)) - logits).abs().max().item() > 1e-2 * largest
 
@@ -108,7 +108,7 @@ def test_logits_and_generation_are_the_trained_models(name, tmp_path):
 def test_bf16_keeps_the_router(name, tmp_path):
     model, _ = build(name)
     exact = {
-        block.name: block.banks[0].gate.cluster_weight.clone() for block in model.modules() if type(block) is Block
+        block.name: block.banks[0].gate.key.cluster_weight.clone() for block in model.modules() if type(block) is Block
     }
     model.to(torch.bfloat16).float()
     layout = stored(model, tmp_path, "bf16")
@@ -135,7 +135,7 @@ def test_a_loud_gate_does_not_saturate_the_sigmoid(tmp_path, monkeypatch):
     model, _ = build("glm4moe")
     for layer in model.model.layers[1:]:
         layer.post_attention_layernorm.weight.data *= 30
-        layer.mlp.banks[0].gate.cluster_weight *= 50
+        layer.mlp.banks[0].gate.key.cluster_weight *= 50
     compare(model, stored(model, tmp_path / "good"), tmp_path / "good", "fp32")
     monkeypatch.setattr(module, "sigmoid_scale", lambda *_: 1.0)
     layout = stored(model, tmp_path / "saturated")
@@ -147,7 +147,7 @@ def test_a_bias_that_changes_no_choice_is_exported(tmp_path):
     model = tiny.decoder()
     for block in tiny.add_blocks(model, ALL, router={"weight": "softmax"}):
         weight, bias = tiny.cluster_gate(1)
-        block.banks[0].gate.set_linear(weight, bias + 3.5)
+        block.banks[0].gate.key.set(weight, bias + 3.5)
     assert compare(model, stored(model, tmp_path), tmp_path, "fp32")["logit_difference"] < 1e-5
 
 

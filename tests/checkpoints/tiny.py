@@ -9,6 +9,7 @@ from mocte_ds.clusters import balanced_kmeans, linear_gate, subspace_without_mea
 from mocte_ds.config import MocteConfig
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, attach
+from mocte_ds.moe.context import Tokens
 
 VOCAB, EXPERTS = 96, 4
 
@@ -49,7 +50,7 @@ def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ..
         for k, expert in enumerate(block.banks[0].local_experts):
             randomise(expert, 100 * number + k + 10)
         if config.router.kind == "token":
-            block.banks[0].gate.set_linear(*cluster_gate(number, directions=not config.router.bias))
+            block.banks[0].gate.key.set(*cluster_gate(number, directions=not config.router.bias))
     return blocks
 
 
@@ -84,7 +85,7 @@ def tokens_of_experts(model: nn.Module, input_ids: Tensor) -> dict[str, list[int
 
     def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-        index = block.banks[0].gate(rows, None)[0]
+        index = block.banks[0].gate(rows, Tokens())[0]
         counts[block.name] = torch.bincount(index, minlength=EXPERTS).tolist()
 
     emerged = [m for m in model.modules() if isinstance(m, Block) and m.mode is not BlockMode.WARMUP]

@@ -32,9 +32,20 @@ def test_emergence_is_decided_and_reported():
     assert sum(result[0]["load"][emerged[0]["block"]]) == steps_after * 4 * runs.MICRO * runs.LENGTH
 
 
-@pytest.mark.parametrize("kind", ["ffn", "lora"])
-def test_resume_is_bitwise(tmp_path, kind):
-    settings = runs.config(freeze=FREEZING, expert={"kind": kind}, router={"kind": "token", "bias": False})
+BANKS = [{"kind": "token", "weight": "softmax", "learn": True}, {"kind": "prefix"}]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": {"kind": "token", "bias": False}},
+        {"expert": {"kind": "lora"}, "router": {"kind": "token", "bias": False}},
+        {"banks": BANKS},
+    ],
+    ids=["ffn", "lora", "banks"],
+)
+def test_resume_is_bitwise(tmp_path, changes):
+    settings = runs.config(freeze=FREEZING, **changes)
     whole = spawn(runs.run, 2, settings, 0, 36, None, None, timeout=200, deepspeed=True)
     first = spawn(runs.run, 2, settings, 0, 24, None, str(tmp_path), timeout=150, deepspeed=True)
     second = spawn(runs.run, 2, settings, 24, 36, str(tmp_path), None, timeout=150, deepspeed=True)

@@ -39,7 +39,7 @@ def test_function_is_kept(make, pattern, kind):
     assert sum(isinstance(module, MoE) for module in model.modules()) == 3
     for block in blocks:
         gate = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
-        block.banks[0].gate.set_linear(gate, torch.zeros(4))
+        block.banks[0].gate.key.set(gate, torch.zeros(4))
         if kind == "ffn":
             copy_dense_weights(block)
         block.mode = BlockMode.SPECIALISING
@@ -74,7 +74,7 @@ def test_tables_route_by_token_id(kind):
     config = MocteConfig.from_dict({"modules": "model.layers.0.mlp", "num_experts": 4, "router": {"kind": kind}})
     (block,) = attach(model, config)
     table = torch.randint(4, (64,), generator=torch.Generator().manual_seed(2))
-    block.banks[0].gate.set_table(table)
+    block.banks[0].gate.key.set(table)
     block.mode = BlockMode.SPECIALISING
     model(input_ids=IDS)
     expected = torch.bincount(table[IDS.reshape(-1)], minlength=4)
@@ -86,10 +86,10 @@ def test_gate_keeps_its_precision():
     model = llama()
     block = attach(model, config)[0]
     gate = torch.randn(4, 32)
-    block.banks[0].gate.set_linear(gate, torch.zeros(4))
+    block.banks[0].gate.key.set(gate, torch.zeros(4))
     model.to(torch.bfloat16)
     assert block.dense.gate_proj.weight.dtype == torch.bfloat16
-    assert torch.equal(block.banks[0].gate.cluster_weight, gate)
+    assert torch.equal(block.banks[0].gate.key.cluster_weight, gate)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from torch import nn
 from mocte_ds.config import MocteConfig
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, attach
-from mocte_ds.moe.birth import copy_dense_weights, inherit, set_gate, set_random_gate
+from mocte_ds.moe.birth import FeatureSample, Rows, copy_dense_weights, inherit, set_gate, set_random_gate
+from mocte_ds.moe.context import Tokens
 
 V, D, E, N = 50, 16, 4, 800
 
@@ -33,29 +34,29 @@ def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_linear_gate_is_even_on_its_sample(bias: bool, weight: str) -> None:
     block, config = born(kind="token", bias=bias, weight=weight)
     features, ids, basis, mean = sample()
-    set_gate(block, config, (features, ids), basis, mean)
+    set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
     gate = block.banks[0].gate
-    index, given = gate(features, ids)
+    index, given, _ = gate(features, Tokens(ids))
     load = torch.bincount(index, minlength=E)
     assert load.max() < 1.1 * N / E and load.min() > 0.9 * N / E
-    assert bool(gate.cluster_bias.any()) is bias
+    assert bool(gate.key.cluster_bias.any()) is bias
     if weight == "hard":
         assert given is None
         return
-    probability = (features @ gate.cluster_weight.T + gate.cluster_bias).softmax(1).amax(1)
+    probability = (features @ gate.key.cluster_weight.T + gate.key.cluster_bias).softmax(1).amax(1)
     torch.testing.assert_close(given, probability)
     assert 0.95 <= float(probability.mean()) < 1.0
     hard, config = born(kind="token", bias=bias)
-    set_gate(hard, config, (features, ids), basis, mean)
-    assert torch.equal(hard.banks[0].gate(features, ids)[0], index), "sharper logits choose the same experts"
+    set_gate(hard, config, FeatureSample(Rows(features, basis, mean), ids))
+    assert torch.equal(hard.banks[0].gate(features, Tokens(ids))[0], index), "sharper logits choose the same experts"
 
 
 @pytest.mark.parametrize("kind", ["type", "hash"])
 def test_tables(kind: str) -> None:
     block, config = born(kind=kind)
     features, ids, basis, mean = sample()
-    set_gate(block, config, (features, ids), basis, mean)
-    index, _ = block.banks[0].gate(features, ids)
+    set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
+    index = block.banks[0].gate(features, Tokens(ids))[0]
     assert torch.bincount(index, minlength=E).max() < 1.35 * N / E
     for token in range(V):
         assert len(index[ids == token].unique()) <= 1
@@ -65,11 +66,11 @@ def test_random_gate_uses_all_experts_and_is_the_same_everywhere() -> None:
     block, config = born(kind="token")
     set_random_gate(block, config)
     features = torch.randn(500, D)
-    index, _ = block.banks[0].gate(features, None)
+    index = block.banks[0].gate(features, Tokens())[0]
     other, config = born(kind="token")
     torch.manual_seed(99)
     set_random_gate(other, config)
-    assert len(index.unique()) == E and torch.equal(other.banks[0].gate(features, None)[0], index)
+    assert len(index.unique()) == E and torch.equal(other.banks[0].gate(features, Tokens())[0], index)
 
 
 def test_experts_are_the_dense_ffn_with_its_moments() -> None:

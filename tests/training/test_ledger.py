@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mocte_ds.config import MocteConfig
+from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.training.ledger import Ledger
 
@@ -61,9 +62,9 @@ def test_one_frozen_expert_saves_its_tokens() -> None:
 
 
 def test_gate() -> None:
-    gate = ClusterGate(32, 4, "token", "hard", None)
+    gate = ClusterGate(32, 4, RouterConfig(), None)
     with FlopCounterMode(display=False) as counter:
-        gate(torch.zeros(TOKENS, 32), None)
+        gate(torch.zeros(TOKENS, 32), Tokens())
     ledger, config = Ledger(), MocteConfig(modules="x", num_experts=4)
     ledger.step(
         LLAMA, TOKENS, CONTEXT, config, [{"mode": "specialising", "experts": ["training"] * 4, "load": [32] * 4}]

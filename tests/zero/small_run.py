@@ -92,7 +92,7 @@ def run_distributed(options: dict[str, Any]) -> dict[str, Any]:
             if action == "emerge":
                 engine.mocte.emerge(block=block)
                 bank = engine.mocte.blocks[block].block.banks[0]
-                bank.gate.set_linear(gate_weight(block), torch.zeros(EXPERTS))
+                bank.gate.key.set(gate_weight(block), torch.zeros(EXPERTS))
             else:
                 getattr(engine.mocte, action)(block=block, expert=rest[0])
         total = 0.0

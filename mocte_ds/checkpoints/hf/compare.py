@@ -117,7 +117,7 @@ def _compare_experts(model: nn.Module, found: nn.Module, folder: Path) -> int:
 @torch.no_grad()
 def _compare_block(block: Block, stock: nn.Module, folder: Path) -> None:
     """Features around each row of the gate, so that no expert goes unseen only because few texts lead to it."""
-    rows = block.banks[0].gate.cluster_weight.float()
+    rows = block.banks[0].gate.linear()[0].float()
     generator = torch.Generator().manual_seed(0)
     near = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30) * rows.shape[1] ** 0.5
     features = near.repeat_interleave(8, dim=0)
@@ -141,7 +141,7 @@ def _logits_and_decided(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     decided = torch.ones(ids.shape, dtype=torch.bool)
 
     def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
-        decided.logical_and_(_margins(inputs[0], block.banks[0].gate.cluster_weight) > MARGIN)
+        decided.logical_and_(_margins(inputs[0], block.banks[0].gate.linear()[0]) > MARGIN)
 
     hooks = [
         block.register_forward_pre_hook(look)

@@ -21,7 +21,7 @@ def mixtral(model: nn.Module, blocks: dict[int, Block], special: SpecialIds) -> 
 
     weights = llama_trunk(model)
     for i, block in blocks.items():
-        weights[f"model.layers.{i}.mlp.gate.weight"] = block.banks[0].gate.cluster_weight
+        weights[f"model.layers.{i}.mlp.gate.weight"] = block.banks[0].gate.linear()[0]
         weights.update(_stacked(f"model.layers.{i}.mlp.experts", block))
     fields = llama_fields(model.config, special)
     fields["intermediate_size"] = expert_width(blocks[0])
@@ -46,7 +46,7 @@ def qwen2moe(model: nn.Module, blocks: dict[int, Block], weight: str, special: S
         if i not in blocks:
             weights.update(named(prefix, layer.mlp.dense if isinstance(layer.mlp, Block) else layer.mlp))
             continue
-        weights[f"{prefix}.gate.weight"] = blocks[i].banks[0].gate.cluster_weight
+        weights[f"{prefix}.gate.weight"] = blocks[i].banks[0].gate.linear()[0]
         weights.update(_stacked(f"{prefix}.experts", blocks[i]))
         # The class insists on a shared expert; one hidden unit of zeros adds exactly nothing.
         for name, shape in (("gate_proj", (1, -1)), ("up_proj", (1, -1)), ("down_proj", (-1, 1))):
@@ -98,7 +98,7 @@ def glm4moe(model: nn.Module, blocks: dict[int, Block], weight: str, special: Sp
             weights.update(named(prefix, layer.mlp.dense if isinstance(layer.mlp, Block) else layer.mlp))
             continue
         block = blocks[i]
-        gate = block.banks[0].gate.cluster_weight
+        gate = block.banks[0].gate.linear()[0]
         weights[f"{prefix}.gate.weight"] = gate * sigmoid_scale(gate, layer.post_attention_layernorm.weight)
         weights[f"{prefix}.gate.e_score_correction_bias"] = torch.zeros(gate.shape[0])
         weights.update(_stacked(f"{prefix}.experts", block))

@@ -30,7 +30,7 @@ def choose_layout(model: nn.Module, special: SpecialIds) -> Layout:
     for block in emerged.values():
         _require_exportable(block)
     some = next(iter(emerged.values()))
-    weight = some.banks[0].gate.weight_kind
+    weight = some.banks[0].gate.router.weight
     if some.kind == "lora":
         return glm4moe(model, blocks, weight, special)
     if weight == "hard" and len(emerged) == model.config.num_layers:
@@ -58,13 +58,14 @@ def _require_exportable(block: Block) -> None:
     if len(block.banks) != 1:
         raise CheckpointError(f"{block.name} has {len(block.banks)} banks of experts; stock classes have one.")
     gate = block.banks[0].gate
-    if gate.kind != "token":
+    if gate.router.kind != "token":
         raise CheckpointError(
-            f"no stock class routes by a table (router.kind '{gate.kind}'); to export, train with router.kind 'token' "
+            f"no stock class routes by router.kind '{gate.router.kind}'; to export, train with router.kind 'token' "
             "and router.bias false."
         )
     # The same bias for all experts changes neither the choice nor the softmax.
-    if (gate.cluster_bias != gate.cluster_bias[0]).any():
+    bias = gate.linear()[1]
+    if (bias != bias[0]).any():
         raise CheckpointError(
             f"stock gates have no bias, that of {block.name} has one; to export, train with router.bias false."
         )

@@ -1,0 +1,194 @@
+"""Routing keys: causal, alike in one pass and token by token, no leaks between documents; banks; learned routers."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from mocte_ds.config import MocteConfig, RouterConfig
+from mocte_ds.errors import ConfigError, MocteError
+from mocte_ds.moe import Block, BlockMode, attach
+from mocte_ds.moe.birth import copy_dense_weights, inherit
+from mocte_ds.moe.context import BatchContext, Tokens
+from mocte_ds.moe.gate import ClusterGate
+from mocte_ds.moe.keys import PrefixKey, PreviousKey
+
+D, E, EOD, V = 8, 4, 0, 64
+
+
+def prefix_key() -> PrefixKey:
+    key = PrefixKey(D, E)
+    key.set(torch.randn(E, D), torch.randn(E))
+    return key
+
+
+def packed() -> tuple[torch.Tensor, Tokens]:
+    """Features of two sequences of ten tokens, three documents in the first, and what is known of them."""
+    ids = torch.randint(1, V, (2, 10))
+    ids[0, 3] = ids[0, 7] = EOD
+    context = BatchContext(EOD, ids)
+    return torch.randn(20, D), Tokens(ids, context.documents(EOD, 2, 10, ids.device), EOD)
+
+
+def test_prefix_is_the_running_mean_of_the_document() -> None:
+    key, (features, tokens) = prefix_key(), packed()
+    found = key.logits(features, tokens).view(2, 10, E)
+    for row, (start, end) in [(0, (0, 4)), (0, (4, 8)), (0, (8, 10)), (1, (0, 10))]:
+        for t in range(start, end):
+            mean = features.view(2, 10, D)[row, start : t + 1].mean(0)
+            expected = key.cluster_weight @ mean + key.cluster_bias
+            torch.testing.assert_close(found[row, t], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_prefix_knows_neither_the_future_nor_other_documents() -> None:
+    key, (features, tokens) = prefix_key(), packed()
+    before = key.logits(features, tokens).view(2, 10, E)
+    later = features.clone().view(2, 10, D)
+    later[:, 6:] += 100
+    after = key.logits(later.view(20, D), tokens).view(2, 10, E)
+    assert torch.equal(before[:, :6], after[:, :6])
+    other = features.clone().view(2, 10, D)
+    other[0, :4] += 100
+    after = key.logits(other.view(20, D), tokens).view(2, 10, E)
+    # The end token at place 3 belongs to the first document.
+    torch.testing.assert_close(before[0, 4:], after[0, 4:], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(before[0, :4], after[0, :4])
+
+
+@pytest.mark.parametrize("kind", ["prefix", "previous", "token", "type"])
+def test_generation_with_a_cache_routes_like_one_pass(kind: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes)).eval()
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "router": {"kind": kind}, "eod_id": EOD})
+    blocks = attach(model, config)
+    for block in blocks:
+        key = block.banks[0].gate.key
+        if kind in ("type", "previous"):
+            key.set(torch.randint(E, (V,)))
+        else:
+            key.set(torch.randn(E, 32), torch.zeros(E))
+        for expert in block.banks[0].local_experts:
+            for parameter in expert.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+        block.mode = BlockMode.SPECIALISING
+    context = blocks[0].context
+    context.recording = True
+    ids = torch.randint(1, V, (3, 12))
+    ids[0, 4], ids[1, 6] = EOD, EOD  # one document ends inside the prompt, one with its last token
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        expected = [block.banks[0].deepspeed_moe.recorded.view(3, 12) for block in blocks]
+        output = model(input_ids=ids[:, :7], use_cache=True)
+        logits, routed = [output.logits], [[b.banks[0].deepspeed_moe.recorded.view(3, 7)] for b in blocks]
+        for t in range(7, 12):
+            output = model(input_ids=ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
+            logits.append(output.logits)
+            for parts, block in zip(routed, blocks, strict=True):
+                parts.append(block.banks[0].deepspeed_moe.recorded.view(3, 1))
+    for parts, whole_pass in zip(routed, expected, strict=True):
+        assert torch.equal(torch.cat(parts, dim=1), whole_pass)
+        assert len(whole_pass.unique()) > 1
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=1e-4, rtol=1e-4)
+    if kind == "prefix":
+        with torch.no_grad(), pytest.raises(MocteError, match="not beams"):
+            output.past_key_values.batch_repeat_interleave(2)
+            model(input_ids=ids[:, :1].repeat_interleave(2, 0), past_key_values=output.past_key_values)
+
+
+def test_previous_key_reads_the_token_before_in_the_same_document() -> None:
+    key = PreviousKey(V, E)
+    key.set(torch.arange(V) % E)
+    ids = torch.tensor([[5, 7, EOD, 9, 10]])
+    document = BatchContext(EOD, ids).documents(EOD, 1, 5, ids.device)
+    index = key.choose(torch.zeros(5, D), Tokens(ids, document, EOD))
+    # 5 has none before it, 9 begins a document: they count themselves.
+    assert index.tolist() == [5 % E, 5 % E, 7 % E, 9 % E, 9 % E]
+
+
+@pytest.mark.parametrize("kind", ["token", "type"])
+def test_a_learned_router_starts_as_its_prior_and_gets_a_gradient(kind: str) -> None:
+    gate = ClusterGate(D, E, RouterConfig(kind, weight="softmax", learn=True), V)
+    features, ids = torch.randn(50, D, requires_grad=True), torch.randint(V, (50,))
+    if kind == "token":
+        gate.key.set(5 * torch.randn(E, D), torch.zeros(E))
+    else:
+        gate.key.set(torch.randint(E, (V,)))
+    index, weight, loss = gate(features, Tokens(ids))
+    assert torch.equal(index, gate.key.choose(features.detach(), Tokens(ids)))
+    (weight.sum() + loss).backward()
+    assert gate.cluster_residual.grad.abs().sum() > 0
+    assert bool(features.grad.any()) is (kind == "token"), "as in any router, features learn where they are read"
+    probability = gate.key.logits(features.detach(), Tokens(ids)).softmax(1)
+    share = torch.bincount(index, minlength=E) / 50
+    torch.testing.assert_close(loss.detach(), 0.01 * E * (share * probability.mean(0)).sum())
+    with torch.no_grad():
+        gate.cluster_residual.copy_(10 * torch.randn(E, D))
+    moved = gate(features, Tokens(ids))[0]
+    assert not torch.equal(moved, index)
+    if kind == "token":
+        merged, bias = gate.linear()
+        assert torch.equal((features @ merged.T + bias).argmax(1), moved)
+
+
+def llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=V, use_cache=False, **sizes)).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    sizes = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, use_cache=False, **sizes)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("make", "pattern"), [(llama, "model.layers.*.mlp"), (gpt2, "transformer.h.*.mlp")])
+def test_banks_keep_the_function_and_slice_the_moments(make, pattern: str, count: int) -> None:
+    model = make()
+    ids = torch.randint(V, (2, 12))
+    before = model(input_ids=ids).logits
+    kinds = ["token", "previous", "hash"][:count]
+    banks = [{"kind": kind} for kind in kinds]
+    blocks = attach(model, MocteConfig.from_dict({"modules": pattern, "num_experts": E, "banks": banks}))
+    dense = {name: p for name, p in blocks[0].dense.named_parameters()}
+    with torch.no_grad():
+        dense[next(iter(dense))].add_(0.1)  # trained on since the slots were made
+    before = model(input_ids=ids).logits
+    for block in blocks:
+        copy_dense_weights(block)
+        for bank in block.banks:
+            if bank.gate.router.kind == "token":
+                bank.gate.key.set(torch.randn(E, 32), torch.zeros(E))
+            else:
+                bank.gate.key.set(torch.randint(E, (V,)))
+        block.mode = BlockMode.SPECIALISING
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-5)
+    block = blocks[0]
+    assert block.num_experts == count * E
+    each = sum(p.numel() for p in block.banks[0].local_experts[0].parameters())
+    assert each < 1.1 * sum(p.numel() for p in dense.values()) / count + 33
+    # Moments: a state in which every entry is the parameter itself must come out as the experts' own weights.
+    state = {p: {"master": p.detach().clone(), "step": torch.tensor(3.0)} for p in dense.values()}
+    for parameter, values in inherit(block, state).items():
+        assert torch.equal(values["master"], parameter) and values["step"] == 3
+    assert isinstance(block, Block)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"banks": [{"kind": "hash"}] * 5}, "5 mocte.banks do not divide the 48 hidden units"),
+        ({"banks": []}, "a router for each bank, at least one"),
+        ({"banks": [{"kind": "hash"}], "router": {"kind": "type"}}, "leave mocte.router out"),
+        ({"banks": [{"kind": "hush"}]}, r"mocte.banks\[0\].kind = 'hush' is not one of.*'hash'"),
+        ({"router": {"learn": True}}, "learn needs weight 'softmax'"),
+        ({"router": {"kind": "previous", "weight": "softmax"}}, "needs logits"),
+        ({"banks": [{"kind": "token"}, {"kind": "token", "learn": True}]}, r"mocte.banks\[1\].learn needs"),
+        ({"router": {"aux": -1}}, "aux = -1.0 must not be negative"),
+    ],
+)
+def test_refusals(block: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attach(llama(), MocteConfig.from_dict({"modules": "model.layers.*.mlp", **block}))
