@@ -72,18 +72,22 @@ class ClustersConfig:
 class FreezeConfig:
     """Which experts stop training, and when."""
 
-    policy: Literal["trainability", "paper", "grad-norm", "inverted", "random", "off"] = "trainability"
+    policy: Literal["trainability", "progress", "paper", "grad-norm", "inverted", "random", "off"] = "trainability"
     """Rule that decides; see mocte_ds.trainability.policy."""
     alpha: float = 0.2
     """LEVEL: lambda under this share of the expert's own peak."""
     beta: float = 0.05
     """RATE: change of |lambda - lambda_0| between checks under this share of its largest (`paper`: first) value."""
+    gamma: float = 0.5
+    """PROGRESS: an expert's part of the loss decrease under this share of its fair part (one in num_experts)."""
     checks: int = 3
     """Checks in a row that must agree."""
     after_checks: int = 5
     """Checks with an expert's own tokens, since emergence, before it can be frozen."""
     until: float = 0.9
     """Share of the budget after which nothing is frozen any more (the learning rate's decay)."""
+    anneal: float = 0.0
+    """Share of the budget over which the learning rate of an expert falls to zero before it is frozen; 0: at once."""
     rows: int = 256
     """Routed tokens an expert's trainability is measured on."""
     iterations: int = 20
@@ -104,6 +108,8 @@ class MocteConfig:
     """Optimizer steps of the run; shares of the budget refer to it. Null: the scheduler's total_num_steps."""
     check_every: float = 0.008
     """Share of the budget between two checks."""
+    probe_tokens: int = 0
+    """Tokens of the sequences that every check looks at again; 0: 4 x num_experts x freeze.rows."""
     eod_id: int | None = None
     """Token id that ends a document; null: every sequence is one document."""
     auto: bool = True
@@ -168,6 +174,7 @@ class MocteConfig:
             ("clusters.not_before", self.clusters.not_before),
             ("clusters.stability", self.clusters.stability),
             ("freeze.until", self.freeze.until),
+            ("freeze.anneal", self.freeze.anneal),
             ("spectrum.max_angle", self.spectrum.max_angle),
         ):
             if not 0.0 <= value <= 1.0 or (name == "check_every" and value == 0.0):
@@ -175,6 +182,7 @@ class MocteConfig:
         if not -1.0 <= self.clusters.min_silhouette <= 1.0:
             raise ConfigError(f"mocte.clusters.min_silhouette = {self.clusters.min_silhouette} must lie in [-1, 1].")
         for name, value, least in (
+            ("probe_tokens", self.probe_tokens, 0),
             ("spectrum.rank", self.spectrum.rank, 1),
             ("spectrum.rows", self.spectrum.rows, 16),
             ("spectrum.documents", self.spectrum.documents, 16),
@@ -184,9 +192,9 @@ class MocteConfig:
             ("freeze.iterations", self.freeze.iterations, 1),
         ):
             _at_least(f"mocte.{name}", value, least)
-        for name, value in (("freeze.alpha", self.freeze.alpha), ("freeze.beta", self.freeze.beta)):
-            if value < 0:
-                raise ConfigError(f"mocte.{name} = {value} must not be negative.")
+        for name in ("alpha", "beta", "gamma"):
+            if getattr(self.freeze, name) < 0:
+                raise ConfigError(f"mocte.freeze.{name} = {getattr(self.freeze, name)} must not be negative.")
         if self.num_experts > self.spectrum.rows // 16:
             raise ConfigError(
                 f"mocte.num_experts = {self.num_experts} is more than spectrum.rows = {self.spectrum.rows} can tell "

@@ -38,7 +38,7 @@ class MocteEngine(DeepSpeedEngine):
             micro = self.train_micro_batch_size_per_gpu()
             accumulation = self.micro_steps % self.gradient_accumulation_steps()
             place = (accumulation * self.dp_world_size + dist.get_rank(group=self.data_parallel_group)) * micro
-            self.mocte.before_micro_batch(self.global_samples + place, self.micro_steps)
+            self.mocte.before_micro_batch(self.global_samples, place, self.micro_steps, inputs, kwargs)
             self._count_tokens(inputs, kwargs)
         return super().forward(*inputs, **kwargs)
 
@@ -78,7 +78,8 @@ class MocteEngine(DeepSpeedEngine):
                 save_latest=False,
                 exclude_frozen_parameters=exclude_frozen_parameters,
             )
-        finish_checkpoint(save_dir, tag, self.mocte.state_dict(), dict(client_state or {}), save_latest)
+        own = self.mocte.rank_state_dict()
+        finish_checkpoint(save_dir, tag, self.mocte.state_dict(), dict(client_state or {}), save_latest, own)
         return True
 
     def load_checkpoint(self, load_dir: str, tag: str | None = None, **kwargs: Any) -> tuple[str | None, Any]:
@@ -101,7 +102,7 @@ class MocteEngine(DeepSpeedEngine):
             )
         self.tokens_seen = int(client_state.pop("tokens_seen"))
         self.mocte.remember_frozen()
-        restore_random_states(load_dir, tag)
+        self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag))
         return path, client_state
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -204,7 +205,7 @@ def initialize(
         config_class=resolved,
     )
     engine.mocte, engine.tokens_seen = controller, 0
-    controller.bind(engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
+    controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -95,11 +95,15 @@ def read_state(load_dir: str | Path, tag: str, config: MocteConfig | None, names
     return state
 
 
-def restore_random_states(load_dir: str | Path, tag: str) -> None:
-    """Put this rank's random number generators where they were; ranks that did not exist keep their own."""
+def restore_random_states(load_dir: str | Path, tag: str) -> dict[str, Any] | None:
+    """Put this rank's random number generators where they were; ranks that did not exist keep their own.
+
+    Returns:
+        What else the file holds of this rank's controller; None where there is nothing.
+    """
     path = Path(load_dir) / tag / RANDOM_FILE.format(rank=world()[0])
     if not path.exists():
-        return
+        return None
     states = require_keys(read_plain(path), ("python", "numpy", "torch"), path)
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -108,6 +112,7 @@ def restore_random_states(load_dir: str | Path, tag: str) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+    return states.get("mocte")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

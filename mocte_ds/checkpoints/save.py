@@ -39,7 +39,12 @@ def prepare_checkpoint(save_dir: str | Path, tag: str) -> Iterator[None]:
 
 
 def finish_checkpoint(
-    save_dir: str | Path, tag: str, mocte: dict[str, Any], client_state: dict[str, Any], save_latest: bool
+    save_dir: str | Path,
+    tag: str,
+    mocte: dict[str, Any],
+    client_state: dict[str, Any],
+    save_latest: bool,
+    rank_state: dict[str, Any] | None = None,
 ) -> None:
     """Write our state and every rank's random state, make sure that all ranks did, and move `latest` (collective).
 
@@ -50,6 +55,7 @@ def finish_checkpoint(
         client_state: the caller's own state; entries that cannot be read back without executing code are left to
             DeepSpeed's files, which hold all of them.
         save_latest: whether `latest` moves.
+        rank_state: what only this rank's controller has; left out where it cannot be read back without executing code.
 
     Raises:
         CheckpointError: a file could not be written on some rank; `latest` has not moved.
@@ -61,7 +67,8 @@ def finish_checkpoint(
         if rank == 0:
             plain = {key: value for key, value in client_state.items() if is_plain(value)}
             torch.save({"format": FORMAT, "mocte": mocte, "client_state": plain}, folder / STATE_FILE)
-        torch.save(random_states(), folder / RANDOM_FILE.format(rank=rank))
+        own = {"mocte": rank_state} if rank_state and is_plain(rank_state) else {}
+        torch.save({**random_states(), **own}, folder / RANDOM_FILE.format(rank=rank))
     except _WRITE_ERRORS as error:
         failure = error
     failures = [text for text in gather_objects(str(failure) if failure else None) if text]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.decisions import Change, apply_changes, decide_freezing, emergence_reason
+from mocte_ds.controller.decisions import Change, apply_changes, decide_freezing, emergence_reason, start_annealing
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.measurements import BlockReading, measure_trainability, read_blocks
+from mocte_ds.controller.progress import Progress, ProgressFacts
 from mocte_ds.dist.collectives import gather_objects, require_same, sum_over_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
@@ -52,13 +53,18 @@ class Controller:
         self._listeners: list[EventListener] = []
         self._fingerprints: dict[str, Tensor] = {}
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in self.blocks]
+        self.progress = Progress(config)
+        self.module: torch.nn.Module
         self.optimizer: UnitZeroOptimizer
         self.scheduler: Any = None
         self.rank = 0
 
-    def bind(self, optimizer: UnitZeroOptimizer, scheduler: Any, rank: int, sequences_per_step: int) -> None:
-        """Hand over the engine's optimizer and scheduler, this rank's number and the global batch size."""
-        self.optimizer, self.scheduler, self.rank = optimizer, scheduler, rank
+    def bind(
+        self, module: torch.nn.Module, optimizer: UnitZeroOptimizer, scheduler: Any, rank: int, sequences_per_step: int
+    ) -> None:
+        """Hand over the engine's module, optimizer and scheduler, this rank's number and the global batch size."""
+        self.module, self.optimizer, self.scheduler, self.rank = module, optimizer, scheduler, rank
+        self.sequences_per_step = sequences_per_step
         # Few rows a sequence: neighbours in a sequence are alike.
         enough = max(self.config.spectrum.rows / 16, self.config.spectrum.documents) / sequences_per_step
         self._window = min(self.interval, max(1, round(enough + 0.5)))
@@ -128,9 +134,19 @@ class Controller:
 
     # ---- called by the engine --------------------------------------------------------------------------------------
 
-    def before_micro_batch(self, first_sequence: int, micro_step: int) -> None:
-        """Tell the blocks where in the run the next micro-batch stands."""
-        self.context.first_sequence, self.context.micro_step = first_sequence, micro_step
+    def before_micro_batch(self, step_start: int, place: int, micro_step: int, args: tuple, kwargs: dict) -> None:
+        """Tell the blocks where in the run the next micro-batch stands.
+
+        Args:
+            step_start: sequences before this optimizer step.
+            place: sequences of the step before this micro-batch.
+            micro_step: counts micro-batches.
+            args: of the model's call.
+            kwargs: of the model's call.
+        """
+        self.context.first_sequence, self.context.micro_step = step_start + place, micro_step
+        if self.progress.active and not self.progress.probe.complete:
+            self.progress.probe.offer(args, kwargs, place, self.sequences_per_step)
         if not self.config.auto:
             self.context.sampling = any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
             return
@@ -139,6 +155,7 @@ class Controller:
     def after_step(self, step: int, tokens: int) -> None:
         """Do what is due at the boundary behind optimizer step ``step``."""
         self.step, self.tokens = step, tokens
+        self.progress.probe.finish()
         if self.config.auto and step % self.interval == 0 and step <= self.total_steps:
             self.check()
         if not self.config.auto or step % self.interval == 0:
@@ -147,6 +164,17 @@ class Controller:
                 collector.clear()
                 for bank in handle.block.banks:
                     bank.deepspeed_moe.clear_samples()
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        """Tell the optimizer which part of the learning rate annealing experts get at the next step."""
+        anneal = self.config.freeze.anneal
+        self.optimizer.rate_factors = {
+            expert_unit(handle.block, k): max(0.0, 1.0 - (self.share - expert.annealed_from) / anneal)
+            for handle in self.blocks
+            for k, expert in enumerate(handle.experts)
+            if expert.annealed_from is not None
+        }
 
     @property
     def share(self) -> float:
@@ -169,10 +197,12 @@ class Controller:
         for handle, counts in zip(self.blocks, routed, strict=True):
             for expert, count in zip(handle.experts, counts.tolist(), strict=True):
                 expert.tokens = count
-        measure_trainability(self)
-        changes += decide_freezing(self.blocks, self.config, self.share)
-        seconds = time.perf_counter() - started
-        self._emit(self._check_event(readings, seconds))
+        found = self.progress.measure(self)
+        measure_trainability(self, found)
+        decided = decide_freezing(self.blocks, self.config, self.share)
+        changes += start_annealing(self.blocks, decided, self.config.freeze.anneal, self.share)
+        seconds = time.perf_counter() - started - found.seconds
+        self._emit(self._check_event(readings, seconds, found))
         if changes:
             self._apply(changes, readings)
         if self.share >= 1.0:
@@ -186,6 +216,7 @@ class Controller:
         before = gather_objects(self.optimizer_bytes())
         facts = apply_changes(self, changes, readings)
         after = gather_objects(self.optimizer_bytes())
+        self.progress.remember_routes(self, emerging)
         for change, fact in zip(changes, facts, strict=True):
             handle = self.blocks[change.block]
             event = {"event": change.kind, "block": change.block, "name": handle.name, "reason": change.reason, **fact}
@@ -226,8 +257,10 @@ class Controller:
 
     # ---- events ----------------------------------------------------------------------------------------------------
 
-    def _check_event(self, readings: dict[int, BlockReading], trainability_seconds: float) -> dict[str, Any]:
-        seconds = {"spectrum": 0.0, "clusters": 0.0, "trainability": trainability_seconds}
+    def _check_event(
+        self, readings: dict[int, BlockReading], trainability_seconds: float, found: ProgressFacts
+    ) -> dict[str, Any]:
+        seconds = {"spectrum": 0.0, "clusters": 0.0, "trainability": trainability_seconds, "progress": found.seconds}
         moved = {"spectrum": 0, "clusters": 0}
         blocks = []
         for handle in self.blocks:
@@ -242,14 +275,15 @@ class Controller:
                     "tokens": e.tokens,
                     "lambda": e.trainability,
                     "rows": e.rows(self.step),
+                    "progress": progress[k] if (progress := found.progress.get(handle.index)) else None,
                 }
                 for k, e in enumerate(handle.experts)
             ]
-            facts = reading.facts(self.domain_names)
-            blocks.append(
-                {"block": handle.index, "name": handle.name, "mode": str(handle.mode), **facts, "experts": experts}
-            )
-        return {"event": "check", "seconds": seconds, "bytes": moved, "blocks": blocks}
+            who = {"block": handle.index, "name": handle.name, "mode": str(handle.mode)}
+            routes = {"churn": found.churn.get(handle.index), "probe_load": found.load.get(handle.index)}
+            blocks.append({**who, **reading.facts(self.domain_names), **routes, "experts": experts})
+        probe = {"tokens": found.tokens, "passes": found.passes}
+        return {"event": "check", "seconds": seconds, "bytes": moved, "probe": probe, "blocks": blocks}
 
     def _emit_projections(self, readings: dict[int, BlockReading]) -> None:
         for index, reading in readings.items():
@@ -275,6 +309,15 @@ class Controller:
             "load_seen": self._load_seen,
         }
 
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What only this rank has: its part of the probe set and its experts of the last check."""
+        return self.progress.state_dict()
+
+    def load_rank_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take over what :meth:`rank_state_dict` returned; None: the probe set is collected anew."""
+        if state is not None:
+            self.progress.load_state_dict(state, next(self.module.parameters()).device)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state: modes, then the partition that follows from them (before weights are loaded)."""
         self.step, self.tokens = state["step"], state["tokens"]
@@ -287,6 +330,7 @@ class Controller:
                 bank.deepspeed_moe.routed = part.clone() if self.rank == 0 else torch.zeros_like(part)
         self._load_seen = [seen.clone() for seen in state["load_seen"]]
         apply_changes(self, [], {})
+        self._set_rates()
 
     def _handle(self, block: int) -> BlockHandle:
         if not 0 <= block < len(self.blocks):

@@ -26,7 +26,7 @@ class Change:
     """One step of a plan."""
 
     kind: str
-    """`emergence`, `freeze` or `thaw`."""
+    """`emergence`, `anneal`, `freeze` or `thaw`."""
     block: int
     expert: int | None
     reason: str
@@ -60,7 +60,14 @@ def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: floa
     if freeze.policy == "off":
         return []
     policy = make_policy(
-        freeze.policy, freeze.alpha, freeze.beta, freeze.checks, freeze.until, config.seed, freeze.after_checks
+        freeze.policy,
+        freeze.alpha,
+        freeze.beta,
+        freeze.checks,
+        freeze.until,
+        config.seed,
+        freeze.after_checks,
+        freeze.gamma,
     )
     changes = []
     for handle in handles:
@@ -69,12 +76,30 @@ def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: floa
             if not expert.history or abs(expert.history[-1].share - share) > 1e-12:
                 continue
             frozen = expert.mode is ExpertMode.FROZEN
-            if expert.thawed and frozen:
+            if expert.thawed and frozen or expert.annealed_from is not None:
                 continue
             decision = policy.decide(expert.history, handle.born_share or 0.0, peers, (handle.index, k), frozen)
             if decision.action != "keep":
                 changes.append(Change(decision.action, handle.index, k, decision.reason))
     return changes
+
+
+def start_annealing(handles: list[BlockHandle], changes: list[Change], anneal: float, share: float) -> list[Change]:
+    """Turn freezes into the start of an expert's own learning-rate decay, and finished decays into freezes.
+
+    Returns:
+        The changes to apply now; starts are of the kind `anneal`.
+    """
+    if not anneal:
+        return changes
+    found = [Change("anneal", c.block, c.expert, c.reason) if c.kind == "freeze" else c for c in changes]
+    for handle in handles:
+        for k, expert in enumerate(handle.experts):
+            if expert.annealed_from is not None and share >= expert.annealed_from + anneal - 1e-9:
+                found.append(
+                    Change("freeze", handle.index, k, f"annealed since {expert.annealed_from:.1%} of the budget")
+                )
+    return found
 
 
 def apply_changes(
@@ -108,6 +133,11 @@ def apply_changes(
             facts.append({"gate": "clusters of the sampled features" if sampled else "random: no feature was seen yet"})
         else:
             expert = handle.experts[change.expert]
+            if change.kind == "anneal":
+                expert.annealed_from = controller.share
+                facts.append({})
+                continue
+            expert.annealed_from = None
             frozen = change.kind == "freeze"
             expert.mode = ExpertMode.FROZEN if frozen else ExpertMode.TRAINING
             expert.thawed = expert.thawed or not frozen

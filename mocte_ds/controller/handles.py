@@ -19,6 +19,8 @@ class ExpertHandle:
     """Tokens routed to it since emergence, up to the last check, all ranks together."""
     history: list[Probe] = field(default_factory=list)
     """Its probes, a check each."""
+    annealed_from: float | None = None
+    """Share of the budget at which its own learning-rate decay began; None while there is none."""
     thawed: bool = False
     """An expert is thawed once at the most."""
 
@@ -73,6 +75,7 @@ class BlockHandle:
             "experts": [expert.mode.value for expert in self.experts],
             "tokens": [expert.tokens for expert in self.experts],
             "thawed": [expert.thawed for expert in self.experts],
+            "annealed_from": [expert.annealed_from for expert in self.experts],
             "history": [[asdict(probe) for probe in expert.history] for expert in self.experts],
             "born_share": self.born_share,
             "streak": self.streak,
@@ -88,6 +91,7 @@ class BlockHandle:
         for k, expert in enumerate(self.experts):
             expert.mode = ExpertMode(state["experts"][k])
             expert.tokens, expert.thawed = state["tokens"][k], state["thawed"][k]
+            expert.annealed_from = state["annealed_from"][k]
             expert.history = [Probe(**probe) for probe in state["history"][k]]
         for name in ("born_share", "streak", "token_basis", "document_basis", "document_mean"):
             setattr(self, name, state[name])

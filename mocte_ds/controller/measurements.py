@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mocte_ds.clusters import BalancedClusters, Detection, agreement, balanced_kmeans, detect, stability
 from mocte_ds.controller.handles import BlockHandle, ExpertHandle
+from mocte_ds.controller.progress import ProgressFacts
 from mocte_ds.dist.collectives import gather_objects, gather_rows, sum_over_ranks, world
 from mocte_ds.moe.birth import FeatureSample, Rows
-from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.spectrum.subspace import Subspace, certified_rank, sampled_svd, split_half_angles
 from mocte_ds.trainability import Probe, top_eigenpair
 from mocte_ds.zero import expert_unit
@@ -235,7 +236,7 @@ def _domain_load(controller: "Controller", handle: BlockHandle) -> list[list[int
     return sum_over_ranks(torch.cat(parts, dim=1)).tolist()
 
 
-def measure_trainability(controller: "Controller") -> None:
+def measure_trainability(controller: "Controller", found: ProgressFacts) -> None:
     """Add a probe to the history of every expert that got enough tokens since the last check (collective)."""
     config, measured = controller.config.freeze, {}
     if config.policy != "off":
@@ -256,14 +257,26 @@ def measure_trainability(controller: "Controller") -> None:
         for k, expert in enumerate(handle.experts):
             parts = [part[handle.index, k] for part in everywhere if (handle.index, k) in part]
             if parts:
+                own, fair = _progress_of(found.progress.get(handle.index), handle.block, k)
                 probe = Probe(
                     step=controller.step,
                     share=controller.share,
                     value=sum(part[0] for part in parts) / len(parts),
                     tokens=sum(part[1] for part in parts),
                     gradient_norm=sum(part[2] for part in parts) ** 0.5,
+                    progress=own,
+                    fair=fair,
                 )
                 expert.history.append(probe)
+
+
+def _progress_of(progress: list[float] | None, block: Block, k: int) -> tuple[float | None, float | None]:
+    """Progress of an expert, and the mean of its bank."""
+    if progress is None:
+        return None, None
+    size = block.banks[0].num_experts
+    bank = progress[k // size * size : (k // size + 1) * size]
+    return progress[k], sum(bank) / size
 
 
 def _watched(expert: ExpertHandle, policy: str) -> bool:

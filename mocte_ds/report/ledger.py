@@ -12,12 +12,13 @@ COMPONENTS = {
     "sampling": "collecting features for the checks",
     "spectrum": "sampled SVD",
     "clusters": "clustering of documents",
-    "trainability": "power iterations for the experts' kernels",
+    "trainability": "products with the experts' kernels",
+    "progress": "forward passes over the probe set",
     "wgrad_saved": "weight gradients that frozen experts did not need: not spent",
     "validation": "forward passes of validation: beside training",
 }
 BESIDE = ("wgrad_saved", "validation", "total")
-OWN_WORK = ("routing", "sampling", "spectrum", "clusters", "trainability")
+OWN_WORK = ("routing", "sampling", "spectrum", "clusters", "trainability", "progress")
 
 
 def total(run: Run) -> float:

@@ -9,6 +9,7 @@ from mocte_ds.errors import ConfigError
 
 # One probe is noisy: the same expert's lambda jumps by a factor of two between neighbouring probes.
 SMOOTHING = 3
+PROGRESS_CHECKS = 5
 # Share of the budget that must have gone by since emergence, and that must be left for a thaw.
 MIN_AGE, LEFT_FOR_THAW = 0.02, 0.1
 
@@ -27,6 +28,10 @@ class Probe:
     """Rows that it was measured on."""
     gradient_norm: float
     """L2 norm of its gradient at the last step."""
+    progress: float | None = None
+    """Rollback progress: nats a token of the probe set that its tokens cost less than with the last check's experts."""
+    fair: float | None = None
+    """Mean progress of its bank's experts."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Policy:
     name: str
     alpha: float
     beta: float
+    gamma: float
     checks: int
     after_checks: int
     until: float
@@ -102,25 +108,33 @@ class Policy:
 
 
 def make_policy(
-    name: str, alpha: float, beta: float, checks: int, until: float, seed: int, after_checks: int = 5
+    name: str,
+    alpha: float,
+    beta: float,
+    checks: int,
+    until: float,
+    seed: int,
+    after_checks: int = 5,
+    gamma: float = 0.5,
 ) -> Policy:
     """A policy by its name in the config.
 
     Args:
-        name: `trainability`, `paper`, `grad-norm`, `inverted`, `random`.
+        name: `trainability`, `progress`, `paper`, `grad-norm`, `inverted`, `random`.
         alpha: LEVEL threshold, a share of the peak.
         beta: RATE threshold, a share of the first (or largest) change.
         checks: checks in a row that must agree.
         until: share of the budget after which nothing is frozen.
         seed: of `random`.
         after_checks: probes that an expert has before it can be frozen.
+        gamma: PROGRESS threshold, a share of the fair part.
 
     Raises:
         ConfigError: an unknown name.
     """
     if name not in _RULES:
         raise ConfigError(f"mocte.freeze.policy = {name!r} is not one of {[*_RULES, 'off']}.")
-    return Policy(name, alpha, beta, checks, after_checks, until, seed)
+    return Policy(name, alpha, beta, gamma, checks, after_checks, until, seed)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -158,6 +172,23 @@ def _trainability(
         return (
             f"lambda at {now:.2f} of its peak (alpha {policy.alpha:g}), changing by {change:.3f} (beta {policy.beta:g})"
         )
+    return None
+
+
+def progress_share(history: Sequence[Probe]) -> float | None:
+    """Part of an expert in the loss decrease of its last checks, over its fair part; None if the loss did not fall."""
+    known = [probe for probe in history[-PROGRESS_CHECKS:] if probe.progress is not None and probe.fair is not None]
+    fair = sum(probe.fair for probe in known)
+    if len(known) < PROGRESS_CHECKS or fair <= 0:
+        return None
+    return sum(probe.progress for probe in known) / fair
+
+
+def _progress(policy: Policy, history: Sequence[Probe], _peers: Sequence[float], _who: tuple[int, int]) -> str | None:
+    """RATE and PROGRESS: lambda has stopped changing, and the expert's tokens hardly get better any more."""
+    share, change = progress_share(history), rate([probe.value for probe in history])
+    if share is not None and share < policy.gamma and change < policy.beta:
+        return f"progress {share:.2f} of the fair part (gamma {policy.gamma:g}), lambda changing by {change:.3f}"
     return None
 
 
@@ -199,6 +230,7 @@ def _random(policy: Policy, history: Sequence[Probe], _peers: Sequence[float], w
 
 _RULES: dict[str, Callable[..., str | None]] = {
     "trainability": _trainability,
+    "progress": _progress,
     "paper": _paper,
     "grad-norm": _grad_norm,
     "inverted": _inverted,

@@ -34,7 +34,9 @@ class Ledger:
     clusters: float = 0.0
     """Detection and balanced k-means."""
     trainability: float = 0.0
-    """Power iterations of the neural-tangent kernel."""
+    """Products with the neural-tangent kernel."""
+    progress: float = 0.0
+    """Forward passes over the probe set."""
     validation: float = 0.0
     """Forward passes of validation; not part of the training total."""
     parts: dict[str, float] = field(default_factory=dict, repr=False)
@@ -42,7 +44,7 @@ class Ledger:
     @property
     def total(self) -> float:
         """Everything but validation."""
-        spent = ("forward", "dgrad", "wgrad", "routing", "sampling", "spectrum", "clusters", "trainability")
+        spent = ("forward", "dgrad", "wgrad", "routing", "sampling", "spectrum", "clusters", "trainability", "progress")
         return sum(getattr(self, name) for name in spent)
 
     def to_dict(self) -> dict[str, float]:
@@ -99,9 +101,11 @@ class Ledger:
             self.wgrad_saved += each * frozen
         self.sampling += 2.0 * model.hidden_size * tokens * len(blocks)
 
-    def check(self, model: DecoderConfig, config: MocteConfig, event: dict[str, Any]) -> None:
+    def check(self, model: DecoderConfig, config: MocteConfig, event: dict[str, Any], context: int) -> None:
         """Add one check, from the sizes in its event."""
         d, f = model.hidden_size, model.intermediate_size
+        probe = event["probe"]
+        self.progress += probe["passes"] * probe["tokens"] * forward_flops(model, context)
         q = config.spectrum.rank + 8
         for block in event["blocks"]:
             for rows in (block["rows"], block["documents"]):
@@ -118,8 +122,12 @@ class Ledger:
 
     def validate(self, model: DecoderConfig, tokens: int, context: int) -> None:
         """Add the forward passes of a validation."""
-        scores = 4.0 * context * model.hidden_size * model.num_layers
-        self.validation += (2.0 * matmul_parameters(model) + scores) * tokens
+        self.validation += forward_flops(model, context) * tokens
+
+
+def forward_flops(model: DecoderConfig, context: int) -> float:
+    """FLOPs of a forward pass of the dense model, a token."""
+    return 2.0 * matmul_parameters(model) + 4.0 * context * model.hidden_size * model.num_layers
 
 
 def ffn_parameters(model: DecoderConfig) -> int:

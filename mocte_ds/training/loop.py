@@ -194,7 +194,7 @@ class Trainer:
 
     def _mocte_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "check":
-            self.ledger.check(self.run.model, self.config, event)
+            self.ledger.check(self.run.model, self.config, event, self.run.context)
         self.telemetry.event(event)
 
     def _event(self, name: str, **facts: Any) -> None:

@@ -38,6 +38,8 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
         self._expert_buckets: dict[torch.dtype, IPGBucket] = {}
         self._in_expert_bucket = False
         self._unit_squares: Tensor | None = None
+        self.rate_factors: dict[str, float] = {}
+        """Part of the learning rate that a unit gets; 1 for units that are not named."""
         self._build(init_optimizer)
 
     def _build(self, optimizer: torch.optim.Optimizer) -> None:
@@ -97,6 +99,19 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
         self._link_all_hp_params()
         self._hp_optimizer_states_linked = False
         return sources
+
+    def step(self, closure: Any = None) -> Any:
+        """DeepSpeed's step; units in `rate_factors` take a smaller one."""
+        slowed = [group for group in self.optimizer.param_groups if group["unit"] in self.rate_factors]
+        rates = [group["lr"] for group in slowed]
+        for group in slowed:
+            group["lr"] *= self.rate_factors[group["unit"]]
+        try:
+            return super().step(closure)
+        finally:
+            # The scheduler may compute the next rate from this one.
+            for group, rate in zip(slowed, rates, strict=True):
+                group["lr"] = rate
 
     def unit_state(self, unit: str) -> UnitState:
         """Unpartitioned fp32 master weights and optimizer state of a unit (collective over the ranks that share it)."""

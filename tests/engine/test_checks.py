@@ -32,6 +32,8 @@ def test_emergence_is_decided_and_reported():
     assert sum(result[0]["load"][emerged[0]["block"]]) == steps_after * 4 * runs.MICRO * runs.LENGTH
 
 
+# Decided by the experts of the check before, which a resumed run has from the checkpoint.
+PROGRESS = {**FREEZING, "policy": "progress", "gamma": 1.0, "beta": 1.0, "anneal": 0.05}
 BANKS = [{"kind": "token", "weight": "softmax", "learn": True}, {"kind": "prefix"}]
 
 
@@ -41,11 +43,12 @@ BANKS = [{"kind": "token", "weight": "softmax", "learn": True}, {"kind": "prefix
         {"router": {"kind": "token", "bias": False}},
         {"expert": {"kind": "lora"}, "router": {"kind": "token", "bias": False}},
         {"banks": BANKS},
+        {"freeze": PROGRESS},
     ],
-    ids=["ffn", "lora", "banks"],
+    ids=["ffn", "lora", "banks", "progress"],
 )
 def test_resume_is_bitwise(tmp_path, changes):
-    settings = runs.config(freeze=FREEZING, **changes)
+    settings = runs.config(**{"freeze": FREEZING, **changes})
     whole = spawn(runs.run, 2, settings, 0, 36, None, None, timeout=200, deepspeed=True)
     first = spawn(runs.run, 2, settings, 0, 24, None, str(tmp_path), timeout=150, deepspeed=True)
     second = spawn(runs.run, 2, settings, 24, 36, str(tmp_path), None, timeout=150, deepspeed=True)

@@ -1,10 +1,12 @@
 """Policies decide as their documented rules say: at the right check, and not before, after or under other names."""
 
+from dataclasses import replace
+
 import pytest
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.trainability import Policy, Probe, make_policy
-from mocte_ds.trainability.policy import level, rate, smoothed
+from mocte_ds.trainability.policy import level, progress_share, rate, smoothed
 
 ALPHA, BETA, CHECKS, UNTIL = 0.2, 0.05, 3, 0.9
 FALLING = [100.0, 80.0, 50.0, 25.0, 12.0] + [10.0] * 20
@@ -76,6 +78,25 @@ def test_paper_is_level_or_rate_of_single_probes() -> None:
     quiet = history([10.0, 11.0, 13.0, 16.0])
     assert paper.decide(quiet, 0.1, [16.0, 100.0], (0, 0), False).action == "freeze"
     assert paper.decide(quiet, 0.1, [16.0, 20.0], (0, 0), False).action == "keep"
+
+
+def test_progress_needs_a_small_part_of_a_falling_loss_and_a_quiet_lambda() -> None:
+    def probes(own: list[float], fair: list[float], values: list[float] | None = None) -> list[Probe]:
+        made = history(values or [10.0, 12.0] + [12.0] * (len(own) - 2))
+        return [replace(p, progress=o, fair=f) for p, o, f in zip(made, own, fair, strict=True)]
+
+    little = probes([0.01] * 3 + [0.002] * 17, [0.01] * 20)
+    assert progress_share(little[:8]) == pytest.approx(0.2) and progress_share(little[:4]) is None
+    assert progress_share(little[:5]) == pytest.approx((3 * 0.01 + 2 * 0.002) / 0.05)
+    # Under half of the fair part from the seventh probe on, when lambda has long been quiet; three in a row.
+    assert progress_share(little[:6]) == pytest.approx(0.52)
+    assert first_freeze(policy("progress", gamma=0.5), little) == 9
+    assert "progress 0.20 of the fair part" in policy("progress").decide(little, 0.1, [], (0, 0), False).reason
+    assert first_freeze(policy("progress"), probes([0.01] * 20, [0.01] * 20)) is None
+    jumping = [10.0 + 5 * (-1) ** (i // 3) for i in range(20)]
+    assert first_freeze(policy("progress", beta=0.01), probes([0.001] * 20, [0.01] * 20, jumping)) is None
+    assert first_freeze(policy("progress"), probes([-0.01] * 20, [-0.001] * 20)) is None, "the loss did not fall"
+    assert first_freeze(policy("progress"), history([10.0] * 20)) is None, "nothing was measured"
 
 
 def test_controls() -> None:

@@ -1,0 +1,200 @@
+"""A few sequences that every check looks at again: where their tokens go, and what they cost with which weights.
+
+They are taken from the first optimizer step by their global numbers, so they are the same however many ranks there are.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mocte_ds.dist.collectives import max_over_ranks
+from mocte_ds.moe.block import Block
+
+# Shapes: S sequences of this rank, T tokens.
+
+
+@dataclass
+class ProbeReading:
+    """What one pass over the probe set gave on this rank."""
+
+    losses: Tensor | None
+    """(S, T) fp64 loss in nats of the token after each, NaN where there is none or it is of another document; None
+    where the model gives no logits."""
+    routes: dict[tuple[int, int], Tensor]
+    """(block, bank) to (S, T) int64 experts."""
+    valid: Tensor
+    """(S,) False for a sequence that only keeps the rank company."""
+
+
+class ProbeSet:
+    """The sequences and how to run them."""
+
+    def __init__(self, tokens: int, eod_id: int | None) -> None:
+        """Empty.
+
+        Args:
+            tokens: wanted over all ranks.
+            eod_id: token that ends a document; the one after it is not counted.
+        """
+        self._wanted, self._eod_id = tokens, eod_id
+        self._parts: list[tuple[list[Any], dict[str, Any]]] = []
+        self._valid: list[Tensor] = []
+        self.complete = False
+
+    def offer(self, args: tuple, kwargs: Mapping[str, Any], offset: int, batch: int) -> None:
+        """Take what belongs to the set from a micro-batch of the first step.
+
+        Args:
+            args: of the model's call.
+            kwargs: of the model's call.
+            offset: of the micro-batch's first sequence in the global batch.
+            batch: sequences of the global batch.
+        """
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if self.complete or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            return
+        count = min(batch, math.ceil(self._wanted / ids.shape[1]))
+        stride = batch // count
+        number = offset + torch.arange(ids.shape[0])
+        chosen = (number % stride == 0) & (number // stride < count)
+        if not chosen.any():
+            if self._parts:
+                return
+            chosen[0] = True  # company: experts are spread over ranks, so every rank has to make every pass
+            self._valid.append(torch.zeros(1, dtype=torch.bool))
+        else:
+            self._valid.append(torch.ones(int(chosen.sum()), dtype=torch.bool))
+
+        def cut(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == ids.shape[0]
+            return value.detach()[chosen.to(value.device)].cpu() if fits else value
+
+        given = {name: value for name, value in kwargs.items() if name != "labels"}
+        self._parts.append(([cut(value) for value in args], {name: cut(value) for name, value in given.items()}))
+
+    def finish(self) -> None:
+        """The first step is over: the set is what was taken, but for micro-batches of another length than the first."""
+        if self.complete or not self._parts:
+            return
+        first = self._parts[0]
+        ids = self._ids(first)
+        same = [i for i, part in enumerate(self._parts) if self._ids(part).shape[1] == ids.shape[1]]
+        parts = [self._parts[i] for i in same]
+        args = [_joined([part[0][i] for part in parts]) for i in range(len(first[0]))]
+        kwargs = {name: _joined([part[1][name] for part in parts]) for name in first[1]}
+        self._parts, self._valid = [(args, kwargs)], [torch.cat([self._valid[i] for i in same])]
+        self.complete = True
+
+    @torch.no_grad()
+    def read(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeReading | None:
+        """One pass in evaluation mode (collective); None where nothing was collected on some rank."""
+        missing = max_over_ranks(torch.tensor(0 if self.complete else 1))
+        if int(missing):
+            return None
+        (args, kwargs), context = self._parts[0], blocks[0].context
+        shape = self._ids((args, kwargs)).shape
+        training, kept = module.training, (context.token_ids, context.recording)
+        module.eval()
+        context.recording = True
+        try:
+            output = module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
+            routes = {
+                (i, j): bank.deepspeed_moe.recorded.view(shape).cpu()
+                for i, block in enumerate(blocks)
+                for j, bank in enumerate(block.banks)
+                if bank.deepspeed_moe.recorded is not None and bank.deepspeed_moe.recorded.numel() == shape.numel()
+            }
+        finally:
+            module.train(training)
+            context.token_ids, context.recording = kept
+            for block in blocks:
+                for bank in block.banks:
+                    bank.deepspeed_moe.recorded = None
+        return ProbeReading(self._losses(output, self._ids((args, kwargs))), routes, self._valid[0])
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Plain values of this rank; None where nothing was collected."""
+        if not self.complete:
+            return None
+        args, kwargs = self._parts[0]
+        return {"args": list(args), "kwargs": dict(kwargs), "valid": self._valid[0]}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        if state is not None:
+            self._parts, self._valid = [(list(state["args"]), dict(state["kwargs"]))], [state["valid"]]
+            self.complete = True
+
+    def _losses(self, output: Any, ids: Tensor) -> Tensor | None:
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
+            return None
+        losses = torch.full(ids.shape, math.nan, dtype=torch.float64)
+        for row in range(ids.shape[0]):  # one sequence's logits in fp32 at a time
+            target = ids[row, 1:].to(logits.device)
+            losses[row, :-1] = F.cross_entropy(logits[row, :-1].float(), target, reduction="none").double().cpu()
+        if self._eod_id is not None:
+            losses[ids == self._eod_id] = math.nan
+        return losses
+
+    @staticmethod
+    def _ids(part: tuple[list[Any], dict[str, Any]]) -> Tensor:
+        return part[1].get("input_ids", part[0][0] if part[0] else None)
+
+
+class Snapshots:
+    """This rank's experts as they were at the last check, to see what they have learned since."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, list[Tensor]] = {}
+
+    def __contains__(self, unit: str) -> bool:
+        return unit in self._weights
+
+    @torch.no_grad()
+    def take(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> None:
+        """Remember the weights of some units and forget all others."""
+        for name in set(self._weights) - set(units):
+            del self._weights[name]
+        for name, parameters in units.items():
+            if name in self._weights:
+                for kept, parameter in zip(self._weights[name], parameters, strict=True):
+                    kept.copy_(parameter)
+            else:
+                self._weights[name] = [parameter.detach().clone() for parameter in parameters]
+
+    @contextmanager
+    def in_place(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> Iterator[None]:
+        """Within it the units have their old weights; afterwards the very same tensors as before."""
+        now = {name: [parameter.data for parameter in units[name]] for name in self._weights if name in units}
+        for name in now:
+            for parameter, old in zip(units[name], self._weights[name], strict=True):
+                parameter.data = old
+        try:
+            yield
+        finally:
+            for name, tensors in now.items():
+                for parameter, tensor in zip(units[name], tensors, strict=True):
+                    parameter.data = tensor
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Weights by unit."""
+        return {name: [tensor.cpu() for tensor in tensors] for name, tensors in self._weights.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[Tensor]], device: torch.device) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._weights = {name: [tensor.to(device) for tensor in tensors] for name, tensors in state.items()}
+
+
+def _joined(values: list[Any]) -> Any:
+    return torch.cat(values) if all(isinstance(value, Tensor) for value in values) else values[0]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,145 @@
+"""What the experts have learned since the last check, and how many tokens have changed their expert since emergence."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller.probe import ProbeReading, ProbeSet, Snapshots
+from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.zero import expert_unit
+
+if TYPE_CHECKING:
+    from mocte_ds.controller.controller import Controller
+
+
+@dataclass
+class ProgressFacts:
+    """Results by block; the same on all ranks."""
+
+    progress: dict[int, list[float]] = field(default_factory=dict)
+    """Nats a token of the probe set that each expert's tokens cost less than with the experts of the last check."""
+    churn: dict[int, list[float]] = field(default_factory=dict)
+    """Share of probe tokens, by bank, that go to another expert than at emergence."""
+    load: dict[int, list[int]] = field(default_factory=dict)
+    """Probe tokens of each expert."""
+    tokens: int = 0
+    """Tokens of the probe set."""
+    passes: int = 0
+    """Forward passes over it."""
+    seconds: float = 0.0
+
+
+class Progress:
+    """The probe set and what is compared with what."""
+
+    def __init__(self, config: MocteConfig) -> None:
+        """Empty; sequences are taken from the first step."""
+        wanted = config.probe_tokens or 4 * config.num_experts * config.freeze.rows
+        self.probe, self.snapshots = ProbeSet(wanted, config.eod_id), Snapshots()
+        self.active = config.auto and config.freeze.policy != "off"
+        self._born: dict[tuple[int, int], Tensor] = {}
+        self._taken = False
+        """Whether every rank has snapshots; the same on all ranks."""
+
+    def measure(self, controller: "Controller") -> ProgressFacts:
+        """Look at the probe set, with today's experts and with those of the last check (collective)."""
+        facts, started = ProgressFacts(), time.perf_counter()
+        emerged = [h for h in controller.blocks if h.mode is not BlockMode.WARMUP]
+        if not self.active or not emerged:
+            return facts
+        now = self._read(controller)
+        if now is None:
+            return facts
+        facts.passes, facts.tokens = 1, int(sum_over_ranks(now.valid.sum())) * self._length(now)
+        self._compare_routes(controller, now, facts)
+        units = training_units(controller)
+        if self._taken and now.losses is not None:
+            with self.snapshots.in_place(units):
+                before = self._read(controller)
+            facts.passes = 2
+            self._credit(controller, now, before, facts)
+        self.snapshots.take(units)
+        self._taken = True
+        facts.seconds = time.perf_counter() - started
+        return facts
+
+    def remember_routes(self, controller: "Controller", blocks: set[int]) -> None:
+        """Keep where the probe tokens go at the emergence of some blocks (collective)."""
+        now = self._read(controller) if self.active and blocks else None
+        if now is not None:
+            self._born.update({key: route for key, route in now.routes.items() if key[0] in blocks})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values of this rank."""
+        return {
+            "probe": self.probe.state_dict(),
+            "snapshots": self.snapshots.state_dict(),
+            "born": dict(self._born),
+            "taken": self._taken,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.probe.load_state_dict(state["probe"])
+        self.snapshots.load_state_dict(state["snapshots"], device)
+        self._born, self._taken = dict(state["born"]), state["taken"]
+
+    def _read(self, controller: "Controller") -> ProbeReading | None:
+        blocks = [handle.block for handle in controller.blocks]
+        return self.probe.read(controller.module, blocks, next(controller.module.parameters()).device)
+
+    @staticmethod
+    def _length(reading: ProbeReading) -> int:
+        return next(iter(reading.routes.values())).shape[1] if reading.routes else 0
+
+    def _compare_routes(self, controller: "Controller", now: ProbeReading, facts: ProgressFacts) -> None:
+        for handle in controller.blocks:
+            if handle.mode is BlockMode.WARMUP:
+                continue
+            changed, counted, loads = [], [], []
+            for number, bank in enumerate(handle.block.banks):
+                route, born = now.routes[handle.index, number], self._born.get((handle.index, number))
+                valid = now.valid[:, None].expand_as(route)
+                loads.append(torch.bincount(route[valid], minlength=bank.num_experts))
+                same_set = born is not None and born.shape == route.shape
+                changed.append(((route != born) & valid).sum() if same_set else torch.tensor(0))
+                counted.append(valid.sum() if same_set else torch.tensor(0))
+            parts = [torch.stack(changed), torch.stack(counted), torch.cat(loads)]
+            summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+            if int(summed[1].sum()):
+                facts.churn[handle.index] = (summed[0] / summed[1].clamp(min=1)).tolist()
+            facts.load[handle.index] = summed[2].tolist()
+
+    def _credit(
+        self, controller: "Controller", now: ProbeReading, before: ProbeReading | None, facts: ProgressFacts
+    ) -> None:
+        """Share the difference of the losses out to the experts that the tokens go to today."""
+        assert before is not None and before.losses is not None and now.losses is not None
+        gain = before.losses - now.losses
+        counted = torch.isfinite(gain) & now.valid[:, None]
+        total = float(sum_over_ranks(counted.sum()))
+        for handle in controller.blocks:
+            if handle.mode is BlockMode.WARMUP or not total:
+                continue
+            sums = []
+            for number, bank in enumerate(handle.block.banks):
+                own = torch.zeros(bank.num_experts, dtype=torch.float64)
+                sums.append(own.index_add_(0, now.routes[handle.index, number][counted], gain[counted]))
+            facts.progress[handle.index] = (sum_over_ranks(torch.cat(sums)) / total).tolist()
+
+
+def training_units(controller: "Controller") -> dict[str, tuple[nn.Parameter, ...]]:
+    """This rank's experts that train."""
+    names = {
+        expert_unit(handle.block, k)
+        for handle in controller.blocks
+        for k, expert in enumerate(handle.experts)
+        if expert.mode is ExpertMode.TRAINING
+    }
+    return {name: unit.parameters for name, unit in controller.registry.units.items() if name in names}

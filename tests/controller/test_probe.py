@@ -1,0 +1,157 @@
+"""The probe set: the same sequences however a batch is shared out, honest losses, weights that come back unchanged."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller.probe import ProbeSet, Snapshots
+from mocte_ds.controller.progress import Progress
+from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.moe import Block, BlockMode, ExpertMode, attach
+from mocte_ds.zero import expert_unit
+
+V, T, EOD, BATCH = 40, 12, 0, 16
+IDS = torch.randint(1, V, (BATCH, T), generator=torch.Generator().manual_seed(1))
+IDS[0, 5] = EOD
+
+
+def collected(parts: list[list[tuple[int, int]]], wanted: int = 4 * T) -> torch.Tensor:
+    """What ranks keep together that get these (start, end) sequences, micro-batch after micro-batch."""
+    kept = []
+    for mine in parts:
+        probe = ProbeSet(wanted, EOD)
+        for start, end in mine:
+            probe.offer((), {"input_ids": IDS[start:end], "labels": IDS[start:end]}, start, BATCH)
+        probe.finish()
+        state = probe.state_dict()
+        assert state is not None and "labels" not in state["kwargs"]
+        kept.append(state["kwargs"]["input_ids"][state["valid"]])
+    return torch.cat(kept)
+
+
+def test_the_set_does_not_depend_on_ranks_and_micro_batches() -> None:
+    whole = collected([[(0, 16)]])
+    assert torch.equal(whole, IDS[[0, 4, 8, 12]])
+    assert torch.equal(collected([[(0, 8)], [(8, 16)]]), whole)
+    assert torch.equal(collected([[(0, 4), (8, 12)], [(4, 8), (12, 16)]]).sort(0).values, whole.sort(0).values)
+    # Sixteen ranks with a sequence each: those without one of the set keep the others company.
+    assert torch.equal(collected([[(i, i + 1)] for i in range(16)]), whole)
+    assert len(collected([[(0, 16)]], wanted=10**6)) == BATCH
+
+
+def model(kind: str) -> tuple[torch.nn.Module, list[Block]]:
+    if kind == "ours":
+        made = Decoder(DecoderConfig("llama", V, 16, 24, 2, 2, max_positions=T))
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        made = LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes))
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "eod_id": EOD})
+    blocks = attach(made, config)
+    for block in blocks:
+        block.banks[0].gate.key.set(torch.randn(4, 16), torch.zeros(4))
+        block.mode = BlockMode.SPECIALISING
+    return made.train(), blocks
+
+
+def filled() -> ProbeSet:
+    probe = ProbeSet(3 * T, EOD)
+    probe.offer((), {"input_ids": IDS, "labels": IDS}, 0, BATCH)
+    probe.finish()
+    return probe
+
+
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+def test_losses_and_routes(kind: str) -> None:
+    made, blocks = model(kind)
+    counts = [block.banks[0].deepspeed_moe.routed.clone() for block in blocks]
+    reading = filled().read(made, blocks, torch.device("cpu"))
+    assert made.training and all(module.training for module in made.modules())
+    for block, before in zip(blocks, counts, strict=True):
+        assert torch.equal(block.banks[0].deepspeed_moe.routed, before), "a look is not training"
+    ids = IDS[[0, 5, 10]]
+    with torch.no_grad():
+        output = made.eval()(input_ids=ids)
+    logits = output if kind == "ours" else output.logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, T - 1)
+    counted = torch.isfinite(reading.losses)
+    assert counted.sum() == 3 * (T - 1) - 1 and not counted[0, 5], "the token after the end is of another document"
+    torch.testing.assert_close(reading.losses[:, :-1][counted[:, :-1]].float(), expected[counted[:, :-1]])
+    assert set(reading.routes) == {(0, 0), (1, 0)} and reading.routes[0, 0].shape == (3, T)
+
+
+def test_a_model_without_logits_has_routes_but_no_losses() -> None:
+    made, blocks = model("ours")
+    probe = filled()
+    hidden = SimpleNamespace(last_hidden_state=torch.zeros(1))
+    wrapped = made.register_forward_hook(lambda *_: hidden)
+    reading = probe.read(made, blocks, torch.device("cpu"))
+    wrapped.remove()
+    assert reading.losses is None and reading.routes
+    assert ProbeSet(10, None).read(made, blocks, torch.device("cpu")) is None
+
+
+def test_snapshots_put_back_the_very_same_tensors() -> None:
+    made, blocks = model("ours")
+    units = {f"unit {i}": tuple(expert.parameters()) for i, expert in enumerate(blocks[0].banks[0].local_experts)}
+    snapshots = Snapshots()
+    snapshots.take(units)
+    old = {name: [p.detach().clone() for p in parameters] for name, parameters in units.items()}
+    with torch.no_grad():
+        for parameters in units.values():
+            for p in parameters:
+                p.add_(1)
+    storage = [p.data_ptr() for parameters in units.values() for p in parameters]
+    with pytest.raises(RuntimeError), snapshots.in_place(units):
+        assert all(torch.equal(p, o) for name in units for p, o in zip(units[name], old[name], strict=True))
+        raise RuntimeError
+    assert [p.data_ptr() for parameters in units.values() for p in parameters] == storage
+    assert all(torch.equal(p, o + 1) for name in units for p, o in zip(units[name], old[name], strict=True))
+    again = Snapshots()
+    again.load_state_dict(snapshots.state_dict(), torch.device("cpu"))
+    again.take({name: units[name] for name in list(units)[:2]})
+    assert list(units)[0] in again and list(units)[2] not in again
+
+
+def test_progress_and_churn_against_an_explicit_computation() -> None:
+    made, blocks = model("ours")
+    handles = [
+        SimpleNamespace(
+            index=i, block=b, mode=b.mode, experts=[SimpleNamespace(mode=ExpertMode.TRAINING) for _ in range(4)]
+        )
+        for i, b in enumerate(blocks)
+    ]
+    units = {
+        expert_unit(b, k): SimpleNamespace(parameters=tuple(expert.parameters()))
+        for b in blocks
+        for k, expert in enumerate(b.banks[0].local_experts)
+    }
+    controller = SimpleNamespace(blocks=handles, module=made, registry=SimpleNamespace(units=units))
+    progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T))
+    progress.probe.offer((), {"input_ids": IDS}, 0, BATCH)
+    progress.probe.finish()
+    progress.remember_routes(controller, {0, 1})
+    first = progress.measure(controller)
+    assert first.progress == {} and first.churn == {0: [0.0], 1: [0.0]} and sum(first.load[0]) == 3 * T
+    before = progress.probe.read(made, blocks, torch.device("cpu"))
+    with torch.no_grad():
+        for p in blocks[1].banks[0].local_experts[2].parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    second = progress.measure(controller)
+    now = progress.probe.read(made, blocks, torch.device("cpu"))
+    gain = (before.losses - now.losses).nan_to_num()
+    total = int(torch.isfinite(now.losses).sum())
+    for i in range(2):
+        own = [float(gain[now.routes[i, 0] == k].sum()) / total for k in range(4)]
+        assert second.progress[i] == pytest.approx(own, abs=1e-12)
+    assert any(second.progress[1]) and second.passes == 2
+    assert [p != 0 for p in second.progress[1]] == [k == 2 for k in range(4)], "only that expert's tokens changed"
+    with torch.no_grad():
+        blocks[0].banks[0].gate.key.cluster_weight.copy_(torch.randn(4, 16))
+    moved = progress.measure(controller)
+    again = progress.probe.read(made, blocks, torch.device("cpu"))
+    assert moved.churn[0] == [pytest.approx(float((again.routes[0, 0] != before.routes[0, 0]).float().mean()))]
+    assert moved.churn[0][0] > 0.3
