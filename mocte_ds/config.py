@@ -112,6 +112,8 @@ class MocteConfig:
     """Tokens of the sequences that every check looks at again; 0: 4 x num_experts x freeze.rows."""
     eod_id: int | None = None
     """Token id that ends a document; null: every sequence is one document."""
+    conflict_every: int = 10
+    """Checks between two measurements of gradient conflict, a pass to and fro over the probe set; 0: never."""
     auto: bool = True
     """False: no checks; blocks change only by emerge(), freeze() and thaw()."""
     seed: int = 0
@@ -183,6 +185,7 @@ class MocteConfig:
             raise ConfigError(f"mocte.clusters.min_silhouette = {self.clusters.min_silhouette} must lie in [-1, 1].")
         for name, value, least in (
             ("probe_tokens", self.probe_tokens, 0),
+            ("conflict_every", self.conflict_every, 0),
             ("spectrum.rank", self.spectrum.rank, 1),
             ("spectrum.rows", self.spectrum.rows, 16),
             ("spectrum.documents", self.spectrum.documents, 16),
@@ -257,7 +260,7 @@ def parse_section(cls: type[Section], values: Mapping[str, Any], where: str) -> 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """``value`` as the type ``hint`` asks for, or ConfigError."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return parse_section(hint, value, where)
+        return parse_section(hint, {} if value is None else value, where)  # null: all defaults
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value in arguments:

@@ -37,3 +37,7 @@ def test_round_trip():
     config = MocteConfig.from_dict({"modules": ["a", "b"], "freeze": {"alpha": 0, "policy": "paper"}})
     assert MocteConfig.from_dict(config.to_dict()) == config
     assert config.freeze.alpha == 0.0 and config.num_experts == 4
+    assert MocteConfig.from_dict({"modules": "m", "router": None}) == MocteConfig.from_dict({"modules": "m"})
+    banks = MocteConfig.from_dict({"modules": "m", "router": None, "banks": [{"kind": "type"}, {"kind": "hash"}]})
+    assert [router.kind for router in banks.routers] == ["type", "hash"]
+    assert MocteConfig.from_dict(banks.to_dict()) == banks

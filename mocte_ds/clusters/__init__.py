@@ -1,7 +1,7 @@
 """Clusters in the features: whether there are any, groups of equal mass, and what a gate stores of them."""
 
 from mocte_ds.clusters.balance import BalancedClusters, balanced_kmeans
-from mocte_ds.clusters.detect import Detection, agreement, detect, stability
+from mocte_ds.clusters.detect import Detection, agreement, detect, published_line, stability
 from mocte_ds.clusters.table import hash_table, linear_gate, subspace_without_mean, type_table
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "detect",
     "hash_table",
     "linear_gate",
+    "published_line",
     "stability",
     "subspace_without_mean",
     "type_table",

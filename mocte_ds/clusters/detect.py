@@ -124,6 +124,31 @@ def detect(
     return _report(furthest, False, sensitivity, furthest.reason, spread)
 
 
+def published_line(z: Tensor) -> dict[str, float]:
+    """What the published rule says of single tokens: DBSCAN with eps .30 on coordinates scaled to [-1, 1].
+
+    For the log only: at token level it gives one giant cluster with crumbs (docs/method.md, section 3).
+
+    Args:
+        z: (n, r) coordinates.
+
+    Returns:
+        "clusters" (of at least 2 % of the points), "noise" (share of points in none) and "largest" (share of points).
+
+    Raises:
+        MocteError: coordinates that are not finite or not a matrix.
+    """
+    points = _points(z)
+    if len(points) < MIN_POINTS:
+        return {"clusters": 0, "noise": 1.0, "largest": 0.0}
+    low, high = points.min(axis=0), points.max(axis=0)
+    scaled = 2 * (points - low) / np.where(high > low, high - low, 1.0) - 1
+    labels = DBSCAN(eps=0.3, min_samples=max(8, len(points) // 150)).fit_predict(scaled)
+    sizes = np.bincount(labels[labels >= 0], minlength=1) / len(points)
+    kept = sizes[sizes >= 0.02]
+    return {"clusters": len(kept), "noise": float(1.0 - kept.sum()), "largest": float(sizes.max())}
+
+
 def stability(labels_a: Tensor, labels_b: Tensor) -> float:
     """How far two labelings of the same points agree: adjusted Rand index, 1 for the same, 0 for chance.
 

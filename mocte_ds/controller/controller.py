@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.decisions import Change, apply_changes, decide_freezing, emergence_reason, start_annealing
+from mocte_ds.controller.gradients import block_conflict, read_conflict
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.measurements import BlockReading, measure_trainability, read_blocks
 from mocte_ds.controller.progress import Progress, ProgressFacts
@@ -146,7 +147,7 @@ class Controller:
         """
         self.context.first_sequence, self.context.micro_step = step_start + place, micro_step
         if self.progress.active and not self.progress.probe.complete:
-            self.progress.probe.offer(args, kwargs, place, self.sequences_per_step)
+            self.progress.probe.offer(args, kwargs, place, self.sequences_per_step, self.context.domain)
         if not self.config.auto:
             self.context.sampling = any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
             return
@@ -199,14 +200,27 @@ class Controller:
                 expert.tokens = count
         found = self.progress.measure(self)
         measure_trainability(self, found)
+        conflict = self._conflict(found)
         decided = decide_freezing(self.blocks, self.config, self.share)
         changes += start_annealing(self.blocks, decided, self.config.freeze.anneal, self.share)
         seconds = time.perf_counter() - started - found.seconds
-        self._emit(self._check_event(readings, seconds, found))
+        self._emit(self._check_event(readings, seconds, found, conflict))
         if changes:
             self._apply(changes, readings)
         if self.share >= 1.0:
             self._emit_projections(readings)
+
+    def _conflict(self, found: ProgressFacts) -> dict[int, dict[int, dict[str, float]]]:
+        """Gradient conflict, at every so many checks (collective)."""
+        every = self.config.conflict_every
+        if not self.progress.active or not every or (self.step // self.interval) % every:
+            return {}
+        started = time.perf_counter()
+        conflict = read_conflict(self, self.progress.probe)
+        found.tokens = self.progress.probe.count()
+        found.seconds += time.perf_counter() - started
+        found.passes += 2  # forward, and the half of a backward pass that costs the same
+        return conflict
 
     def _apply(self, changes: list[Change], readings: dict[int, BlockReading]) -> None:
         """Carry out a plan that all ranks agree on, in one rebuild of the partition."""
@@ -258,7 +272,11 @@ class Controller:
     # ---- events ----------------------------------------------------------------------------------------------------
 
     def _check_event(
-        self, readings: dict[int, BlockReading], trainability_seconds: float, found: ProgressFacts
+        self,
+        readings: dict[int, BlockReading],
+        trainability_seconds: float,
+        found: ProgressFacts,
+        conflict: dict[int, dict[int, dict[str, float]]],
     ) -> dict[str, Any]:
         seconds = {"spectrum": 0.0, "clusters": 0.0, "trainability": trainability_seconds, "progress": found.seconds}
         moved = {"spectrum": 0, "clusters": 0}
@@ -275,12 +293,14 @@ class Controller:
                     "tokens": e.tokens,
                     "lambda": e.trainability,
                     "rows": e.rows(self.step),
+                    "kappa": conflict.get(handle.index, {}).get(k, {}).get("kappa"),
                     "progress": progress[k] if (progress := found.progress.get(handle.index)) else None,
                 }
                 for k, e in enumerate(handle.experts)
             ]
             who = {"block": handle.index, "name": handle.name, "mode": str(handle.mode)}
             routes = {"churn": found.churn.get(handle.index), "probe_load": found.load.get(handle.index)}
+            routes["conflict"] = block_conflict(conflict.get(handle.index))
             blocks.append({**who, **reading.facts(self.domain_names), **routes, "experts": experts})
         probe = {"tokens": found.tokens, "passes": found.passes}
         return {"event": "check", "seconds": seconds, "bytes": moved, "probe": probe, "blocks": blocks}

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mocte_ds.clusters import BalancedClusters, Detection, agreement, balanced_kmeans, detect, stability
+from mocte_ds.clusters import (
+    BalancedClusters,
+    Detection,
+    agreement,
+    balanced_kmeans,
+    detect,
+    published_line,
+    stability,
+)
 from mocte_ds.controller.handles import BlockHandle, ExpertHandle
 from mocte_ds.controller.progress import ProgressFacts
 from mocte_ds.dist.collectives import gather_objects, gather_rows, sum_over_ranks, world
@@ -48,6 +56,8 @@ class BlockReading:
     detection: Detection | None = None
     labels: Tensor | None = None
     """(m,) balanced clusters of the documents."""
+    published: dict[str, float] | None = None
+    """What the published rule says of the tokens of the sample."""
     stability: float | None = None
     agreement: dict[str, float] | None = None
     documents: Rows | None = None
@@ -84,6 +94,9 @@ class BlockReading:
             "noise": found.noise if found else None,
             "largest": found.largest if found else None,
             "silhouette": found.silhouette if found else None,
+            "eps": found.eps if found else None,
+            "eps_sensitivity": [list(pair) for pair in found.sensitivity] if found else None,
+            "token_line": self.published,
             "found": bool(found and found.found),
             "reason": found.reason if found else "no document was sampled",
             "stability": self.stability,
@@ -176,17 +189,19 @@ def _read_documents(controller: "Controller", handles: list[BlockHandle], readin
     means = [sample[0] for sample in samples]
     subspaces = _subspaces(means, config.spectrum.rank, [handle.document_basis for handle in handles])
     coordinates = [gather_rows((x - s.mean) @ s.basis).cpu() for x, s in zip(means, subspaces, strict=True)]
+    tokens = [_token_coordinates(readings[handle.index]) for handle in handles]
     mine = {}
     rank, size = world()
     for number, handle in enumerate(handles):
         if handle.index % size == rank:
-            mine[handle.index] = _cluster(controller, handle, coordinates[number], subspaces[number], domains)
+            found = _cluster(controller, handle, coordinates[number], subspaces[number], domains)
+            mine[handle.index] = (*found, published_line(tokens[number]))
     results: dict[int, tuple] = {}
     for part in gather_objects(mine):
         results.update(part)
     for number, handle in enumerate(handles):
         reading = readings[handle.index]
-        detection, clusters, stable, agree = results[handle.index]
+        detection, clusters, stable, agree, reading.published = results[handle.index]
         space = subspaces[number]
         reading.coordinates, reading.domains = coordinates[number], domains
         reading.documents = Rows(means[number], space.directions, space.mean)
@@ -198,6 +213,11 @@ def _read_documents(controller: "Controller", handles: list[BlockHandle], readin
         handle.document_centroids, handle.document_prices = clusters.centroids, clusters.prices
         reading.seconds["clusters"] = (time.perf_counter() - started) / len(handles)
         reading.bytes["clusters"] = 4 * coordinates[number].numel()
+
+
+def _token_coordinates(reading: BlockReading) -> Tensor:
+    """(n, r) coordinates of the sampled tokens of all ranks (collective)."""
+    return gather_rows((reading.tokens[0] - reading.mean) @ reading.basis).cpu()
 
 
 def _cluster(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.dist.collectives import max_over_ranks
+from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks
 from mocte_ds.moe.block import Block
 
 # Shapes: S sequences of this rank, T tokens.
@@ -32,6 +32,17 @@ class ProbeReading:
     """(S,) False for a sequence that only keeps the rank company."""
 
 
+@dataclass
+class ProbeGradient:
+    """A pass with a graph behind it."""
+
+    loss: Tensor
+    """() sum over the tokens that count, of the loss of the token after each."""
+    groups: dict[tuple[int, int], Tensor]
+    """(block, expert) to (n,) the source of each row that the expert read, -1 where it does not count; expert -1 is the
+    block's dense FFN."""
+
+
 class ProbeSet:
     """The sequences and how to run them."""
 
@@ -45,9 +56,12 @@ class ProbeSet:
         self._wanted, self._eod_id = tokens, eod_id
         self._parts: list[tuple[list[Any], dict[str, Any]]] = []
         self._valid: list[Tensor] = []
+        self._domain: list[Tensor] = []
         self.complete = False
 
-    def offer(self, args: tuple, kwargs: Mapping[str, Any], offset: int, batch: int) -> None:
+    def offer(
+        self, args: tuple, kwargs: Mapping[str, Any], offset: int, batch: int, domain: Tensor | None = None
+    ) -> None:
         """Take what belongs to the set from a micro-batch of the first step.
 
         Args:
@@ -55,6 +69,7 @@ class ProbeSet:
             kwargs: of the model's call.
             offset: of the micro-batch's first sequence in the global batch.
             batch: sequences of the global batch.
+            domain: (B,) source of each sequence, None where unknown.
         """
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.complete or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
@@ -70,6 +85,9 @@ class ProbeSet:
             self._valid.append(torch.zeros(1, dtype=torch.bool))
         else:
             self._valid.append(torch.ones(int(chosen.sum()), dtype=torch.bool))
+
+        known = domain if domain is not None else torch.full((ids.shape[0],), -1)
+        self._domain.append(known.cpu()[chosen])
 
         def cut(value: Any) -> Any:
             fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == ids.shape[0]
@@ -89,51 +107,97 @@ class ProbeSet:
         args = [_joined([part[0][i] for part in parts]) for i in range(len(first[0]))]
         kwargs = {name: _joined([part[1][name] for part in parts]) for name in first[1]}
         self._parts, self._valid = [(args, kwargs)], [torch.cat([self._valid[i] for i in same])]
+        self._domain = [torch.cat([self._domain[i] for i in same])]
         self.complete = True
 
-    @torch.no_grad()
     def read(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeReading | None:
         """One pass in evaluation mode (collective); None where nothing was collected on some rank."""
-        missing = max_over_ranks(torch.tensor(0 if self.complete else 1))
-        if int(missing):
+        if not self._everywhere():
             return None
-        (args, kwargs), context = self._parts[0], blocks[0].context
-        shape = self._ids((args, kwargs)).shape
-        training, kept = module.training, (context.token_ids, context.recording)
-        module.eval()
-        context.recording = True
-        try:
-            output = module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
+        shape = self._ids(self._parts[0]).shape
+        with torch.no_grad(), self._looking(module, blocks):
+            output = self._forward(module, device)
             routes = {
                 (i, j): bank.deepspeed_moe.recorded.view(shape).cpu()
                 for i, block in enumerate(blocks)
                 for j, bank in enumerate(block.banks)
                 if bank.deepspeed_moe.recorded is not None and bank.deepspeed_moe.recorded.numel() == shape.numel()
             }
+            return ProbeReading(self._losses(output, self._ids(self._parts[0])), routes, self._valid[0])
+
+    def read_gradient(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeGradient | None:
+        """One pass with a graph (collective); None where :meth:`read` gives none, or where there are no logits."""
+        if not self._everywhere():
+            return None
+        ids = self._ids(self._parts[0])
+        # Rows of sequences that only keep company do not count, nor does the sequence's last token.
+        source = torch.where(self._valid[0], self._domain[0], -1)[:, None].expand_as(ids)
+        with torch.enable_grad(), self._looking(module, blocks):
+            blocks[0].context.groups = source.to(device)
+            logits = _logits(self._forward(module, device), ids)
+            if logits is None:
+                return None
+            target = ids.clone()
+            target[:, :-1], target[:, -1] = ids[:, 1:], -100
+            target[~self._valid[0]] = -100
+            if self._eod_id is not None:
+                target[ids == self._eod_id] = -100
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten().to(logits.device), reduction="sum")
+            groups = {}
+            for i, block in enumerate(blocks):
+                groups[i, -1] = source.flatten()
+                for number, bank in enumerate(block.banks):
+                    found = bank.deepspeed_moe.recorded_groups
+                    groups.update({(i, number * bank.num_experts + k): rows for k, rows in found.items()})
+            return ProbeGradient(loss, groups)
+
+    def count(self) -> int:
+        """Tokens of the set over all ranks (collective); 0 where it is not complete."""
+        if not self._everywhere():
+            return 0
+        return int(sum_over_ranks(self._valid[0].sum())) * self._ids(self._parts[0]).shape[1]
+
+    def _everywhere(self) -> bool:
+        return not int(max_over_ranks(torch.tensor(0 if self.complete else 1)))
+
+    def _forward(self, module: nn.Module, device: torch.device) -> Any:
+        args, kwargs = self._parts[0]
+        return module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
+
+    @staticmethod
+    @contextmanager
+    def _looking(module: nn.Module, blocks: list[Block]) -> Iterator[None]:
+        """Evaluation mode with routes recorded; afterwards everything is as it was."""
+        context, training = blocks[0].context, module.training
+        kept = context.token_ids
+        module.eval()
+        context.recording = True
+        try:
+            yield
         finally:
             module.train(training)
-            context.token_ids, context.recording = kept
+            context.token_ids, context.recording, context.groups = kept, False, None
             for block in blocks:
                 for bank in block.banks:
-                    bank.deepspeed_moe.recorded = None
-        return ProbeReading(self._losses(output, self._ids((args, kwargs))), routes, self._valid[0])
+                    bank.deepspeed_moe.forget()
 
     def state_dict(self) -> dict[str, Any] | None:
         """Plain values of this rank; None where nothing was collected."""
         if not self.complete:
             return None
         args, kwargs = self._parts[0]
-        return {"args": list(args), "kwargs": dict(kwargs), "valid": self._valid[0]}
+        return {"args": list(args), "kwargs": dict(kwargs), "valid": self._valid[0], "domain": self._domain[0]}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take over what :meth:`state_dict` returned."""
         if state is not None:
             self._parts, self._valid = [(list(state["args"]), dict(state["kwargs"]))], [state["valid"]]
+            self._domain = [state["domain"]]
             self.complete = True
 
     def _losses(self, output: Any, ids: Tensor) -> Tensor | None:
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
+        logits = _logits(output, ids)
+        if logits is None:
             return None
         losses = torch.full(ids.shape, math.nan, dtype=torch.float64)
         for row in range(ids.shape[0]):  # one sequence's logits in fp32 at a time
@@ -190,6 +254,12 @@ class Snapshots:
     def load_state_dict(self, state: Mapping[str, list[Tensor]], device: torch.device) -> None:
         """Take over what :meth:`state_dict` returned."""
         self._weights = {name: [tensor.to(device) for tensor in tensors] for name, tensors in state.items()}
+
+
+def _logits(output: Any, ids: Tensor) -> Tensor | None:
+    """(S, T, V) of a model's output; None where it has none."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) and logits.shape[:2] == ids.shape else None
 
 
 def _joined(values: list[Any]) -> Any:

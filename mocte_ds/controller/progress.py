@@ -56,7 +56,7 @@ class Progress:
         now = self._read(controller)
         if now is None:
             return facts
-        facts.passes, facts.tokens = 1, int(sum_over_ranks(now.valid.sum())) * self._length(now)
+        facts.passes, facts.tokens = 1, self.probe.count()
         self._compare_routes(controller, now, facts)
         units = training_units(controller)
         if self._taken and now.losses is not None:
@@ -93,10 +93,6 @@ class Progress:
     def _read(self, controller: "Controller") -> ProbeReading | None:
         blocks = [handle.block for handle in controller.blocks]
         return self.probe.read(controller.module, blocks, next(controller.module.parameters()).device)
-
-    @staticmethod
-    def _length(reading: ProbeReading) -> int:
-        return next(iter(reading.routes.values())).shape[1] if reading.routes else 0
 
     def _compare_routes(self, controller: "Controller", now: ProbeReading, facts: ProgressFacts) -> None:
         for handle in controller.blocks:

@@ -1,6 +1,7 @@
 """A set of experts, of which every token uses one: a DeepSpeed MoE layer with a cluster gate and dropless dispatch."""
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class ClusterMOELayer(MOELayer):
         """(S, E) tokens of each source and expert while the controller samples."""
         self.recorded: Tensor | None = None
         """(T,) experts of the last forward that was recorded."""
+        self.recorded_groups: dict[int, Tensor] = {}
+        """Global expert to the groups of the rows that it read in that forward."""
         self._counted_step = -1
         self.l_aux: Tensor | None = None
         self.exp_counts: Tensor | None = None
@@ -51,10 +54,26 @@ class ClusterMOELayer(MOELayer):
                 self._count_sources(index)
         if self.context.recording:
             self.recorded = index
+            if self.context.groups is not None and self.context.groups.numel() == index.numel():
+                self._record_groups(index, self.context.groups.reshape(-1, 1).float())
         if weight is not None:
             outputs = outputs * weight.to(outputs.dtype)[:, None]
         self.exp_counts = counts
         return outputs.view_as(hidden)
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self.recorded, self.recorded_groups = None, {}
+
+    def _record_groups(self, index: Tensor, groups: Tensor) -> None:
+        """Send the tokens' groups the way that their features took."""
+        first = self.num_local_experts * dist.get_rank(group=self.ep_group) if self.ep_size > 1 else 0
+        stand_ins = [nn.Identity() for _ in range(self.num_local_experts)]
+
+        def keep(expert: int, rows: Tensor) -> None:
+            self.recorded_groups[first + expert] = rows[:, 0].round().long().cpu()
+
+        route_through(groups, index, stand_ins, self.routed.numel(), self.ep_group, self.ep_size, keep)
 
     def clear_samples(self) -> None:
         """Forget rows and sources, so that the next check sees today's weights."""

@@ -43,6 +43,8 @@ class BatchContext:
     """True while the controller wants features."""
     recording: bool = False
     """True while the controller wants to know which expert each token takes."""
+    groups: Tensor | None = None
+    """(B, T) number of a group for each token, whose way to the experts is recorded too; None: nobody asks."""
     continues: bool = False
     """True in a call that goes on with cached keys and values."""
     memories: dict[int, dict[str, Any]] = field(default_factory=dict)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 
-from mocte_ds.clusters import agreement, detect, stability
+from mocte_ds.clusters import agreement, detect, published_line, stability
 from mocte_ds.errors import MocteError
 
 
@@ -80,3 +80,13 @@ def test_agreement_and_stability_are_those_of_scikit_learn() -> None:
     one[:20], other[20:40] = -1, -1
     assert agreement(one, other) == agreement(one[40:], other[40:])
     assert agreement(torch.full((5,), -1), torch.zeros(5, dtype=torch.int64)) == {"nmi": 0.0, "purity": 0.0}
+
+
+def test_published_line_on_tokens() -> None:
+    cloud = torch.randn(1500, 3)
+    found = published_line(cloud)
+    assert found["clusters"] == 1 and found["largest"] > 0.9, "one giant cluster"
+    assert published_line(7 * cloud + 3) == pytest.approx(found)
+    z, _ = planted(3, 300, 0, r=3)
+    assert published_line(z)["clusters"] == 3
+    assert published_line(torch.zeros(5, 2)) == {"clusters": 0, "noise": 1.0, "largest": 0.0}

@@ -1,5 +1,6 @@
 """The probe set: the same sequences however a batch is shared out, honest losses, weights that come back unchanged."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.gradients import DENSE, block_conflict, read_conflict
 from mocte_ds.controller.probe import ProbeSet, Snapshots
 from mocte_ds.controller.progress import Progress
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, ExpertMode, attach
+from mocte_ds.trainability import coherence, conflict
 from mocte_ds.zero import expert_unit
 
 V, T, EOD, BATCH = 40, 12, 0, 16
@@ -155,3 +158,66 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
     again = progress.probe.read(made, blocks, torch.device("cpu"))
     assert moved.churn[0] == [pytest.approx(float((again.routes[0, 0] != before.routes[0, 0]).float().mean()))]
     assert moved.churn[0][0] > 0.3
+
+
+def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
+    """Two blocks, one in warm-up; the reference asks autograd for each token's gradient of the FFN's weights."""
+    made, blocks = model("ours")
+    blocks[0].mode = BlockMode.WARMUP
+    made.eval()
+    for parameter in made.parameters():
+        parameter.requires_grad_(True)  # for the reference; experts that do not train are measured as well
+    handles = [SimpleNamespace(index=i, block=b, mode=b.mode) for i, b in enumerate(blocks)]
+    controller = SimpleNamespace(blocks=handles, module=made, ep_rank=0)
+    probe = ProbeSet(4 * T, EOD)
+    probe.offer((), {"input_ids": IDS}, 0, BATCH, torch.arange(BATCH) // 8)
+    probe.finish()
+    found = read_conflict(controller, probe)
+    assert set(found) == {0, 1} and set(found[0]) == {DENSE}
+    ids, source = IDS[[0, 4, 8, 12]], torch.tensor([0, 0, 1, 1]).repeat_interleave(T)
+    valid = torch.ones(4, T, dtype=torch.bool)
+    valid[:, -1] = False
+    valid &= ids != EOD
+
+    def gram(look: torch.nn.Module) -> torch.Tensor:
+        caught = {}
+        hook = look.register_forward_hook(lambda _m, args, out: caught.update(x=args[0], y=out))
+        logits = made(input_ids=ids)
+        hook.remove()
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (losses * valid[:, :-1].flatten()).sum()
+        (slope,) = torch.autograd.grad(loss, caught["y"])
+        x, slope = caught["x"].detach().reshape(-1, 16), slope.reshape(-1, 16)
+        rows = []
+        for a, b in zip(x, slope, strict=True):
+            parts = torch.autograd.grad((look(a[None])[0] * b).sum(), list(look.parameters()))
+            rows.append(torch.cat([part.flatten() for part in parts]).double())
+        return torch.stack(rows) @ torch.stack(rows).T
+
+    own = gram(blocks[0].dense)
+    between = conflict(own, source, unbiased=True)
+    assert found[0][DENSE]["kappa"] == pytest.approx(coherence(own), rel=1e-4)
+    cosine = found[0][DENSE].get("cosine", math.nan)  # left out where there is none
+    assert cosine == pytest.approx(between.mean_cosine, abs=1e-4, nan_ok=True)
+    assert found[0][DENSE]["Q"] == pytest.approx(between.q, abs=1e-4)
+    assert found[0][DENSE]["R"] == pytest.approx(between.ratio, rel=1e-3)
+    busy = [k for k, count in enumerate(torch.bincount(_routes(made, blocks[1], ids), minlength=4)) if count > 4]
+    for k in busy:
+        mine = source[_routes(made, blocks[1], ids) == k]
+        expert = blocks[1].banks[0].local_experts[k]
+        padded = gram(expert)[: len(mine), : len(mine)]
+        assert found[1][k]["kappa"] == pytest.approx(coherence(padded), rel=1e-4)
+        if len(mine.unique()) == 2 and min(torch.bincount(mine)) > 2:
+            cosine = conflict(padded, mine, unbiased=True).mean_cosine
+            assert found[1][k].get("cosine", math.nan) == pytest.approx(cosine, abs=1e-4, nan_ok=True)
+    assert busy and all(p.grad is None for p in made.parameters())
+    summary = block_conflict(found[1])
+    assert summary["rows"] == sum(numbers["rows"] for numbers in found[1].values()) and block_conflict({}) is None
+
+
+def _routes(made: torch.nn.Module, block: Block, ids: torch.Tensor) -> torch.Tensor:
+    block.context.recording = True
+    with torch.no_grad():
+        made(input_ids=ids)
+    block.context.recording = False
+    return block.banks[0].deepspeed_moe.recorded
