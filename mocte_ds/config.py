@@ -58,6 +58,8 @@ class SpectrumConfig:
 class ClustersConfig:
     """When a block's clusters count as detected."""
 
+    method: Literal["dbscan", "hdbscan"] = "dbscan"
+    """How clusters are looked for."""
     min_silhouette: float = 0.35
     """Smallest silhouette of the detected clusters (the paper's alpha_c)."""
     stability: float = 0.6

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.cluster import DBSCAN
+from sklearn.cluster import DBSCAN, HDBSCAN
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
@@ -21,6 +21,7 @@ EPS_QUANTILES = (0.5, 0.7, 0.8, 0.9, 0.95)
 # 60 to 400 points) joined by 2.1; planted clusters six standard deviations apart, at their best eps, held to 4.7.
 VALLEY = 3.0
 MIN_POINTS = 40
+METHODS = ("dbscan", "hdbscan")
 _SILHOUETTE_POINTS = 1000
 
 
@@ -72,8 +73,9 @@ def detect(
     min_mass: float = 0.02,
     max_largest: float = 0.6,
     max_noise: float = 0.5,
+    method: str = "dbscan",
 ) -> Detection:
-    """Look for clusters with DBSCAN; a cloud without structure, or one giant cluster with crumbs, is "not found".
+    """Look for clusters; a cloud without structure, or one giant cluster with crumbs, is "not found".
 
     Rules (docs/method.md, section 3): at least two clusters of ``min_mass``, the largest under ``max_largest``, noise
     at most ``max_noise``, silhouette at least ``min_silhouette``; and an emptier region between clusters (VALLEY
@@ -85,10 +87,14 @@ def detect(
         min_mass: least share of points of a cluster that counts.
         max_largest: share that the largest cluster must stay under.
         max_noise: largest share of points in no cluster.
+        method: `dbscan` (several radii, the best by silhouette times coverage) or `hdbscan` (no radius; for clusters of
+            very different densities). The emptier region is asked for by DBSCAN in both.
 
     Raises:
-        MocteError: coordinates that are not finite or not a matrix.
+        MocteError: coordinates that are not finite or not a matrix, or another method.
     """
+    if method not in METHODS:
+        raise MocteError(f"clusters.method = {method!r} is not one of {list(METHODS)}.")
     points = _points(z)
     n = len(points)
     spread = float(np.sqrt(points.var(axis=0).sum())) if n else 0.0
@@ -105,12 +111,16 @@ def detect(
         return _candidate(points, labels, eps, min_mass)
 
     tried = []
-    for quantile in EPS_QUANTILES:
+    if method == "hdbscan":
+        found = _by_density(points, distances[:, -1], min_mass)
+        tried.append(_judge(points, found, min_silhouette, min_mass, max_largest, max_noise))
+    for quantile in EPS_QUANTILES if method == "dbscan" else ():
         eps = max(float(np.quantile(distances[:, -1], quantile)), 1e-9)
         tried.append(_judge(points, cluster(eps), min_silhouette, min_mass, max_largest, max_noise))
         if np.bincount(tried[-1].labels + 1)[1:].max(initial=0) >= max_largest * n:
             break  # clusters only grow with eps
-    sensitivity = tuple((q, c.count) for q, c in zip(EPS_QUANTILES, tried, strict=False))
+    by_radius = zip(EPS_QUANTILES, tried, strict=False) if method == "dbscan" else ()
+    sensitivity = tuple((q, c.count) for q, c in by_radius)
     good = sorted((c for c in tried if not c.reason), key=lambda c: -c.score)
     for best in good:
         wider = cluster(best.eps * widened)
@@ -122,6 +132,22 @@ def detect(
         return _report(good[0], False, sensitivity, why, spread)
     furthest = max(tried, key=lambda c: c.passed)
     return _report(furthest, False, sensitivity, furthest.reason, spread)
+
+
+def _by_density(points: np.ndarray, reach: np.ndarray, min_mass: float) -> _Candidate:
+    """HDBSCAN's clusters; eps is the radius at which nearly all of their points are DBSCAN's core points.
+
+    Args:
+        points: (n, r).
+        reach: (n,) distance to the min_samples-th neighbour.
+        min_mass: least share of points of a cluster.
+    """
+    n, neighbours = len(points), max(8, len(points) // 150)
+    size = max(neighbours, math.ceil(min_mass * n))
+    labels = HDBSCAN(min_cluster_size=size, min_samples=neighbours, copy=True).fit_predict(points)
+    members = reach[labels >= 0]
+    eps = float(np.quantile(members, 0.95)) if len(members) else 0.0
+    return _candidate(points, labels, max(eps, 1e-9), min_mass)
 
 
 def published_line(z: Tensor) -> dict[str, float]:

@@ -232,7 +232,7 @@ def _cluster(
     Both clusterings label the same documents, with today's features; so no second forward over a probe set is needed.
     """
     config = controller.config
-    found = detect(coordinates, min_silhouette=config.clusters.min_silhouette)
+    found = detect(coordinates, config.clusters.min_silhouette, method=config.clusters.method)
     clusters = balanced_kmeans(coordinates, config.num_experts, config.seed)
     stable = None
     if handle.document_centroids is not None:

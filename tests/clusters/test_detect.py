@@ -20,11 +20,12 @@ def planted(count: int, n: int, seed: int, r: int = 8) -> tuple[torch.Tensor, to
     return centres[truth] + width[truth][:, None] * torch.randn(n, r, generator=generator), truth
 
 
+@pytest.mark.parametrize("method", ["dbscan", "hdbscan"])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("count", [2, 3, 5, 9])
-def test_planted_clusters(count: int, seed: int) -> None:
+def test_planted_clusters(count: int, seed: int, method: str) -> None:
     z, truth = planted(count, 120 * count, seed)
-    found = detect(z)
+    found = detect(z, method=method)
     assert found.found and found.count == count, found.reason
     clear = found.labels >= 0
     assert clear.float().mean() > 0.5
@@ -32,7 +33,7 @@ def test_planted_clusters(count: int, seed: int) -> None:
     assert found.noise == pytest.approx(float((~clear).float().mean()))
     own = silhouette_score(z[clear].numpy(), found.labels[clear].numpy())
     assert found.silhouette == pytest.approx(own, abs=0.03)
-    assert torch.equal(detect(1e4 * z + 7).labels, found.labels), "scale and place do not matter"
+    assert torch.equal(detect(1e4 * z + 7, method=method).labels, found.labels), "scale and place do not matter"
 
 
 def structureless(kind: str, n: int, r: int, rng: np.random.Generator) -> np.ndarray:
@@ -48,13 +49,14 @@ def structureless(kind: str, n: int, r: int, rng: np.random.Generator) -> np.nda
     return giant
 
 
+@pytest.mark.parametrize("method", ["dbscan", "hdbscan"])
 @pytest.mark.parametrize("n", [60, 400, 2000])
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "uniform", "giant"])
-def test_nothing_is_found_where_nothing_is(kind: str, n: int) -> None:
+def test_nothing_is_found_where_nothing_is(kind: str, n: int, method: str) -> None:
     rng = np.random.default_rng(n)
     for r in (2, 4, 8):
         for _ in range(4 if n < 2000 else 1):
-            found = detect(torch.from_numpy(structureless(kind, n, r, rng)))
+            found = detect(torch.from_numpy(structureless(kind, n, r, rng)), method=method)
             assert not found.found, (kind, n, r, found.reason)
             assert found.reason
 
@@ -66,6 +68,8 @@ def test_degenerate_input() -> None:
         detect(torch.full((100, 3), float("inf")))
     with pytest.raises(MocteError, match="matrix"):
         detect(torch.zeros(100))
+    with pytest.raises(MocteError, match="'kmeans' is not one of"):
+        detect(torch.zeros(100, 2), method="kmeans")
 
 
 def test_agreement_and_stability_are_those_of_scikit_learn() -> None:
