@@ -50,6 +50,10 @@ class SpectrumConfig:
     """Token features sampled over all ranks for one check."""
     documents: int = 1024
     """Document means sampled over all ranks for one check."""
+    doublings: int = 2
+    """How often the sample is doubled while it determines fewer than min_rank directions of a block in warm-up."""
+    min_rank: int = 4
+    """Directions that a gate should be made of."""
     max_angle: float = 0.3
     """Largest accepted sine of the angle between the subspaces of two half-samples."""
 
@@ -190,6 +194,8 @@ class MocteConfig:
             ("conflict_every", self.conflict_every, 0),
             ("spectrum.rank", self.spectrum.rank, 1),
             ("spectrum.rows", self.spectrum.rows, 16),
+            ("spectrum.doublings", self.spectrum.doublings, 0),
+            ("spectrum.min_rank", self.spectrum.min_rank, 1),
             ("spectrum.documents", self.spectrum.documents, 16),
             ("freeze.checks", self.freeze.checks, 1),
             ("freeze.after_checks", self.freeze.after_checks, 1),

@@ -42,8 +42,9 @@ class Controller:
         self.blocks = [BlockHandle(i, block) for i, block in enumerate(blocks)]
         self.context = blocks[0].context
         self.interval = max(1, round(config.check_every * total_steps))
+        s = config.spectrum
         self.collectors = [
-            FeatureCollector(b.hidden_size, config.spectrum.rows, config.spectrum.documents, config.seed, config.eod_id)
+            FeatureCollector(b.hidden_size, s.rows, s.documents, config.seed, config.eod_id, s.doublings)
             for b in blocks
         ]
         for block, collector in zip(blocks, self.collectors, strict=True):
@@ -67,7 +68,8 @@ class Controller:
         self.module, self.optimizer, self.scheduler, self.rank = module, optimizer, scheduler, rank
         self.sequences_per_step = sequences_per_step
         # Few rows a sequence: neighbours in a sequence are alike.
-        enough = max(self.config.spectrum.rows / 16, self.config.spectrum.documents) / sequences_per_step
+        spectrum = self.config.spectrum
+        enough = max((spectrum.rows << spectrum.doublings) / 16, spectrum.documents) / sequences_per_step
         self._window = min(self.interval, max(1, round(enough + 0.5)))
 
     # ---- for users -------------------------------------------------------------------------------------------------

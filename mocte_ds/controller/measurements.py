@@ -21,7 +21,7 @@ from mocte_ds.controller.progress import ProgressFacts
 from mocte_ds.dist.collectives import gather_objects, gather_rows, sum_over_ranks, world
 from mocte_ds.moe.birth import FeatureSample, Rows
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
-from mocte_ds.spectrum.subspace import Subspace, certified_rank, sampled_svd, split_half_angles
+from mocte_ds.spectrum.subspace import Subspace, certified_rank, gate_rank, sampled_svd, split_half_angles
 from mocte_ds.trainability import Probe, top_eigenpair
 from mocte_ds.zero import expert_unit
 
@@ -42,11 +42,13 @@ class BlockReading:
     """Sampled token features of all ranks; 0: nothing was seen, and everything below is empty."""
     mean: Tensor | None = None
     basis: Tensor | None = None
-    """(d, k) leading centred singular directions, those that the sample determines: what a gate is built in."""
+    """(d, k) the leading centred singular directions that a gate is built in."""
     singular_values: list[float] = field(default_factory=list)
     explained: list[float] = field(default_factory=list)
     certificate: float | None = None
     """Sine of the angle between the subspaces of two half-samples, all directions."""
+    certified: int | None = None
+    """Leading directions that the sample determines."""
     coordinates: Tensor | None = None
     """(m, r) document means of all ranks in the span of their centred singular directions."""
     plane: Tensor | None = None
@@ -87,7 +89,8 @@ class BlockReading:
             "singular_values": self.singular_values,
             "explained": self.explained,
             "certificate": self.certificate,
-            "certified_rank": None if self.basis is None else self.basis.shape[1],
+            "certified_rank": self.certified,
+            "gate_rank": None if self.basis is None else self.basis.shape[1],
             "documents": 0 if self.coordinates is None else self.coordinates.shape[0],
             "clusters": found.count if found else None,
             "sizes": torch.bincount(found.labels[found.labels >= 0]).tolist() if found else None,
@@ -128,18 +131,27 @@ def read_blocks(controller: "Controller", handles: list[BlockHandle]) -> dict[in
         Readings by block index.
     """
     config, started = controller.config.spectrum, time.perf_counter()
-    samples = [controller.collectors[handle.index].tokens() for handle in handles]
-    total_rows = int(sum_over_ranks(torch.tensor(samples[0][0].shape[0])))
-    readings = {h.index: BlockReading(s, total_rows) for h, s in zip(handles, samples, strict=True)}
-    if total_rows < 2:
-        return readings
-    features = [sample[0] for sample in samples]
+    for doubled in range(config.doublings + 1):
+        samples = [controller.collectors[handle.index].tokens(doubled) for handle in handles]
+        total_rows = int(sum_over_ranks(torch.tensor(samples[0][0].shape[0])))
+        readings = {h.index: BlockReading(s, total_rows) for h, s in zip(handles, samples, strict=True)}
+        if total_rows < 2:
+            return readings
+        features = [sample[0] for sample in samples]
+        angles = _half_sample_angles(features, config.rank)
+        # Only a block in warm-up needs its directions: a gate is made of them once.
+        poor = [
+            handle.mode is BlockMode.WARMUP and certified_rank(found, config.max_angle) < config.min_rank
+            for handle, found in zip(handles, angles, strict=True)
+        ]
+        if not any(poor) or total_rows < config.rows << doubled:
+            break
     subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles])
-    angles = _half_sample_angles(features, config.rank)
     for number, handle in enumerate(handles):
         reading, found = readings[handle.index], subspaces[number]
         reading.mean = found.mean
-        reading.basis = found.directions[:, : certified_rank(angles[number], config.max_angle)]
+        reading.certified = certified_rank(angles[number], config.max_angle)
+        reading.basis = found.directions[:, : gate_rank(angles[number], config.max_angle)]
         reading.singular_values = found.singular_values.tolist()
         reading.explained = found.explained.tolist()
         reading.certificate = angles[number][-1]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mocte_ds.dist.collectives import world
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.spectrum.sample import Reservoir, hash_keys
 
@@ -17,18 +18,23 @@ class FeatureCollector:
     Shapes: B sequences of T tokens with d features.
     """
 
-    def __init__(self, hidden_size: int, rows: int, documents: int, seed: int, eod_id: int | None) -> None:
+    def __init__(
+        self, hidden_size: int, rows: int, documents: int, seed: int, eod_id: int | None, doublings: int = 0
+    ) -> None:
         """Make empty reservoirs.
 
         Args:
             hidden_size: d.
-            rows: token features kept over all ranks.
+            rows: token features of a sample over all ranks.
             documents: document means kept over all ranks.
             seed: seed of the sampling hash.
             eod_id: token that ends a document.
+            doublings: how often the sample may be doubled; so many more rows are kept.
         """
-        self._tokens = Reservoir(rows, hidden_size + 2, seed)
-        self._documents = Reservoir(documents, hidden_size + 1, seed)
+        ranks = world()[1]
+        self._sample_rows = rows
+        self._tokens = Reservoir(rows << doublings, hidden_size + 2, seed, ranks=ranks)
+        self._documents = Reservoir(documents, hidden_size + 1, seed, ranks=ranks)
         self._seed, self._eod_id = seed, eod_id
 
     @torch.no_grad()
@@ -65,9 +71,13 @@ class FeatureCollector:
         keys = hash_keys(sequence[owner], _POSITIONS + place - first[owner], self._seed)
         self._documents.add(means[long_enough], keys[long_enough])
 
-    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's share of the token sample: features (n, d), token ids (n,), sources (n,); -1 where unknown."""
-        rows = self._tokens.merged_rows()
+    def tokens(self, doubled: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's share of the token sample: features (n, d), token ids (n,), sources (n,); -1 where unknown.
+
+        Args:
+            doubled: how often the sample is doubled; a larger one holds the smaller one's rows.
+        """
+        rows = self._tokens.merged_rows(count=self._sample_rows << doubled)
         return rows[:, :-2], _as_ids(rows[:, -2]), _as_ids(rows[:, -1])
 
     def documents(self) -> tuple[Tensor, Tensor]:

@@ -49,18 +49,25 @@ class Reservoir:
     rows would keep. Shapes: m new rows, c rows kept, w numbers a row.
     """
 
-    def __init__(self, capacity: int, width: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, capacity: int, width: int, seed: int, dtype: torch.dtype = torch.float32, ranks: int = 1
+    ) -> None:
         """Make an empty reservoir.
 
         Args:
-            capacity: rows kept, on this rank and over all ranks together.
+            capacity: rows kept over all ranks together.
             width: w.
             seed: seed of the choice.
             dtype: rows are stored so; bf16 halves the memory.
+            ranks: ranks that see about the same number of rows. One keeps at most four times its fair part and 64 rows
+                more: that a rank has more of the smallest hashes does not happen to hashes, and if it did, the sample
+                would be smaller, not another one.
         """
         if capacity < 1:
             raise MocteError(f"a reservoir of {capacity} rows keeps nothing; give it a capacity of 1 or more.")
         self.capacity, self.width, self.seed, self.dtype = capacity, width, seed, dtype
+        self.room = min(capacity, 4 * -(-capacity // ranks) + 64)
+        """Rows kept on this rank."""
         self.clear()
 
     def clear(self) -> None:
@@ -89,15 +96,15 @@ class Reservoir:
             self._rows, self._keys, self._order = (t.to(rows.device) for t in (self._rows, self._keys, self._order))
         keys = keys.to(rows.device, torch.int64)
         order = self._hash(keys)
-        if self._order.numel() == self.capacity:
+        if self._order.numel() == self.room:
             # Most rows of a long run fall out here, before anything is copied.
             wanted = order < self._order[-1]
             rows, keys, order = rows[wanted], keys[wanted], order[wanted]
         if not order.numel():
             return
         ascending, place = torch.cat([self._order, order]).sort(stable=True)
-        place = place[: self.capacity]
-        self._order = ascending[: self.capacity]
+        place = place[: self.room]
+        self._order = ascending[: self.room]
         self._rows = torch.cat([self._rows, rows.detach().to(self.dtype)])[place]
         self._keys = torch.cat([self._keys, keys])[place]
 
@@ -109,9 +116,14 @@ class Reservoir:
         """(c,) int64 keys of :meth:`rows`."""
         return self._keys
 
-    def merged_rows(self, group: Any = None) -> Tensor:
-        """This rank's part (c, w) of the ``capacity`` rows that all ranks keep together (collective)."""
-        return self._rows[self._chosen(group)]
+    def merged_rows(self, group: Any = None, count: int | None = None) -> Tensor:
+        """This rank's part (c, w) of the rows that all ranks keep together (collective).
+
+        Args:
+            group: process group.
+            count: rows over all ranks, those with the smallest hashes; None: the capacity.
+        """
+        return self._rows[self._chosen(group, count)]
 
     def merged_keys(self, group: Any = None) -> Tensor:
         """(c,) int64 keys of :meth:`merged_rows` (collective)."""
@@ -123,12 +135,17 @@ class Reservoir:
         order = gather_rows(self._order[mine], group)
         return gather_rows(self._rows[mine], group)[order.argsort(stable=True)]
 
-    def _chosen(self, group: Any) -> Tensor:
+    def _chosen(self, group: Any, count: int | None = None) -> Tensor:
         """(local rows,) which of this rank's rows are among the smallest hashes of all ranks."""
+        count = min(count or self.capacity, self.capacity)
         everywhere = gather_rows(self._order, group)
-        if everywhere.numel() <= self.capacity:
-            return torch.ones_like(self._order, dtype=torch.bool)
-        return self._order <= everywhere.kthvalue(self.capacity).values
+        bound = everywhere.kthvalue(count).values if everywhere.numel() > count else everywhere.new_tensor(_POSITIVE)
+        if self.room < self.capacity:
+            # Behind the last row of a full rank, rows are missing that would have been chosen.
+            full = self._order.numel() == self.room
+            ends = gather_rows(self._order[-1:] if full else self._order[:0], group)
+            bound = torch.minimum(bound, ends.min()) if ends.numel() else bound
+        return self._order <= bound
 
     def _hash(self, keys: Tensor) -> Tensor:
         return mix(_scrambled(self.seed), keys) & _POSITIVE

@@ -151,21 +151,25 @@ def sine_of_largest_angle(one: Tensor, other: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(other - one @ (one.mT @ other), ord=2).clamp(max=1.0).float()
 
 
-def certified_rank(angles: Sequence[float], max_angle: float, low: int = 2) -> int:
-    """The number of leading directions that a sample determines.
+def certified_rank(angles: Sequence[float], max_angle: float) -> int:
+    """The number of leading directions that a sample determines; 0 where it determines none.
 
     Args:
         angles: entry k - 1 is the sine of the angle between two half-samples' first k directions
             (:func:`split_half_angles`).
         max_angle: largest sine that counts as determined.
-        low: smallest number to return.
+    """
+    return max((k for k, angle in enumerate(angles, start=1) if angle <= max_angle), default=0)
 
-    Returns:
-        The largest k whose angle is small enough; where no k from ``low`` on is, the one with the smallest angle.
+
+def gate_rank(angles: Sequence[float], max_angle: float, low: int = 2) -> int:
+    """The number of directions to build a gate in: those that are certified, but at least ``low``.
+
+    Where fewer are certified, the number of directions from ``low`` on that the halves agree on best.
     """
     low = min(low, len(angles))
-    good = [k for k in range(low, len(angles) + 1) if angles[k - 1] <= max_angle]
-    return max(good) if good else min(range(low, len(angles) + 1), key=lambda k: angles[k - 1])
+    certified = certified_rank(angles, max_angle)
+    return certified if certified >= low else min(range(low, len(angles) + 1), key=lambda k: angles[k - 1])
 
 
 def gap_rank(singular_values: Tensor, low: int = 4, high: int = 16) -> int:

@@ -110,3 +110,37 @@ def test_wrong_shapes_are_refused() -> None:
         Reservoir(4, 2, 0).add(torch.ones(3, 5), torch.arange(3))
     with pytest.raises(MocteError, match="capacity"):
         Reservoir(0, 2, 0)
+
+
+def _shares(ranks: int) -> tuple[torch.Tensor, int]:
+    """Rows of this rank's part of a sample of 512 of 20,000 rows, and how many it keeps."""
+    rank, _ = world()
+    indices = torch.arange(20_000)[rank::ranks]
+    reservoir = Reservoir(512, 2, seed=5, ranks=ranks)
+    reservoir.add(_rows(indices), hash_keys(indices, torch.zeros_like(indices), 1))
+    half = reservoir.merged_rows(count=256)
+    return torch.cat([reservoir.gathered_rows(), torch.full((1, 2), float(len(half)))]), len(reservoir.rows())
+
+
+def test_many_ranks_keep_little_each_and_the_same_sample() -> None:
+    (whole, alone), *_ = spawn(_shares, 1, 1, timeout=60)
+    assert alone == 512 and whole[-1, 0] == 256
+    found = spawn(_shares, 4, 4, timeout=90)
+    assert sum(int(rows[-1, 0]) for rows, _ in found) == 256
+    for rows, kept in found:
+        assert torch.equal(rows[:-1], whole[:-1])
+        assert kept == 512  # 4 * 128 + 64, at most the capacity
+    assert Reservoir(8192, 2, 0, ranks=64).room == 576
+
+
+def test_a_rank_that_is_full_shrinks_the_sample_but_does_not_change_it() -> None:
+    """One rank alone gets all rows, though the room was meant for a fair part."""
+    indices = torch.arange(20_000)
+    keys = hash_keys(indices, torch.zeros_like(indices), 1)
+    whole, crowded = Reservoir(4096, 2, seed=5), Reservoir(4096, 2, seed=5, ranks=64)
+    whole.add(_rows(indices), keys)
+    crowded.add(_rows(indices), keys)
+    assert len(crowded.merged_rows()) == crowded.room == 320
+    assert torch.equal(crowded.merged_rows(), whole.rows()[:320])
+    smaller = whole.merged_rows(count=100)
+    assert torch.equal(smaller, whole.rows()[:100]), "a smaller sample is the beginning of the larger one"

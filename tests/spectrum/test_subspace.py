@@ -10,7 +10,9 @@ from mocte_ds.dist.collectives import world
 from mocte_ds.errors import MocteError
 from mocte_ds.spectrum import subspace as module
 from mocte_ds.spectrum.subspace import (
+    certified_rank,
     gap_rank,
+    gate_rank,
     sampled_svd,
     sine_of_largest_angle,
     split_half_angles,
@@ -216,3 +218,11 @@ def test_rank_lies_at_the_largest_gap() -> None:
     assert gap_rank(values) == 6
     assert gap_rank(values, low=1, high=3) == 1
     assert gap_rank(torch.tensor([5.0, 4, 3]), low=4) == 3
+
+
+def test_certified_and_gate_rank() -> None:
+    angles = [0.02, 0.1, 0.4, 0.25, 0.6]
+    assert certified_rank(angles, 0.3) == 4, "two directions of equal strength may swap and still span the same"
+    assert certified_rank(angles, 0.05) == 1 and certified_rank(angles, 0.01) == 0
+    assert gate_rank(angles, 0.3) == 4 and gate_rank(angles, 0.05) == 2
+    assert gate_rank([0.9, 0.8, 0.7], 0.3) == 3 and gate_rank([0.9], 0.3) == 1
