@@ -1,0 +1,52 @@
+"""Times a run's model in this process: a training step at the run's batch, and forward passes without a gradient."""
+
+import torch
+from torch import Tensor
+
+from mocte_ds.benchmark.measure.clock import Clock
+from mocte_ds.benchmark.measure.memory import require_memory
+from mocte_ds.benchmark.measure.run_plan import RunPlan
+from mocte_ds.models import Decoder
+
+REPEATS = 3
+
+
+def step_seconds(plan: RunPlan, clock: Clock) -> float:
+    """Shortest seconds of forward and backward of the whole global batch, micro-batch after micro-batch.
+
+    The optimizer is left out, which makes a step shorter and the checks' share of it larger.
+
+    Raises:
+        MocteError: the model does not fit into memory.
+    """
+    model, ids = _model(plan, clock)
+
+    def step() -> None:
+        for _ in range(plan.tokens_per_step // (plan.micro_batch * plan.context)):
+            model(ids[:, :-1], ids[:, 1:]).backward()
+        model.zero_grad(set_to_none=False)
+
+    return clock.seconds(step, REPEATS)[0]
+
+
+@torch.no_grad()
+def forward_seconds(plan: RunPlan, clock: Clock, sequences: int) -> float:
+    """Shortest seconds of a forward pass over some sequences at once, as a check makes it over its probe set."""
+    model, ids = _model(plan, clock, sequences)
+    return clock.seconds(lambda: model(ids[:, :-1]), REPEATS)[0]
+
+
+def _model(plan: RunPlan, clock: Clock, sequences: int | None = None) -> tuple[Decoder, Tensor]:
+    """The model and token ids (B, T + 1) of a micro-batch."""
+    sequences = sequences or plan.micro_batch
+    tokens = sequences * plan.context
+    # Weights and gradients; some thirty numbers a token and feature in a layer; logits in fp32, three times.
+    layer = 34 * plan.model.hidden_size + 8 * plan.model.intermediate_size
+    scores = 6 * plan.model.num_heads * plan.context
+    needed = 8 * plan.model.num_params() + tokens * (plan.model.num_layers * (layer + scores) * 2)
+    needed += 14 * tokens * plan.model.vocab_size
+    require_memory(needed, clock.device, f"a training step of {plan.path}", "Measure a smaller run (--small).")
+    dtype = torch.bfloat16 if plan.dtype == "bf16" else torch.float32
+    torch.manual_seed(0)
+    model = Decoder(plan.model).to(clock.device, dtype)
+    return model, torch.randint(plan.model.vocab_size, (sequences, plan.context + 1), device=clock.device)

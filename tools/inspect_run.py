@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""Shows the checks of a run and what changed after them as tables, also while it is still going."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mocte_ds.cli import run_cli
+from mocte_ds.errors import MocteError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: tools/inspect_run.py RUN_DIR [--check STEP|last|all] [--block B] [--json]."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python tools/inspect_run.py runs/quickstart --check last",
+    )
+    parser.add_argument("run_dir", type=Path, help="the run folder (with metrics.jsonl in it)")
+    parser.add_argument("--check", metavar="STEP|last|all", help="show these checks in full (default: a line a check)")
+    parser.add_argument("--block", type=int, help="show this block only")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+
+    from mocte_ds.report.check_detail import check_text, chosen_checks
+    from mocte_ds.report.reader import read_run
+    from mocte_ds.report.run_table import headline, run_facts, run_text
+
+    run = read_run(args.run_dir)
+    if args.block is not None and args.block not in run.blocks:
+        known = ", ".join(map(str, run.blocks)) or "none"
+        raise MocteError(f"there is no block {args.block} in {args.run_dir}; blocks: {known}.")
+    checks = chosen_checks(run, args.check) if args.check else None
+    if args.json:
+        facts = run_facts(run)
+        if checks is not None:
+            steps = {check["step"] for check in checks}
+            for name in ("checks", "events"):
+                facts[name] = [event for event in facts[name] if event["step"] in steps]
+        if args.block is not None:
+            facts["events"] = [event for event in facts["events"] if event.get("block") in (args.block, None)]
+            for check in facts["checks"]:
+                check["blocks"] = [entry for entry in check["blocks"] if entry["block"] == args.block]
+        output = json.dumps(facts)
+    elif checks is None:
+        output = run_text(run, args.block)
+    else:
+        output = "\n\n\n".join([headline(run), *(check_text(run, check, args.block) for check in checks)])
+    try:
+        print(output, flush=True)
+    except BrokenPipeError:
+        # `| head` has seen enough; Python would complain again when it closes stdout.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
