@@ -27,9 +27,10 @@ class ExpertConfig:
 class RouterConfig:
     """How a token finds its expert."""
 
-    kind: Literal["token", "type", "prefix", "previous", "hash"] = "token"
+    kind: Literal["token", "type", "prefix", "previous", "hash", "random"] = "token"
     """`token`: nearest cluster of the feature; `prefix`: of the document's mean feature so far; `type`: table token id
-    -> cluster; `previous`: random table of the id before; `hash`: random table of the id (baseline)."""
+    -> cluster; `previous`: random table of the id before. Baselines: `hash`: random table of the id; `random`: random
+    directions of the feature (with `learn`: the router of Switch and of sparse upcycling)."""
     bias: bool = True
     """False: a gate without bias, from directions orthogonal to the mean (stock Mixtral has none)."""
     weight: Literal["hard", "softmax"] = "hard"
@@ -114,8 +115,12 @@ class MocteConfig:
     """Optimizer steps of the run; shares of the budget refer to it. Null: the scheduler's total_num_steps."""
     check_every: float = 0.008
     """Share of the budget between two checks."""
+    apply_after: int = 1
+    """Optimizer steps between a check's measurements and its decisions, in which a thread looks for clusters; 0: none.
+    Less than the steps between two checks."""
     probe_tokens: int = 0
-    """Tokens of the sequences that every check looks at again; 0: 4 x num_experts x freeze.rows."""
+    """Tokens of the sequences that every check looks at again; 0: 4 x num_experts x freeze.rows, and none where nothing
+    freezes."""
     eod_id: int | None = None
     """Token id that ends a document; null: every sequence is one document."""
     conflict_every: int = 10
@@ -190,6 +195,7 @@ class MocteConfig:
         if not -1.0 <= self.clusters.min_silhouette <= 1.0:
             raise ConfigError(f"mocte.clusters.min_silhouette = {self.clusters.min_silhouette} must lie in [-1, 1].")
         for name, value, least in (
+            ("apply_after", self.apply_after, 0),
             ("probe_tokens", self.probe_tokens, 0),
             ("conflict_every", self.conflict_every, 0),
             ("spectrum.rank", self.spectrum.rank, 1),
@@ -221,10 +227,10 @@ class MocteConfig:
             raise ConfigError("mocte.banks holds a router for each bank, at least one; leave mocte.router out then.")
         for number, router in enumerate(self.routers):
             where = "mocte.router" if self.banks is None else f"mocte.banks[{number}]"
-            if router.kind not in ("token", "prefix") and router.weight == "softmax" and not router.learn:
+            if router.kind not in ("token", "prefix", "random") and router.weight == "softmax" and not router.learn:
                 raise ConfigError(
                     f"{where}.weight 'softmax' needs logits, which kind '{router.kind}' does not have; use kind "
-                    "'token' or 'prefix', weight 'hard', or learn true."
+                    "'token', 'prefix' or 'random', weight 'hard', or learn true."
                 )
             if router.learn and router.weight != "softmax":
                 raise ConfigError(f"{where}.learn needs weight 'softmax': a weight of 1 gives the router no gradient.")

@@ -192,11 +192,11 @@ def _time_clusters(points: list[Tensor], tokens: list[Tensor], sizes: SpectrumSi
     """Detection, balanced k-means, their comparison with the last check and the sources, and the published rule."""
     share = len(points) / sizes.clustered
     where = f"on the CPU, timed on {len(points)} blocks" if share < 1 else "on the CPU"
-    part("detect", f"DBSCAN of documents, {where}", "host", lambda: [detect(z) for z in points], share=share)
+    part("detect", f"DBSCAN of documents, {where}", "beside", lambda: [detect(z) for z in points], share=share)
     clusters = part(
         "balanced_kmeans",
         f"{sizes.experts} parts of equal size, {where}",
-        "host",
+        "beside",
         lambda: [balanced_kmeans(z, sizes.experts, 0) for z in points],
         share=share,
     )
@@ -207,9 +207,9 @@ def _time_clusters(points: list[Tensor], tokens: list[Tensor], sizes: SpectrumSi
             stability(found.assign(z), found.labels)
             agreement(found.labels, sources)
 
-    part("agreement", f"with the last check and with the sources, {where}", "host", compare, share=share)
+    part("agreement", f"with the last check and with the sources, {where}", "beside", compare, share=share)
     line = f"the published rule on tokens, for the log, {where}"
-    part("token_line", line, "host", lambda: [published_line(z) for z in tokens], share=share)
+    part("token_line", line, "beside", lambda: [published_line(z) for z in tokens], share=share)
 
 
 def _time_sampling(sizes: SpectrumSizes, clock: Clock, part: Any) -> None:

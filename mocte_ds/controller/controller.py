@@ -1,6 +1,5 @@
 """What happens at a check, top to bottom: spectrum -> clusters -> emergence -> trainability -> freezing."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,22 +8,27 @@ import torch
 from torch import Tensor
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.check import Check
 from mocte_ds.controller.decisions import Change, apply_changes, decide_freezing, emergence_reason, start_annealing
-from mocte_ds.controller.gradients import block_conflict, read_conflict
 from mocte_ds.controller.handles import BlockHandle
-from mocte_ds.controller.measurements import BlockReading, measure_trainability, read_blocks
-from mocte_ds.controller.progress import Progress, ProgressFacts
-from mocte_ds.dist.collectives import gather_objects, require_same, sum_over_ranks
+from mocte_ds.controller.measurements import finish_readings, read_blocks
+from mocte_ds.controller.progress import Progress
+from mocte_ds.controller.reading import BlockReading
+from mocte_ds.controller.state import RunState
+from mocte_ds.dist.collectives import gather_objects, max_over_ranks, require_same, sum_over_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
-from mocte_ds.spectrum.collect import FeatureCollector
-from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer, dense_unit, expert_unit, router_unit
+from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer, expert_unit
 
 EventListener = Callable[[dict[str, Any]], None]
 
 
-class Controller:
-    """`engine.mocte`: owns the modes of all blocks and experts, decides at checks, acts between optimizer steps."""
+class Controller(RunState):
+    """`engine.mocte`: owns the modes of all blocks and experts, decides at checks, acts between optimizer steps.
+
+    A check measures behind one optimizer step and decides `apply_after` steps later; in between the search for clusters
+    goes on in a thread. The later step is the same on all ranks and in a resumed run.
+    """
 
     def __init__(
         self, config: MocteConfig, blocks: list[Block], registry: UnitRegistry, ep_rank: int, total_steps: int
@@ -38,27 +42,18 @@ class Controller:
             ep_rank: this rank's place in its expert-parallel group.
             total_steps: optimizer steps of the run.
         """
-        self.config, self.registry, self.ep_rank, self.total_steps = config, registry, ep_rank, total_steps
-        self.blocks = [BlockHandle(i, block) for i, block in enumerate(blocks)]
-        self.context = blocks[0].context
+        super().__init__(config, blocks, registry, ep_rank, total_steps)
         self.interval = max(1, round(config.check_every * total_steps))
-        s = config.spectrum
-        self.collectors = [
-            FeatureCollector(b.hidden_size, s.rows, s.documents, config.seed, config.eod_id, s.doublings)
-            for b in blocks
-        ]
         for block, collector in zip(blocks, self.collectors, strict=True):
             block.observe = partial(collector.see, context=self.context)
-        self.domain_names: list[str] = []
-        self.step = 0
-        self.tokens = 0
         self._listeners: list[EventListener] = []
         self._fingerprints: dict[str, Tensor] = {}
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in self.blocks]
         self.progress = Progress(config)
-        self.module: torch.nn.Module
-        self.optimizer: UnitZeroOptimizer
-        self.scheduler: Any = None
+        self._check: Check | None = None
+        """Measured, and not yet decided on."""
+        self._check_state: dict[str, Any] | None = None
+        """Of a check that a checkpoint holds, until this rank's own part of it has come."""
         self.rank = 0
 
     def bind(
@@ -84,6 +79,27 @@ class Controller:
         self.context.domain, self.domain_names = domain, list(names)
         self.context.sources = len(names)
 
+    def set_probe(self, input_ids: Tensor, domain: Tensor | None = None) -> None:
+        """Look at these sequences at every check; without them, at some of the first step's.
+
+        Held-out sequences are better: what experts learn of them is no memory. The model is called with `input_ids`.
+
+        Args:
+            input_ids: (S, T) the same on all ranks; as many are used as `probe_tokens` asks for.
+            domain: (S,) index of each into the names given to :meth:`annotate`, or None.
+
+        Raises:
+            MocteError: another shape, or after the first step.
+        """
+        if input_ids.dim() != 2 or not len(input_ids) or (domain is not None and domain.shape != input_ids.shape[:1]):
+            raise MocteError(f"the probe set must be (S, T) token ids and (S,) sources, not {tuple(input_ids.shape)}.")
+        if self.step:
+            raise MocteError(
+                "the probe set must be given before the first step; later checks compare with earlier ones."
+            )
+        if self.progress.active:
+            self.progress.probe.give(input_ids, domain)
+
     def on_event(self, listener: EventListener) -> None:
         """Call ``listener`` with every event (check, projection, emergence, freeze, thaw), on rank 0 only."""
         self._listeners.append(listener)
@@ -93,7 +109,9 @@ class Controller:
         handle = self._handle(block)
         if handle.mode is not BlockMode.WARMUP:
             raise MocteError(f"block {block} ({handle.name}) is {handle.mode}: its experts have emerged already.")
-        self._apply([Change("emergence", block, None, "called")], read_blocks(self, [handle]))
+        readings, search = read_blocks(self, [handle], in_background=False)
+        finish_readings(self, readings, search)
+        self._apply([Change("emergence", block, None, "called")], readings)
 
     def freeze(self, block: int, expert: int) -> None:
         """Freeze an expert now (collective, between two steps)."""
@@ -122,19 +140,6 @@ class Controller:
             self._load_seen[number] = routed
         return result
 
-    def trainable_units(self) -> set[str]:
-        """Names of the units that train, over all ranks."""
-        units = {"trunk"}
-        for handle in self.blocks:
-            if handle.mode is BlockMode.WARMUP or handle.block.kind == "lora":
-                units.add(dense_unit(handle.block))
-            if handle.mode is BlockMode.SPECIALISING and router_unit(handle.block) in self.registry.units:
-                units.add(router_unit(handle.block))
-            for k, expert in enumerate(handle.experts):
-                if expert.mode is ExpertMode.TRAINING:
-                    units.add(expert_unit(handle.block, k))
-        return units
-
     # ---- called by the engine --------------------------------------------------------------------------------------
 
     def before_micro_batch(self, step_start: int, place: int, micro_step: int, args: tuple, kwargs: dict) -> None:
@@ -159,8 +164,12 @@ class Controller:
         """Do what is due at the boundary behind optimizer step ``step``."""
         self.step, self.tokens = step, tokens
         self.progress.probe.finish()
+        if self._check is not None and step >= self._check.step + self._delay:
+            self._decide()
         if self.config.auto and step % self.interval == 0 and step <= self.total_steps:
-            self.check()
+            self._measure()
+            if not self._delay or step == self.total_steps:
+                self._decide()
         if not self.config.auto or step % self.interval == 0:
             # Old rows keep the lowest hashes, so a sample must start anew to show the features of today's weights.
             for handle, collector in zip(self.blocks, self.collectors, strict=True):
@@ -168,6 +177,11 @@ class Controller:
                 for bank in handle.block.banks:
                     bank.deepspeed_moe.clear_samples()
         self._set_rates()
+
+    @property
+    def _delay(self) -> int:
+        """Steps from a check's measurements to its decisions: a check is over before the next one begins."""
+        return min(self.config.apply_after, self.interval - 1)
 
     def _set_rates(self) -> None:
         """Tell the optimizer which part of the learning rate annealing experts get at the next step."""
@@ -179,50 +193,40 @@ class Controller:
             if expert.annealed_from is not None
         }
 
-    @property
-    def share(self) -> float:
-        """Part of the budget that is done."""
-        return self.step / self.total_steps
-
     # ---- the check -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Read the blocks, decide, agree, act, report (collective)."""
+        """Measure and decide now (collective, between two steps)."""
+        self._measure(in_background=False)
+        self._decide()
+
+    def _measure(self, in_background: bool = True) -> None:
+        """The first half of a check (collective)."""
         self._require_frozen_unmoved()
-        readings = read_blocks(self, self.blocks)
-        changes = []
-        for handle in self.blocks:
-            reason = emergence_reason(handle, readings[handle.index], self.config.clusters, self.share)
-            if reason:
-                changes.append(Change("emergence", handle.index, None, reason))
-        started = time.perf_counter()
-        routed = self._routed()
-        for handle, counts in zip(self.blocks, routed, strict=True):
+        for handle, counts in zip(self.blocks, self._routed(), strict=True):
             for expert, count in zip(handle.experts, counts.tolist(), strict=True):
                 expert.tokens = count
-        found = self.progress.measure(self)
-        measure_trainability(self, found)
-        conflict = self._conflict(found)
-        decided = decide_freezing(self.blocks, self.config, self.share)
-        changes += start_annealing(self.blocks, decided, self.config.freeze.anneal, self.share)
-        seconds = time.perf_counter() - started - found.seconds
-        self._emit(self._check_event(readings, seconds, found, conflict))
-        if changes:
-            self._apply(changes, readings)
-        if self.share >= 1.0:
-            self._emit_projections(readings)
-
-    def _conflict(self, found: ProgressFacts) -> dict[int, dict[int, dict[str, float]]]:
-        """Gradient conflict, at every so many checks (collective)."""
         every = self.config.conflict_every
-        if not self.progress.active or not every or (self.step // self.interval) % every:
-            return {}
-        started = time.perf_counter()
-        conflict = read_conflict(self, self.progress.probe)
-        found.tokens = self.progress.probe.count()
-        found.seconds += time.perf_counter() - started
-        found.passes += 2  # forward, and the half of a backward pass that costs the same
-        return conflict
+        conflict_now = self.progress.active and every > 0 and (self.step // self.interval) % every == 0
+        self._check = Check.measure(self, self.progress, conflict_now, in_background and self._delay > 0)
+
+    def _decide(self) -> None:
+        """The second half: emergence and freezing, from the same numbers on all ranks (collective)."""
+        check, self._check = self._check, None
+        assert check is not None
+        check.finish(self)
+        changes = []
+        for handle in self.blocks:
+            reason = emergence_reason(handle, check.readings[handle.index], self.config.clusters, check.share)
+            if reason:
+                changes.append(Change("emergence", handle.index, None, reason))
+        decided = decide_freezing(self.blocks, self.config, check.share)
+        changes += start_annealing(self.blocks, decided, self.config.freeze.anneal, self.share)
+        self._emit(check.event(self))
+        if changes:
+            self._apply(changes, check.readings)
+        if self.share >= 1.0:
+            self._emit_projections(check.readings)
 
     def _apply(self, changes: list[Change], readings: dict[int, BlockReading]) -> None:
         """Carry out a plan that all ranks agree on, in one rebuild of the partition."""
@@ -231,6 +235,7 @@ class Controller:
         self._emit_projections({i: reading for i, reading in readings.items() if i in emerging})
         before = gather_objects(self.optimizer_bytes())
         facts = apply_changes(self, changes, readings)
+        self.remember_frozen()
         after = gather_objects(self.optimizer_bytes())
         self.progress.remember_routes(self, emerging)
         for change, fact in zip(changes, facts, strict=True):
@@ -255,12 +260,7 @@ class Controller:
 
     def remember_frozen(self) -> None:
         """Take checksums of this rank's frozen experts, for the next checks to compare with."""
-        frozen = {
-            expert_unit(handle.block, k)
-            for handle in self.blocks
-            for k, expert in enumerate(handle.experts)
-            if expert.mode is ExpertMode.FROZEN
-        }
+        frozen = self.experts_that(ExpertMode.FROZEN)
         self._fingerprints = {
             name: unit_fingerprint(unit.parameters) for name, unit in self.registry.units.items() if name in frozen
         }
@@ -272,40 +272,6 @@ class Controller:
         return list(total.split([count.numel() for count in counts]))
 
     # ---- events ----------------------------------------------------------------------------------------------------
-
-    def _check_event(
-        self,
-        readings: dict[int, BlockReading],
-        trainability_seconds: float,
-        found: ProgressFacts,
-        conflict: dict[int, dict[int, dict[str, float]]],
-    ) -> dict[str, Any]:
-        seconds = {"spectrum": 0.0, "clusters": 0.0, "trainability": trainability_seconds, "progress": found.seconds}
-        moved = {"spectrum": 0, "clusters": 0}
-        blocks = []
-        for handle in self.blocks:
-            reading = readings[handle.index]
-            for part in moved:
-                seconds[part] += reading.seconds[part]
-                moved[part] += reading.bytes[part]
-            experts = [
-                {
-                    "expert": k,
-                    "mode": str(e.mode),
-                    "tokens": e.tokens,
-                    "lambda": e.trainability,
-                    "rows": e.rows(self.step),
-                    "kappa": conflict.get(handle.index, {}).get(k, {}).get("kappa"),
-                    "progress": progress[k] if (progress := found.progress.get(handle.index)) else None,
-                }
-                for k, e in enumerate(handle.experts)
-            ]
-            who = {"block": handle.index, "name": handle.name, "mode": str(handle.mode)}
-            routes = {"churn": found.churn.get(handle.index), "probe_load": found.load.get(handle.index)}
-            routes["conflict"] = block_conflict(conflict.get(handle.index))
-            blocks.append({**who, **reading.facts(self.domain_names), **routes, "experts": experts})
-        probe = {"tokens": found.tokens, "passes": found.passes}
-        return {"event": "check", "seconds": seconds, "bytes": moved, "probe": probe, "blocks": blocks}
 
     def _emit_projections(self, readings: dict[int, BlockReading]) -> None:
         for index, reading in readings.items():
@@ -321,6 +287,8 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, in plain values and tensors (collective)."""
+        # First: the end of a search changes what the blocks remember.
+        check = self._check.state_dict(self) if self._check else None
         return {
             "config": self.config.to_dict(),
             "step": self.step,
@@ -329,16 +297,26 @@ class Controller:
             "blocks": [handle.state_dict() for handle in self.blocks],
             "routed": self._routed(),
             "load_seen": self._load_seen,
+            "check": check,
         }
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """What only this rank has: its part of the probe set and its experts of the last check."""
-        return self.progress.state_dict()
+        """What only this rank has: its part of the probe set, its experts and its sample of the last check."""
+        return {**self.progress.state_dict(), "check": self._check.own_state_dict() if self._check else None}
 
     def load_rank_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take over what :meth:`rank_state_dict` returned; None: the probe set is collected anew."""
+        """Take over what :meth:`rank_state_dict` returned, behind :meth:`load_state_dict` (collective).
+
+        None, where there are other ranks than there were: the probe set is collected anew, and a check that has
+        measured but not decided is left out.
+        """
         if state is not None:
             self.progress.load_state_dict(state, next(self.module.parameters()).device)
+        own = state.get("check") if state is not None else None
+        whole = not int(max_over_ranks(torch.tensor(0 if self._check_state and own else 1)))
+        if whole and self._check_state and own:
+            self._check = Check.restored(self._check_state, own)
+        self._check_state = None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state: modes, then the partition that follows from them (before weights are loaded)."""
@@ -351,6 +329,7 @@ class Controller:
                 # Totals are kept on one rank, so that the sum over ranks stays the total.
                 bank.deepspeed_moe.routed = part.clone() if self.rank == 0 else torch.zeros_like(part)
         self._load_seen = [seen.clone() for seen in state["load_seen"]]
+        self._check, self._check_state = None, state.get("check")
         apply_changes(self, [], {})
         self._set_rates()
 

@@ -1,22 +1,20 @@
 """From the numbers of a check to a plan that all ranks agree on, and from the plan to changed blocks."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mocte_ds.config import ClustersConfig, MocteConfig
 from mocte_ds.controller.handles import BlockHandle
-from mocte_ds.controller.measurements import BlockReading
+from mocte_ds.controller.reading import BlockReading
+from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import max_over_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.birth import copy_dense_weights, inherit, set_gate, set_random_gate
 from mocte_ds.moe.block import BlockMode, ExpertMode
 from mocte_ds.trainability.policy import make_policy
 from mocte_ds.zero import dense_unit, follow_groups
-
-if TYPE_CHECKING:
-    from mocte_ds.controller.controller import Controller
 
 CHECKS_IN_A_ROW = 2
 
@@ -39,13 +37,13 @@ def emergence_reason(handle: BlockHandle, reading: BlockReading, config: Cluster
     """
     if handle.mode is not BlockMode.WARMUP or share < config.not_before:
         return None
-    found = reading.detection
-    good = found is not None and found.found and reading.stability is not None
-    good = good and reading.stability >= config.stability
+    found = reading.found.detection if reading.found else None
+    stable = reading.found.stability if reading.found else None
+    good = found is not None and found.found and stable is not None and stable >= config.stability
     handle.streak = handle.streak + 1 if good else 0
     if handle.streak >= CHECKS_IN_A_ROW:
         return (
-            f"detected: {found.count} clusters, silhouette {found.silhouette:.2f}, stability {reading.stability:.2f}, "
+            f"detected: {found.count} clusters, silhouette {found.silhouette:.2f}, stability {stable:.2f}, "
             f"{handle.streak} checks in a row"
         )
     if share >= config.deadline and reading.rows:
@@ -102,9 +100,7 @@ def start_annealing(handles: list[BlockHandle], changes: list[Change], anneal: f
     return found
 
 
-def apply_changes(
-    controller: "Controller", changes: list[Change], readings: dict[int, BlockReading]
-) -> list[dict[str, Any]]:
+def apply_changes(run: RunState, changes: list[Change], readings: dict[int, BlockReading]) -> list[dict[str, Any]]:
     """Change modes, routing and the optimizer's partition, in one rebuild (collective).
 
     Returns:
@@ -114,27 +110,27 @@ def apply_changes(
     facts: list[dict[str, Any]] = []
     outputs_before = {}
     for change in changes:
-        handle = controller.blocks[change.block]
+        handle = run.blocks[change.block]
         block = handle.block
         if change.kind == "emergence":
             reading = readings[change.block]
             sampled = reading.basis is not None
             if sampled:
-                set_gate(block, controller.config, reading.sample())
+                set_gate(block, run.config, reading.sample())
             else:
-                set_random_gate(block, controller.config)
-            outputs_before[change.block] = _output(controller, handle, reading)
+                set_random_gate(block, run.config)
+            outputs_before[change.block] = _output(run, handle, reading)
             if block.kind == "ffn":
                 copy_dense_weights(block)
-                born.update(inherit(block, controller.optimizer.unit_state(dense_unit(block))))
+                born.update(inherit(block, run.optimizer.unit_state(dense_unit(block))))
             for expert in handle.experts:
                 expert.mode = ExpertMode.TRAINING
-            handle.born_share = controller.share
+            handle.born_share = run.share
             facts.append({"gate": "clusters of the sampled features" if sampled else "random: no feature was seen yet"})
         else:
             expert = handle.experts[change.expert]
             if change.kind == "anneal":
-                expert.annealed_from = controller.share
+                expert.annealed_from = run.share
                 facts.append({})
                 continue
             expert.annealed_from = None
@@ -143,44 +139,43 @@ def apply_changes(
             expert.thawed = expert.thawed or not frozen
             facts.append({})
         handle.refresh_mode()
-    _rebuild_partition(controller, born)
+    _rebuild_partition(run, born)
     for change, fact in zip(changes, facts, strict=True):
         if change.kind == "emergence":
-            reading, handle = readings[change.block], controller.blocks[change.block]
-            fact["clusters"] = reading.detection.count if reading.detection else None
-            change_of_output = _relative_change(outputs_before[change.block], _output(controller, handle, reading))
-            if all(router.weight == "hard" for router in controller.config.routers):
+            reading, handle = readings[change.block], run.blocks[change.block]
+            fact["clusters"] = reading.found.detection.count if reading.found else None
+            change_of_output = _relative_change(outputs_before[change.block], _output(run, handle, reading))
+            if all(router.weight == "hard" for router in run.config.routers):
                 _require_no_jump(handle.name, change_of_output)
             fact["output_change"] = change_of_output
-    controller.remember_frozen()
     return facts
 
 
-def _rebuild_partition(controller: "Controller", born: dict) -> None:
-    trainable = controller.trainable_units()
-    for unit in controller.registry.units.values():
+def _rebuild_partition(run: RunState, born: dict) -> None:
+    trainable = run.trainable_units()
+    for unit in run.registry.units.values():
         if unit.name == "trunk":
             continue
         for parameter in unit.parameters:
             parameter.requires_grad_(unit.name in trainable)
             if unit.name not in trainable:
                 parameter.grad = None
-    groups = controller.registry.groups(trainable)
-    old = [(group["unit"], group["options"]) for group in controller.optimizer.optimizer.param_groups]
+    groups = run.registry.groups(trainable)
+    old = [(group["unit"], group["options"]) for group in run.optimizer.optimizer.param_groups]
     if [(group["unit"], group["options"]) for group in groups] == old:
         # Still collective: another rank may have something to change.
         return
-    sources = controller.optimizer.regroup(groups, born)
-    follow_groups(controller.scheduler, len(old), sources)
+    sources = run.optimizer.regroup(groups, born)
+    follow_groups(run.scheduler, len(old), sources)
 
 
 @torch.no_grad()
-def _output(controller: "Controller", handle: BlockHandle, reading: BlockReading) -> torch.Tensor | None:
+def _output(run: RunState, handle: BlockHandle, reading: BlockReading) -> torch.Tensor | None:
     """The block's output on this rank's sampled features."""
     features, ids, _ = reading.tokens
     if reading.rows < 2:
         return None
-    block, context = handle.block, controller.context
+    block, context = handle.block, run.context
     kept = context.token_ids
     context.token_ids = ids
     training = block.training

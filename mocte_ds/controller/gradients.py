@@ -6,19 +6,17 @@ of the loss by its outputs. No weight's gradient is computed: autograd is asked 
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mocte_ds.controller.probe import ProbeSet
+from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.trainability import coherence, conflict, ghost_gram
-
-if TYPE_CHECKING:
-    from mocte_ds.controller.controller import Controller
 
 # Rows of an expert that the Gram matrix is made of; its cost grows with the square.
 ROWS = 256
@@ -34,7 +32,7 @@ class _Seen:
     output: Tensor
 
 
-def read_conflict(controller: "Controller", probe: ProbeSet) -> dict[int, dict[int, dict[str, float]]]:
+def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[str, float]]]:
     """Coherence and conflict of every dense FFN in warm-up and every expert after it (collective).
 
     Returns:
@@ -42,11 +40,11 @@ def read_conflict(controller: "Controller", probe: ProbeSet) -> dict[int, dict[i
         gradients there, "cosine", "negative", "R" and "Q" between the sources (see :class:`Conflict`). Replicas of an
         expert are averaged.
     """
-    blocks = [handle.block for handle in controller.blocks]
+    blocks = [handle.block for handle in run.blocks]
     seen: dict[tuple[int, int], _Seen] = {}
-    hooks = [module.register_forward_hook(_keep(seen, key)) for key, module in _modules(controller, blocks).items()]
+    hooks = [module.register_forward_hook(_keep(seen, key)) for key, module in _modules(run, blocks).items()]
     try:
-        look = probe.read_gradient(controller.module, blocks, next(controller.module.parameters()).device)
+        look = probe.read_gradient(run.module, blocks, next(run.module.parameters()).device)
     finally:
         for hook in hooks:
             hook.remove()
@@ -57,7 +55,7 @@ def read_conflict(controller: "Controller", probe: ProbeSet) -> dict[int, dict[i
     own = {}
     for key, gradient in zip(keys, gradients, strict=True):
         if gradient is not None:
-            numbers = _numbers(controller, key, seen[key].rows, gradient, look.groups)
+            numbers = _numbers(run, key, seen[key].rows, gradient, look.groups)
             if numbers:
                 own[key] = numbers
     found: dict[int, dict[int, dict[str, float]]] = {}
@@ -80,7 +78,7 @@ def block_conflict(found: dict[int, dict[str, float]] | None) -> dict[str, float
     return {**means, "rows": sum(numbers["rows"] for numbers in found.values())}
 
 
-def _modules(controller: "Controller", blocks: list[Block]) -> dict[tuple[int, int], nn.Module]:
+def _modules(run: RunState, blocks: list[Block]) -> dict[tuple[int, int], nn.Module]:
     """The modules that are looked at on this rank, by block and expert."""
     modules: dict[tuple[int, int], nn.Module] = {}
     for i, block in enumerate(blocks):
@@ -89,7 +87,7 @@ def _modules(controller: "Controller", blocks: list[Block]) -> dict[tuple[int, i
             continue
         for number, bank in enumerate(block.banks):
             for local, expert in enumerate(bank.local_experts):
-                modules[i, number * bank.num_experts + bank.first_local(controller.ep_rank) + local] = expert
+                modules[i, number * bank.num_experts + bank.first_local(run.ep_rank) + local] = expert
     return modules
 
 
@@ -102,7 +100,7 @@ def _keep(seen: dict[tuple[int, int], _Seen], key: tuple[int, int]) -> Any:
 
 
 def _numbers(
-    controller: "Controller",
+    run: RunState,
     key: tuple[int, int],
     rows: Tensor,
     gradient: Tensor,
@@ -114,7 +112,7 @@ def _numbers(
     count = rows.shape[0] if group is None else len(group)  # experts' rows are padded behind these
     step = max(1, math.ceil(count / ROWS))
     chosen = slice(0, count, step)
-    module = _modules(controller, [handle.block for handle in controller.blocks])[key]
+    module = _modules(run, [handle.block for handle in run.blocks])[key]
     try:
         gram = ghost_gram(module, rows[chosen].float(), gradient[chosen])
         found = {"rows": float(gram.shape[0]), "kappa": coherence(gram)}

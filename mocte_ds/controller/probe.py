@@ -1,10 +1,11 @@
 """A few sequences that every check looks at again: where their tokens go, and what they cost with which weights.
 
-They are taken from the first optimizer step by their global numbers, so they are the same however many ranks there are.
+Held-out sequences where the training loop gives some. Otherwise they are taken from the first optimizer step, by their
+global numbers, so that they are the same however many ranks there are.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks
+from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks, world
 from mocte_ds.moe.block import Block
 
 # Shapes: S sequences of this rank, T tokens.
@@ -54,7 +55,7 @@ class ProbeSet:
             eod_id: token that ends a document; the one after it is not counted.
         """
         self._wanted, self._eod_id = tokens, eod_id
-        self._parts: list[tuple[list[Any], dict[str, Any]]] = []
+        self._parts: list[tuple[Sequence[Any], dict[str, Any]]] = []
         self._valid: list[Tensor] = []
         self._domain: list[Tensor] = []
         self.complete = False
@@ -95,6 +96,24 @@ class ProbeSet:
 
         given = {name: value for name, value in kwargs.items() if name != "labels"}
         self._parts.append(([cut(value) for value in args], {name: cut(value) for name, value in given.items()}))
+
+    def give(self, ids: Tensor, domain: Tensor | None) -> None:
+        """Take these sequences, this rank its part of them, in place of some of the first step.
+
+        Args:
+            ids: (S, T), the same on all ranks.
+            domain: (S,) source of each sequence, None where unknown.
+        """
+        rank, size = world()
+        count = min(len(ids), max(1, math.ceil(self._wanted / ids.shape[1])))
+        chosen = torch.arange(count) * len(ids) // count
+        known = domain.cpu() if domain is not None else torch.full((len(ids),), -1)
+        mine = chosen[rank::size]
+        self._valid = [torch.ones(len(mine), dtype=torch.bool)]
+        if not len(mine):  # company, see below
+            mine, self._valid = chosen[:1], [torch.zeros(1, dtype=torch.bool)]
+        self._parts, self._domain = [((), {"input_ids": ids[mine].cpu()})], [known[mine]]
+        self.complete = True
 
     def finish(self) -> None:
         """The first step is over: the set is what was taken, but for micro-batches of another length than the first."""
@@ -208,7 +227,7 @@ class ProbeSet:
         return losses
 
     @staticmethod
-    def _ids(part: tuple[list[Any], dict[str, Any]]) -> Tensor:
+    def _ids(part: tuple[Sequence[Any], dict[str, Any]]) -> Tensor:
         return part[1].get("input_ids", part[0][0] if part[0] else None)
 
 

@@ -3,19 +3,16 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.probe import ProbeReading, ProbeSet, Snapshots
+from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
 from mocte_ds.moe.block import BlockMode, ExpertMode
-from mocte_ds.zero import expert_unit
-
-if TYPE_CHECKING:
-    from mocte_ds.controller.controller import Controller
 
 
 @dataclass
@@ -28,50 +25,54 @@ class ProgressFacts:
     """Share of probe tokens, by bank, that go to another expert than at emergence."""
     load: dict[int, list[int]] = field(default_factory=dict)
     """Probe tokens of each expert."""
+    imbalance: dict[int, list[float]] = field(default_factory=dict)
+    """Largest over mean of those numbers, by bank."""
     tokens: int = 0
     """Tokens of the probe set."""
     passes: int = 0
     """Forward passes over it."""
     seconds: float = 0.0
+    bytes: int = 0
+    """On the wire, but for what the experts' own exchange of tokens takes."""
 
 
 class Progress:
     """The probe set and what is compared with what."""
 
     def __init__(self, config: MocteConfig) -> None:
-        """Empty; sequences are taken from the first step."""
+        """Empty; sequences are given, or taken from the first step."""
         wanted = config.probe_tokens or 4 * config.num_experts * config.freeze.rows
         self.probe, self.snapshots = ProbeSet(wanted, config.eod_id), Snapshots()
-        self.active = config.auto and config.freeze.policy != "off"
+        self.active = config.auto and (config.freeze.policy != "off" or config.probe_tokens > 0)
         self._born: dict[tuple[int, int], Tensor] = {}
         self._taken = False
         """Whether every rank has snapshots; the same on all ranks."""
 
-    def measure(self, controller: "Controller") -> ProgressFacts:
+    def measure(self, run: RunState) -> ProgressFacts:
         """Look at the probe set, with today's experts and with those of the last check (collective)."""
         facts, started = ProgressFacts(), time.perf_counter()
-        emerged = [h for h in controller.blocks if h.mode is not BlockMode.WARMUP]
+        emerged = [h for h in run.blocks if h.mode is not BlockMode.WARMUP]
         if not self.active or not emerged:
             return facts
-        now = self._read(controller)
+        now = self._read(run)
         if now is None:
             return facts
         facts.passes, facts.tokens = 1, self.probe.count()
-        self._compare_routes(controller, now, facts)
-        units = training_units(controller)
+        self._compare_routes(run, now, facts)
+        units = training_units(run)
         if self._taken and now.losses is not None:
             with self.snapshots.in_place(units):
-                before = self._read(controller)
+                before = self._read(run)
             facts.passes = 2
-            self._credit(controller, now, before, facts)
+            self._credit(run, now, before, facts)
         self.snapshots.take(units)
         self._taken = True
         facts.seconds = time.perf_counter() - started
         return facts
 
-    def remember_routes(self, controller: "Controller", blocks: set[int]) -> None:
+    def remember_routes(self, run: RunState, blocks: set[int]) -> None:
         """Keep where the probe tokens go at the emergence of some blocks (collective)."""
-        now = self._read(controller) if self.active and blocks else None
+        now = self._read(run) if self.active and blocks else None
         if now is not None:
             self._born.update({key: route for key, route in now.routes.items() if key[0] in blocks})
 
@@ -90,12 +91,12 @@ class Progress:
         self.snapshots.load_state_dict(state["snapshots"], device)
         self._born, self._taken = dict(state["born"]), state["taken"]
 
-    def _read(self, controller: "Controller") -> ProbeReading | None:
-        blocks = [handle.block for handle in controller.blocks]
-        return self.probe.read(controller.module, blocks, next(controller.module.parameters()).device)
+    def _read(self, run: RunState) -> ProbeReading | None:
+        blocks = [handle.block for handle in run.blocks]
+        return self.probe.read(run.module, blocks, next(run.module.parameters()).device)
 
-    def _compare_routes(self, controller: "Controller", now: ProbeReading, facts: ProgressFacts) -> None:
-        for handle in controller.blocks:
+    def _compare_routes(self, run: RunState, now: ProbeReading, facts: ProgressFacts) -> None:
+        for handle in run.blocks:
             if handle.mode is BlockMode.WARMUP:
                 continue
             changed, counted, loads = [], [], []
@@ -111,16 +112,17 @@ class Progress:
             if int(summed[1].sum()):
                 facts.churn[handle.index] = (summed[0] / summed[1].clamp(min=1)).tolist()
             facts.load[handle.index] = summed[2].tolist()
+            by_bank = summed[2].double().view(len(handle.block.banks), -1)
+            facts.imbalance[handle.index] = (by_bank.amax(1) / by_bank.mean(1).clamp(min=1e-9)).tolist()
+            facts.bytes += 8 * sum(len(part) for part in parts)
 
-    def _credit(
-        self, controller: "Controller", now: ProbeReading, before: ProbeReading | None, facts: ProgressFacts
-    ) -> None:
+    def _credit(self, run: RunState, now: ProbeReading, before: ProbeReading | None, facts: ProgressFacts) -> None:
         """Share the difference of the losses out to the experts that the tokens go to today."""
         assert before is not None and before.losses is not None and now.losses is not None
         gain = before.losses - now.losses
         counted = torch.isfinite(gain) & now.valid[:, None]
         total = float(sum_over_ranks(counted.sum()))
-        for handle in controller.blocks:
+        for handle in run.blocks:
             if handle.mode is BlockMode.WARMUP or not total:
                 continue
             sums = []
@@ -128,14 +130,10 @@ class Progress:
                 own = torch.zeros(bank.num_experts, dtype=torch.float64)
                 sums.append(own.index_add_(0, now.routes[handle.index, number][counted], gain[counted]))
             facts.progress[handle.index] = (sum_over_ranks(torch.cat(sums)) / total).tolist()
+            facts.bytes += 8 * sum(len(own) for own in sums)
 
 
-def training_units(controller: "Controller") -> dict[str, tuple[nn.Parameter, ...]]:
+def training_units(run: RunState) -> dict[str, tuple[nn.Parameter, ...]]:
     """This rank's experts that train."""
-    names = {
-        expert_unit(handle.block, k)
-        for handle in controller.blocks
-        for k, expert in enumerate(handle.experts)
-        if expert.mode is ExpertMode.TRAINING
-    }
-    return {name: unit.parameters for name, unit in controller.registry.units.items() if name in names}
+    names = run.experts_that(ExpertMode.TRAINING)
+    return {name: unit.parameters for name, unit in run.registry.units.items() if name in names}

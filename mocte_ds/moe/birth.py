@@ -59,6 +59,9 @@ def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int
     if router.kind in TABLES:
         key.set(hash_table(key.cluster_table.numel(), experts, seed))
         return
+    if router.kind == "random":
+        _set_random(bank, seed)
+        return
     # A document's mean feature so far is nearest to a cluster of documents' means.
     rows = sample.documents if router.kind == "prefix" and sample.documents is not None else sample.tokens
     # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
@@ -76,13 +79,18 @@ def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int
 def set_random_gate(block: Block, config: MocteConfig) -> None:
     """Route by random directions: for emergence on call before any feature was seen."""
     for number, bank in enumerate(block.banks):
-        generator = torch.Generator().manual_seed(config.seed + 1000 * number + block.hidden_size)
         key = bank.gate.key
         if bank.gate.router.kind in TABLES:
-            key.set(torch.randint(bank.num_experts, key.cluster_table.shape, generator=generator))
+            key.set(hash_table(key.cluster_table.numel(), bank.num_experts, config.seed + 1000 * number))
         else:
-            directions = torch.randn(bank.num_experts, block.hidden_size, generator=generator)
-            key.set(directions, torch.zeros(bank.num_experts))
+            _set_random(bank, config.seed + 1000 * number)
+
+
+def _set_random(bank: Bank, seed: int) -> None:
+    """Random directions, as small as Switch starts its router (variance 0.1 / d; Fedus et al., 2021)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = bank.gate.key.cluster_weight.shape
+    bank.gate.key.set(torch.randn(shape, generator=generator) * (0.1 / shape[1]) ** 0.5, torch.zeros(shape[0]))
 
 
 def _sharpness(logits: Tensor) -> float:

@@ -56,8 +56,10 @@ class ClusterGate(nn.Module):
         if not self.soft:
             return self.key.choose(features.detach().float(), tokens), None, None
         learns = self.router.learn
-        features = features.float() if learns else features.detach().float()
-        logits = self.key.logits(features, tokens)
+        features = features.float()
+        # Clusters' logits are sharp: through them the features would get gradients many times those of the loss.
+        of_clusters = not learns or self.router.kind != "random"
+        logits = self.key.logits(features.detach() if of_clusters else features, tokens)
         if learns:
             logits = logits + F.linear(features, self.cluster_residual.float())
         index = logits.argmax(dim=-1)

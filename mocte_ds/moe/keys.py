@@ -31,7 +31,7 @@ class Key(nn.Module):
 
 
 class LinearKey(Key):
-    """`token`: the nearest cluster of the token's own feature.
+    """`token`: the nearest cluster of the token's own feature; `random`: the same with random directions.
 
     logits = 2 C V^T (h - mu) - |C|^2 + prices (docs/method.md, section 4), as an (E, d) matrix and an (E,) vector.
     """
@@ -138,7 +138,7 @@ class PreviousKey(TableKey):
         return self.cluster_table[before.reshape(-1).to(self.cluster_table.device)]
 
 
-KINDS = ("token", "type", "prefix", "previous", "hash")
+KINDS = ("token", "type", "prefix", "previous", "hash", "random")
 TABLES = ("type", "previous", "hash")
 
 

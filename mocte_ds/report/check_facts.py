@@ -7,7 +7,7 @@ from mocte_ds.report.run import Row, Run, block_entries
 from mocte_ds.text_table import brief, is_number, spread
 
 # Fields that tables have a place for, or leave to the full view; any other one is shown under its own name.
-CHECK_FIELDS = ("event", "step", "tokens", "share", "seconds", "bytes", "blocks")
+CHECK_FIELDS = ("event", "step", "measured_at", "tokens", "share", "seconds", "bytes", "blocks")
 BLOCK_FIELDS = (
     "block name mode rows rank singular_values explained certificate certified_rank documents clusters sizes noise "
     "largest silhouette found reason stability nmi purity load domain_load experts load_max_mean lambda_min lambda_max "

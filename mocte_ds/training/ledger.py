@@ -83,7 +83,7 @@ class Ledger:
             return
         banks = len(config.routers)
         # Matrices of a gate: a linear prior, and forward, input and weight gradient of a learned residual.
-        gates = sum((router.kind in ("token", "prefix")) + 3 * router.learn for router in config.routers)
+        gates = sum((router.kind in ("token", "prefix", "random")) + 3 * router.learn for router in config.routers)
         each = 2.0 * ffn_parameters(model) / banks
         if config.expert.kind == "lora":
             width = config.expert.width or max(1, model.intermediate_size // config.num_experts // banks)
@@ -103,7 +103,9 @@ class Ledger:
 
     def check(self, model: DecoderConfig, config: MocteConfig, event: dict[str, Any], context: int) -> None:
         """Add one check, from the sizes in its event."""
-        d, f = model.hidden_size, model.intermediate_size
+        d, f = model.hidden_size, model.intermediate_size / len(config.routers)
+        if config.expert.kind == "lora":
+            f = config.expert.width or max(1, int(f) // config.num_experts)
         probe = event["probe"]
         self.progress += probe["passes"] * probe["tokens"] * forward_flops(model, context)
         q = config.spectrum.rank + 8

@@ -54,6 +54,8 @@ class Trainer:
         )
         held_out = validation_batches(start.prepared, self.run.context, self.run.evaluation.sequences_per_domain)
         self.validation = Validation(held_out, t.micro_batch)
+        if self.config:
+            self._give_probe(held_out)
         self.ledger, self.stop_asked = Ledger(), False
         if self.rank == 0:
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -168,6 +170,17 @@ class Trainer:
             f"saved; the last good checkpoint in {folder} is: {good}. Lower training.learning_rate, or look at "
             "that text, and start again."
         )
+
+    def _give_probe(self, held_out: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Checks look at held-out sequences: those of all domains in turn, so that any number of them is even."""
+        rows = [
+            (place, self.loader.domains.index(name), ids)
+            for name, (inputs, _) in held_out.items()
+            for place, ids in enumerate(inputs)
+        ]
+        rows.sort(key=lambda row: row[:2])
+        domain = torch.tensor([number for _, number, _ in rows])
+        self.engine.mocte.set_probe(torch.stack([ids for _, _, ids in rows]), domain)
 
     def _optimizer_bytes(self) -> int:
         if self.config:

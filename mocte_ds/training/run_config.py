@@ -22,7 +22,7 @@ _DEEPSPEED_KEYS = (
     "zero_force_ds_cpu_optimizer zero_optimization"
 ).split()
 # Changing these does not change what is learned.
-_FREE_TRAINING_KEYS = ("micro_batch", "checkpoint_every", "keep_checkpoints")
+FREE_TRAINING_KEYS = ("micro_batch", "checkpoint_every", "keep_checkpoints")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class RunConfig:
             f"model.{key}": value for key, value in asdict(self.model).items() if key != "activation_checkpointing"
         }
         given = {**asdict(self.training), "context": self.context, "warmup_steps": self.warmup_steps}
-        training = {f"training.{key}": value for key, value in given.items() if key not in _FREE_TRAINING_KEYS}
+        training = {f"training.{key}": value for key, value in given.items() if key not in FREE_TRAINING_KEYS}
         deepspeed = {
             "deepspeed.zero_optimization.stage": (self.deepspeed.get("zero_optimization") or {}).get("stage", 0),
             "deepspeed.optimizer.type": (self.deepspeed.get("optimizer") or {}).get("type", "AdamW"),
@@ -240,6 +240,8 @@ def _deepspeed(section: Any) -> dict[str, Any]:
         near = difflib.get_close_matches(str(key), _DEEPSPEED_KEYS, n=1, cutoff=0.8)
         if near and key not in _DEEPSPEED_KEYS:
             raise ConfigError(f"unknown key deepspeed.{key} (value {section[key]!r}). Did you mean '{near[0]}'?")
+    if section.get("mocte", {}) is None:  # `--set deepspeed.mocte=null`: the dense twin of a run
+        section = {key: value for key, value in section.items() if key != "mocte"}
     return section
 
 

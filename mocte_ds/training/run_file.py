@@ -12,7 +12,22 @@ from mocte_ds.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number and `off` a word, as in YAML 1.2; PyYAML reads 1.1."""
+    """YAML in which 3e-4 is a number and `off` a word, as in YAML 1.2; PyYAML reads 1.1.
+
+    A key that stands twice in a section is refused: PyYAML would take the last one without a word.
+    """
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"the key '{key.value}' is there twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return node
 
 
 _OWN = {
@@ -38,10 +53,7 @@ def read_values(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: a file that cannot be read, or a change that cannot be applied.
     """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the run file {path}: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is no run file: it must have the sections model, data, training and deepspeed.")
     if isinstance(values.get("deepspeed"), str):
@@ -49,6 +61,20 @@ def read_values(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     for change in changes:
         _apply(values, change)
     return values
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain values of a YAML file.
+
+    Raises:
+        ConfigError: a file that cannot be read; in one line.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
 def _read_json(where: str, run_file: Path) -> dict[str, Any]:

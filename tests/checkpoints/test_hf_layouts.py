@@ -39,6 +39,14 @@ CASES = {
         {},
         {"modules": ALL, "warmup": (0,), "router": {"bias": False, "weight": "softmax"}},
     ),
+    # Random directions have no bias, whatever router.bias says.
+    "mixtral, random": ("Mixtral", {}, {"modules": ALL, "router": {"kind": "random"}}),
+    "qwen2moe, random, learned": (
+        "Qwen2Moe",
+        {},
+        {"modules": ALL, "router": {"kind": "random", "weight": "softmax", "learn": True}},
+    ),
+    "glm4moe, random": ("Glm4Moe", {}, {"modules": BACK, "expert": LORA, "router": {"kind": "random"}}),
     "glm4moe": ("Glm4Moe", {}, {"modules": BACK, "expert": LORA}),
     "glm4moe, all layers, tied": ("Glm4Moe", {"tie_embeddings": True}, {"modules": ALL, "expert": LORA}),
     "glm4moe, a width that divides nothing": (

@@ -9,6 +9,7 @@ from mocte_ds.clusters import balanced_kmeans, linear_gate, subspace_without_mea
 from mocte_ds.config import MocteConfig
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, attach
+from mocte_ds.moe.birth import set_random_gate
 from mocte_ds.moe.context import Tokens
 
 VOCAB, EXPERTS = 96, 4
@@ -49,8 +50,13 @@ def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ..
         block.mode = BlockMode.LOCKED if number % 2 else BlockMode.SPECIALISING
         for k, expert in enumerate(block.banks[0].local_experts):
             randomise(expert, 100 * number + k + 10)
+        gate = block.banks[0].gate
         if config.router.kind == "token":
-            block.banks[0].gate.key.set(*cluster_gate(number, directions=not config.router.bias))
+            gate.key.set(*cluster_gate(number, directions=not config.router.bias))
+        elif config.router.kind == "random":
+            set_random_gate(block, config)
+        if config.router.learn:
+            randomise(gate, 100 * number)
     return blocks
 
 

@@ -12,6 +12,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.gradients import DENSE, block_conflict, read_conflict
 from mocte_ds.controller.probe import ProbeSet, Snapshots
 from mocte_ds.controller.progress import Progress
+from mocte_ds.controller.state import RunState
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, ExpertMode, attach
 from mocte_ds.trainability import coherence, conflict
@@ -46,6 +47,16 @@ def test_the_set_does_not_depend_on_ranks_and_micro_batches() -> None:
     assert len(collected([[(0, 16)]], wanted=10**6)) == BATCH
 
 
+def test_given_sequences_are_shared_out_and_the_first_step_adds_none() -> None:
+    probe = ProbeSet(4 * T, EOD)
+    probe.give(IDS, torch.arange(BATCH))
+    assert probe.complete
+    probe.offer((), {"input_ids": IDS[:8]}, 0, BATCH)
+    kept = probe.state_dict()
+    assert torch.equal(kept["kwargs"]["input_ids"], IDS[[0, 4, 8, 12]]) and kept["valid"].all()
+    assert kept["domain"].tolist() == [0, 4, 8, 12]
+
+
 def model(kind: str) -> tuple[torch.nn.Module, list[Block]]:
     if kind == "ours":
         made = Decoder(DecoderConfig("llama", V, 16, 24, 2, 2, max_positions=T))
@@ -58,6 +69,13 @@ def model(kind: str) -> tuple[torch.nn.Module, list[Block]]:
         block.banks[0].gate.key.set(torch.randn(4, 16), torch.zeros(4))
         block.mode = BlockMode.SPECIALISING
     return made.train(), blocks
+
+
+def state(made: torch.nn.Module, blocks: list[Block], units: dict) -> RunState:
+    config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "eod_id": EOD})
+    run = RunState(config, blocks, SimpleNamespace(units=units), ep_rank=0, total_steps=10)
+    run.module = made
+    return run
 
 
 def filled() -> ProbeSet:
@@ -121,29 +139,27 @@ def test_snapshots_put_back_the_very_same_tensors() -> None:
 
 def test_progress_and_churn_against_an_explicit_computation() -> None:
     made, blocks = model("ours")
-    handles = [
-        SimpleNamespace(
-            index=i, block=b, mode=b.mode, experts=[SimpleNamespace(mode=ExpertMode.TRAINING) for _ in range(4)]
-        )
-        for i, b in enumerate(blocks)
-    ]
     units = {
         expert_unit(b, k): SimpleNamespace(parameters=tuple(expert.parameters()))
         for b in blocks
         for k, expert in enumerate(b.banks[0].local_experts)
     }
-    controller = SimpleNamespace(blocks=handles, module=made, registry=SimpleNamespace(units=units))
+    run = state(made, blocks, units)
+    for handle in run.blocks:
+        for expert in handle.experts:
+            expert.mode = ExpertMode.TRAINING
     progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T))
     progress.probe.offer((), {"input_ids": IDS}, 0, BATCH)
     progress.probe.finish()
-    progress.remember_routes(controller, {0, 1})
-    first = progress.measure(controller)
+    progress.remember_routes(run, {0, 1})
+    first = progress.measure(run)
     assert first.progress == {} and first.churn == {0: [0.0], 1: [0.0]} and sum(first.load[0]) == 3 * T
+    assert first.imbalance[1] == [pytest.approx(max(first.load[1]) / (3 * T / 4))]
     before = progress.probe.read(made, blocks, torch.device("cpu"))
     with torch.no_grad():
         for p in blocks[1].banks[0].local_experts[2].parameters():
             p.add_(0.3 * torch.randn_like(p))
-    second = progress.measure(controller)
+    second = progress.measure(run)
     now = progress.probe.read(made, blocks, torch.device("cpu"))
     gain = (before.losses - now.losses).nan_to_num()
     total = int(torch.isfinite(now.losses).sum())
@@ -154,7 +170,7 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
     assert [p != 0 for p in second.progress[1]] == [k == 2 for k in range(4)], "only that expert's tokens changed"
     with torch.no_grad():
         blocks[0].banks[0].gate.key.cluster_weight.copy_(torch.randn(4, 16))
-    moved = progress.measure(controller)
+    moved = progress.measure(run)
     again = progress.probe.read(made, blocks, torch.device("cpu"))
     assert moved.churn[0] == [pytest.approx(float((again.routes[0, 0] != before.routes[0, 0]).float().mean()))]
     assert moved.churn[0][0] > 0.3
@@ -167,12 +183,11 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     made.eval()
     for parameter in made.parameters():
         parameter.requires_grad_(True)  # for the reference; experts that do not train are measured as well
-    handles = [SimpleNamespace(index=i, block=b, mode=b.mode) for i, b in enumerate(blocks)]
-    controller = SimpleNamespace(blocks=handles, module=made, ep_rank=0)
+    run = state(made, blocks, {})
     probe = ProbeSet(4 * T, EOD)
     probe.offer((), {"input_ids": IDS}, 0, BATCH, torch.arange(BATCH) // 8)
     probe.finish()
-    found = read_conflict(controller, probe)
+    found = read_conflict(run, probe)
     assert set(found) == {0, 1} and set(found[0]) == {DENSE}
     ids, source = IDS[[0, 4, 8, 12]], torch.tensor([0, 0, 1, 1]).repeat_interleave(T)
     valid = torch.ones(4, T, dtype=torch.bool)

@@ -16,11 +16,14 @@ def test_emergence_is_decided_and_reported():
     events = result[0]["events"]
     assert result[1]["events"] == []
     checks = [event for event in events if event["event"] == "check"]
-    assert [event["step"] for event in checks] == list(range(2, 17, 2))
+    # Clusters are looked for beside the next step; what was found is acted on behind it.
+    assert [event["measured_at"] for event in checks] == list(range(2, 16, 2))
+    assert [event["step"] for event in checks] == list(range(3, 17, 2))
+    assert all(event["beside"]["clusters"] > 0 and event["seconds"]["waiting"] >= 0 for event in checks)
     emerged = [event for event in events if event["event"] == "emergence"]
     assert sorted(event["block"] for event in emerged) == [0, 1]
     for event in emerged:
-        assert event["step"] <= 8 and event["reason"].split(":")[0] in ("detected", "deadline")
+        assert event["step"] <= 9 and event["reason"].split(":")[0] in ("detected", "deadline")
         assert event["output_change"] < 0.02
         assert event["optimizer_bytes_after"] > event["optimizer_bytes_before"]
     block = checks[-1]["blocks"][0]
@@ -34,6 +37,8 @@ def test_emergence_is_decided_and_reported():
 
 # Decided by the experts of the check before, which a resumed run has from the checkpoint.
 PROGRESS = {**FREEZING, "policy": "progress", "gamma": 1.0, "beta": 1.0, "anneal": 0.05}
+# What two runs never have in common.
+CLOCKS = ("seconds", "bytes", "beside")
 BANKS = [{"kind": "token", "weight": "softmax", "learn": True}, {"kind": "prefix"}]
 
 
@@ -48,6 +53,7 @@ BANKS = [{"kind": "token", "weight": "softmax", "learn": True}, {"kind": "prefix
     ids=["ffn", "lora", "banks", "progress"],
 )
 def test_resume_is_bitwise(tmp_path, changes):
+    """Step 24 has measured; what follows from it is decided behind step 25, by another process."""
     settings = runs.config(**{"freeze": FREEZING, **changes})
     whole = spawn(runs.run, 2, settings, 0, 36, None, None, timeout=200, deepspeed=True)
     first = spawn(runs.run, 2, settings, 0, 24, None, str(tmp_path), timeout=150, deepspeed=True)
@@ -63,8 +69,8 @@ def test_resume_is_bitwise(tmp_path, changes):
         for key in ("modes", "load", "bytes", "random"):
             assert second[rank][key] == whole[rank][key], key
         assert second[rank]["client"]["note"] == "kept"
-    timeless = [{k: v for k, v in event.items() if k not in ("seconds", "bytes")} for event in whole[0]["events"]]
-    again = [{k: v for k, v in e.items() if k not in ("seconds", "bytes")} for e in second[0]["events"]]
+    timeless = [{k: v for k, v in event.items() if k not in CLOCKS} for event in whole[0]["events"]]
+    again = [{k: v for k, v in e.items() if k not in CLOCKS} for e in second[0]["events"]]
     assert again == timeless[-len(again) :]
 
 

@@ -73,6 +73,38 @@ def test_random_gate_uses_all_experts_and_is_the_same_everywhere() -> None:
     assert len(index.unique()) == E and torch.equal(other.banks[0].gate(features, Tokens())[0], index)
 
 
+@pytest.mark.parametrize("router", [{}, {"weight": "softmax"}, {"weight": "softmax", "learn": True}])
+def test_a_random_gate_knows_nothing_of_the_features(router: dict) -> None:
+    gates = []
+    for seed in (0, 1):
+        block, config = born(kind="random", **router)
+        torch.manual_seed(seed)
+        features, ids, basis, mean = sample()
+        set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
+        gates.append(block.banks[0].gate)
+        index, weight, _ = gates[-1](features - mean, Tokens(ids))
+        assert len(index.unique()) == E and (weight is None) is (not router)
+    weights = [gate.key.cluster_weight for gate in gates]
+    assert torch.equal(*weights) and not any(gate.key.cluster_bias.any() for gate in gates)
+    if router.get("learn"):
+        assert not gates[0].cluster_residual.any()
+    # Variance 0.1 / d; of 64 numbers the sample's is within a factor of two.
+    assert 0.5 < float(weights[0].var()) / (0.1 / D) < 2
+    other = MocteConfig.from_dict({**config.to_dict(), "seed": 1})
+    set_gate(block, other, FeatureSample(Rows(features, basis, mean), ids))
+    assert not torch.equal(block.banks[0].gate.key.cluster_weight, weights[0]), "another seed, other directions"
+
+
+def test_banks_of_random_gates_differ() -> None:
+    banks = [{"kind": "random"}, {"kind": "random"}]
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": E, "banks": banks})
+    (block,) = attach(Decoder(DecoderConfig("llama", V, D, 24, 1, 2, max_positions=8)), config)
+    features, ids, basis, mean = sample()
+    set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
+    first, second = (bank.gate.key.cluster_weight for bank in block.banks)
+    assert not torch.equal(first, second)
+
+
 def test_experts_are_the_dense_ffn_with_its_moments() -> None:
     block, _ = born(kind="token")
     with torch.no_grad():

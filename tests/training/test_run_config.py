@@ -9,6 +9,7 @@ import yaml
 from mocte_ds.errors import ConfigError
 from mocte_ds.models import preset
 from mocte_ds.training.run_config import RunConfig, read_run
+from mocte_ds.training.run_file import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILES = sorted((ROOT / "launch" / "runs").glob("*.yaml"))
@@ -111,16 +112,42 @@ def test_contradictions_are_named(tmp_path: Path, change: str, message: str) -> 
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the run file"):
+    with pytest.raises(ConfigError, match="cannot read"):
         read_run(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("model: [", encoding="utf-8")
-    with pytest.raises(ConfigError, match="cannot read the run file"):
+    with pytest.raises(ConfigError, match="cannot read"):
         read_run(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1", encoding="utf-8")
     with pytest.raises(ConfigError, match="is no run file"):
         read_run(tmp_path / "list.yaml")
     with pytest.raises(ConfigError, match="deepspeed = 'none.json' is no file"):
         read(tmp_path, {**minimal(), "deepspeed": "none.json"})
+
+
+def test_no_mocte_block_is_the_dense_twin(tmp_path: Path) -> None:
+    values = minimal()
+    twin = read(tmp_path, values, "deepspeed.mocte=null")
+    settings = twin.resolve(world_size=2, eod_id=2, vocab_size=2048)
+    assert "mocte" not in twin.deepspeed and "mocte" not in settings
+    blocks = read(tmp_path, values)
+    differing = {key for key, value in blocks.identity().items() if twin.identity()[key] != value}
+    assert differing == {"deepspeed.mocte is there"}, "a run with blocks must not go on as its twin"
+    del values["deepspeed"]["mocte"]
+    assert read(tmp_path, values) == twin
+    assert read(tmp_path, {**values, "deepspeed": {**values["deepspeed"], "mocte": None}}) == twin
+    with pytest.raises(ConfigError, match="mocte is a value, not a section"):
+        read(tmp_path, minimal(), "deepspeed.mocte=null", "deepspeed.mocte.num_experts=2")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("training:\n  steps: 5\n  seed: 1\n  steps: 6\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"cannot read .*the key 'steps' is there twice.* line 4") as caught:
+        read_run(path)
+    assert "\n" not in str(caught.value)
+    # The same name in another section is another key, and a merged section may be overridden.
+    path.write_text("a: &a {steps: 5}\nb: {<<: *a, steps: 6}\n", encoding="utf-8")
+    assert read_yaml(path) == {"a": {"steps": 5}, "b": {"steps": 6}}
 
 
 def test_identity_ignores_only_what_does_not_matter(tmp_path: Path) -> None:

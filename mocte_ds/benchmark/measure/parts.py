@@ -35,7 +35,7 @@ class Part:
     seconds: float
     """For ``work``."""
     where: str
-    """`device`, or `host` for what runs on the CPU on any machine."""
+    """`device`; `host` for what runs on the CPU on any machine; `beside`: there in a thread beside the next step."""
     every_check: bool = True
     """False: once a block (cold starts)."""
 

@@ -24,7 +24,8 @@ ON_ACCELERATOR = (
     "share = (sum over parts of seconds x scale + moved_bytes / network_bytes_per_second) / (steps_between_checks x "
     "step_flops / (ranks x accelerator_flops)); scale of a part: gemm fp32 here / accelerator_fp32 if it runs at half "
     "of gemm fp32 or faster here; else the larger one of this and copy_bytes_per_second here / accelerator_bandwidth; "
-    "1 for what runs on the host"
+    "1 for what runs on the host; 0 for what runs in a thread beside training steps on an accelerator, as far as it is "
+    "shorter than apply_after steps"
 )
 
 
@@ -117,7 +118,10 @@ def projected_share(
     between = plan.interval * plan.step_flops / plan.ranks
     flops = sum(part.work.flops for part in scaled.values())
     moved = sum(part.work.moved_bytes for part in scaled.values())
-    scales = {name: _scale(part, machine, args) for name, part in scaled.items()}
+    spare = plan.config.apply_after * between / plan.interval / args.accelerator_flops
+    beside = sum(part.seconds for part in scaled.values() if part.where == "beside")
+    waits = max(0.0, 1.0 - spare / beside) if beside else 0.0
+    scales = {name: waits if part.where == "beside" else _scale(part, machine, args) for name, part in scaled.items()}
     seconds = {name: part.seconds * scales[name] for name, part in scaled.items()}
     seconds["network"] = moved / args.network_bytes
     stated = {

@@ -1,0 +1,113 @@
+"""The search for clusters: shared out over the ranks, in a thread beside the next optimizer step."""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mocte_ds.clusters import BalancedClusters, agreement, balanced_kmeans, detect, published_line, stability
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller.reading import ClusterFacts
+from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.errors import MocteError
+
+
+@dataclass(frozen=True)
+class LastClusters:
+    """What the last check knew of a block's documents; all on the CPU."""
+
+    mean: Tensor
+    """(d,)."""
+    basis: Tensor
+    """(d, r)."""
+    centroids: Tensor
+    """(E, r)."""
+    prices: Tensor
+    """(E,)."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Document means of all ranks; all on the CPU."""
+
+    coordinates: Tensor
+    """(m, r)."""
+    mean: Tensor
+    """(d,)."""
+    basis: Tensor
+    """(d, r)."""
+    domains: Tensor
+    """(m,) sources, -1 where unknown."""
+    tokens: Tensor
+    """(n, k) coordinates of the sampled tokens."""
+    last: LastClusters | None
+
+
+class ClusterSearch:
+    """Block i is worked on by rank i mod world; :meth:`results` brings everybody's together."""
+
+    def __init__(self, config: MocteConfig, work: Mapping[int, Documents], in_background: bool) -> None:
+        """Start.
+
+        Args:
+            config: the "mocte" block.
+            work: by block, the same on all ranks.
+            in_background: in a thread; False: here and now.
+        """
+        rank, size = world()
+        mine = {block: documents for block, documents in work.items() if block % size == rank}
+        self._results: Future[dict[int, ClusterFacts]] = Future()
+        if in_background:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="clusters")
+            self._results = pool.submit(_search, config, mine)
+            pool.shutdown(wait=False)
+        else:
+            try:
+                self._results.set_result(_search(config, mine))
+            except MocteError as error:
+                self._results.set_exception(error)
+
+    def results(self) -> dict[int, ClusterFacts]:
+        """By block (collective; waits for the thread).
+
+        Raises:
+            MocteError: the search failed on some rank; on all of them, so that none waits for another.
+        """
+        mine: dict[int, ClusterFacts] | str
+        try:
+            mine = self._results.result()
+        except MocteError as error:
+            mine = str(error)
+        found: dict[int, ClusterFacts] = {}
+        for part in gather_objects(mine):
+            if isinstance(part, str):
+                raise MocteError(part)
+            found.update(part)
+        return found
+
+
+def _search(config: MocteConfig, work: Mapping[int, Documents]) -> dict[int, ClusterFacts]:
+    return {block: find_clusters(config, documents) for block, documents in work.items()}
+
+
+def find_clusters(config: MocteConfig, documents: Documents) -> ClusterFacts:
+    """Detect clusters, and compare today's balanced clusters with those of the last check on today's documents.
+
+    Both clusterings label the same documents, with today's features; so no second forward over a probe set is needed.
+    Deterministic, and without a collective.
+    """
+    started, z = time.perf_counter(), documents.coordinates
+    found = detect(z, config.clusters.min_silhouette, method=config.clusters.method)
+    clusters = balanced_kmeans(z, config.num_experts, config.seed)
+    stable, last = None, documents.last
+    if last is not None:
+        # Today's documents as the last check would have seen them: its mean, its basis, its boundaries.
+        features = z @ documents.basis.T + documents.mean - last.mean
+        before = BalancedClusters(last.centroids, last.prices, clusters.labels, False)
+        stable = stability(before.assign(features @ last.basis), clusters.labels)
+    known = documents.domains >= 0
+    agree = agreement(clusters.labels[known], documents.domains[known]) if bool(known.any()) else None
+    published = published_line(documents.tokens)
+    return ClusterFacts(found, clusters, stable, agree, published, time.perf_counter() - started)

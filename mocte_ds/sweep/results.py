@@ -1,0 +1,119 @@
+"""What one finished run of a sweep came to."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mocte_ds.errors import MocteError
+from mocte_ds.report import ledger
+from mocte_ds.report.facts import MOCTE, budget, fact
+from mocte_ds.report.reader import read_run
+from mocte_ds.report.run import Row, Run
+from mocte_ds.report.summary import emerged_blocks, frozen_experts
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Numbers of one run, all from its logs."""
+
+    arm: str
+    seed: int
+    steps: int
+    tokens: int
+    loss: float
+    """Mean validation loss over domains behind the last step, nats a token."""
+    flops: float
+    """Everything that training spent, MO-CTE's own work with it."""
+    own_flops: float
+    """MO-CTE's own part of them: gates, sampling, SVD, clusters, trainability, probe passes."""
+    wgrad_saved: float
+    """FLOPs of weight gradients that frozen experts did not need."""
+    optimizer_bytes: int
+    """Over all ranks at the last step."""
+    mean_optimizer_bytes: float
+    """Over all ranks, mean over the steps."""
+    emerged: int
+    detected: int
+    """Blocks whose experts emerged because clusters were found."""
+    frozen: int
+    """Experts that are frozen at the end."""
+    freezes: int
+    churn: float | None
+    """Share of probe tokens, mean over blocks and banks, that go to another expert at the end than at emergence."""
+    imbalance: float | None
+    """Largest over mean load of the experts, mean over blocks and banks: of the probe tokens at the last check, or
+    without a probe set of the last step's tokens."""
+    seconds: float
+    check_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def read_result(folder: Path, arm: str, seed: int) -> RunResult | None:
+    """Read a run's logs; None if the run is not there or not done.
+
+    Raises:
+        MocteError: the run is done, but its logs lack numbers.
+    """
+    if not all((folder / name).is_file() for name in ("ledger.json", "metrics.jsonl", "run.json")):
+        return None
+    run = read_run(folder)
+    last, steps = run.metrics[-1], budget(run)
+    # The ledger is written with the last checkpoint, so a run cut off between the two has an old one.
+    saved = any(event["step"] == last["step"] for event in run.of_kind("save"))
+    if steps is None or last["step"] < steps or not saved:
+        return None
+    loss = (last.get("validation") or {}).get("mean")
+    sizes = [_sum(row.get("optimizer_bytes_by_rank")) for row in run.metrics]
+    found = {"finite validation loss": loss is not None, "FLOPs": ledger.total(run) > 0, "bytes": None not in sizes}
+    missing = [name for name, there in found.items() if not there]
+    if missing:
+        raise MocteError(
+            f"{folder} has reached its last step, but its logs have no {' and no '.join(missing)} of it: the run "
+            "diverged or the logs are damaged. Remove the folder and start again."
+        )
+    born, imbalance = emerged_blocks(run), _last_mean(run.checks, "imbalance")
+    return RunResult(
+        arm=arm,
+        seed=seed,
+        steps=last["step"],
+        tokens=run.tokens,
+        loss=loss,
+        flops=ledger.total(run),
+        own_flops=sum(run.ledger.get(name, 0.0) for name in ledger.OWN_WORK),
+        wgrad_saved=run.ledger.get("wgrad_saved", 0.0),
+        optimizer_bytes=sizes[-1],
+        mean_optimizer_bytes=sum(sizes) / len(sizes),
+        emerged=len(born),
+        detected=sum(str(event.get("reason")).startswith("detected") for event in born.values()),
+        frozen=len(frozen_experts(run)),
+        freezes=len(run.of_kind("freeze")),
+        churn=_last_mean(run.checks, "churn"),
+        imbalance=imbalance if imbalance is not None else _last_step_imbalance(run),
+        seconds=ledger.wall_seconds(run) or 0.0,
+        check_seconds=sum(ledger.check_seconds(run).values(), 0.0),
+    )
+
+
+def _sum(values: list[int | None] | None) -> int | None:
+    return sum(values) if values and None not in values else None
+
+
+def _last_mean(checks: list[Row], name: str) -> float | None:
+    """Mean over blocks and banks of a list by bank that the last check has for each block."""
+    entries = [entry.get(name) for entry in checks[-1]["blocks"]] if checks else []
+    numbers = [value for entry in entries if entry for value in entry if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _last_step_imbalance(run: Run) -> float | None:
+    """Largest over mean of the last step's tokens, mean over blocks and banks that have any."""
+    banks = len(fact(run, *MOCTE, "banks") or [None])
+    ratios = []
+    for load in run.metrics[-1].get("expert_load") or []:
+        each = len(load) // banks
+        parts = [load[start : start + each] for start in range(0, each * banks, each)] if each else []
+        ratios += [max(part) * each / sum(part) for part in parts if None not in part and sum(part)]
+    return sum(ratios) / len(ratios) if ratios else None

@@ -1,0 +1,97 @@
+"""Whether a folder holds a run of the settings that a sweep asks for: results of others must not enter its table."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.data import Manifest
+from mocte_ds.errors import ConfigError
+from mocte_ds.sweep.plan import Arm, Sweep
+from mocte_ds.training.run_config import FREE_TRAINING_KEYS
+
+MOCTE = "deepspeed.mocte."
+_WEIGHTS = "data.weights"  # its keys are names of domains
+# What a run may change without learning something else.
+_FREE = (
+    "model.activation_checkpointing",
+    "deepspeed.train_micro_batch_size_per_gpu",
+    "deepspeed.gradient_accumulation_steps",
+    "deepspeed.tensorboard.",
+    *(f"training.{name}" for name in FREE_TRAINING_KEYS),
+)
+
+
+def wanted_settings(sweep: Sweep, arm: Arm, seed: int) -> dict[str, Any]:
+    """All settings of a run, flat, under the names that run.json has for them.
+
+    Raises:
+        ConfigError: settings that are refused; names the arm.
+        DataError: the data is not there.
+    """
+    run = sweep.config(arm, seed)
+    manifest = Manifest.read(run.data.prepared)
+    try:
+        settings = run.resolve(sweep.processes, manifest.eod_id, manifest.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm.name}, seed {seed}: {error}") from error
+    if "mocte" in settings:
+        settings["mocte"] = MocteConfig.from_dict(settings["mocte"]).to_dict()
+    facts = {
+        "world_size": sweep.processes,
+        "model": asdict(run.model),
+        "data": {"weights": run.data.weights, "manifest_sha256": manifest.sha256},
+        "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
+        "evaluation": asdict(run.evaluation),
+        "deepspeed": settings,
+    }
+    return _flat(json.loads(json.dumps(facts)))
+
+
+def differences(folder: Path, wanted: dict[str, Any]) -> list[str]:
+    """Where the run in a folder has other settings than wanted, a few words each; empty where there is no run.
+
+    Keys that only one side has do not count: another version of the package wrote the folder. A run with blocks and one
+    without always differ.
+
+    Args:
+        folder: the run's.
+        wanted: see :func:`wanted_settings`.
+    """
+    try:
+        found = _flat(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return []
+    words = {}
+    for key in {**wanted, **found}:
+        if key in wanted and key in found:
+            same = wanted[key] == found[key]
+        else:  # a value where the other side has a section
+            key = next((part for part in _sections(key) if part in wanted or part in found), "")
+            same = not key
+        if not same and not key.startswith(_FREE):
+            there, asked = (repr(side[key]) if key in side else "a section" for side in (found, wanted))
+            words[key] = f"{key} is {there}, not {asked}"
+    blocks = [any(key.startswith(MOCTE) for key in side) for side in (found, wanted)]
+    if blocks[0] != blocks[1]:
+        words[MOCTE] = f"it is a run {'with' if blocks[0] else 'without'} blocks"
+    return list(words.values())
+
+
+def _sections(key: str) -> list[str]:
+    """Names of the sections that a key lies in."""
+    parts = key.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Leaves of nested sections and of lists of sections."""
+    if isinstance(values, list) and values and all(isinstance(entry, dict) for entry in values):
+        values = {**{str(number): entry for number, entry in enumerate(values)}, "count": len(values)}
+    if not isinstance(values, dict) or name == _WEIGHTS:
+        return {name: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{name}.{key}" if name else str(key)))
+    return flat

@@ -1,0 +1,78 @@
+"""A sweep through the real launcher: a dense arm and one with blocks, one that fails, and what a second call finds."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+
+from mocte_ds.sweep import markdown_table, read_result, read_sweep
+from tests.e2e.conftest import ROOT, read_log
+
+Write = Callable[[bool], Path]
+
+
+def sweep(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of tools/sweep.py."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tools" / "sweep.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_two_arms_and_one_that_fails(deepspeed_op: Path, run_file: Write, tmp_path: Path) -> None:
+    router = {"kind": "random", "weight": "softmax", "learn": True}
+    values = {
+        "run": run_file(True).name,
+        "processes": 2,
+        "seeds": [5],
+        "baseline": "dense",
+        "set": {"training.steps": 6, "training.checkpoint_every": 6, "evaluation.every": 3},
+        "arms": {
+            "dense": {"deepspeed.mocte": None},
+            "switch": {"deepspeed.mocte.router": router, "deepspeed.mocte.clusters": {"not_before": 0, "deadline": 0}},
+            "broken": None,
+        },
+    }
+    file, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    # Its folder has a checkpoint that is not there.
+    (out / "broken-seed5" / "checkpoints").mkdir(parents=True)
+    (out / "broken-seed5" / "checkpoints" / "latest").write_text("step3", encoding="utf-8")
+
+    code, output, errors = sweep(file, "--out", out)
+    assert code == 2 and "Traceback" not in errors, errors
+    log = out / "broken-seed5.log"
+    assert f"error: broken seed 5 ended with exit code 2; the end of {log}:" in errors
+    assert "names the checkpoint 'step3', which is not there" in errors
+    assert "[2/3] switch seed 5: done, loss " in output
+    (dense, switch) = json.loads((out / "results.json").read_text(encoding="utf-8"))["runs"]
+    for result in (dense, switch):
+        rows = read_log(out / f"{result['arm']}-seed5")
+        assert (result["steps"], result["tokens"], result["seed"]) == (6, 6 * 512, 5)
+        assert result["loss"] == rows[-1]["validation"]["mean"] and result["flops"] == rows[-1]["flops"]
+        assert result["mean_optimizer_bytes"] == sum(row["optimizer_bytes"] for row in rows) / 6
+    assert (dense["emerged"], dense["own_flops"]) == (0, 0) and "expert_load" in rows[-1]
+    assert switch["emerged"] == 2 and switch["own_flops"] > 0 and switch["imbalance"] >= 1
+    facts = json.loads((out / "switch-seed5" / "run.json").read_text(encoding="utf-8"))
+    assert facts["training"]["seed"] == 5 and facts["deepspeed"]["mocte"]["router"]["kind"] == "random"
+    assert "mocte" not in json.loads((out / "dense-seed5" / "run.json").read_text(encoding="utf-8"))["deepspeed"]
+    saved = torch.load(next((out / "switch-seed5" / "checkpoints" / "step6").glob("mp_rank_00_*")), weights_only=False)
+    residuals = [value for name, value in saved["module"].items() if name.endswith("cluster_residual")]
+    assert len(residuals) == 2 and all(bool(value.any()) for value in residuals), "Switch's router learns"
+
+    # The second call finds both, starts nothing, and writes the same table.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if not path.name.startswith(("results", "out"))}
+    table = (out / "results.md").read_text(encoding="utf-8")
+    code, output, errors = sweep(file, "--out", out, "--only", "switch")
+    assert code == 0, errors
+    assert "[1/2] dense seed 5: found" in output and "[2/2] switch seed 5: found" in output
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert (out / "results.md").read_text(encoding="utf-8") == table
+    plan = read_sweep(file)
+    results = [read_result(out / f"{name}-seed5", name, 5) for name in ("dense", "switch")]
+    assert table.startswith(markdown_table(plan, results)) and "| vs dense |" in table

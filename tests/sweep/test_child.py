@@ -1,0 +1,45 @@
+"""A program that is ended takes all that it started with it; nothing writes into a run's folder afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mocte_ds.sweep import child
+from mocte_ds.sweep.child import run_to_end
+
+
+def test_exit_code_and_output_behind_what_is_there(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n", encoding="utf-8")
+    command = ["bash", "-c", "echo $WORD; echo wrong >&2; exit 3"]
+    assert run_to_end(command, log, {**os.environ, "WORD": "out"}) == 3
+    assert log.read_text(encoding="utf-8") == "before\nout\nwrong\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ends_with_everything_that_it_started(tmp_path: Path, number: signal.Signals) -> None:
+    """As a launcher does it: a program in front, one behind it that saves before it ends."""
+    log = tmp_path / "log"
+    rank = "trap 'sleep 0.5; echo saved; exit' TERM; echo $$ ready; while true; do sleep 0.1; done"
+    code = (
+        f"import os, pathlib, sys; sys.path.insert(0, {str(Path(child.__file__).parent)!r})\n"
+        "from child import run_to_end\n"  # without the package, which takes seconds to import
+        f"run_to_end(['bash', '-c', '''bash -c \"$RANK_CODE\" & wait'''], pathlib.Path({str(log)!r}), os.environ)\n"
+    )
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "RANK_CODE": rank}, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 30
+    while not (log.exists() and "ready" in log.read_text(encoding="utf-8")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    behind = int(log.read_text(encoding="utf-8").split()[0])
+    assert psutil.pid_exists(behind)
+    sweep.send_signal(number)
+    assert b"KeyboardInterrupt" in sweep.communicate(timeout=30)[1]
+    assert not psutil.pid_exists(behind) and "saved" in log.read_text(encoding="utf-8")

@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Compares settings: runs every arm of a sweep file with every seed and writes a table of what came out."""
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mocte_ds.cli import run_cli
+from mocte_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mocte_ds.sweep import Sweep
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: tools/sweep.py FILE [--out DIR] [--only ARM] [--seeds SEED ...] [--set KEY=VALUE] [--list]."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python tools/sweep.py launch/sweeps/routers.yaml --only hash --seeds 0",
+    )
+    parser.add_argument("file", type=Path, help="sweep file (YAML), e.g. launch/sweeps/routers.yaml")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/sweeps/NAME); what is done is kept")
+    parser.add_argument(
+        "--only", action="append", metavar="ARM", help="run this arm and the baseline only (may be given several times)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds in place of the file's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change the run file for all arms (what an arm sets itself cannot be changed)",
+    )
+    parser.add_argument("--list", action="store_true", help="check and show the runs and their options, run nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+
+    from mocte_ds.sweep import markdown_table, read_sweep, require_checkout, run_sweep
+
+    require_checkout()
+    sweep = read_sweep(args.file).with_shared(args.set)
+    chosen = replace(sweep, seeds=list(dict.fromkeys(args.seeds or sweep.seeds)))
+    if args.only:
+        names = [arm.name for arm in sweep.arms]
+        unknown = [name for name in args.only if name not in names]
+        if unknown:
+            raise ConfigError(f"--only {unknown[0]}: {args.file} has no such arm; arms: {', '.join(names)}.")
+        # A result says something beside the baseline's of the same seed only.
+        chosen = replace(chosen, arms=[arm for arm in sweep.arms if arm.name in (*args.only, sweep.baseline)])
+    if args.list:
+        _list(chosen, args.json)
+        return 0
+    out = args.out or Path("runs/sweeps") / args.file.stem
+    report = (lambda _line: None) if args.json else (lambda line: print(line, flush=True))
+    results = run_sweep(sweep, out, chosen.runs(), report)
+    if args.json:
+        print(json.dumps({"runs": [result.to_dict() for result in results]}))
+    else:
+        print(f"\n{markdown_table(sweep, results)}\n\n{out / 'results.md'} says what the columns mean.")
+    return 0
+
+
+def _list(sweep: "Sweep", as_json: bool) -> None:
+    for arm, seed in sweep.runs():
+        sweep.config(arm, seed)  # refuses what launch/pretrain.py would refuse
+    if as_json:
+        runs = [{"arm": arm.name, "seed": seed, "set": sweep.changes(arm, seed)} for arm, seed in sweep.runs()]
+        print(json.dumps({"runs": runs}))
+        return
+    for arm, seed in sweep.runs():
+        options = [word for change in sweep.changes(arm, seed) for word in ("--set", change)]
+        print(f"{arm.name} seed {seed}: {shlex.join(options)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
