@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.clusters import BalancedClusters
+from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.state import RunState
-from mocte_ds.dist.collectives import gather_objects
+from mocte_ds.dist.collectives import gather_objects, max_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.trainability import coherence, conflict, ghost_gram
@@ -32,30 +34,46 @@ class _Seen:
     output: Tensor
 
 
+@dataclass
+class _Groups:
+    """Groups of the probe set's sequences, over all ranks, -1 where unknown; what "conflict" is between."""
+
+    source: Tensor
+    """(N,) of the text."""
+    cluster: dict[int, Tensor]
+    """By block (N,) the cluster that the sequence's mean feature is in, as the last check has found them."""
+
+
 def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[str, float]]]:
     """Coherence and conflict of every dense FFN in warm-up and every expert after it (collective).
 
     Returns:
         By block and expert (:data:`DENSE` for the dense FFN): "rows", "kappa", and, where at least two sources have
-        gradients there, "cosine", "negative", "R" and "Q" between the sources (see :class:`Conflict`). Replicas of an
-        expert are averaged.
+        gradients there, "cosine", "negative", "R" and "Q" between the sources (see :class:`Conflict`); the same with
+        "cluster_" in front between the clusters of the documents. Replicas of an expert are averaged.
     """
     blocks = [handle.block for handle in run.blocks]
+    modules = _modules(run, blocks)
     seen: dict[tuple[int, int], _Seen] = {}
-    hooks = [module.register_forward_hook(_keep(seen, key)) for key, module in _modules(run, blocks).items()]
+    means: dict[int, Tensor] = {}
+    stride = int(max_over_ranks(torch.tensor(len(probe.domain))))
+    hooks = [module.register_forward_hook(_keep(seen, key)) for key, module in modules.items()]
+    hooks += [block.register_forward_hook(_keep_mean(means, i, len(probe.domain))) for i, block in enumerate(blocks)]
     try:
-        look = probe.read_gradient(run.module, blocks, next(run.module.parameters()).device)
+        device = next(run.module.parameters()).device
+        look = probe.read_gradient(run.module, blocks, device, world()[0] * stride)
     finally:
         for hook in hooks:
             hook.remove()
     if look is None:
         return {}
+    groups = _groups(run, probe.domain, means, stride)
     keys = [key for key in sorted(seen) if seen[key].output.requires_grad]
     gradients = torch.autograd.grad(look.loss, [seen[key].output for key in keys], allow_unused=True)
     own = {}
     for key, gradient in zip(keys, gradients, strict=True):
         if gradient is not None:
-            numbers = _numbers(run, key, seen[key].rows, gradient, look.groups)
+            numbers = _numbers(modules[key], key, seen[key].rows, gradient, look.sequence.get(key), groups)
             if numbers:
                 own[key] = numbers
     found: dict[int, dict[int, dict[str, float]]] = {}
@@ -63,9 +81,9 @@ def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[st
     for block, k in sorted({key for part in everywhere for key in part}):
         parts = [part[block, k] for part in everywhere if (block, k) in part]
         names = dict.fromkeys(name for part in parts for name in part)
-        means = {name: _mean([part[name] for part in parts if name in part]) for name in names}
-        means["rows"] = sum(part["rows"] for part in parts)
-        found.setdefault(block, {})[k] = means
+        means_of = {name: _mean([part[name] for part in parts if name in part]) for name in names}
+        means_of["rows"] = sum(part["rows"] for part in parts)
+        found.setdefault(block, {})[k] = means_of
     return found
 
 
@@ -99,32 +117,62 @@ def _keep(seen: dict[tuple[int, int], _Seen], key: tuple[int, int]) -> Any:
     return hook
 
 
+def _keep_mean(means: dict[int, Tensor], block: int, sequences: int) -> Any:
+    def hook(_module: nn.Module, args: tuple, _output: Any) -> None:
+        means[block] = args[0].detach().float().reshape(sequences, -1, args[0].shape[-1]).mean(dim=1)
+
+    return hook
+
+
+def _groups(run: RunState, domain: Tensor, means: dict[int, Tensor], stride: int) -> _Groups:
+    """Source and clusters of the sequences of all ranks, in the order of their numbers (collective)."""
+    own = {handle.index: _clusters_of(handle, means[handle.index]) for handle in run.blocks}
+    parts = gather_objects((domain.tolist(), own))
+
+    def joined(lists: list[list[int]]) -> Tensor:
+        return torch.tensor([value for part in lists for value in [*part, *[-1] * (stride - len(part))]])
+
+    clusters = {block: joined([part[1][block] for part in parts]) for block in own}
+    return _Groups(joined([part[0] for part in parts]), clusters)
+
+
+def _clusters_of(handle: BlockHandle, means: Tensor) -> list[int]:
+    """Cluster of each sequence; -1 while none is known."""
+    mean, basis, centroids = handle.document_mean, handle.document_basis, handle.document_centroids
+    if mean is None or basis is None or centroids is None or handle.document_prices is None:
+        return [-1] * len(means)
+    clusters = BalancedClusters(centroids, handle.document_prices, torch.empty(0), directions=False)
+    return clusters.assign((means.cpu() - mean.cpu()) @ basis.cpu()).tolist()
+
+
 def _numbers(
-    run: RunState,
+    module: nn.Module,
     key: tuple[int, int],
     rows: Tensor,
     gradient: Tensor,
-    groups: dict[tuple[int, int], Tensor],
+    sequence: Tensor | None,
+    groups: _Groups,
 ) -> dict[str, float] | None:
     """The numbers of one module, from an even choice of its rows; None where no row has a gradient."""
     gradient = gradient.reshape(rows.shape[0], -1).float()
-    group = groups.get(key)
-    count = rows.shape[0] if group is None else len(group)  # experts' rows are padded behind these
-    step = max(1, math.ceil(count / ROWS))
-    chosen = slice(0, count, step)
-    module = _modules(run, [handle.block for handle in run.blocks])[key]
+    count = rows.shape[0] if sequence is None else len(sequence)  # experts' rows are padded behind these
+    chosen = slice(0, count, max(1, math.ceil(count / ROWS)))
     try:
         gram = ghost_gram(module, rows[chosen].float(), gradient[chosen])
         found = {"rows": float(gram.shape[0]), "kappa": coherence(gram)}
     except MocteError:
         return None  # nothing was routed there, or nothing of it reaches the loss
-    if group is not None:
+    if sequence is None:
+        return found
+    number = sequence[chosen].cpu()
+    for prefix, table in (("", groups.source), ("cluster_", groups.cluster[key[0]])):
+        group = torch.where(number >= 0, table[number.clamp(min=0)], -1)
         try:
-            between = conflict(gram, group[chosen].to(gram.device), unbiased=True)
+            between = conflict(gram, group.to(gram.device), unbiased=True)
         except MocteError:
-            return found  # all of one source
+            continue  # all of one group
         named = {"cosine": between.mean_cosine, "negative": between.negative, "R": between.ratio, "Q": between.q}
-        found.update({name: value for name, value in named.items() if math.isfinite(value)})
+        found.update({prefix + name: value for name, value in named.items() if math.isfinite(value)})
     return found
 
 

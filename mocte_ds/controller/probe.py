@@ -39,9 +39,9 @@ class ProbeGradient:
 
     loss: Tensor
     """() sum over the tokens that count, of the loss of the token after each."""
-    groups: dict[tuple[int, int], Tensor]
-    """(block, expert) to (n,) the source of each row that the expert read, -1 where it does not count; expert -1 is the
-    block's dense FFN."""
+    sequence: dict[tuple[int, int], Tensor]
+    """(block, expert) to (n,) the sequence of each row that the expert read, -1 where it does not count; expert -1 is
+    the block's dense FFN."""
 
 
 class ProbeSet:
@@ -144,15 +144,29 @@ class ProbeSet:
             }
             return ProbeReading(self._losses(output, self._ids(self._parts[0])), routes, self._valid[0])
 
-    def read_gradient(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeGradient | None:
-        """One pass with a graph (collective); None where :meth:`read` gives none, or where there are no logits."""
+    @property
+    def domain(self) -> Tensor:
+        """(S,) source of each of this rank's sequences, -1 where unknown or where it only keeps company."""
+        return torch.where(self._valid[0], self._domain[0], -1) if self.complete else torch.empty(0, dtype=torch.int64)
+
+    def read_gradient(
+        self, module: nn.Module, blocks: list[Block], device: torch.device, first: int
+    ) -> ProbeGradient | None:
+        """One pass with a graph (collective); None where :meth:`read` gives none, or where there are no logits.
+
+        Args:
+            module: the model.
+            blocks: its blocks.
+            device: where the model is.
+            first: number of this rank's first sequence; experts read rows of other ranks too.
+        """
         if not self._everywhere():
             return None
         ids = self._ids(self._parts[0])
         # Rows of sequences that only keep company do not count, nor does the sequence's last token.
-        source = torch.where(self._valid[0], self._domain[0], -1)[:, None].expand_as(ids)
+        number = torch.where(self._valid[0], first + torch.arange(len(ids)), -1)[:, None].expand_as(ids)
         with torch.enable_grad(), self._looking(module, blocks):
-            blocks[0].context.groups = source.to(device)
+            blocks[0].context.groups = number.to(device)
             logits = _logits(self._forward(module, device), ids)
             if logits is None:
                 return None
@@ -162,13 +176,13 @@ class ProbeSet:
             if self._eod_id is not None:
                 target[ids == self._eod_id] = -100
             loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten().to(logits.device), reduction="sum")
-            groups = {}
+            sequence = {}
             for i, block in enumerate(blocks):
-                groups[i, -1] = source.flatten()
-                for number, bank in enumerate(block.banks):
+                sequence[i, -1] = number.flatten()
+                for place, bank in enumerate(block.banks):
                     found = bank.deepspeed_moe.recorded_groups
-                    groups.update({(i, number * bank.num_experts + k): rows for k, rows in found.items()})
-            return ProbeGradient(loss, groups)
+                    sequence.update({(i, place * bank.num_experts + k): rows for k, rows in found.items()})
+            return ProbeGradient(loss, sequence)
 
     def count(self) -> int:
         """Tokens of the set over all ranks (collective); 0 where it is not complete."""

@@ -112,11 +112,20 @@ def _run(sweep: Sweep, arm: Arm, seed: int, folder: Path) -> None:
     log = Path(f"{folder}.log")
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(command) + "\n")
+    seen = log.stat().st_size  # an earlier start may have failed for another reason
     code = run_to_end(command, log, _environment(sweep.processes))
     if code:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        end = "\n".join(lines[-_TAIL:])
-        raise MocteError(f"{arm.name} seed {seed} ended with exit code {code}; the end of {log}:\n{end}")
+        output = log.read_bytes()[seen:].decode("utf-8", errors="replace")
+        raise MocteError(f"{arm.name} seed {seed} ended with exit code {code}: {_reason(output, log)}")
+
+
+def _reason(output: str, log: Path) -> str:
+    """The error that launch/pretrain.py printed, or else the end of the output."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        return f"{errors[0].rstrip('.')}. Its output is in {log}."
+    return f"the end of {log}:\n" + "\n".join(lines[-_TAIL:])
 
 
 def _deepspeed() -> str:

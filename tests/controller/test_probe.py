@@ -187,6 +187,10 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     probe = ProbeSet(4 * T, EOD)
     probe.offer((), {"input_ids": IDS}, 0, BATCH, torch.arange(BATCH) // 8)
     probe.finish()
+    basis, mean = torch.linalg.qr(torch.randn(16, 2))[0], torch.randn(16)
+    for handle in run.blocks:
+        handle.document_mean, handle.document_basis = mean, basis
+        handle.document_centroids, handle.document_prices = torch.randn(4, 2), torch.zeros(4)
     found = read_conflict(run, probe)
     assert set(found) == {0, 1} and set(found[0]) == {DENSE}
     ids, source = IDS[[0, 4, 8, 12]], torch.tensor([0, 0, 1, 1]).repeat_interleave(T)
@@ -209,6 +213,12 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
             rows.append(torch.cat([part.flatten() for part in parts]).double())
         return torch.stack(rows) @ torch.stack(rows).T
 
+    caught = []
+    hook = blocks[0].register_forward_hook(lambda _m, args, _o: caught.append(args[0].detach()))
+    made(input_ids=ids)
+    hook.remove()
+    z = (caught[0].mean(1) - mean) @ basis
+    cluster = (z[:, None] - run.blocks[0].document_centroids).square().sum(2).argmin(1).repeat_interleave(T)
     own = gram(blocks[0].dense)
     between = conflict(own, source, unbiased=True)
     assert found[0][DENSE]["kappa"] == pytest.approx(coherence(own), rel=1e-4)
@@ -216,6 +226,9 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     assert cosine == pytest.approx(between.mean_cosine, abs=1e-4, nan_ok=True)
     assert found[0][DENSE]["Q"] == pytest.approx(between.q, abs=1e-4)
     assert found[0][DENSE]["R"] == pytest.approx(between.ratio, rel=1e-3)
+    by_cluster = conflict(own, cluster, unbiased=True)
+    assert len(cluster.unique()) > 1, "the test needs sequences of two clusters"
+    assert found[0][DENSE]["cluster_Q"] == pytest.approx(by_cluster.q, abs=1e-4)
     busy = [k for k, count in enumerate(torch.bincount(_routes(made, blocks[1], ids), minlength=4)) if count > 4]
     for k in busy:
         mine = source[_routes(made, blocks[1], ids) == k]

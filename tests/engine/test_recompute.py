@@ -1,5 +1,6 @@
-"""Activation checkpointing runs every block twice a micro-batch; features, tokens and expert rows count once."""
+"""Activation checkpointing runs every block twice a micro-batch; its features, tokens and expert rows count once."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,30 +10,30 @@ from tests.engine import runs
 from tests.spawn import spawn
 
 STEPS, EMERGES, TURNS = 5, 2, 2
+BANKS = [{"kind": "token", "weight": "softmax", "learn": True}, {"kind": "prefix"}]
 
 
 def run(recompute: bool, block: dict[str, Any]) -> dict[str, Any]:
-    """A run with one block in warm-up and one whose experts emerge; what it sampled and counted, on this rank."""
+    """Block 0 stays in warm-up, block 1's experts emerge; what was sampled and counted on this rank."""
     import mocte_ds
     from mocte_ds.models import Decoder, DecoderConfig
 
     torch.manual_seed(0)
-    sizes = DecoderConfig("llama", runs.VOCAB, 32, 48, 2, 2, max_positions=runs.LENGTH)
     # The only check would come after the end, so that the samples are still there to be looked at.
     settings = runs.config(
         total_steps=STEPS + 1,
         check_every=1.0,
-        spectrum={"rank": 4, "rows": 512, "documents": 64, "doublings": 1},
+        spectrum={"rank": 4, "rows": 512, "documents": 128, "doublings": 0},
         freeze={"policy": "trainability", "rows": 32},
         **block,
     )
     del settings["scheduler"]
-    model = Decoder(sizes if not recompute else DecoderConfig(**{**sizes.__dict__, "activation_checkpointing": True}))
+    sizes = DecoderConfig("llama", runs.VOCAB, 32, 48, 2, 2, max_positions=runs.LENGTH)
+    model = Decoder(replace(sizes, activation_checkpointing=recompute))
     engine, *_ = mocte_ds.initialize(model=model, config=settings)
-    blocks = [handle.block for handle in engine.mocte.blocks]
-    calls: list[str] = []
-    for b in blocks:
-        b.register_forward_pre_hook(lambda module, _: calls.append(module.name) if module.training else None)
+    calls: list[bool] = []
+    for handle in engine.mocte.blocks:
+        handle.block.register_forward_pre_hook(lambda module, _: calls.append(True) if module.training else None)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     losses = []
     for step in range(STEPS):
@@ -45,17 +46,38 @@ def run(recompute: bool, block: dict[str, Any]) -> dict[str, Any]:
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-    layers = [bank.deepspeed_moe for bank in blocks[1].banks]
-    samples = [(c._tokens, c._documents) for c in engine.mocte.collectors]
+    collectors = engine.mocte.collectors
+    layers = [bank.deepspeed_moe for bank in engine.mocte.blocks[1].block.banks]
     return {
         "calls": len(calls),
         "losses": losses,
-        "rows": [r.rows() for pair in samples for r in pair],
-        "keys": [r.keys() for pair in samples for r in pair],
-        "ids": [torch.cat([t.float()[:, None] if t.dim() == 1 else t for t in c.tokens()], 1) for c in engine.mocte.collectors],
+        "tokens": [tensor for c in collectors for tensor in c.tokens()],  # features, ids and sources
+        "documents": [tensor for c in collectors for tensor in c.documents()],
+        "hashes": [reservoir.merged_keys() for c in collectors for reservoir in (c._tokens, c._documents)],
         "routed": [layer.routed for layer in layers],
         "by_source": [layer.by_source for layer in layers],
         "expert_rows": [rows for layer in layers for rows in layer.rows],
         "load": engine.mocte.expert_load(),
-        "weights": [p.detach().clone() for p in engine.module.parameters()],
+        "weights": [parameter.detach().clone() for parameter in engine.module.parameters()],
     }
+
+
+@pytest.mark.parametrize("block", [{}, {"banks": BANKS}], ids=["token", "banks"])
+def test_a_recomputed_forward_is_not_counted(block: dict[str, Any]) -> None:
+    once = spawn(run, 2, False, block, timeout=90, deepspeed=True)
+    twice = spawn(run, 2, True, block, timeout=90, deepspeed=True)
+    for plain, recomputed in zip(once, twice, strict=True):
+        assert plain.pop("calls") * 2 == recomputed.pop("calls") > 0, "nothing was recomputed"
+        for name, values in plain.items():
+            # The same trajectory, or equal samples would say nothing; weights include a learned router's.
+            for expected, found in zip(values, recomputed[name], strict=True):
+                same = torch.equal(expected, found) if isinstance(expected, torch.Tensor) else expected == found
+                assert same, f"{name} differs under activation checkpointing"
+    # What is counted twice in both runs would be equal, too.
+    tokens = (STEPS - EMERGES) * TURNS * 2 * runs.MICRO * runs.LENGTH
+    for number, _ in enumerate(block.get("banks", [None])):
+        assert sum(int(result["routed"][number].sum()) for result in twice) == tokens
+        assert sum(int(result["by_source"][number].sum()) for result in twice) == tokens
+    for hashes in zip(*[result["hashes"] for result in twice], strict=True):
+        together = torch.cat(hashes)
+        assert len(together.unique()) == len(together) > 90, "a row was sampled twice"
