@@ -6,6 +6,7 @@ from enum import StrEnum
 from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.moe.experts import Part, feature_size, make_expert
@@ -83,10 +84,24 @@ class Block(nn.Module):
         return output
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Loss of the last forward for even loads of learned routers; None where none learns."""
+        """Loss of the last forward for even loads of learned routers; None where none learns.
+
+        Raises:
+            MocteError: the loss has no gradient although the router trains.
+        """
         if self.mode is BlockMode.WARMUP:
             return None
-        losses = [bank.deepspeed_moe.l_aux for bank in self.banks if bank.gate.router.learn and bank.gate.router.aux]
+        losses = []
+        for bank in self.banks:
+            if bank.gate.router.learn and bank.gate.router.aux:
+                loss = bank.deepspeed_moe.l_aux
+                if bank.gate.cluster_residual.requires_grad and not loss.requires_grad:
+                    raise MocteError(
+                        f"the loss for even loads of the learned router in {self.name} has no gradient: its forward "
+                        "pass ran without a graph, as reentrant activation checkpointing does. Checkpoint with "
+                        "use_reentrant=False."
+                    )
+                losses.append(loss)
         return sum(losses[1:], losses[0]) if losses else None
 
     def extra_repr(self) -> str:

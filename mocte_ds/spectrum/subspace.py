@@ -49,6 +49,7 @@ def sampled_svd(
     basis: Tensor | None = None,
     passes: int | None = None,
     seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> Subspace:
     """Leading singular values and directions of the centred matrix of all ranks' rows (collective).
 
@@ -65,6 +66,7 @@ def sampled_svd(
             out if its r differs).
         passes: P; None: 5, with a basis 1, or 3 where the first pass shows that the basis has gone stale.
         seed: of the first random block; the same on all ranks.
+        names: what errors call the layers; None: their numbers.
 
     Returns:
         The same subspace on every rank (rank zero's).
@@ -78,7 +80,7 @@ def sampled_svd(
         raise MocteError(f"sampled_svd: rank = {rank} must lie between 1 and the features' width {width}.")
     device = layers[0].device
     with torch.autocast(device.type, enabled=False):
-        mean, total, rows = _moments(layers, group)
+        mean, total, rows = _moments(layers, group, _names(names, count))
         start = _start(basis, rank, count, width, seed, device)
         known = 0 if basis is None else min(basis.shape[-1], start.shape[-1])
         blocks = _krylov(layers, mean, start, known, passes, group)
@@ -125,11 +127,15 @@ def split_half_certificate(
 
 
 def split_half_angles(
-    x: Tensor | Sequence[Tensor], rank: int, group: Any = None, basis: Tensor | None = None
+    x: Tensor | Sequence[Tensor],
+    rank: int,
+    group: Any = None,
+    basis: Tensor | None = None,
+    names: Sequence[str] | None = None,
 ) -> Tensor:
     """The certificate for each number of leading directions: (r,) or (L, r), entry k - 1 for the first k.
 
-    Args: as for :func:`split_half_certificate`.
+    Args: as for :func:`split_half_certificate`, and ``names`` as for :func:`sampled_svd`.
     """
     layers = _as_layers(x)
     before = gather_objects([h.shape[0] for h in layers], group)
@@ -138,7 +144,7 @@ def split_half_angles(
     halves = [h[(half + offset) % 2 :: 2] for half in (0, 1) for h, offset in zip(layers, first, strict=True)]
     if basis is not None:
         basis = basis.reshape(len(layers), layers[0].shape[1], -1).repeat(2, 1, 1)
-    directions = sampled_svd(halves, rank, group, basis).directions
+    directions = sampled_svd(halves, rank, group, basis, names=2 * _names(names, len(layers))).directions
     one, other = directions.split(len(layers))
     angles = [sine_of_largest_angle(one[..., :k], other[..., :k]) for k in range(1, rank + 1)]
     result = torch.stack(angles, dim=-1)
@@ -200,7 +206,14 @@ def _as_layers(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return layers
 
 
-def _moments(layers: list[Tensor], group: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _names(names: Sequence[str] | None, count: int) -> list[str]:
+    """What errors call the layers."""
+    if names is not None and len(names) != count:
+        raise MocteError(f"sampled_svd: {len(names)} names for {count} layers; give one name to each.")
+    return [f"layer {i}" for i in range(count)] if names is None else list(names)
+
+
+def _moments(layers: list[Tensor], group: Any, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (L, d) fp32, total centred sum of squares (L,) fp64, rows (L,), of all ranks' rows."""
     parts = []
     for h in layers:
@@ -211,9 +224,13 @@ def _moments(layers: list[Tensor], group: Any) -> tuple[Tensor, Tensor, Tensor]:
     sums = sum_over_ranks(torch.stack(parts), group)
     rows, bad, squares = (sums[:, i] for i in range(3))
     if bad.any():
-        places = [f"layer {i}: {int(b)} of {int(n)}" for i, (b, n) in enumerate(zip(bad, rows, strict=True)) if b]
+        found: dict[str, tuple[int, int]] = {}
+        for name, b, n in zip(names, bad.tolist(), rows.tolist(), strict=True):  # a layer's halves have one name
+            before = found.get(name, (0, 0))
+            found[name] = (before[0] + int(b), before[1] + int(n))
+        places = "; ".join(f"{name}: {b} of {n}" for name, (b, n) in found.items() if b)
         raise MocteError(
-            f"sampled_svd: rows with NaN or infinity ({'; '.join(places)}). The features have overflowed: lower the "
+            f"sampled_svd: rows with NaN or infinity ({places}). The features have overflowed: lower the "
             "learning rate, clip gradients, or resume from an earlier checkpoint."
         )
     if (rows == 0).any():

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,16 @@ def run_to_end(command: Sequence[str], log: Path, environment: Mapping[str, str]
     Raises:
         KeyboardInterrupt: it was asked to stop.
     """
-    with log.open("a", encoding="utf-8") as file, _stop_signals_interrupt():
+    with log.open("a", encoding="utf-8") as file, _StopSignals() as signals:
         # A group of its own, so that it can be told to end as a whole.
         child = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
         )
         try:
+            signals.let_through()
             return child.wait()
         except BaseException:
+            signals.hold_back()
             _end_group(child)
             raise
 
@@ -56,19 +58,34 @@ def _end_group(child: subprocess.Popen) -> None:
     child.wait()
 
 
-@contextlib.contextmanager
-def _stop_signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP do as Ctrl-C does."""
+class _StopSignals:
+    """SIGTERM and SIGHUP do as Ctrl-C does, but none of them while a program is being started or ended."""
 
-    def interrupt(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self._asked, self._through = False, False
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets the main thread set handlers only
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> "_StopSignals":
+        # Python lets the main thread set handlers only.
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
+        self._before = {number: signal.signal(number, self._stop) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def let_through(self) -> None:
+        """Raise KeyboardInterrupt at the next signal, or now if there was one."""
+        self._through = True
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def hold_back(self) -> None:
+        """Only note that a signal came."""
+        self._through = False
+
+    def _stop(self, _number: int, _frame: Any) -> None:
+        self._asked = True
+        if self._through:
+            raise KeyboardInterrupt

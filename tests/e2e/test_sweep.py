@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from mocte_ds.sweep import markdown_table, read_result, read_sweep
-from tests.e2e.conftest import ROOT, read_log
+from tests.e2e.conftest import LIMIT, ROOT, read_log
 from tools.sweep import main
 
 Write = Callable[[bool], Path]
@@ -22,8 +22,15 @@ def sweep(*arguments: object) -> tuple[int, str, str]:
     """Exit code, output and errors of tools/sweep.py."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "tools" / "sweep.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
-    return done.returncode, done.stdout, done.stderr
+    tool = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        output, errors = tool.communicate(timeout=3 * LIMIT)
+    finally:
+        tool.terminate()  # if it hangs: it ends the run that it started
+        tool.wait()
+    return tool.returncode, output, errors
 
 
 def test_two_arms_and_one_that_fails(

@@ -172,20 +172,35 @@ def test_bf16_and_autocast_compute_in_fp32() -> None:
     assert found.basis.dtype == torch.float32
 
 
-def _bad_rows_on_one_rank() -> str:
-    x = torch.randn(20, 8)
-    if world()[0] == 1:
-        x[3, 2] = float("nan")
-    try:
-        sampled_svd(x, 2)
-    except MocteError as error:
-        return str(error)
-    return "no error"
+NAMES = ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp"]
 
 
-def test_errors_say_what_is_wrong_on_every_rank() -> None:
-    for message in spawn(_bad_rows_on_one_rank, 2):
-        assert "NaN or infinity" in message and "1 of 40" in message
+def _bad_rows_on_one_rank() -> list[str]:
+    """What every use of the spectrum says of one bad row, in layer 1 of rank 1."""
+    messages = []
+    for value in (float("nan"), float("inf"), -float("inf")):
+        layers = [torch.randn(20, 8) for _ in NAMES]
+        if world()[0] == 1:
+            layers[1][3, 2] = value
+        for call in (sampled_svd, split_half_angles):
+            for names in (NAMES, None):
+                try:
+                    call(layers, 2, names=names)
+                    messages.append("no error")
+                except MocteError as error:
+                    messages.append(str(error))
+    return messages
+
+
+def test_rows_that_are_not_finite_stop_every_rank_by_the_name_of_their_layer() -> None:
+    one, other = spawn(_bad_rows_on_one_rank, 2, timeout=60)
+    assert one == other, "ranks with different errors would act differently"
+    # Half-samples are halves of a layer, not layers of their own.
+    for message, place in zip(one, 6 * [NAMES[1], "layer 1"], strict=True):
+        assert f"rows with NaN or infinity ({place}: 1 of 40)" in message
+
+
+def test_errors_say_what_is_wrong() -> None:
     x = torch.randn(20, 8)
     cases = [
         ({"x": x, "rank": 9}, "between 1 and the features' width 8"),
@@ -193,6 +208,7 @@ def test_errors_say_what_is_wrong_on_every_rank() -> None:
         ({"x": [x, x[:, :4]], "rank": 2}, "different widths"),
         ({"x": x, "rank": 2, "basis": torch.randn(7, 2)}, "does not fit"),
         ({"x": x.long(), "rank": 2}, "floating point"),
+        ({"x": x, "rank": 2, "names": NAMES}, "3 names for 1 layers"),
     ]
     for arguments, message in cases:
         with pytest.raises(MocteError, match=message):

@@ -22,24 +22,42 @@ def test_exit_code_and_output_behind_what_is_there(tmp_path: Path) -> None:
     assert log.read_text(encoding="utf-8") == "before\nout\nwrong\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ends_with_everything_that_it_started(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [(signal.SIGINT, "while it runs"), (signal.SIGTERM, "while it runs"), (signal.SIGTERM, "while it starts")],
+)
+def test_ends_with_everything_that_it_started(tmp_path: Path, number: signal.Signals, when: str) -> None:
     """As a launcher does it: a program in front, one behind it that saves before it ends."""
     log = tmp_path / "log"
     rank = "trap 'sleep 0.5; echo saved; exit' TERM; echo $$ ready; while true; do sleep 0.1; done"
-    code = (
-        f"import os, pathlib, sys; sys.path.insert(0, {str(Path(child.__file__).parent)!r})\n"
-        "from child import run_to_end\n"  # without the package, which takes seconds to import
-        f"run_to_end(['bash', '-c', '''bash -c \"$RANK_CODE\" & wait'''], pathlib.Path({str(log)!r}), os.environ)\n"
-    )
-    sweep = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "RANK_CODE": rank}, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 30
-    while not (log.exists() and "ready" in log.read_text(encoding="utf-8")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    behind = int(log.read_text(encoding="utf-8").split()[0])
-    assert psutil.pid_exists(behind)
-    sweep.send_signal(number)
-    assert b"KeyboardInterrupt" in sweep.communicate(timeout=30)[1]
-    assert not psutil.pid_exists(behind) and "saved" in log.read_text(encoding="utf-8")
+    code = f"""
+import os, pathlib, subprocess, sys, time
+sys.path.insert(0, {str(Path(child.__file__).parent)!r})
+import child  # without the package, which takes seconds to import
+
+class Slow(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        time.sleep({1.5 if when == "while it starts" else 0})
+
+subprocess.Popen = Slow
+child.run_to_end(['bash', '-c', 'bash -c "$RANK_CODE" & wait'], pathlib.Path({str(log)!r}), os.environ)
+"""
+    environment = {**os.environ, "RANK_CODE": rank}
+    sweep = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+    deadline, behind = time.monotonic() + 60, None
+    try:
+        while behind is None and time.monotonic() < deadline:
+            words = log.read_text(encoding="utf-8").split() if log.exists() else []
+            behind = int(words[0]) if "ready" in words else None
+            time.sleep(0.05)
+        assert psutil.pid_exists(behind)
+        if when == "while it runs":
+            time.sleep(0.5)
+        sweep.send_signal(number)
+        assert b"KeyboardInterrupt" in sweep.communicate(timeout=60)[1]
+        assert not psutil.pid_exists(behind) and "saved" in log.read_text(encoding="utf-8")
+    finally:
+        sweep.kill()
+        if behind is not None and psutil.pid_exists(behind):
+            os.kill(behind, signal.SIGKILL)
