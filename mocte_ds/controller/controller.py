@@ -50,6 +50,8 @@ class Controller(RunState):
         self._fingerprints: dict[str, Tensor] = {}
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in self.blocks]
         self.progress = Progress(config)
+        self._sampled_step = -1
+        """Without checks: steps done before the one that the sample is of."""
         self._check: Check | None = None
         """Measured, and not yet decided on."""
         self._check_state: dict[str, Any] | None = None
@@ -156,6 +158,9 @@ class Controller(RunState):
         if self.progress.active and not self.progress.probe.complete:
             self.progress.probe.offer(args, kwargs, place, self.sequences_per_step, self.context.domain)
         if not self.config.auto:
+            if self._sampled_step != self.step:  # until here emerge() may want the last step's sample
+                self._forget_samples()
+                self._sampled_step = self.step
             self.context.sampling = any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
             return
         self.context.sampling = self.interval - self.step % self.interval <= self._window
@@ -170,13 +175,16 @@ class Controller(RunState):
             self._measure()
             if not self._delay or step == self.total_steps:
                 self._decide()
-        if not self.config.auto or step % self.interval == 0:
-            # Old rows keep the lowest hashes, so a sample must start anew to show the features of today's weights.
-            for handle, collector in zip(self.blocks, self.collectors, strict=True):
-                collector.clear()
-                for bank in handle.block.banks:
-                    bank.deepspeed_moe.clear_samples()
+        if self.config.auto and step % self.interval == 0:
+            self._forget_samples()
         self._set_rates()
+
+    def _forget_samples(self) -> None:
+        """Old rows keep the lowest hashes, so a sample must start anew to show the features of today's weights."""
+        for handle, collector in zip(self.blocks, self.collectors, strict=True):
+            collector.clear()
+            for bank in handle.block.banks:
+                bank.deepspeed_moe.clear_samples()
 
     @property
     def _delay(self) -> int:

@@ -43,6 +43,7 @@ def finish_readings(run: RunState, readings: dict[int, BlockReading], search: Cl
 
 def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockReading]:
     config, started = run.config.spectrum, time.perf_counter()
+    names = [handle.name for handle in handles]
     for doubled in range(config.doublings + 1):
         samples = [run.collectors[handle.index].tokens(doubled) for handle in handles]
         total_rows = int(sum_over_ranks(torch.tensor(samples[0][0].shape[0])))
@@ -50,7 +51,7 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
         if total_rows < 2:
             return readings
         features = [sample[0] for sample in samples]
-        angles = _half_sample_angles(features, config.rank)
+        angles = _half_sample_angles(features, config.rank, names)
         # Only a block in warm-up needs its directions: a gate is made of them once.
         poor = [
             handle.mode is BlockMode.WARMUP and certified_rank(found, config.max_angle) < config.min_rank
@@ -58,7 +59,7 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
         ]
         if not any(poor) or total_rows < config.rows << doubled:
             break
-    subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles])
+    subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles], names)
     for number, handle in enumerate(handles):
         reading, found = readings[handle.index], subspaces[number]
         reading.mean = found.mean
@@ -76,14 +77,15 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
     return readings
 
 
-def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None]) -> list[Subspace]:
+def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None], names: list[str]) -> list[Subspace]:
     """Subspace of each block's rows; one batched call where all widths agree and all blocks have a last basis."""
     widths = {x.shape[1] for x in features}
     rank = min(rank, min(widths))
     if len(widths) > 1:
-        return [sampled_svd(x, rank, basis=basis) for x, basis in zip(features, bases, strict=True)]
+        each_block = zip(features, bases, names, strict=True)
+        return [sampled_svd(x, rank, basis=basis, names=[name]) for x, basis, name in each_block]
     known = torch.stack(bases) if all(basis is not None for basis in bases) else None
-    found = sampled_svd(torch.stack(features), rank, basis=known)
+    found = sampled_svd(torch.stack(features), rank, basis=known, names=names)
     tensors = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in ("moved_bytes", "rows")}
     each = found.moved_bytes // len(features)
     return [
@@ -92,13 +94,13 @@ def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None]) ->
     ]
 
 
-def _half_sample_angles(features: list[Tensor], rank: int) -> list[list[float]]:
+def _half_sample_angles(features: list[Tensor], rank: int, names: list[str]) -> list[list[float]]:
     """For each block the sines of the angles between two half-samples' leading directions."""
     widths = {x.shape[1] for x in features}
     rank = min(rank, min(widths))
     if len(widths) > 1:
-        return [split_half_angles(x, rank).tolist() for x in features]
-    return split_half_angles(features, rank).tolist()
+        return [split_half_angles(x, rank, names=[name]).tolist() for x, name in zip(features, names, strict=True)]
+    return split_half_angles(features, rank, names=names).tolist()
 
 
 def _start_search(
@@ -112,7 +114,8 @@ def _start_search(
         return None
     domains = gather_rows(samples[0][1][:, None])[:, 0].cpu()
     means = [sample[0] for sample in samples]
-    subspaces = _subspaces(means, config.spectrum.rank, [handle.document_basis for handle in handles])
+    names = [f"documents of {handle.name}" for handle in handles]
+    subspaces = _subspaces(means, config.spectrum.rank, [handle.document_basis for handle in handles], names)
     work = {}
     for handle, rows, space in zip(handles, means, subspaces, strict=True):
         reading = readings[handle.index]

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 from tests.engine import runs
@@ -11,6 +10,7 @@ from tests.spawn import spawn
 
 STEPS, EMERGES, TURNS = 5, 2, 2
 BANKS = [{"kind": "token", "weight": "softmax", "learn": True}, {"kind": "prefix"}]
+BLOCKS: dict[str, dict[str, Any]] = {"token": {}, "banks": {"banks": BANKS}}
 
 
 def run(recompute: bool, block: dict[str, Any]) -> dict[str, Any]:
@@ -62,22 +62,28 @@ def run(recompute: bool, block: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("block", [{}, {"banks": BANKS}], ids=["token", "banks"])
-def test_a_recomputed_forward_is_not_counted(block: dict[str, Any]) -> None:
-    once = spawn(run, 2, False, block, timeout=90, deepspeed=True)
-    twice = spawn(run, 2, True, block, timeout=90, deepspeed=True)
-    for plain, recomputed in zip(once, twice, strict=True):
-        assert plain.pop("calls") * 2 == recomputed.pop("calls") > 0, "nothing was recomputed"
-        for name, values in plain.items():
-            # The same trajectory, or equal samples would say nothing; weights include a learned router's.
-            for expected, found in zip(values, recomputed[name], strict=True):
-                same = torch.equal(expected, found) if isinstance(expected, torch.Tensor) else expected == found
-                assert same, f"{name} differs under activation checkpointing"
-    # What is counted twice in both runs would be equal, too.
-    tokens = (STEPS - EMERGES) * TURNS * 2 * runs.MICRO * runs.LENGTH
-    for number, _ in enumerate(block.get("banks", [None])):
-        assert sum(int(result["routed"][number].sum()) for result in twice) == tokens
-        assert sum(int(result["by_source"][number].sum()) for result in twice) == tokens
-    for hashes in zip(*[result["hashes"] for result in twice], strict=True):
-        together = torch.cat(hashes)
-        assert len(together.unique()) == len(together) > 90, "a row was sampled twice"
+def run_all() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Every run without and with recomputation, one after another: starting processes takes longer than a run."""
+    return {name: (run(False, block), run(True, block)) for name, block in BLOCKS.items()}
+
+
+def test_a_recomputed_forward_is_not_counted() -> None:
+    results = spawn(run_all, 2, timeout=150, deepspeed=True)
+    for case, block in BLOCKS.items():
+        for result in results:
+            plain, recomputed = result[case]
+            assert plain.pop("calls") * 2 == recomputed.pop("calls") > 0, "nothing was recomputed"
+            for name, values in plain.items():
+                # The same trajectory, or equal samples would say nothing; weights include a learned router's.
+                for expected, found in zip(values, recomputed[name], strict=True):
+                    same = torch.equal(expected, found) if isinstance(expected, torch.Tensor) else expected == found
+                    assert same, f"{case}: {name} differs under activation checkpointing"
+        # What is counted twice in both runs would be equal, too.
+        both = [result[case][1] for result in results]
+        tokens = (STEPS - EMERGES) * TURNS * 2 * runs.MICRO * runs.LENGTH
+        for number in range(len(block.get("banks", [None]))):
+            assert sum(int(rank["routed"][number].sum()) for rank in both) == tokens
+            assert sum(int(rank["by_source"][number].sum()) for rank in both) == tokens
+        for hashes in zip(*[rank["hashes"] for rank in both], strict=True):
+            together = torch.cat(hashes)
+            assert len(together.unique()) == len(together) > 90, f"{case}: a row was sampled twice"

@@ -10,7 +10,7 @@ from tests.spawn import spawn
 VOCAB, HIDDEN, WIDTH, EXPERTS, EOD, BATCH, LENGTH, STEPS = 64, 32, 48, 4, 0, 4, 40, 3
 
 CASES: dict[str, dict[str, Any]] = {
-    kind: {"router": {"kind": kind}} for kind in ("token", "type", "prefix", "previous", "hash")
+    kind: {"router": {"kind": kind}} for kind in ("token", "type", "prefix", "previous", "hash", "random")
 }
 CASES["banks"] = {"banks": [{"kind": "previous"}, {"kind": "type"}]}
 

@@ -1,0 +1,38 @@
+"""Without checks an emergence on call makes its gates of the features of the last step."""
+
+from typing import Any
+
+import torch
+
+from tests.engine import runs
+from tests.spawn import spawn
+
+
+def run() -> tuple[list[dict[str, Any]], list[int]]:
+    """Events of an emergence between two steps, and the sampled rows of each step."""
+    import mocte_ds
+    from mocte_ds.models import Decoder, DecoderConfig
+
+    torch.manual_seed(0)
+    settings = runs.config(auto=False, ep_size=1, total_steps=10, spectrum={"rank": 4, "rows": 4096, "documents": 64})
+    del settings["scheduler"]
+    sizes = DecoderConfig("llama", runs.VOCAB, 32, 48, 2, 2, max_positions=runs.LENGTH)
+    engine, *_ = mocte_ds.initialize(model=Decoder(sizes), config=settings)
+    events: list[dict[str, Any]] = []
+    engine.mocte.on_event(events.append)
+    rows = []
+    for step in range(3):
+        for turn in range(2):
+            ids, _ = runs.batch(step, turn)
+            engine.backward(engine(ids, ids))
+            engine.step()
+        rows.append(len(engine.mocte.collectors[0].tokens()[0]))
+    engine.mocte.emerge(1)
+    return events, rows
+
+
+def test_emergence_on_call_sees_the_last_step() -> None:
+    ((events, rows),) = spawn(run, 1, timeout=60, deepspeed=True)
+    assert rows == [2 * runs.MICRO * runs.LENGTH] * 3, "the last step's tokens, all of them, and no older ones"
+    (emerged,) = [event for event in events if event["event"] == "emergence"]
+    assert emerged["gate"] == "clusters of the sampled features" and emerged["output_change"] < 0.02
