@@ -6,8 +6,9 @@ from statistics import mean
 from mocte_ds.sweep.plan import Sweep
 from mocte_ds.sweep.results import RunResult
 
-_HEAD = ["arm", "seeds", "loss", "vs {}", "FLOPs", "optimizer MB", "frozen", "detected", "load", "churn", "own work"]
-_RATES = ["nats / % FLOPs", "nats / % bytes"]
+_HEAD = ["arm", "seeds", "loss", "vs {}", "FLOPs", "optimizer MB", "frozen", "detected", "load", "churn"]
+_HEAD += ["own work", "not spent"]
+_RATES = ["nats / % not spent", "nats / % FLOPs", "nats / % bytes"]
 _LEAST_SAVING = 0.01
 """Percent under which a saving is none."""
 
@@ -15,21 +16,21 @@ LEGEND = """\
 Means over seeds ± half of the range between them; a dash: nothing was saved, or there is no such number.
 
 - **loss**: validation at the end, nats a token; **vs**: less the baseline's, seed by seed (below 0 is better)
-- **FLOPs**: all that training spent; **own work**: MO-CTE's share of them
+- **FLOPs**: all that training spent; **own work**: MO-CTE's share of them; **not spent**: weight gradients of frozen
+  experts, over what would have been spent with them
 - **optimizer MB**: masters and moments at the end, over all ranks; **frozen**: experts at the end
 - **detected**: blocks that emerged because clusters were found, of all that emerged, all seeds together
 - **load**: the busiest expert's tokens over the mean; **churn**: share of probe tokens that changed their expert since
   emergence; runs have a probe set with freezing or with `mocte.probe_tokens`
-- **nats / % FLOPs**: loss over the baseline's for each percent of its FLOPs that was saved (in brackets: how
-  many); **nats / % bytes**: the same for the optimizer's bytes, mean over the run"""
+- **nats / % not spent**: loss over the baseline's for each percent of its FLOPs that weight gradients of frozen experts
+  would have been (in brackets: how many percent); **nats / % FLOPs**: for each percent that was spent less, own work
+  counted; **nats / % bytes**: the same for the optimizer's bytes, mean over the run"""
 
 
 def markdown_table(sweep: Sweep, results: Sequence[RunResult]) -> str:
     """One row an arm, means over its seeds; what differs by seed stands behind the mean as the half range.
 
-    Against the baseline differences are taken seed by seed. `nats / % FLOPs`: loss over the baseline's for each percent
-    of its FLOPs that an arm spent less, everything counted; `nats / % bytes`: for each percent of its optimizer bytes
-    that the arm had less, mean over the run. A dash: nothing was saved.
+    Against the baseline differences are taken seed by seed; for the columns see :data:`LEGEND`.
 
     Args:
         sweep: names and order of the arms, and the baseline.
@@ -60,12 +61,15 @@ def _row(name: str, own: list[RunResult], base: dict[int, RunResult]) -> list[st
         _number([r.imbalance for r in own if r.imbalance is not None], ".2f"),
         _number([r.churn for r in own if r.churn is not None], ".2f"),
         f"{100 * mean(r.own_flops / r.flops for r in own):.2f} %",
+        f"{100 * mean(r.wgrad_saved / (r.flops + r.wgrad_saved) for r in own):.2f} %",
     ]
     if base:
         lost = mean(r.loss - b.loss for r, b in pairs) if pairs else 0.0
+        gross = 100 * mean(r.wgrad_saved / b.flops for r, b in pairs) if pairs else 0.0
         flops = 100 * mean(1 - r.flops / b.flops for r, b in pairs) if pairs else 0.0
         state = 100 * mean(1 - r.mean_optimizer_bytes / b.mean_optimizer_bytes for r, b in pairs) if pairs else 0.0
-        cells += [f"{lost / saved:+.4f} ({saved:.2f} %)" if saved > _LEAST_SAVING else "-" for saved in (flops, state)]
+        savings = (gross, flops, state)
+        cells += [f"{lost / saved:+.4f} ({saved:.2f} %)" if saved > _LEAST_SAVING else "-" for saved in savings]
     return cells
 
 

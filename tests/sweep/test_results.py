@@ -147,10 +147,20 @@ RESULTS = [
     replace(PLAIN, seed=1, loss=2.2, flops=2000.0, optimizer_bytes=14_000_000, mean_optimizer_bytes=10e6),
     replace(PLAIN, seed=2, loss=2.7),
     # 10 % and 5 % fewer FLOPs than the baseline of the same seed, 25 % and 40 % fewer bytes.
-    replace(BLOCKS, loss=2.1, flops=900.0, frozen=1, optimizer_bytes=9_000_000, mean_optimizer_bytes=6e6),
+    replace(
+        BLOCKS, loss=2.1, flops=900.0, wgrad_saved=100.0, frozen=1, optimizer_bytes=9_000_000, mean_optimizer_bytes=6e6
+    ),
     replace(
         BLOCKS,
-        **{"seed": 1, "loss": 2.2, "flops": 1900.0, "own_flops": 38.0, "frozen": 4, "optimizer_bytes": 6_000_000},
+        **{
+            "seed": 1,
+            "loss": 2.2,
+            "flops": 1900.0,
+            "wgrad_saved": 100.0,
+            "own_flops": 38.0,
+            "frozen": 4,
+            "optimizer_bytes": 6_000_000,
+        },
         **{"mean_optimizer_bytes": 6e6, "detected": 2, "imbalance": 1.6, "churn": 0.4},
     ),
     # Seed 0 only: more FLOPs, as many bytes.
@@ -174,26 +184,29 @@ def cells(text: str) -> list[list[str]]:
 def test_table_against_a_baseline() -> None:
     head, dense, thrifty, dear, alone = cells(markdown_table(sweep("dense"), RESULTS))
     assert head == (
-        "arm|seeds|loss|vs dense|FLOPs|optimizer MB|frozen|detected|load|churn|own work|nats / % FLOPs|nats / % bytes"
+        "arm|seeds|loss|vs dense|FLOPs|optimizer MB|frozen|detected|load|churn|own work|not spent|"
+        "nats / % not spent|nats / % FLOPs|nats / % bytes"
     ).split("|")
     # (2.0 + 2.2 + 2.7) / 3 = 2.3, range 0.7; (1000 + 2000 + 1000) / 3; (10 + 14 + 10) / 3 MB.
-    assert dense == ("dense|3|2.3000 ± 0.3500|+0.0000 ± 0.0000|1333|11.3 ± 2.0|0 ± 0|0 of 0|-|-|0.00 %|-|-").split("|")
+    assert dense == (
+        "dense|3|2.3000 ± 0.3500|+0.0000 ± 0.0000|1333|11.3 ± 2.0|0 ± 0|0 of 0|-|-|0.00 %|0.00 %|-|-|-"
+    ).split("|")
     # Seed by seed the loss is 0.1 and 0.0 above the baseline's, so 0.05 for 7.5 % of the FLOPs and 32.5 % of the bytes.
     # Own work: (9 / 900 + 38 / 1900) / 2 = 1.5 %.
     assert thrifty == (
         "thrifty|2|2.1500 ± 0.0500|+0.0500 ± 0.0500|1400|7.5 ± 1.5|2.5 ± 1.5|5 of 8|1.40 ± 0.20|0.25 ± 0.15|1.50 %|"
-        "+0.0067 (7.50 %)|+0.0015 (32.50 %)"
+        "7.50 %|+0.0067 (7.50 %)|+0.0067 (7.50 %)|+0.0015 (32.50 %)"
     ).split("|")
-    assert dear == "dear|1|1.9000|-0.1000|1100|10.0|0|0 of 2|-|-|0.00 %|-|-".split("|")
-    assert alone == "alone|1|5.0000|-|1000|10.0|0|0 of 0|-|-|0.00 %|-|-".split("|")
+    assert dear == "dear|1|1.9000|-0.1000|1100|10.0|0|0 of 2|-|-|0.00 %|0.00 %|-|-|-".split("|")
+    assert alone == "alone|1|5.0000|-|1000|10.0|0|0 of 0|-|-|0.00 %|0.00 %|-|-|-".split("|")
 
 
 @pytest.mark.parametrize("baseline", [None, "not run"])
 def test_table_without_a_baseline(baseline: str | None) -> None:
     head, *rows = cells(markdown_table(sweep(baseline), RESULTS))
-    assert head == "arm|seeds|loss|FLOPs|optimizer MB|frozen|detected|load|churn|own work".split("|")
+    assert head == "arm|seeds|loss|FLOPs|optimizer MB|frozen|detected|load|churn|own work|not spent".split("|")
     assert [row[0] for row in rows] == ["dense", "thrifty", "dear", "alone"]
-    assert rows[2] == "dear|1|1.9000|1100|10.0|0|0 of 2|-|-|0.00 %".split("|")
+    assert rows[2] == "dear|1|1.9000|1100|10.0|0|0 of 2|-|-|0.00 %|0.00 %".split("|")
 
 
 def test_table_of_nothing() -> None:
