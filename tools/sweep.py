@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SECTION.KEY=VALUE",
         help="change the run file for all arms (what an arm sets itself cannot be changed)",
     )
+    parser.add_argument("--processes", type=int, metavar="N", help="ranks of a run in place of the file's")
     parser.add_argument("--list", action="store_true", help="check and show the runs and their options, run nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
@@ -43,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     require_checkout()
     sweep = read_sweep(args.file).with_shared(args.set)
+    if args.processes is not None:
+        if args.processes < 1:
+            raise ConfigError(f"--processes {args.processes} must be 1 or more.")
+        sweep = replace(sweep, processes=args.processes)
     chosen = replace(sweep, seeds=list(dict.fromkeys(args.seeds or sweep.seeds)))
     if args.only:
         names = [arm.name for arm in sweep.arms]

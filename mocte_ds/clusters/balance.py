@@ -114,9 +114,9 @@ def _even_prices(z: Tensor, w: Tensor, centroids: Tensor, prices: Tensor, direct
             prices[k] = _winning_price(raw, w, prices, k, float(share), directions)
         labels = _priced(raw, prices, directions).argmax(dim=1)
         load = torch.zeros(count, dtype=torch.float64).index_add_(0, labels, w)
-        if float((load - share).abs().max()) <= allowed or (before is not None and torch.equal(labels, before)):
+        if float((load - share).abs().max()) <= allowed or (before is not None and torch.equal(prices, before)):
             break
-        before = labels
+        before = prices.clone()
     return prices - prices.mean()
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from mocte_ds.controller.gradients import block_conflict, read_conflict
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.progress import Progress, ProgressFacts
@@ -123,8 +125,8 @@ class Check:
         return {index: reading.own_state_dict() for index, reading in self.readings.items()}
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any], own: Mapping[int, Any]) -> "Check":
-        """A check from what :meth:`state_dict` and :meth:`own_state_dict` returned."""
-        readings = {index: BlockReading.restored(values, own[index]) for index, values in state["readings"].items()}
+    def restored(cls, state: Mapping[str, Any], own: Mapping[int, Any], device: torch.device) -> "Check":
+        """A check from what :meth:`state_dict` and :meth:`own_state_dict` returned; rows go to ``device``."""
+        readings = {i: BlockReading.restored(values, own[i], device) for i, values in state["readings"].items()}
         progress = ProgressFacts(**state["progress"])
         return cls(**{**state, "readings": readings, "progress": progress})

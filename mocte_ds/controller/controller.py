@@ -15,7 +15,7 @@ from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.reading import BlockReading
 from mocte_ds.controller.state import RunState
-from mocte_ds.dist.collectives import gather_objects, max_over_ranks, require_same, sum_over_ranks
+from mocte_ds.dist.collectives import gather_objects, max_over_ranks, require_same, sum_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer, expert_unit
@@ -51,7 +51,7 @@ class Controller(RunState):
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in self.blocks]
         self.progress = Progress(config)
         self._sampled_step = -1
-        """Without checks: steps done before the one that the sample is of."""
+        """Steps done before the one that was sampled last."""
         self._check: Check | None = None
         """Measured, and not yet decided on."""
         self._check_state: dict[str, Any] | None = None
@@ -157,19 +157,20 @@ class Controller(RunState):
         self.context.first_sequence, self.context.micro_step = step_start + place, micro_step
         if self.progress.active and not self.progress.probe.complete:
             self.progress.probe.offer(args, kwargs, place, self.sequences_per_step, self.context.domain)
-        if not self.config.auto:
-            if self._sampled_step != self.step:  # until here emerge() may want the last step's sample
+        left = self.interval - self.step % self.interval
+        for_check = self.config.auto and left <= self._window
+        if self._sampled_step != self.step:
+            # A check wants the rows of its window; emerge() may want those of the last step, whichever it is.
+            if not for_check or left == self._window:
                 self._forget_samples()
-                self._sampled_step = self.step
-            self.context.sampling = any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
-            return
-        self.context.sampling = self.interval - self.step % self.interval <= self._window
+            self._sampled_step = self.step
+        self.context.sampling = for_check or any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
 
     def after_step(self, step: int, tokens: int) -> None:
         """Do what is due at the boundary behind optimizer step ``step``."""
         self.step, self.tokens = step, tokens
         self.progress.probe.finish()
-        if self._check is not None and step >= self._check.step + self._delay:
+        if self._check is not None and (step >= self._check.step + self._delay or step == self.total_steps):
             self._decide()
         if self.config.auto and step % self.interval == 0 and step <= self.total_steps:
             self._measure()
@@ -203,12 +204,7 @@ class Controller(RunState):
 
     # ---- the check -------------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Measure and decide now (collective, between two steps)."""
-        self._measure(in_background=False)
-        self._decide()
-
-    def _measure(self, in_background: bool = True) -> None:
+    def _measure(self) -> None:
         """The first half of a check (collective)."""
         self._require_frozen_unmoved()
         for handle, counts in zip(self.blocks, self._routed(), strict=True):
@@ -216,7 +212,7 @@ class Controller(RunState):
                 expert.tokens = count
         every = self.config.conflict_every
         conflict_now = self.progress.active and every > 0 and (self.step // self.interval) % every == 0
-        self._check = Check.measure(self, self.progress, conflict_now, in_background and self._delay > 0)
+        self._check = Check.measure(self, self.progress, conflict_now, in_background=self._delay > 0)
 
     def _decide(self) -> None:
         """The second half: emergence and freezing, from the same numbers on all ranks (collective)."""
@@ -228,7 +224,7 @@ class Controller(RunState):
             reason = emergence_reason(handle, check.readings[handle.index], self.config.clusters, check.share)
             if reason:
                 changes.append(Change("emergence", handle.index, None, reason))
-        decided = decide_freezing(self.blocks, self.config, check.share)
+        decided = decide_freezing(self.blocks, self.config, check.share, check.step)
         changes += start_annealing(self.blocks, decided, self.config.freeze.anneal, self.share)
         self._emit(check.event(self))
         if changes:
@@ -257,14 +253,17 @@ class Controller(RunState):
 
     def _require_frozen_unmoved(self) -> None:
         """Stop the run if the weights of a frozen expert changed: nothing else would show it."""
+        moved = None
         for name, fingerprint in self._fingerprints.items():
             now = unit_fingerprint(self.registry.units[name].parameters)
             if not torch.equal(now, fingerprint):
-                raise MocteError(
-                    f"the frozen expert {name} moved between two checks (step {self.step}): its weights' checksum went "
-                    f"from {fingerprint.tolist()} to {now.tolist()}. Something writes to parameters outside of the "
-                    "optimizer; the run stops because results would be wrong."
-                )
+                moved = f"{name}: checksum {fingerprint.tolist()}, then {now.tolist()}"
+        found = [text for text in gather_objects(moved) if text]
+        if found:
+            raise MocteError(
+                f"a frozen expert moved between two checks (step {self.step}): {found[0]}. Something writes to "
+                "parameters outside of the optimizer; the run stops because results would be wrong."
+            )
 
     def remember_frozen(self) -> None:
         """Take checksums of this rank's frozen experts, for the next checks to compare with."""
@@ -309,22 +308,37 @@ class Controller(RunState):
         }
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """What only this rank has: its part of the probe set, its experts and its sample of the last check."""
-        return {**self.progress.state_dict(), "check": self._check.own_state_dict() if self._check else None}
+        """What only this rank has: its part of the probe set, its experts of the last check, and its samples."""
+        banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
+        return {
+            **self.progress.state_dict(),
+            "world": world()[1],
+            "collectors": [collector.state_dict() for collector in self.collectors],
+            "banks": [{"rows": list(bank.rows), "by_source": bank.by_source} for bank in banks],
+            "check": self._check.own_state_dict() if self._check else None,
+        }
 
     def load_rank_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take over what :meth:`rank_state_dict` returned, behind :meth:`load_state_dict` (collective).
 
-        None, where there are other ranks than there were: the probe set is collected anew, and a check that has
+        With another number of ranks, or where a rank has none: the probe set is collected anew, and a check that has
         measured but not decided is left out.
         """
-        if state is not None:
-            self.progress.load_state_dict(state, next(self.module.parameters()).device)
-        own = state.get("check") if state is not None else None
-        whole = not int(max_over_ranks(torch.tensor(0 if self._check_state and own else 1)))
-        if whole and self._check_state and own:
-            self._check = Check.restored(self._check_state, own)
-        self._check_state = None
+        usable = state is not None and state.get("world") == world()[1]
+        pending, self._check_state = self._check_state, None
+        refused = int(max_over_ranks(torch.tensor(0 if usable else 1)))
+        if refused or state is None:
+            return
+        device = next(self.module.parameters()).device
+        self.progress.load_state_dict(state, device)
+        for collector, values in zip(self.collectors, state["collectors"], strict=True):
+            collector.load_state_dict(values)
+        banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
+        for bank, values in zip(banks, state["banks"], strict=True):
+            bank.rows = [rows if rows is None else rows.to(device) for rows in values["rows"]]
+            bank.by_source = values["by_source"]
+        if pending and state["check"]:
+            self._check = Check.restored(pending, state["check"], device)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state: modes, then the partition that follows from them (before weights are loaded)."""

@@ -52,8 +52,15 @@ def emergence_reason(handle: BlockHandle, reading: BlockReading, config: Cluster
     return None
 
 
-def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: float) -> list[Change]:
-    """What the policy says of each expert that has a new probe; every rank has the same numbers."""
+def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: float, step: int) -> list[Change]:
+    """What the policy says of each expert that has a new probe; every rank has the same numbers.
+
+    Args:
+        handles: of all blocks.
+        config: the "mocte" block.
+        share: part of the budget that was done at the measurement.
+        step: of the measurement; an expert that was frozen or thawed since then is left alone.
+    """
     freeze = config.freeze
     if freeze.policy == "off":
         return []
@@ -71,7 +78,7 @@ def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: floa
     for handle in handles:
         peers = [e.history[-1].value for e in handle.experts if e.history]
         for k, expert in enumerate(handle.experts):
-            if not expert.history or abs(expert.history[-1].share - share) > 1e-12:
+            if not expert.history or abs(expert.history[-1].share - share) > 1e-12 or expert.changed_at > step:
                 continue
             frozen = expert.mode is ExpertMode.FROZEN
             if expert.thawed and frozen or expert.annealed_from is not None:
@@ -124,7 +131,7 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
                 copy_dense_weights(block)
                 born.update(inherit(block, run.optimizer.unit_state(dense_unit(block))))
             for expert in handle.experts:
-                expert.mode = ExpertMode.TRAINING
+                expert.mode, expert.changed_at = ExpertMode.TRAINING, run.step
             handle.born_share = run.share
             facts.append({"gate": "clusters of the sampled features" if sampled else "random: no feature was seen yet"})
         else:
@@ -136,6 +143,7 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
             expert.annealed_from = None
             frozen = change.kind == "freeze"
             expert.mode = ExpertMode.FROZEN if frozen else ExpertMode.TRAINING
+            expert.changed_at = run.step
             expert.thawed = expert.thawed or not frozen
             facts.append({})
         handle.refresh_mode()
@@ -173,7 +181,7 @@ def _rebuild_partition(run: RunState, born: dict) -> None:
 def _output(run: RunState, handle: BlockHandle, reading: BlockReading) -> torch.Tensor | None:
     """The block's output on this rank's sampled features."""
     features, ids, _ = reading.tokens
-    if reading.rows < 2:
+    if reading.rows < 2 or reading.mean is None:
         return None
     block, context = handle.block, run.context
     kept = context.token_ids
@@ -181,8 +189,8 @@ def _output(run: RunState, handle: BlockHandle, reading: BlockReading) -> torch.
     training = block.training
     block.eval()
     try:
-        dtype = next(block.dense.parameters()).dtype
-        return block(features.to(dtype)).float()
+        like = next(block.dense.parameters())
+        return block(features.to(like.device, like.dtype)).float()
     finally:
         context.token_ids = kept
         block.train(training)

@@ -21,6 +21,8 @@ class ExpertHandle:
     """Its probes, a check each."""
     annealed_from: float | None = None
     """Share of the budget at which its own learning-rate decay began; None while there is none."""
+    changed_at: int = -1
+    """Optimizer step of its last change of mode."""
     thawed: bool = False
     """An expert is thawed once at the most."""
 
@@ -75,6 +77,7 @@ class BlockHandle:
             "experts": [expert.mode.value for expert in self.experts],
             "tokens": [expert.tokens for expert in self.experts],
             "thawed": [expert.thawed for expert in self.experts],
+            "changed_at": [expert.changed_at for expert in self.experts],
             "annealed_from": [expert.annealed_from for expert in self.experts],
             "history": [[asdict(probe) for probe in expert.history] for expert in self.experts],
             "born_share": self.born_share,
@@ -91,7 +94,7 @@ class BlockHandle:
         for k, expert in enumerate(self.experts):
             expert.mode = ExpertMode(state["experts"][k])
             expert.tokens, expert.thawed = state["tokens"][k], state["thawed"][k]
-            expert.annealed_from = state["annealed_from"][k]
+            expert.annealed_from, expert.changed_at = state["annealed_from"][k], state["changed_at"][k]
             expert.history = [Probe(**probe) for probe in state["history"][k]]
         for name in ("born_share", "streak", "token_basis", "document_basis", "document_mean"):
             setattr(self, name, state[name])

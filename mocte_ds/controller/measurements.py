@@ -28,7 +28,11 @@ def read_blocks(
         to search in.
     """
     readings = _read_spectra(run, handles)
-    return readings, _start_search(run, handles, readings, in_background)
+    search = _start_search(run, handles, readings, in_background)
+    for handle in handles:
+        if handle.mode is not BlockMode.WARMUP:
+            readings[handle.index].drop_rows()  # no gate will be made of them
+    return readings, search
 
 
 def finish_readings(run: RunState, readings: dict[int, BlockReading], search: ClusterSearch | None) -> None:
@@ -84,7 +88,9 @@ def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None], na
     if len(widths) > 1:
         each_block = zip(features, bases, names, strict=True)
         return [sampled_svd(x, rank, basis=basis, names=[name]) for x, basis, name in each_block]
-    known = torch.stack(bases) if all(basis is not None for basis in bases) else None
+    # A basis out of a checkpoint is on the CPU.
+    last = [basis.to(features[0].device) for basis in bases if basis is not None]
+    known = torch.stack(last) if len(last) == len(features) else None
     found = sampled_svd(torch.stack(features), rank, basis=known, names=names)
     tensors = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in ("moved_bytes", "rows")}
     each = found.moved_bytes // len(features)
@@ -106,7 +112,10 @@ def _half_sample_angles(features: list[Tensor], rank: int, names: list[str]) -> 
 def _start_search(
     run: RunState, handles: list[BlockHandle], readings: dict[int, BlockReading], in_background: bool
 ) -> ClusterSearch | None:
-    """Bring the documents of all ranks together in few coordinates, and look for clusters in them."""
+    """Bring the documents of all ranks together in few coordinates, and look for clusters in them.
+
+    Rows are put in an order of their own: that in which ranks hand them over would change what random starts draw.
+    """
     config, started = run.config, time.perf_counter()
     samples = [run.collectors[handle.index].documents() for handle in handles]
     count = int(sum_over_ranks(torch.tensor(samples[0][0].shape[0])))
@@ -119,17 +128,23 @@ def _start_search(
     work = {}
     for handle, rows, space in zip(handles, means, subspaces, strict=True):
         reading = readings[handle.index]
-        reading.coordinates, reading.domains = gather_rows((rows - space.mean) @ space.basis).cpu(), domains
+        coordinates = gather_rows((rows - space.mean) @ space.basis).cpu()
+        order = coordinates[:, 0].argsort()
+        reading.coordinates, reading.domains = coordinates[order], domains[order]
         reading.documents = Rows(rows, space.basis, space.mean)
         if space.directions.shape[1] > 1:
             reading.plane = reading.coordinates @ (space.basis.T @ space.directions[:, :2]).cpu()
         tokens = gather_rows((reading.tokens[0] - reading.mean) @ reading.basis).cpu()
+        tokens = tokens[tokens[:, 0].argsort()]
         mean, basis = space.mean.cpu(), space.basis.cpu()
-        work[handle.index] = Documents(reading.coordinates, mean, basis, domains, tokens, _last_clusters(handle))
+        work[handle.index] = Documents(
+            reading.coordinates, mean, basis, reading.domains, tokens, _last_clusters(handle)
+        )
         reading.bytes["clusters"] = 4 * (reading.coordinates.numel() + tokens.numel())
+    search = ClusterSearch(config, work, in_background)
     for handle in handles:
         readings[handle.index].seconds["clusters"] = (time.perf_counter() - started) / len(handles)
-    return ClusterSearch(config, work, in_background)
+    return search
 
 
 def _last_clusters(handle: BlockHandle) -> LastClusters | None:

@@ -19,6 +19,9 @@ from mocte_ds.moe.block import Block
 
 # Shapes: S sequences of this rank, T tokens.
 
+GRADIENT_TOKENS = 1024
+"""First tokens of a sequence that gradients are measured on: the graph of all may not fit into memory."""
+
 
 @dataclass
 class ProbeReading:
@@ -162,12 +165,20 @@ class ProbeSet:
         """
         if not self._everywhere():
             return None
-        ids = self._ids(self._parts[0])
+        args, kwargs = self._parts[0]
+        shape = self._ids(self._parts[0]).shape
+
+        def cut(value: Any) -> Any:
+            long = isinstance(value, Tensor) and value.shape[:2] == shape
+            return value[:, :GRADIENT_TOKENS] if long else value
+
+        part = ([cut(value) for value in args], {name: cut(value) for name, value in kwargs.items()})
+        ids = self._ids(part)
         # Rows of sequences that only keep company do not count, nor does the sequence's last token.
         number = torch.where(self._valid[0], first + torch.arange(len(ids)), -1)[:, None].expand_as(ids)
         with torch.enable_grad(), self._looking(module, blocks):
             blocks[0].context.groups = number.to(device)
-            logits = _logits(self._forward(module, device), ids)
+            logits = _logits(self._forward(module, device, part), ids)
             if logits is None:
                 return None
             target = ids.clone()
@@ -193,8 +204,10 @@ class ProbeSet:
     def _everywhere(self) -> bool:
         return not int(max_over_ranks(torch.tensor(0 if self.complete else 1)))
 
-    def _forward(self, module: nn.Module, device: torch.device) -> Any:
-        args, kwargs = self._parts[0]
+    def _forward(
+        self, module: nn.Module, device: torch.device, part: tuple[Sequence[Any], dict[str, Any]] | None = None
+    ) -> Any:
+        args, kwargs = part or self._parts[0]
         return module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
 
     @staticmethod

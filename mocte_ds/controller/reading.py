@@ -107,6 +107,13 @@ class BlockReading:
             "domain": [names[i] if 0 <= i < len(names) else "unknown" for i in domains],
         }
 
+    def drop_rows(self) -> None:
+        """Forget this rank's own rows, which only a gate would be made of."""
+        features, ids, source = self.tokens
+        self.tokens = (features[:0], ids[:0], source[:0])
+        if self.documents:
+            self.documents = Rows(self.documents.features[:0], self.documents.basis, self.documents.mean)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors of what all ranks have; the search is over."""
         state = {name: value for name, value in vars(self).items() if name not in (*_OWN, "found")}
@@ -120,14 +127,16 @@ class BlockReading:
         return {"tokens": self.tokens, "documents": vars(self.documents) if self.documents else None}
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any], own: Mapping[str, Any]) -> "BlockReading":
-        """A reading from what :meth:`state_dict` and :meth:`own_state_dict` returned."""
+    def restored(cls, state: Mapping[str, Any], own: Mapping[str, Any], device: torch.device) -> "BlockReading":
+        """A reading from what :meth:`state_dict` and :meth:`own_state_dict` returned; rows go to ``device``."""
         found, documents = state.get("found"), own["documents"]
         if found:
             parts = {"detection": Detection(**found["detection"]), "clusters": BalancedClusters(**found["clusters"])}
             found = ClusterFacts(**{**found, **parts})
-        rows = Rows(**documents) if documents else None
-        return cls(**{**state, "found": found, "tokens": own["tokens"], "documents": rows})
+        rows = Rows(**{name: value.to(device) for name, value in documents.items()}) if documents else None
+        moved = {name: value.to(device) for name in ("mean", "basis") if (value := state[name]) is not None}
+        tokens = tuple(value.to(device) for value in own["tokens"])
+        return cls(**{**state, **moved, "found": found, "tokens": tokens, "documents": rows})
 
 
 def _detection_facts(found: Detection | None) -> dict[str, Any]:

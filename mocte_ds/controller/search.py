@@ -66,7 +66,7 @@ class ClusterSearch:
         else:
             try:
                 self._results.set_result(_search(config, mine))
-            except MocteError as error:
+            except Exception as error:  # told to all ranks by results()
                 self._results.set_exception(error)
 
     def results(self) -> dict[int, ClusterFacts]:
@@ -80,6 +80,8 @@ class ClusterSearch:
             mine = self._results.result()
         except MocteError as error:
             mine = str(error)
+        except Exception as error:
+            mine = f"the search for clusters failed: {type(error).__name__}: {error}"
         found: dict[int, ClusterFacts] = {}
         for part in gather_objects(mine):
             if isinstance(part, str):

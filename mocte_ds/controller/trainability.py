@@ -6,6 +6,7 @@ from mocte_ds.controller.handles import ExpertHandle
 from mocte_ds.controller.progress import ProgressFacts
 from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import gather_objects
+from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, ExpertMode
 from mocte_ds.trainability import Probe, top_eigenpair
 from mocte_ds.zero import expert_unit
@@ -20,8 +21,12 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> tuple[float, in
 
     Returns:
         Seconds, and bytes that the numbers took on the wire.
+
+    Raises:
+        MocteError: an expert's weights or rows are not finite; on all ranks.
     """
     config, measured, started = run.config.freeze, {}, time.perf_counter()
+    failure: str | None = None
     if config.policy == "off":
         return 0.0, 0
     squares = run.optimizer.unit_square_norms
@@ -33,10 +38,18 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> tuple[float, in
                 rows = layer.rows[local]
                 if not _watched(handle.experts[k], config.policy) or rows is None or len(rows) < MIN_EXPERT_ROWS:
                     continue
-                value, _ = top_eigenpair(expert, rows.float(), iterations=config.iterations)
                 norm = squares.get(expert_unit(handle.block, k), 0.0)
+                try:
+                    value, _ = top_eigenpair(expert, rows.float(), iterations=config.iterations)
+                except (MocteError, RuntimeError) as error:
+                    failure = f"the trainability of expert {k} of {handle.name} cannot be measured: {error}"
+                    continue
                 measured[handle.index, k] = (value / rows.shape[0], rows.shape[0], norm)
     everywhere = gather_objects(measured)
+    # Experts are spread over the ranks: one that stopped alone would leave the others waiting.
+    failures = [text for text in gather_objects(failure) if text]
+    if failures:
+        raise MocteError(failures[0])
     for handle in run.blocks:
         for k, expert in enumerate(handle.experts):
             parts = [part[handle.index, k] for part in everywhere if (handle.index, k) in part]

@@ -53,6 +53,8 @@ def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int
         rows = sample.tokens
         coordinates = gather_rows((rows.features - rows.mean) @ rows.basis)
         ids = gather_rows(sample.token_ids[:, None])[:, 0]
+        order = coordinates[:, 0].argsort()  # of its own, whichever rank had which row
+        coordinates, ids = coordinates[order], ids[order]
         table = type_table(ids.cpu(), coordinates.cpu(), key.cluster_table.numel(), experts, seed)
         key.set(from_rank_zero(table))
         return
@@ -60,15 +62,15 @@ def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int
         key.set(hash_table(key.cluster_table.numel(), experts, seed))
         return
     if router.kind == "random":
-        _set_random(bank, seed)
+        set_directions(bank, seed)
         return
     # A document's mean feature so far is nearest to a cluster of documents' means.
     rows = sample.documents if router.kind == "prefix" and sample.documents is not None else sample.tokens
     # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
     basis = rows.basis if router.bias else subspace_without_mean(rows.basis, rows.mean)
-    clusters = balanced_kmeans(
-        gather_rows((rows.features - rows.mean) @ basis), experts, seed, directions=not router.bias
-    )
+    coordinates = gather_rows((rows.features - rows.mean) @ basis)
+    coordinates = coordinates[coordinates[:, 0].argsort()]
+    clusters = balanced_kmeans(coordinates, experts, seed, directions=not router.bias)
     weight, bias = (from_rank_zero(t.to(basis)) for t in linear_gate(clusters, basis, rows.mean))
     if router.weight == "softmax":
         sharpness = from_rank_zero(_sharpness(gather_rows(rows.features @ weight.T + bias)))
@@ -83,14 +85,18 @@ def set_random_gate(block: Block, config: MocteConfig) -> None:
         if bank.gate.router.kind in TABLES:
             key.set(hash_table(key.cluster_table.numel(), bank.num_experts, config.seed + 1000 * number))
         else:
-            _set_random(bank, config.seed + 1000 * number)
+            set_directions(bank, config.seed + 1000 * number)
 
 
-def _set_random(bank: Bank, seed: int) -> None:
-    """Random directions, as small as Switch starts its router (variance 0.1 / d; Fedus et al., 2021)."""
+def set_directions(bank: Bank, seed: int) -> None:
+    """Random directions; for kind `random` as small as Switch starts its router (Fedus et al., 2021).
+
+    Variance 1 for the other kinds: their softmax must be sharp, for a weight under 1 shrinks the block's output.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = bank.gate.key.cluster_weight.shape
-    bank.gate.key.set(torch.randn(shape, generator=generator) * (0.1 / shape[1]) ** 0.5, torch.zeros(shape[0]))
+    scale = (0.1 / shape[1]) ** 0.5 if bank.gate.router.kind == "random" else 1.0
+    bank.gate.key.set(scale * torch.randn(shape, generator=generator), torch.zeros(shape[0]))
 
 
 def _sharpness(logits: Tensor) -> float:

@@ -1,5 +1,7 @@
 """Collects, in the ordinary forward passes, the features that a check reads: single tokens and means of documents."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,15 @@ class FeatureCollector:
         """This rank's share of the document sample: means (m, d) and their sources (m,), -1 where unknown."""
         rows = self._documents.merged_rows()
         return rows[:, :-1], _as_ids(rows[:, -1])
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's rows, for a checkpoint between two checks."""
+        return {"tokens": self._tokens.state_dict(), "documents": self._documents.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._tokens.load_state_dict(state["tokens"])
+        self._documents.load_state_dict(state["documents"])
 
     def clear(self) -> None:
         """Forget everything, so that the next check reads the features of its own weights."""

@@ -1,5 +1,6 @@
 """A sample of token features that is the same however many ranks share the batch."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,6 +108,14 @@ class Reservoir:
         self._order = ascending[: self.room]
         self._rows = torch.cat([self._rows, rows.detach().to(self.dtype)])[place]
         self._keys = torch.cat([self._keys, keys])[place]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Rows, keys and hashes of this rank."""
+        return {"rows": self._rows, "keys": self._keys, "order": self._order}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._rows, self._keys, self._order = state["rows"], state["keys"], state["order"]
 
     def rows(self) -> Tensor:
         """(c, w) rows kept on this rank, smallest hash first."""

@@ -27,6 +27,9 @@ from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry
 from mocte_ds.training.validation import Validation
 
+PROBE_SEQUENCES = 8
+"""Of a domain at most, for the probe set of checks."""
+
 
 class Trainer:
     """One run on this rank."""
@@ -52,10 +55,12 @@ class Trainer:
             t.seed,
             self.run.data.weights,
         )
-        held_out = validation_batches(start.prepared, self.run.context, self.run.evaluation.sequences_per_domain)
-        self.validation = Validation(held_out, t.micro_batch)
+        validated = self.run.evaluation.sequences_per_domain
+        held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES)
+        scored = {name: (ids[:validated], labels[:validated]) for name, (ids, labels) in held_out.items()}
+        self.validation = Validation(scored, t.micro_batch)
         if self.config:
-            self._give_probe(held_out)
+            self._give_probe({name: ids[validated:] for name, (ids, _) in held_out.items()})
         self.ledger, self.stop_asked = Ledger(), False
         if self.rank == 0:
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -171,14 +176,16 @@ class Trainer:
             "that text, and start again."
         )
 
-    def _give_probe(self, held_out: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Checks look at held-out sequences: those of all domains in turn, so that any number of them is even."""
+    def _give_probe(self, held_out: dict[str, torch.Tensor]) -> None:
+        """Checks look at held-out sequences which are not those that validation scores: experts are chosen by them."""
         rows = [
             (place, self.loader.domains.index(name), ids)
-            for name, (inputs, _) in held_out.items()
-            for place, ids in enumerate(inputs)
+            for name, sequences in held_out.items()
+            for place, ids in enumerate(sequences)
         ]
-        rows.sort(key=lambda row: row[:2])
+        if not rows:
+            return  # too little text: some sequences of the first step will do
+        rows.sort(key=lambda row: row[:2])  # all domains in turn
         domain = torch.tensor([number for _, number, _ in rows])
         self.engine.mocte.set_probe(torch.stack([ids for _, _, ids in rows]), domain)
 

@@ -103,3 +103,22 @@ def test_wrong_deepspeed_config_is_refused_before_any_work(change, message):
     with pytest.raises(ConfigError, match=message):
         mocte_ds.initialize(model=model, config=settings)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("save_at", [4, 6, 8])
+def test_resume_between_two_checks_and_before_emergence(tmp_path, save_at):
+    """Checks measure behind 4, 8, ... and decide a step later; the sample of step 8 was begun behind step 4.
+
+    Experts emerge behind step 9: from rows that the checkpoint of step 6 holds a half of, that of step 8 all.
+    """
+    settings = runs.config(check_every=0.1, clusters={"deadline": 0.2, "not_before": 0.05}, apply_after=1)
+    whole = spawn(runs.run, 2, settings, 0, 14, None, None, timeout=150, deepspeed=True)
+    first = spawn(runs.run, 2, settings, 0, save_at, None, str(tmp_path), timeout=150, deepspeed=True)
+    second = spawn(runs.run, 2, settings, save_at, 14, str(tmp_path), None, timeout=150, deepspeed=True)
+    born = [event["step"] for event in whole[0]["events"] if event["event"] == "emergence"]
+    assert len(born) == 2 and max(born) > 8
+    for rank in range(2):
+        assert first[rank]["losses"] + second[rank]["losses"] == whole[rank]["losses"]
+    timeless = [{k: v for k, v in event.items() if k not in CLOCKS} for event in whole[0]["events"]]
+    again = [{k: v for k, v in e.items() if k not in CLOCKS} for e in second[0]["events"]]
+    assert again == timeless[-len(again) :]

@@ -118,7 +118,7 @@ def projected_share(
     between = plan.interval * plan.step_flops / plan.ranks
     flops = sum(part.work.flops for part in scaled.values())
     moved = sum(part.work.moved_bytes for part in scaled.values())
-    spare = plan.config.apply_after * between / plan.interval / args.accelerator_flops
+    spare = min(plan.config.apply_after, plan.interval - 1) * between / plan.interval / args.accelerator_flops
     beside = sum(part.seconds for part in scaled.values() if part.where == "beside")
     waits = max(0.0, 1.0 - spare / beside) if beside else 0.0
     scales = {name: waits if part.where == "beside" else _scale(part, machine, args) for name, part in scaled.items()}
