@@ -19,11 +19,11 @@ from mocte_ds.benchmark.measure.spectrum_work import FORMULAS, SpectrumSizes, pe
 from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.spectrum import Subspace, sampled_svd, split_half_angles
-from mocte_ds.spectrum.collect import FeatureCollector
+from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
 
 _STORES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Every block costs the same; so sampling is timed on one block and clustering on a few, and multiplied.
-_CLUSTERED, _MICRO_BATCHES = 4, 8
+# Every block costs the same; so sampling and clustering are timed on a few and multiplied.
+_CLUSTERED, _SAMPLED, _MICRO_BATCHES = 4, 4, 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,18 +213,22 @@ def _time_clusters(points: list[Tensor], tokens: list[Tensor], sizes: SpectrumSi
 
 
 def _time_sampling(sizes: SpectrumSizes, clock: Clock, part: Any) -> None:
-    """The forward hook of one block on as many micro-batches as fill its reservoirs."""
+    """The forward hook of a few blocks on as many micro-batches as fill their reservoirs; the choice is made once."""
     batch = sizes.sequences * sizes.context
+    blocks = min(sizes.layers, _SAMPLED)
     turns = min(_MICRO_BATCHES, max(2, -(-2 * (sizes.rows << sizes.doublings) // batch)))
     features = planted_features(batch, sizes.d, sizes.experts, 0, clock.device, torch.bfloat16)[0]
     features = features.view(sizes.sequences, sizes.context, sizes.d)
 
     def see() -> None:
-        collector = FeatureCollector(sizes.d, sizes.rows, sizes.documents, 0, None, sizes.doublings)
+        stream = SampleStream(sizes.rows, sizes.documents, 0, None, sizes.doublings)
+        collectors = [FeatureCollector(sizes.d, stream) for _ in range(blocks)]
         context = BatchContext()
         for turn in range(turns):
             context.first_sequence = turn * sizes.sequences
-            collector.see(features, context)
+            for collector in collectors:
+                collector.see(features, context)
 
-    share = turns * batch / (sizes.offered * sizes.layers)
-    part("sampling", f"in forward passes, timed on {turns} micro-batches of one block", "device", see, share=share)
+    share = turns * batch * blocks / (sizes.offered * sizes.layers)
+    what = f"in forward passes, timed on {turns} micro-batches of {blocks} blocks"
+    part("sampling", what, "device", see, share=share)

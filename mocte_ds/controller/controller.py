@@ -182,6 +182,7 @@ class Controller(RunState):
 
     def _forget_samples(self) -> None:
         """Old rows keep the lowest hashes, so a sample must start anew to show the features of today's weights."""
+        self.stream.clear()
         for handle, collector in zip(self.blocks, self.collectors, strict=True):
             collector.clear()
             for bank in handle.block.banks:
@@ -313,6 +314,7 @@ class Controller(RunState):
         return {
             **self.progress.state_dict(),
             "world": world()[1],
+            "stream": self.stream.state_dict(),
             "collectors": [collector.state_dict() for collector in self.collectors],
             "banks": [{"rows": list(bank.rows), "by_source": bank.by_source} for bank in banks],
             "check": self._check.own_state_dict() if self._check else None,
@@ -331,6 +333,7 @@ class Controller(RunState):
             return
         device = next(self.module.parameters()).device
         self.progress.load_state_dict(state, device)
+        self.stream.load_state_dict(state["stream"])
         for collector, values in zip(self.collectors, state["collectors"], strict=True):
             collector.load_state_dict(values)
         banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]

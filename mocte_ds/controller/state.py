@@ -7,7 +7,7 @@ import torch
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
-from mocte_ds.spectrum.collect import FeatureCollector
+from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
 from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer, dense_unit, expert_unit, router_unit
 
 
@@ -26,10 +26,8 @@ class RunState:
         self.blocks = [BlockHandle(i, block) for i, block in enumerate(blocks)]
         self.context = blocks[0].context
         s = config.spectrum
-        self.collectors = [
-            FeatureCollector(b.hidden_size, s.rows, s.documents, config.seed, config.eod_id, s.doublings)
-            for b in blocks
-        ]
+        self.stream = SampleStream(s.rows, s.documents, config.seed, config.eod_id, s.doublings)
+        self.collectors = [FeatureCollector(block.hidden_size, self.stream) for block in blocks]
         self.domain_names: list[str] = []
         self.step = 0
         self.tokens = 0

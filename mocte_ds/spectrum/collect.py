@@ -1,32 +1,47 @@
 """Collects, in the ordinary forward passes, the features that a check reads: single tokens and means of documents."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mocte_ds.dist.collectives import world
+from mocte_ds.errors import MocteError
 from mocte_ds.moe.context import BatchContext
-from mocte_ds.spectrum.sample import Reservoir, hash_keys
+from mocte_ds.spectrum.sample import Reservoir, Selection, Update, hash_keys
 
 # A shorter stretch of a document says more about its last words than about its source.
 MIN_DOCUMENT_TOKENS = 16
 _POSITIONS = 1 << 24
 
+# Shapes: B sequences of T tokens with d features, D documents in them.
 
-class FeatureCollector:
-    """The sampled features of one block on this rank, the same rows however many ranks share the batch.
 
-    Shapes: B sequences of T tokens with d features.
+@dataclass(frozen=True)
+class _Batch:
+    """What of a micro-batch belongs to the sample; the same for all blocks."""
+
+    tokens: Update | None
+    documents: Update | None
+    document: Tensor
+    """(B * T,) number of each token's document in the micro-batch."""
+    lengths: Tensor
+    """(D,) tokens of each document."""
+
+
+class SampleStream:
+    """Which tokens and documents of the stream of micro-batches are sampled: decided once for all blocks.
+
+    Token ids and sources of what is sampled are kept here too. Blocks take their rows one after the other; the first
+    one that is ready for the next micro-batch makes the stream move on.
     """
 
-    def __init__(
-        self, hidden_size: int, rows: int, documents: int, seed: int, eod_id: int | None, doublings: int = 0
-    ) -> None:
-        """Make empty reservoirs.
+    def __init__(self, rows: int, documents: int, seed: int, eod_id: int | None, doublings: int = 0) -> None:
+        """Nothing is sampled yet.
 
         Args:
-            hidden_size: d.
             rows: token features of a sample over all ranks.
             documents: document means kept over all ranks.
             seed: seed of the sampling hash.
@@ -34,10 +49,97 @@ class FeatureCollector:
             doublings: how often the sample may be doubled; so many more rows are kept.
         """
         ranks = world()[1]
-        self._sample_rows = rows
-        self._tokens = Reservoir(rows << doublings, hidden_size + 2, seed, ranks=ranks)
-        self._documents = Reservoir(documents, hidden_size + 1, seed, ranks=ranks)
+        self.sample_rows = rows
+        self.tokens, self.documents = Selection(rows << doublings, seed, ranks), Selection(documents, seed, ranks)
+        self.token_facts = Reservoir(1, 2, seed, torch.int64, selection=self.tokens)
+        """Id and source of each sampled token, -1 where unknown."""
+        self.document_facts = Reservoir(1, 1, seed, torch.int64, selection=self.documents)
+        """Source of each sampled document."""
+        self.version = 0
+        """Micro-batches so far."""
         self._seed, self._eod_id = seed, eod_id
+        self._batch: _Batch | None = None
+
+    @torch.no_grad()
+    def batch(self, version: int, context: BatchContext, shape: tuple[int, int], device: torch.device) -> _Batch:
+        """The micro-batch that a block which has taken ``version`` of them is to take now.
+
+        Raises:
+            MocteError: the block left one out, so that its rows would not be those of the other blocks.
+        """
+        if version == self.version:
+            self._batch = self._choose(context, *shape, device)
+            self.version += 1
+        if self._batch is None or version != self.version - 1:
+            raise MocteError(
+                f"a block has been called for {version} micro-batches and another one for {self.version}; blocks must "
+                "run in every forward pass, or features cannot be sampled alike. Leave such modules out of "
+                "mocte.modules."
+            )
+        return self._batch
+
+    def clear(self) -> None:
+        """Forget everything, so that the next check reads the features of its own weights."""
+        self.token_facts.clear()
+        self.document_facts.clear()
+        self.version, self._batch = 0, None
+
+    def _choose(self, context: BatchContext, batch: int, length: int, device: torch.device) -> _Batch:
+        sequence = context.first_sequence + torch.arange(batch, device=device)
+        position = torch.arange(length, device=device)
+        keys = hash_keys(sequence[:, None].expand(batch, length), position.expand(batch, length), self._seed)
+        ids = context.token_ids if context.token_ids is not None else torch.full((batch, length), -1)
+        domain = context.domain if context.domain is not None else torch.full((batch,), -1)
+        domain = domain.to(device)
+        tokens = self.tokens.offer(keys.reshape(-1))
+        source = domain[:, None].expand(batch, length)
+        self.token_facts.apply(torch.stack([ids.to(device).reshape(-1), source.reshape(-1)], dim=1), tokens)
+
+        document = context.documents(self._eod_id, batch, length, device).reshape(-1)
+        count = int(document[-1]) + 1
+        lengths = torch.bincount(document, minlength=count)
+        owner = torch.zeros(count, dtype=torch.int64, device=device)
+        owner[document] = torch.arange(batch, device=device).repeat_interleave(length)
+        place = torch.arange(count, device=device)
+        first = torch.full((batch,), count, device=device).scatter_reduce(0, owner, place, "amin")
+        keys = hash_keys(sequence[owner], _POSITIONS + place - first[owner], self._seed)
+        enough = (lengths >= MIN_DOCUMENT_TOKENS).nonzero()[:, 0]
+        documents = self.documents.offer(keys[enough])
+        if documents is not None:
+            documents = Update(enough[documents.take], documents.place)
+        self.document_facts.apply(domain[owner][:, None], documents)
+        return _Batch(tokens, documents, document, lengths)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values of this rank, for a checkpoint between two checks."""
+        return {
+            "version": self.version,
+            "tokens": self.tokens.state_dict(),
+            "documents": self.documents.state_dict(),
+            "token_facts": self.token_facts.state_dict(),
+            "document_facts": self.document_facts.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.version, self._batch = state["version"], None
+        for name in ("tokens", "documents", "token_facts", "document_facts"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+class FeatureCollector:
+    """The sampled features of one block on this rank, the same rows however many ranks share the batch."""
+
+    def __init__(self, hidden_size: int, stream: SampleStream) -> None:
+        """Make empty reservoirs.
+
+        Args:
+            hidden_size: d.
+            stream: shared by all blocks of the model.
+        """
+        self._stream, self._version = stream, 0
+        self._tokens = Reservoir(1, hidden_size, 0, selection=stream.tokens)
+        self._documents = Reservoir(1, hidden_size, 0, selection=stream.documents)
 
     @torch.no_grad()
     def see(self, features: Tensor, context: BatchContext) -> None:
@@ -49,29 +151,14 @@ class FeatureCollector:
         """
         features = features[None] if features.dim() == 2 else features
         batch, length, width = features.shape
-        device = features.device
-        sequence = context.first_sequence + torch.arange(batch, device=device)
-        position = torch.arange(length, device=device)
-        keys = hash_keys(sequence[:, None].expand(batch, length), position.expand(batch, length), self._seed)
-        ids = context.token_ids if context.token_ids is not None else torch.full((batch, length), -1, device=device)
+        wanted = self._stream.batch(self._version, context, (batch, length), features.device)
+        self._version += 1
         flat = features.reshape(-1, width)
-        unknown = torch.full((batch,), -1, device=device)
-        domain = context.domain.to(device) if context.domain is not None else unknown
-        source = domain[:, None].expand(batch, length)
-        self._tokens.add(_with_columns(flat, ids.reshape(-1), source.reshape(-1)), keys.reshape(-1))
-
-        document = context.documents(self._eod_id, batch, length, device).reshape(-1)
-        count = int(document[-1]) + 1
-        sums = torch.zeros(count, width, device=device).index_add_(0, document, flat.float())
-        tokens = torch.bincount(document, minlength=count)
-        owner = torch.zeros(count, dtype=torch.int64, device=device)
-        owner[document] = torch.arange(batch, device=device).repeat_interleave(length)
-        long_enough = tokens >= MIN_DOCUMENT_TOKENS
-        means = _with_columns(sums / tokens.clamp(min=1)[:, None], domain[owner])
-        place = torch.arange(count, device=device)
-        first = torch.full((batch,), count, device=device).scatter_reduce(0, owner, place, "amin")
-        keys = hash_keys(sequence[owner], _POSITIONS + place - first[owner], self._seed)
-        self._documents.add(means[long_enough], keys[long_enough])
+        self._tokens.apply(flat, wanted.tokens)
+        if wanted.documents is not None:
+            sums = torch.zeros(len(wanted.lengths), width, device=flat.device)
+            sums.index_add_(0, wanted.document, flat.float())
+            self._documents.apply(sums / wanted.lengths[:, None], wanted.documents)
 
     def tokens(self, doubled: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's share of the token sample: features (n, d), token ids (n,), sources (n,); -1 where unknown.
@@ -79,32 +166,27 @@ class FeatureCollector:
         Args:
             doubled: how often the sample is doubled; a larger one holds the smaller one's rows.
         """
-        rows = self._tokens.merged_rows(count=self._sample_rows << doubled)
-        return rows[:, :-2], _as_ids(rows[:, -2]), _as_ids(rows[:, -1])
+        count = self._stream.sample_rows << doubled
+        facts = self._stream.token_facts.merged_rows(count=count)
+        return self._tokens.merged_rows(count=count), facts[:, 0], facts[:, 1]
 
     def documents(self) -> tuple[Tensor, Tensor]:
         """This rank's share of the document sample: means (m, d) and their sources (m,), -1 where unknown."""
-        rows = self._documents.merged_rows()
-        return rows[:, :-1], _as_ids(rows[:, -1])
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """This rank's rows, for a checkpoint between two checks."""
-        return {"tokens": self._tokens.state_dict(), "documents": self._documents.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what :meth:`state_dict` returned."""
-        self._tokens.load_state_dict(state["tokens"])
-        self._documents.load_state_dict(state["documents"])
+        return self._documents.merged_rows(), self._stream.document_facts.merged_rows()[:, 0]
 
     def clear(self) -> None:
-        """Forget everything, so that the next check reads the features of its own weights."""
+        """Forget everything; the stream forgets with it."""
         self._tokens.clear()
         self._documents.clear()
+        self._version = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's rows, for a checkpoint between two checks."""
+        rows = {"tokens": self._tokens.state_dict(), "documents": self._documents.state_dict()}
+        return {"version": self._version, **rows}
 
-def _with_columns(rows: Tensor, *columns: Tensor) -> Tensor:
-    return torch.cat([rows.float(), *(column[:, None].float() for column in columns)], dim=1)
-
-
-def _as_ids(column: Tensor) -> Tensor:
-    return column.round().to(torch.int64)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._version = state["version"]
+        self._tokens.load_state_dict(state["tokens"])
+        self._documents.load_state_dict(state["documents"])

@@ -1,6 +1,7 @@
 """A sample of token features that is the same however many ranks share the batch."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,15 +44,117 @@ def mix(state: Tensor | int, value: Tensor | int) -> Tensor:
     return z
 
 
-class Reservoir:
-    """Keeps the ``capacity`` rows whose keys have the smallest seeded hash.
+@dataclass(frozen=True)
+class Update:
+    """What one batch changes in a sample."""
+
+    take: Tensor
+    """(t,) rows of the batch that enter."""
+    place: Tensor
+    """(c,) which of the rows kept so far and the entering ones behind them stay, smallest hash first."""
+
+
+class Selection:
+    """Which rows stay: those whose keys have the smallest seeded hash. Several reservoirs can share one.
 
     The choice depends on the keys only, so several ranks with parts of the rows keep, together, what one rank with all
-    rows would keep. Shapes: m new rows, c rows kept, w numbers a row.
+    rows would keep. Shapes: m new rows, c rows kept.
     """
 
+    def __init__(self, capacity: int, seed: int, ranks: int = 1) -> None:
+        """Nothing is kept yet.
+
+        Args:
+            capacity: rows kept over all ranks together.
+            seed: seed of the choice.
+            ranks: ranks that see about the same number of rows. One keeps at most four times its fair part and 64 rows
+                more: that a rank has more of the smallest hashes does not happen to hashes, and if it did, the sample
+                would be smaller, not another one.
+        """
+        if capacity < 1:
+            raise MocteError(f"a reservoir of {capacity} rows keeps nothing; give it a capacity of 1 or more.")
+        self.capacity, self.seed = capacity, seed
+        self.room = min(capacity, 4 * -(-capacity // ranks) + 64)
+        """Rows kept on this rank."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all keys."""
+        self.keys = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
+        self._found: tuple[Any, Tensor] | None = None
+
+    @torch.no_grad()
+    def offer(self, keys: Tensor) -> Update | None:
+        """Choose from a batch.
+
+        Args:
+            keys: (m,) int64, one key a row, unique in the run (see :func:`hash_keys`).
+
+        Returns:
+            What enters and what stays; None where nothing enters.
+        """
+        keys = keys.to(torch.int64)
+        if keys.device != self.keys.device:
+            self.keys, self._order = self.keys.to(keys.device), self._order.to(keys.device)
+        order = mix(_scrambled(self.seed), keys) & _POSITIVE
+        if self._order.numel() == self.room:
+            # Most rows of a long run fall out here, before any of them is copied.
+            take = (order < self._order[-1]).nonzero()[:, 0]
+        else:
+            take = torch.arange(len(keys), device=keys.device)
+        if not len(take):
+            return None
+        ascending, place = torch.cat([self._order, order[take]]).sort(stable=True)
+        place = place[: self.room]
+        self._order, self.keys = ascending[: self.room], torch.cat([self.keys, keys[take]])[place]
+        self._found = None
+        return Update(take, place)
+
+    def chosen(self, group: Any = None, count: int | None = None) -> Tensor:
+        """(c,) which of this rank's rows are among the smallest hashes of all ranks (collective, once for all sharers).
+
+        Args:
+            group: process group.
+            count: rows over all ranks, those with the smallest hashes; None: the capacity.
+        """
+        count = min(count or self.capacity, self.capacity)
+        if self._found is not None and self._found[0] == (group, count):
+            return self._found[1]
+        everywhere = gather_rows(self._order, group)
+        bound = everywhere.kthvalue(count).values if everywhere.numel() > count else everywhere.new_tensor(_POSITIVE)
+        if self.room < self.capacity:
+            # Behind the last row of a full rank, rows are missing that would have been chosen.
+            full = self._order.numel() == self.room
+            ends = gather_rows(self._order[-1:] if full else self._order[:0], group)
+            bound = torch.minimum(bound, ends.min()) if ends.numel() else bound
+        self._found = ((group, count), self._order <= bound)
+        return self._found[1]
+
+    def gathered_order(self, group: Any = None) -> Tensor:
+        """Permutation that puts the chosen rows of all ranks, gathered, into the order of their hashes (collective)."""
+        return gather_rows(self._order[self.chosen(group)], group).argsort(stable=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Keys and hashes of this rank."""
+        return {"keys": self.keys, "order": self._order}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.keys, self._order, self._found = state["keys"], state["order"], None
+
+
+class Reservoir:
+    """The rows of a :class:`Selection`. Shapes: m new rows, c rows kept, w numbers a row."""
+
     def __init__(
-        self, capacity: int, width: int, seed: int, dtype: torch.dtype = torch.float32, ranks: int = 1
+        self,
+        capacity: int,
+        width: int,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        ranks: int = 1,
+        selection: Selection | None = None,
     ) -> None:
         """Make an empty reservoir.
 
@@ -60,22 +163,17 @@ class Reservoir:
             width: w.
             seed: seed of the choice.
             dtype: rows are stored so; bf16 halves the memory.
-            ranks: ranks that see about the same number of rows. One keeps at most four times its fair part and 64 rows
-                more: that a rank has more of the smallest hashes does not happen to hashes, and if it did, the sample
-                would be smaller, not another one.
+            ranks: see :class:`Selection`.
+            selection: shared with others, who get the same batches; None: one of its own.
         """
-        if capacity < 1:
-            raise MocteError(f"a reservoir of {capacity} rows keeps nothing; give it a capacity of 1 or more.")
-        self.capacity, self.width, self.seed, self.dtype = capacity, width, seed, dtype
-        self.room = min(capacity, 4 * -(-capacity // ranks) + 64)
-        """Rows kept on this rank."""
-        self.clear()
+        self.selection = selection or Selection(capacity, seed, ranks)
+        self.width, self.dtype = width, dtype
+        self._rows = torch.empty(0, width, dtype=dtype)
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Forget all rows, and with them what is selected."""
+        self.selection.clear()
         self._rows = torch.empty(0, self.width, dtype=self.dtype)
-        self._keys = torch.empty(0, dtype=torch.int64)
-        self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
 
     @torch.no_grad()
     def add(self, rows: Tensor, keys: Tensor) -> None:
@@ -93,29 +191,14 @@ class Reservoir:
                 f"the reservoir takes rows of {self.width} numbers with one key each, not rows {tuple(rows.shape)} "
                 f"with keys {tuple(keys.shape)}."
             )
-        if rows.device != self._rows.device:
-            self._rows, self._keys, self._order = (t.to(rows.device) for t in (self._rows, self._keys, self._order))
-        keys = keys.to(rows.device, torch.int64)
-        order = self._hash(keys)
-        if self._order.numel() == self.room:
-            # Most rows of a long run fall out here, before anything is copied.
-            wanted = order < self._order[-1]
-            rows, keys, order = rows[wanted], keys[wanted], order[wanted]
-        if not order.numel():
-            return
-        ascending, place = torch.cat([self._order, order]).sort(stable=True)
-        place = place[: self.room]
-        self._order = ascending[: self.room]
-        self._rows = torch.cat([self._rows, rows.detach().to(self.dtype)])[place]
-        self._keys = torch.cat([self._keys, keys])[place]
+        self.apply(rows, self.selection.offer(keys.to(rows.device)))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Rows, keys and hashes of this rank."""
-        return {"rows": self._rows, "keys": self._keys, "order": self._order}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` returned."""
-        self._rows, self._keys, self._order = state["rows"], state["keys"], state["order"]
+    @torch.no_grad()
+    def apply(self, rows: Tensor, update: Update | None) -> None:
+        """Take the rows (m, w) of a batch that the selection has chosen."""
+        if update is not None:
+            entering = rows.detach()[update.take].to(self.dtype)
+            self._rows = torch.cat([self._rows.to(rows.device), entering])[update.place]
 
     def rows(self) -> Tensor:
         """(c, w) rows kept on this rank, smallest hash first."""
@@ -123,7 +206,7 @@ class Reservoir:
 
     def keys(self) -> Tensor:
         """(c,) int64 keys of :meth:`rows`."""
-        return self._keys
+        return self.selection.keys
 
     def merged_rows(self, group: Any = None, count: int | None = None) -> Tensor:
         """This rank's part (c, w) of the rows that all ranks keep together (collective).
@@ -132,32 +215,23 @@ class Reservoir:
             group: process group.
             count: rows over all ranks, those with the smallest hashes; None: the capacity.
         """
-        return self._rows[self._chosen(group, count)]
+        return self._rows[self.selection.chosen(group, count)]
 
     def merged_keys(self, group: Any = None) -> Tensor:
         """(c,) int64 keys of :meth:`merged_rows` (collective)."""
-        return self._keys[self._chosen(group)]
+        return self.selection.keys[self.selection.chosen(group)]
 
     def gathered_rows(self, group: Any = None) -> Tensor:
         """(c, w) the rows that all ranks keep together, on every rank, in an order that depends on keys only."""
-        mine = self._chosen(group)
-        order = gather_rows(self._order[mine], group)
-        return gather_rows(self._rows[mine], group)[order.argsort(stable=True)]
+        return gather_rows(self.merged_rows(group), group)[self.selection.gathered_order(group)]
 
-    def _chosen(self, group: Any, count: int | None = None) -> Tensor:
-        """(local rows,) which of this rank's rows are among the smallest hashes of all ranks."""
-        count = min(count or self.capacity, self.capacity)
-        everywhere = gather_rows(self._order, group)
-        bound = everywhere.kthvalue(count).values if everywhere.numel() > count else everywhere.new_tensor(_POSITIVE)
-        if self.room < self.capacity:
-            # Behind the last row of a full rank, rows are missing that would have been chosen.
-            full = self._order.numel() == self.room
-            ends = gather_rows(self._order[-1:] if full else self._order[:0], group)
-            bound = torch.minimum(bound, ends.min()) if ends.numel() else bound
-        return self._order <= bound
+    def state_dict(self) -> dict[str, Tensor]:
+        """Rows of this rank; the selection's state is beside it."""
+        return {"rows": self._rows}
 
-    def _hash(self, keys: Tensor) -> Tensor:
-        return mix(_scrambled(self.seed), keys) & _POSITIVE
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._rows = state["rows"]
 
 
 def _signed(value: int) -> int:

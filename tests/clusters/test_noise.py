@@ -15,7 +15,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import attach
 from mocte_ds.spectrum import sampled_svd
-from mocte_ds.spectrum.collect import FeatureCollector
+from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
 
 VOCAB, HIDDEN, EOD, BATCH, LENGTH, DOCUMENTS, RANK = 256, 32, 0, 16, 64, 512, 8
 METHODS = ("dbscan", "hdbscan")
@@ -66,9 +66,9 @@ def coordinates(style: str, steps: int, seed: int, source: Source) -> list[tuple
         model(ids[:, :-1], ids[:, 1:]).backward()
         optimizer.step()
     blocks = attach(model, MocteConfig.from_dict({"modules": "model.layers.*.mlp", "eod_id": EOD}))
-    context, collectors = blocks[0].context, []
+    context, collectors, stream = blocks[0].context, [], SampleStream(64, DOCUMENTS, seed, EOD)
     for block in blocks:
-        collectors.append(FeatureCollector(HIDDEN, 64, DOCUMENTS, seed, EOD))
+        collectors.append(FeatureCollector(HIDDEN, stream))
         block.observe = partial(collectors[-1].see, context=context)
     context.sampling = True
     with torch.no_grad():

@@ -130,7 +130,7 @@ def test_many_ranks_keep_little_each_and_the_same_sample() -> None:
     for rows, kept in found:
         assert torch.equal(rows[:-1], whole[:-1])
         assert kept == 512  # 4 * 128 + 64, at most the capacity
-    assert Reservoir(8192, 2, 0, ranks=64).room == 576
+    assert Reservoir(8192, 2, 0, ranks=64).selection.room == 576
 
 
 def test_a_rank_that_is_full_shrinks_the_sample_but_does_not_change_it() -> None:
@@ -140,7 +140,7 @@ def test_a_rank_that_is_full_shrinks_the_sample_but_does_not_change_it() -> None
     whole, crowded = Reservoir(4096, 2, seed=5), Reservoir(4096, 2, seed=5, ranks=64)
     whole.add(_rows(indices), keys)
     crowded.add(_rows(indices), keys)
-    assert len(crowded.merged_rows()) == crowded.room == 320
+    assert len(crowded.merged_rows()) == crowded.selection.room == 320
     assert torch.equal(crowded.merged_rows(), whole.rows()[:320])
     smaller = whole.merged_rows(count=100)
     assert torch.equal(smaller, whole.rows()[:100]), "a smaller sample is the beginning of the larger one"

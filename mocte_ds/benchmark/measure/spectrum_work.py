@@ -7,7 +7,7 @@ from mocte_ds.benchmark.measure.run_plan import RunPlan
 from mocte_ds.spectrum.subspace import COLD_PASSES, OVERSAMPLING, WARM_PASSES
 
 FORMULAS = {
-    "sampling": "FLOPs 2 t d L; held 4 L (n' (d + 2) + m' (d + 1)); moved 8 L (n' + m'), the keys; n' = min(N, 4 N / "
+    "sampling": "FLOPs 2 t d L; held 4 L d (n' + m') + 32 n' + 24 m'; moved 8 (n' + m'), the keys; n' = min(N, 4 N / "
     "ranks + 64) of N = 2^doublings n rows that may be wanted, m' of m documents likewise",
     "svd": "q = r + 8, P passes (5 cold, 1 warm): FLOPs 4 n d q P L + 2 n d q (P + 1) L; moved L (8 (d + 3) + "
     "4 d q P + 8 (q (P + 1))^2); held 28 L d q (P + 1)",
@@ -80,11 +80,11 @@ def spectrum_work(s: SpectrumSizes) -> dict[str, Work]:
     """The work of every part, in the order of a check; see FORMULAS."""
     coordinates = Work(0, 2.0 * s.layers * s.documents * s.d * s.rank, 4 * s.layers * s.documents * s.rank, 0)
     rows, documents = s.kept(s.rows << s.doublings), s.kept(s.documents)
-    held = 4 * s.layers * (rows * (s.d + 2) + documents * (s.d + 1))
+    held = 4 * s.layers * s.d * (rows + documents) + 32 * rows + 24 * documents
     pairs = s.clustered * s.documents
     return {
         "sampling": Work(
-            float(s.offered * s.layers * s.d), 2.0 * s.offered * s.layers * s.d, 8 * s.layers * (rows + documents), held
+            float(s.offered * s.layers * s.d), 2.0 * s.offered * s.layers * s.d, 8 * (rows + documents), held
         ),
         "svd_cold": svd_work(s.layers, s.rows, s.d, s.rank, COLD_PASSES),
         "svd_warm": svd_work(s.layers, s.rows, s.d, s.rank, WARM_PASSES),
@@ -127,7 +127,8 @@ def peak_bytes(s: SpectrumSizes, store_bytes: int) -> int:
     tokens = s.layers * one * store_bytes + beside
     documents = s.layers * s.documents * s.d * store_bytes + 13 * s.documents * s.d + work["svd_cold"].held_bytes
     batch = s.sequences * s.context * (s.d + 2)
-    sampling = 4 * (2 * (s.rows << s.doublings) * (s.d + 2) + 2 * s.documents * (s.d + 1) + 5 * batch)
+    blocks = min(s.layers, 4) + 1  # so many are timed; one is copied
+    sampling = 4 * (blocks * s.d * ((s.rows << s.doublings) + s.documents) + 5 * batch)
     return max(tokens, documents, sampling, work["token_line"].held_bytes) + work["detect"].held_bytes
 
 
