@@ -159,12 +159,13 @@ class Controller(RunState):
             self.progress.probe.offer(args, kwargs, place, self.sequences_per_step, self.context.domain)
         left = self.interval - self.step % self.interval
         for_check = self.config.auto and left <= self._window
-        if self._sampled_step != self.step:
-            # A check wants the rows of its window; emerge() may want those of the last step, whichever it is.
-            if not for_check or left == self._window:
-                self._forget_samples()
-            self._sampled_step = self.step
-        self.context.sampling = for_check or any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
+        # A check wants the rows of its window. What it has read stays until the next window, for emerge(); without
+        # checks the rows of the last step do.
+        if self._sampled_step != self.step and (left == self._window or not self.config.auto):
+            self._forget_samples()
+        self._sampled_step = self.step
+        warming_up = any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
+        self.context.sampling = for_check or (warming_up and not self.config.auto)
 
     def after_step(self, step: int, tokens: int) -> None:
         """Do what is due at the boundary behind optimizer step ``step``."""
@@ -176,8 +177,6 @@ class Controller(RunState):
             self._measure()
             if not self._delay or step == self.total_steps:
                 self._decide()
-        if self.config.auto and step % self.interval == 0:
-            self._forget_samples()
         self._set_rates()
 
     def _forget_samples(self) -> None:
@@ -311,12 +310,17 @@ class Controller(RunState):
     def rank_state_dict(self) -> dict[str, Any]:
         """What only this rank has: its part of the probe set, its experts of the last check, and its samples."""
         banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
-        return {
-            **self.progress.state_dict(),
-            "world": world()[1],
+        samples = {
             "stream": self.stream.state_dict(),
             "collectors": [collector.state_dict() for collector in self.collectors],
             "banks": [{"rows": list(bank.rows), "by_source": bank.by_source} for bank in banks],
+        }
+        # The next check needs what its window has brought so far; what an earlier one has read is large, and done with.
+        needed = not self.config.auto or self.interval - self.step % self.interval < self._window
+        return {
+            **self.progress.state_dict(),
+            "world": world()[1],
+            "samples": samples if needed else None,
             "check": self._check.own_state_dict() if self._check else None,
         }
 
@@ -333,13 +337,16 @@ class Controller(RunState):
             return
         device = next(self.module.parameters()).device
         self.progress.load_state_dict(state, device)
-        self.stream.load_state_dict(state["stream"])
-        for collector, values in zip(self.collectors, state["collectors"], strict=True):
-            collector.load_state_dict(values)
-        banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
-        for bank, values in zip(banks, state["banks"], strict=True):
-            bank.rows = [rows if rows is None else rows.to(device) for rows in values["rows"]]
-            bank.by_source = values["by_source"]
+        self._forget_samples()
+        samples = state["samples"]
+        if samples:
+            self.stream.load_state_dict(samples["stream"])
+            for collector, values in zip(self.collectors, samples["collectors"], strict=True):
+                collector.load_state_dict(values)
+            banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
+            for bank, values in zip(banks, samples["banks"], strict=True):
+                bank.rows = [rows if rows is None else rows.to(device) for rows in values["rows"]]
+                bank.by_source = values["by_source"]
         if pending and state["check"]:
             self._check = Check.restored(pending, state["check"], device)
 

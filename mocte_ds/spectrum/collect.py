@@ -106,7 +106,7 @@ class SampleStream:
         enough = (lengths >= MIN_DOCUMENT_TOKENS).nonzero()[:, 0]
         documents = self.documents.offer(keys[enough])
         if documents is not None:
-            documents = Update(enough[documents.take], documents.place)
+            documents = Update(enough[documents.take], documents.slots)
         self.document_facts.apply(domain[owner][:, None], documents)
         return _Batch(tokens, documents, document, lengths)
 

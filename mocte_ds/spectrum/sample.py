@@ -50,8 +50,8 @@ class Update:
 
     take: Tensor
     """(t,) rows of the batch that enter."""
-    place: Tensor
-    """(c,) which of the rows kept so far and the entering ones behind them stay, smallest hash first."""
+    slots: Tensor
+    """(t,) where they are kept: free slots, or those of rows that leave."""
 
 
 class Selection:
@@ -81,6 +81,9 @@ class Selection:
     def clear(self) -> None:
         """Forget all keys."""
         self.keys = torch.empty(0, dtype=torch.int64)
+        """(c,) keys of what is kept, smallest hash first."""
+        self.slots = torch.empty(0, dtype=torch.int64)
+        """(c,) where the rows of these keys lie, among :attr:`room` slots."""
         self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
         self._found: tuple[Any, Tensor] | None = None
 
@@ -96,7 +99,7 @@ class Selection:
         """
         keys = keys.to(torch.int64)
         if keys.device != self.keys.device:
-            self.keys, self._order = self.keys.to(keys.device), self._order.to(keys.device)
+            self.keys, self.slots, self._order = (t.to(keys.device) for t in (self.keys, self.slots, self._order))
         order = mix(_scrambled(self.seed), keys) & _POSITIVE
         if self._order.numel() == self.room:
             # Most rows of a long run fall out here, before any of them is copied.
@@ -105,11 +108,18 @@ class Selection:
             take = torch.arange(len(keys), device=keys.device)
         if not len(take):
             return None
+        held = len(self._order)
         ascending, place = torch.cat([self._order, order[take]]).sort(stable=True)
-        place = place[: self.room]
-        self._order, self.keys = ascending[: self.room], torch.cat([self.keys, keys[take]])[place]
-        self._found = None
-        return Update(take, place)
+        stays, leaves = place[: self.room], place[self.room :]
+        # Rows that leave make room for those that enter; the first ones go where nothing was yet.
+        entering = stays[stays >= held] - held
+        free = torch.arange(held, min(self.room, held + len(entering)), device=keys.device)
+        slots = torch.cat([free, self.slots[leaves[leaves < held]]])[: len(entering)]
+        where = torch.cat([self.slots, torch.zeros_like(take)])
+        where[held + entering] = slots
+        self._order, self.slots, self._found = ascending[: self.room], where[stays], None
+        self.keys = torch.cat([self.keys, keys[take]])[stays]
+        return Update(take[entering], slots)
 
     def chosen(self, group: Any = None, count: int | None = None) -> Tensor:
         """(c,) which of this rank's rows are among the smallest hashes of all ranks (collective, once for all sharers).
@@ -137,11 +147,11 @@ class Selection:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Keys and hashes of this rank."""
-        return {"keys": self.keys, "order": self._order}
+        return {"keys": self.keys, "slots": self.slots, "order": self._order}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self.keys, self._order, self._found = state["keys"], state["order"], None
+        self.keys, self.slots, self._order, self._found = state["keys"], state["slots"], state["order"], None
 
 
 class Reservoir:
@@ -168,12 +178,12 @@ class Reservoir:
         """
         self.selection = selection or Selection(capacity, seed, ranks)
         self.width, self.dtype = width, dtype
-        self._rows = torch.empty(0, width, dtype=dtype)
+        self._kept = torch.empty(0, width, dtype=dtype)
 
     def clear(self) -> None:
         """Forget all rows, and with them what is selected."""
         self.selection.clear()
-        self._rows = torch.empty(0, self.width, dtype=self.dtype)
+        self._kept = torch.empty(0, self.width, dtype=self.dtype)
 
     @torch.no_grad()
     def add(self, rows: Tensor, keys: Tensor) -> None:
@@ -196,13 +206,18 @@ class Reservoir:
     @torch.no_grad()
     def apply(self, rows: Tensor, update: Update | None) -> None:
         """Take the rows (m, w) of a batch that the selection has chosen."""
-        if update is not None:
-            entering = rows.detach()[update.take].to(self.dtype)
-            self._rows = torch.cat([self._rows.to(rows.device), entering])[update.place]
+        if update is None:
+            return
+        if len(self._kept) < self.selection.room or self._kept.device != rows.device:
+            kept = torch.empty(self.selection.room, self.width, dtype=self.dtype, device=rows.device)
+            kept[: len(self._kept)] = self._kept
+            self._kept = kept
+        # Only rows that enter are touched: a window has many batches, and few rows of the later ones enter.
+        self._kept[update.slots] = rows.detach()[update.take].to(self.dtype)
 
     def rows(self) -> Tensor:
         """(c, w) rows kept on this rank, smallest hash first."""
-        return self._rows
+        return self._kept[self.selection.slots]
 
     def keys(self) -> Tensor:
         """(c,) int64 keys of :meth:`rows`."""
@@ -215,7 +230,7 @@ class Reservoir:
             group: process group.
             count: rows over all ranks, those with the smallest hashes; None: the capacity.
         """
-        return self._rows[self.selection.chosen(group, count)]
+        return self._kept[self.selection.slots[self.selection.chosen(group, count)]]
 
     def merged_keys(self, group: Any = None) -> Tensor:
         """(c,) int64 keys of :meth:`merged_rows` (collective)."""
@@ -227,11 +242,11 @@ class Reservoir:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Rows of this rank; the selection's state is beside it."""
-        return {"rows": self._rows}
+        return {"rows": self._kept[: int(self.selection.slots.max()) + 1 if len(self.selection.slots) else 0]}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self._rows = state["rows"]
+        self._kept = state["rows"]
 
 
 def _signed(value: int) -> int:
