@@ -87,7 +87,7 @@ class Controller(RunState):
         Held-out sequences are better: what experts learn of them is no memory. The model is called with `input_ids`.
 
         Args:
-            input_ids: (S, T) the same on all ranks; as many are used as `probe_tokens` asks for.
+            input_ids: (S, T) the same on all ranks; the first ones are used, as many as `probe_tokens` asks for.
             domain: (S,) index of each into the names given to :meth:`annotate`, or None.
 
         Raises:

@@ -104,12 +104,11 @@ class ProbeSet:
         """Take these sequences, this rank its part of them, in place of some of the first step.
 
         Args:
-            ids: (S, T), the same on all ranks.
+            ids: (S, T), the same on all ranks; the first ones are used, as many as are wanted.
             domain: (S,) source of each sequence, None where unknown.
         """
         rank, size = world()
-        count = min(len(ids), max(1, math.ceil(self._wanted / ids.shape[1])))
-        chosen = torch.arange(count) * len(ids) // count
+        chosen = torch.arange(min(len(ids), max(1, math.ceil(self._wanted / ids.shape[1]))))
         known = domain.cpu() if domain is not None else torch.full((len(ids),), -1)
         mine = chosen[rank::size]
         self._valid = [torch.ones(len(mine), dtype=torch.bool)]
