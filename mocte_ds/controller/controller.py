@@ -309,19 +309,21 @@ class Controller(RunState):
 
     def rank_state_dict(self) -> dict[str, Any]:
         """What only this rank has: its part of the probe set, its experts of the last check, and its samples."""
-        banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
-        samples = {
-            "stream": self.stream.state_dict(),
-            "collectors": [collector.state_dict() for collector in self.collectors],
-            "banks": [{"rows": list(bank.rows), "by_source": bank.by_source} for bank in banks],
-        }
         # The next check needs what its window has brought so far; what an earlier one has read is large, and done with.
         needed = not self.config.auto or self.interval - self.step % self.interval < self._window
         return {
             **self.progress.state_dict(),
             "world": world()[1],
-            "samples": samples if needed else None,
+            "samples": self._samples() if needed else None,
             "check": self._check.own_state_dict() if self._check else None,
+        }
+
+    def _samples(self) -> dict[str, Any]:
+        banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
+        return {
+            "stream": self.stream.state_dict(),
+            "collectors": [collector.state_dict() for collector in self.collectors],
+            "banks": [{"rows": list(bank.rows), "by_source": bank.by_source} for bank in banks],
         }
 
     def load_rank_state_dict(self, state: dict[str, Any] | None) -> None:

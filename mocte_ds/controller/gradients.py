@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocte_ds.clusters import BalancedClusters
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.state import RunState
@@ -138,11 +137,8 @@ def _groups(run: RunState, domain: Tensor, means: dict[int, Tensor], stride: int
 
 def _clusters_of(handle: BlockHandle, means: Tensor) -> list[int]:
     """Cluster of each sequence; -1 while none is known."""
-    mean, basis, centroids = handle.document_mean, handle.document_basis, handle.document_centroids
-    if mean is None or basis is None or centroids is None or handle.document_prices is None:
-        return [-1] * len(means)
-    clusters = BalancedClusters(centroids, handle.document_prices, torch.empty(0), directions=False)
-    return clusters.assign((means.cpu() - mean.cpu()) @ basis.cpu()).tolist()
+    last = handle.last_clusters
+    return [-1] * len(means) if last is None else last.assign(means.cpu()).tolist()
 
 
 def _numbers(

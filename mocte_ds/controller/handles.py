@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mocte_ds.clusters import BalancedClusters
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.trainability.policy import Probe
 
@@ -36,6 +38,25 @@ class ExpertHandle:
         return self.history[-1].tokens if self.history and self.history[-1].step == step else 0
 
 
+@dataclass(frozen=True)
+class LastClusters:
+    """What the last check knew of a block's documents; all on the CPU."""
+
+    mean: Tensor
+    """(d,)."""
+    basis: Tensor
+    """(d, r)."""
+    centroids: Tensor
+    """(E, r)."""
+    prices: Tensor
+    """(E,)."""
+
+    def assign(self, features: Tensor) -> Tensor:
+        """(n,) int64 cluster of each feature (n, d): by that check's mean, basis and boundaries."""
+        clusters = BalancedClusters(self.centroids, self.prices, torch.empty(0, dtype=torch.int64), directions=False)
+        return clusters.assign((features - self.mean) @ self.basis)
+
+
 class BlockHandle:
     """One block; `.mode` and `.experts[k]` are what the fixed interface promises."""
 
@@ -60,6 +81,14 @@ class BlockHandle:
     def mode(self) -> BlockMode:
         """`warmup`, `specialising` or `locked`."""
         return self.block.mode
+
+    @property
+    def last_clusters(self) -> LastClusters | None:
+        """Clusters of the documents at the last check; None while none is known."""
+        mean, basis, prices = self.document_mean, self.document_basis, self.document_prices
+        if self.document_centroids is None or mean is None or basis is None or prices is None:
+            return None
+        return LastClusters(mean.cpu(), basis.cpu(), self.document_centroids, prices)
 
     def refresh_mode(self) -> None:
         """Derive the block's mode from its experts'."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.reading import BlockReading
-from mocte_ds.controller.search import ClusterSearch, Documents, LastClusters
+from mocte_ds.controller.search import ClusterSearch, Documents
 from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import gather_rows, sum_over_ranks
 from mocte_ds.moe.birth import Rows
@@ -137,21 +137,12 @@ def _start_search(
         tokens = gather_rows((reading.tokens[0] - reading.mean) @ reading.basis).cpu()
         tokens = tokens[tokens[:, 0].argsort()]
         mean, basis = space.mean.cpu(), space.basis.cpu()
-        work[handle.index] = Documents(
-            reading.coordinates, mean, basis, reading.domains, tokens, _last_clusters(handle)
-        )
+        work[handle.index] = Documents(reading.coordinates, mean, basis, reading.domains, tokens, handle.last_clusters)
         reading.bytes["clusters"] = 4 * (reading.coordinates.numel() + tokens.numel())
     search = ClusterSearch(config, work, in_background)
     for handle in handles:
         readings[handle.index].seconds["clusters"] = (time.perf_counter() - started) / len(handles)
     return search
-
-
-def _last_clusters(handle: BlockHandle) -> LastClusters | None:
-    mean, basis = handle.document_mean, handle.document_basis
-    if handle.document_centroids is None or mean is None or basis is None or handle.document_prices is None:
-        return None
-    return LastClusters(mean.cpu(), basis.cpu(), handle.document_centroids, handle.document_prices)
 
 
 def _domain_load(run: RunState, handle: BlockHandle) -> list[list[int]]:

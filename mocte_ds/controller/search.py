@@ -7,25 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mocte_ds.clusters import BalancedClusters, agreement, balanced_kmeans, detect, published_line, stability
+from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.handles import LastClusters
 from mocte_ds.controller.reading import ClusterFacts
 from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import MocteError
-
-
-@dataclass(frozen=True)
-class LastClusters:
-    """What the last check knew of a block's documents; all on the CPU."""
-
-    mean: Tensor
-    """(d,)."""
-    basis: Tensor
-    """(d, r)."""
-    centroids: Tensor
-    """(E, r)."""
-    prices: Tensor
-    """(E,)."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +93,7 @@ def find_clusters(config: MocteConfig, documents: Documents) -> ClusterFacts:
     stable, last = None, documents.last
     if last is not None:
         # Today's documents as the last check would have seen them: its mean, its basis, its boundaries.
-        features = z @ documents.basis.T + documents.mean - last.mean
-        before = BalancedClusters(last.centroids, last.prices, clusters.labels, False)
-        stable = stability(before.assign(features @ last.basis), clusters.labels)
+        stable = stability(last.assign(z @ documents.basis.T + documents.mean), clusters.labels)
     known = documents.domains >= 0
     agree = agreement(clusters.labels[known], documents.domains[known]) if bool(known.any()) else None
     published = published_line(documents.tokens)

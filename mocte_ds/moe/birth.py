@@ -62,7 +62,7 @@ def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int
         key.set(hash_table(key.cluster_table.numel(), experts, seed))
         return
     if router.kind == "random":
-        set_directions(bank, seed)
+        _set_directions(bank, seed)
         return
     # A document's mean feature so far is nearest to a cluster of documents' means.
     rows = sample.documents if router.kind == "prefix" and sample.documents is not None else sample.tokens
@@ -85,10 +85,10 @@ def set_random_gate(block: Block, config: MocteConfig) -> None:
         if bank.gate.router.kind in TABLES:
             key.set(hash_table(key.cluster_table.numel(), bank.num_experts, config.seed + 1000 * number))
         else:
-            set_directions(bank, config.seed + 1000 * number)
+            _set_directions(bank, config.seed + 1000 * number)
 
 
-def set_directions(bank: Bank, seed: int) -> None:
+def _set_directions(bank: Bank, seed: int) -> None:
     """Random directions; for kind `random` as small as Switch starts its router (Fedus et al., 2021).
 
     Variance 1 for the other kinds: their softmax must be sharp, for a weight under 1 shrinks the block's output.

@@ -5,7 +5,8 @@ import torch
 
 from mocte_ds.clusters import balanced_kmeans, detect, stability
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.search import ClusterSearch, Documents, LastClusters, find_clusters
+from mocte_ds.controller.handles import LastClusters
+from mocte_ds.controller.search import ClusterSearch, Documents, find_clusters
 from mocte_ds.errors import MocteError
 from tests.spawn import spawn
 

@@ -60,6 +60,29 @@ PLAN: dict[int, list[tuple]] = {
 STEPS, PARTS = 26, 4
 
 
+def global_step(engine: Any, step: int, dtype: torch.dtype = torch.float32) -> float:
+    """This rank's micro-batches of an optimizer step; their mean loss."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    total = 0.0
+    for turn in range(PARTS // world):
+        features, target = batch(step, turn * world + rank)
+        loss = engine(features=features.to(dtype), target=target)
+        engine.backward(loss)
+        engine.step()
+        total += loss.item() / (PARTS // world)
+    return total
+
+
+def clipped_step(optimizers: dict[nn.Parameter, torch.optim.AdamW], clip: float) -> Tensor:
+    """Clip the gradients of all parameters together and step each; their norm before."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in optimizers]
+    norm = torch.cat([g.reshape(-1) for g in gradients]).norm()
+    for parameter, gradient in zip(optimizers, gradients, strict=True):
+        parameter.grad = gradient * (clip / (norm + 1e-6)).clamp(max=1.0)
+        optimizers[parameter].step()
+    return norm
+
+
 def run_distributed(options: dict[str, Any]) -> dict[str, Any]:
     """The run on this rank; returns losses, norms, bytes and this rank's parameters by global name."""
     import mocte_ds
@@ -95,14 +118,7 @@ def run_distributed(options: dict[str, Any]) -> dict[str, Any]:
                 bank.gate.key.set(gate_weight(block), torch.zeros(EXPERTS))
             else:
                 getattr(engine.mocte, action)(block=block, expert=rest[0])
-        total = 0.0
-        for turn in range(PARTS // world):
-            features, target = batch(step, turn * world + rank)
-            loss = engine(features=features.to(dtype), target=target)
-            engine.backward(loss)
-            engine.step()
-            total += loss.item() / (PARTS // world)
-        losses.append(total)
+        losses.append(global_step(engine, step, dtype))
         norms.append(float(engine.get_global_grad_norm()))
         sizes.append(engine.mocte.optimizer_bytes())
     weights = {}
@@ -172,13 +188,8 @@ def run_reference(clip: float = 0.5) -> dict[str, Any]:
             loss = forward(*batch(step, part)) / PARTS
             loss.backward()
             total += loss.item()
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in optimizers]
-        norm = torch.cat([g.reshape(-1) for g in gradients]).norm()
-        for parameter, gradient in zip(optimizers, gradients, strict=True):
-            parameter.grad = gradient * (clip / (norm + 1e-6)).clamp(max=1.0)
-            optimizers[parameter].step()
         losses.append(total)
-        norms.append(norm.item())
+        norms.append(clipped_step(optimizers, clip).item())
     weights = {f"inlet.{name}": p.detach() for name, p in net.inlet.named_parameters()}
     for block, members in experts.items():
         for k, expert in enumerate(members):

@@ -8,16 +8,29 @@ import torch
 from torch import Tensor
 
 from tests.spawn import spawn
-from tests.zero.small_run import BATCH, DECAY, EXPERTS, FFN, HIDDEN, LEARNING_RATE, Net, batch, gate_weight
+from tests.zero.small_run import (
+    BATCH,
+    DECAY,
+    EXPERTS,
+    FFN,
+    HIDDEN,
+    LEARNING_RATE,
+    PARTS,
+    Net,
+    batch,
+    clipped_step,
+    gate_weight,
+    global_step,
+)
 
-STEPS, PARTS, EMERGES, AUX, CLIP = 14, 4, 3, 0.05, 0.5
+STEPS, EMERGES, AUX, CLIP = 14, 3, 0.05, 0.5
 
 
 def run_distributed(options: dict[str, Any]) -> dict[str, Any]:
     """Two blocks with learned routers on this rank; losses and the routers' weights."""
     import mocte_ds
 
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    world = torch.distributed.get_world_size()
     torch.manual_seed(0)
     model = Net()
     config = {
@@ -43,14 +56,7 @@ def run_distributed(options: dict[str, Any]) -> dict[str, Any]:
                 engine.mocte.emerge(block=block)
                 bank = engine.mocte.blocks[block].block.banks[0]
                 bank.gate.key.set(gate_weight(block), torch.zeros(EXPERTS))
-        total = 0.0
-        for turn in range(PARTS // world):
-            features, target = batch(step, turn * world + rank)
-            loss = engine(features=features, target=target)
-            engine.backward(loss)
-            engine.step()
-            total += loss.item() / (PARTS // world)
-        losses.append(total)
+        losses.append(global_step(engine, step))
     gates = [handle.block.banks[0].gate for handle in engine.mocte.blocks]
     return {"losses": losses, "routers": [gate.cluster_residual.detach().clone() for gate in gates]}
 
@@ -109,11 +115,7 @@ def reference(kind: str) -> dict[str, Any]:
             loss, even = forward(*batch(step, part))
             ((loss + even) / PARTS).backward()
             total += loss.item() / PARTS
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in optimizers]
-        norm = torch.cat([g.reshape(-1) for g in gradients]).norm()
-        for parameter, gradient in zip(optimizers, gradients, strict=True):
-            parameter.grad = gradient * (CLIP / (norm + 1e-6)).clamp(max=1.0)
-            optimizers[parameter].step()
+        clipped_step(optimizers, CLIP)
         losses.append(total)
     return {"losses": losses, "routers": [router.detach() for router in routers]}
 
