@@ -76,6 +76,19 @@ class ClustersConfig:
 
 
 @dataclass(frozen=True)
+class PrefixConfig:
+    """Freezing of the model's front, from the embeddings upwards; an option apart from the experts' policy."""
+
+    layers: int = 0
+    """Layers that may freeze, from the front; the embeddings freeze with the first. 0: none."""
+    start: float = 0.3
+    """Share of the budget at which the first layer freezes."""
+    end: float = 0.6
+    """Share at which the last of them freezes, the others in between. A layer with a block waits until all its experts
+    are frozen, and the layers behind it wait with it."""
+
+
+@dataclass(frozen=True)
 class FreezeConfig:
     """Which experts stop training, and when."""
 
@@ -99,6 +112,8 @@ class FreezeConfig:
     """Routed tokens an expert's trainability is measured on."""
     iterations: int = 20
     """Power iterations of a trainability measurement."""
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    """Freezing of the model's front."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +203,8 @@ class MocteConfig:
             ("clusters.stability", self.clusters.stability),
             ("freeze.until", self.freeze.until),
             ("freeze.anneal", self.freeze.anneal),
+            ("freeze.prefix.start", self.freeze.prefix.start),
+            ("freeze.prefix.end", self.freeze.prefix.end),
             ("spectrum.max_angle", self.spectrum.max_angle),
         ):
             if not 0.0 <= value <= 1.0 or (name == "check_every" and value == 0.0):
@@ -207,8 +224,13 @@ class MocteConfig:
             ("freeze.after_checks", self.freeze.after_checks, 1),
             ("freeze.rows", self.freeze.rows, 16),
             ("freeze.iterations", self.freeze.iterations, 1),
+            ("freeze.prefix.layers", self.freeze.prefix.layers, 0),
         ):
             _at_least(f"mocte.{name}", value, least)
+        if self.freeze.prefix.end < self.freeze.prefix.start:
+            raise ConfigError(
+                f"mocte.freeze.prefix.end = {self.freeze.prefix.end} is before start = {self.freeze.prefix.start}."
+            )
         for name in ("alpha", "beta", "gamma"):
             if getattr(self.freeze, name) < 0:
                 raise ConfigError(f"mocte.freeze.{name} = {getattr(self.freeze, name)} must not be negative.")

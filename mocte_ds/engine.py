@@ -22,7 +22,7 @@ from mocte_ds.controller import Controller
 from mocte_ds.dist.groups import end_process_groups_at_exit, expert_parallel_rank
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import attach
-from mocte_ds.zero import UnitRegistry, require_conformance, with_unit_optimizer
+from mocte_ds.zero import UnitRegistry, find_front, require_conformance, with_unit_optimizer
 
 DEFAULT_TOTAL_STEPS = 10_000
 
@@ -101,7 +101,7 @@ class MocteEngine(DeepSpeedEngine):
                 f"the checkpoint {Path(load_dir) / tag} has no model states of DeepSpeed: incomplete."
             )
         self.tokens_seen = int(client_state.pop("tokens_seen"))
-        self.mocte.remember_frozen()
+        self.mocte.proof.begin(self.mocte)
         self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag))
         return path, client_state
 
@@ -189,7 +189,8 @@ def initialize(
     total_steps = block.total_steps or (settings.get("scheduler") or {}).get("params", {}).get("total_num_steps")
     blocks = attach(model, block)
     ep_rank = expert_parallel_rank(block.ep_size, resolved.use_data_before_expert_parallel_)
-    registry = UnitRegistry(model, blocks, ep_rank, model_parameters)
+    front = find_front(model, blocks, block.freeze.prefix.layers)
+    registry = UnitRegistry(model, blocks, ep_rank, model_parameters, front)
     controller = Controller(block, blocks, registry, ep_rank, int(total_steps or DEFAULT_TOTAL_STEPS))
     engine = MocteEngine(
         args=args,
@@ -242,6 +243,11 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
             "DeepSpeed's native expert layers refuse stage 3" if stage == 3 else "freezing acts on ZeRO's partition"
         )
         raise ConfigError(f"zero_optimization.stage = {stage}: use stage 1 or 2 ({reason}).")
+    zero = settings["zero_optimization"]
+    for name in ("contiguous_gradients", "reduce_scatter"):
+        if not zero.get(name, True):
+            # DeepSpeed would find out when the first experts emerge.
+            raise ConfigError(f"zero_optimization.{name} = false: DeepSpeed's expert layers need true; remove it.")
     if isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             "an optimizer object cannot follow experts that do not exist yet; name the optimizer in the config, or "

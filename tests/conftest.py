@@ -16,7 +16,7 @@ for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.spawn import build_deepspeed_op  # noqa: E402
+from mocte_ds.training.cpu_op import build_cpu_op  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,7 +39,7 @@ def deepspeed_op() -> Path:
 
     `spawn(..., deepspeed=True)` needs no fixture.
     """
-    build_deepspeed_op()
+    build_cpu_op()
     return EXTENSIONS
 
 

@@ -2,13 +2,11 @@
 
 import contextlib
 import faulthandler
-import fcntl
 import multiprocessing
 import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,9 +16,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.training.cpu_op import build_cpu_op
+
 GRACE = 5.0  # seconds that the other ranks get after one has failed
 TAIL = 6000  # characters of each rank's output in an error message
 _BUSY_PORT = "EADDRINUSE"
+# The last two are imported late, by LlamaForCausalLM and by DeepSpeed's engine.
+PRELOADED = ["torch", "deepspeed", "mocte_ds.engine", "transformers.models.llama.modeling_llama"]
+PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 class SpawnError(AssertionError):
@@ -52,7 +55,7 @@ def spawn(
             f"{function!r} and its arguments must be picklable; define it at module level: {error}"
         ) from error
     if deepspeed:
-        build_deepspeed_op()
+        build_cpu_op()
     for attempt in range(3):
         try:
             return _run(payload, world_size, timeout, deepspeed)
@@ -68,7 +71,7 @@ def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool) -> li
         port, processes = _free_port(), []
         context = multiprocessing.get_context("forkserver")
         # Imports take seconds; the server makes them once, for all ranks of all tests.
-        context.set_forkserver_preload(["torch", "deepspeed", "mocte_ds.engine", "transformers.models.llama"])
+        context.set_forkserver_preload(PRELOADED)
         try:
             for rank in range(world_size):
                 environment = _environment(rank, world_size, port)
@@ -192,33 +195,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-_BUILD = "import deepspeed\nfrom deepspeed.comm.torch import build_shm_op\nbuild_shm_op()\n"
-
-
-def build_deepspeed_op() -> None:
-    """Build the op that DeepSpeed compiles on a CPU at its first start, once, so that no time limit falls into it.
-
-    A process killed while it compiles leaves a lock that all later ones wait for; ours, when old, is removed.
-
-    Raises:
-        SpawnError: the compiler failed; the message holds its output.
-    """
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "build.flock", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)  # freed by the system even if we are killed
-        for lock in folder.glob("*/lock"):
-            # Whoever loads a built op holds this for a second; only a killed process leaves it for longer.
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - lock.stat().st_mtime > 60:
-                    lock.unlink()
-        if any(folder.glob("*/*.so")):
-            return
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(
-            [sys.executable, "-c", _BUILD], env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise SpawnError(f"DeepSpeed's CPU op could not be built:\n{done.stdout[-TAIL:]}\n{done.stderr[-TAIL:]}")

@@ -13,7 +13,7 @@ from mocte_ds.dist.collectives import world
 from mocte_ds.errors import CheckpointError
 
 # What decides which tensors a checkpoint holds; thresholds and cadence may change between two runs.
-_STRUCTURE = ("num_experts", "ep_size", "expert", "router", "banks", "spectrum.rank")
+_STRUCTURE = ("num_experts", "ep_size", "expert", "router", "banks", "spectrum.rank", "freeze.prefix.layers")
 
 
 def resolve_tag(load_dir: str | Path) -> str | None:

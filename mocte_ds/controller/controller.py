@@ -9,10 +9,19 @@ from torch import Tensor
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.check import Check
-from mocte_ds.controller.decisions import Change, apply_changes, decide_freezing, emergence_reason, start_annealing
+from mocte_ds.controller.decisions import (
+    Change,
+    apply_changes,
+    decide_freezing,
+    decide_prefix,
+    emergence_reason,
+    start_annealing,
+    unlocked_blocks,
+)
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.progress import Progress
+from mocte_ds.controller.proof import Proof
 from mocte_ds.controller.reading import BlockReading
 from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import gather_objects, max_over_ranks, require_same, sum_over_ranks, world
@@ -47,7 +56,7 @@ class Controller(RunState):
         for block, collector in zip(blocks, self.collectors, strict=True):
             block.observe = partial(collector.see, context=self.context)
         self._listeners: list[EventListener] = []
-        self._fingerprints: dict[str, Tensor] = {}
+        self.proof = Proof()
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in self.blocks]
         self.progress = Progress(config)
         self._sampled_step = -1
@@ -123,7 +132,32 @@ class Controller(RunState):
     def thaw(self, block: int, expert: int) -> None:
         """Let a frozen expert train again, with fresh moments (collective, between two steps)."""
         self._demand(block, expert, ExpertMode.FROZEN, "thaw")
+        if self.in_frozen_front(self.blocks[block]):
+            raise MocteError(f"cannot thaw expert {expert} of block {block}: it lies in a layer of the frozen front.")
         self._apply([Change("thaw", block, expert, "called")], {})
+
+    def freeze_prefix(self, layers: int) -> None:
+        """Freeze the embeddings and the first ``layers`` layers now (collective, between two steps).
+
+        No graph is built for them from then on, so that their gradients by inputs are saved too. With tied embeddings
+        the output matrix is frozen with them.
+
+        Args:
+            layers: at most `freeze.prefix.layers`, and more than are frozen already.
+
+        Raises:
+            MocteError: another number, or a block in one of these layers has experts to train.
+        """
+        most = self.config.freeze.prefix.layers
+        if not self.frozen_layers < layers <= most:
+            raise MocteError(
+                f"freeze_prefix({layers}): {self.frozen_layers} layers of the front are frozen, and "
+                f"mocte.freeze.prefix.layers allows {most}."
+            )
+        open_blocks = [name for layer in range(layers) for name in unlocked_blocks(self, layer)]
+        if open_blocks:
+            raise MocteError(f"freeze_prefix({layers}): {open_blocks[0]} still trains; freeze all its experts first.")
+        self._apply([Change("prefix", None, None, "called", layers)], {})
 
     def optimizer_bytes(self) -> int:
         """Bytes of fp32 master weights and optimizer state on this rank."""
@@ -170,6 +204,7 @@ class Controller(RunState):
     def after_step(self, step: int, tokens: int) -> None:
         """Do what is due at the boundary behind optimizer step ``step``."""
         self.step, self.tokens = step, tokens
+        self.proof.after_step(self)
         self.progress.probe.finish()
         if self._check is not None and (step >= self._check.step + self._delay or step == self.total_steps):
             self._decide()
@@ -206,7 +241,7 @@ class Controller(RunState):
 
     def _measure(self) -> None:
         """The first half of a check (collective)."""
-        self._require_frozen_unmoved()
+        self.proof.require_frozen_unmoved(self)
         for handle, counts in zip(self.blocks, self._routed(), strict=True):
             for expert, count in zip(handle.experts, counts.tolist(), strict=True):
                 expert.tokens = count
@@ -224,8 +259,9 @@ class Controller(RunState):
             reason = emergence_reason(handle, check.readings[handle.index], self.config.clusters, check.share)
             if reason:
                 changes.append(Change("emergence", handle.index, None, reason))
-        decided = decide_freezing(self.blocks, self.config, check.share, check.step)
+        decided = decide_freezing(self, check.share, check.step)
         changes += start_annealing(self.blocks, decided, self.config.freeze.anneal, self.share)
+        changes += decide_prefix(self, check.share)
         self._emit(check.event(self))
         if changes:
             self._apply(changes, check.readings)
@@ -239,38 +275,19 @@ class Controller(RunState):
         self._emit_projections({i: reading for i, reading in readings.items() if i in emerging})
         before = gather_objects(self.optimizer_bytes())
         facts = apply_changes(self, changes, readings)
-        self.remember_frozen()
+        self.proof.begin(self)
         after = gather_objects(self.optimizer_bytes())
         self.progress.remember_routes(self, emerging)
         for change, fact in zip(changes, facts, strict=True):
-            handle = self.blocks[change.block]
-            event = {"event": change.kind, "block": change.block, "name": handle.name, "reason": change.reason, **fact}
-            if change.expert is not None:
-                event.update(expert=change.expert, **{"lambda": handle.experts[change.expert].trainability})
+            event = {"event": change.kind, "block": change.block, "reason": change.reason, **fact}
+            if change.block is not None:
+                handle = self.blocks[change.block]
+                event["name"] = handle.name
+                if change.expert is not None:
+                    event.update(expert=change.expert, **{"lambda": handle.experts[change.expert].trainability})
             sizes = {"optimizer_bytes_before": sum(before), "optimizer_bytes_after": sum(after)}
             by_rank = {"optimizer_bytes_by_rank_before": before, "optimizer_bytes_by_rank_after": after}
             self._emit({**event, **sizes, **by_rank})
-
-    def _require_frozen_unmoved(self) -> None:
-        """Stop the run if the weights of a frozen expert changed: nothing else would show it."""
-        moved = None
-        for name, fingerprint in self._fingerprints.items():
-            now = unit_fingerprint(self.registry.units[name].parameters)
-            if not torch.equal(now, fingerprint):
-                moved = f"{name}: checksum {fingerprint.tolist()}, then {now.tolist()}"
-        found = [text for text in gather_objects(moved) if text]
-        if found:
-            raise MocteError(
-                f"a frozen expert moved between two checks (step {self.step}): {found[0]}. Something writes to "
-                "parameters outside of the optimizer; the run stops because results would be wrong."
-            )
-
-    def remember_frozen(self) -> None:
-        """Take checksums of this rank's frozen experts, for the next checks to compare with."""
-        frozen = self.experts_that(ExpertMode.FROZEN)
-        self._fingerprints = {
-            name: unit_fingerprint(unit.parameters) for name, unit in self.registry.units.items() if name in frozen
-        }
 
     def _routed(self) -> list[Tensor]:
         """(E,) tokens routed to the experts of each block since the start, all ranks together."""
@@ -301,6 +318,7 @@ class Controller(RunState):
             "step": self.step,
             "tokens": self.tokens,
             "total_steps": self.total_steps,
+            "frozen_layers": self.frozen_layers,
             "blocks": [handle.state_dict() for handle in self.blocks],
             "routed": self._routed(),
             "load_seen": self._load_seen,
@@ -354,7 +372,7 @@ class Controller(RunState):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state: modes, then the partition that follows from them (before weights are loaded)."""
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens, self.frozen_layers = state["step"], state["tokens"], state["frozen_layers"]
         for handle, saved in zip(self.blocks, state["blocks"], strict=True):
             handle.load_state_dict(saved)
         for handle, routed in zip(self.blocks, state["routed"], strict=True):
@@ -380,14 +398,3 @@ class Controller(RunState):
             raise MocteError(
                 f"cannot {verb} expert {expert} of block {block}: it is {experts[expert].mode}, not {mode}."
             )
-
-
-def unit_fingerprint(parameters: tuple[torch.nn.Parameter, ...]) -> Tensor:
-    """Checksum of the exact bits of some parameters: a sum of their bytes, weighted by place. (2,) int64."""
-    total = torch.zeros(2, dtype=torch.int64)
-    for parameter in parameters:
-        words = parameter.detach().reshape(-1).contiguous()
-        words = words.view(torch.int16 if words.element_size() == 2 else torch.int32).to(torch.int64)
-        place = torch.arange(words.numel(), device=words.device) % 65521 + 1
-        total += torch.stack([words.sum(), (words * place).sum()]).cpu()
-    return total

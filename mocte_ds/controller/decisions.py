@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mocte_ds.config import ClustersConfig, MocteConfig
+from mocte_ds.config import ClustersConfig
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.reading import BlockReading
 from mocte_ds.controller.state import RunState
@@ -24,10 +24,12 @@ class Change:
     """One step of a plan."""
 
     kind: str
-    """`emergence`, `anneal`, `freeze` or `thaw`."""
-    block: int
+    """`emergence`, `anneal`, `freeze`, `thaw` or `prefix`."""
+    block: int | None
     expert: int | None
     reason: str
+    layers: int = 0
+    """Of the front that are frozen behind a change of the kind `prefix`."""
 
 
 def emergence_reason(handle: BlockHandle, reading: BlockReading, config: ClustersConfig, share: float) -> str | None:
@@ -52,16 +54,15 @@ def emergence_reason(handle: BlockHandle, reading: BlockReading, config: Cluster
     return None
 
 
-def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: float, step: int) -> list[Change]:
+def decide_freezing(run: RunState, share: float, step: int) -> list[Change]:
     """What the policy says of each expert that has a new probe; every rank has the same numbers.
 
     Args:
-        handles: of all blocks.
-        config: the "mocte" block.
+        run: the run.
         share: part of the budget that was done at the measurement.
         step: of the measurement; an expert that was frozen or thawed since then is left alone.
     """
-    freeze = config.freeze
+    config, freeze = run.config, run.config.freeze
     if freeze.policy == "off":
         return []
     policy = make_policy(
@@ -75,13 +76,13 @@ def decide_freezing(handles: list[BlockHandle], config: MocteConfig, share: floa
         freeze.gamma,
     )
     changes = []
-    for handle in handles:
+    for handle in run.blocks:
         peers = [e.history[-1].value for e in handle.experts if e.history]
         for k, expert in enumerate(handle.experts):
             if not expert.history or abs(expert.history[-1].share - share) > 1e-12 or expert.changed_at > step:
                 continue
             frozen = expert.mode is ExpertMode.FROZEN
-            if expert.thawed and frozen or expert.annealed_from is not None:
+            if frozen and (expert.thawed or run.in_frozen_front(handle)) or expert.annealed_from is not None:
                 continue
             decision = policy.decide(expert.history, handle.born_share or 0.0, peers, (handle.index, k), frozen)
             if decision.action != "keep":
@@ -107,6 +108,39 @@ def start_annealing(handles: list[BlockHandle], changes: list[Change], anneal: f
     return found
 
 
+def decide_prefix(run: RunState, share: float) -> list[Change]:
+    """Layers of the front that are to freeze at this check, beside what the experts' policy decides.
+
+    Args:
+        run: the run; experts' modes are those before this check's own changes.
+        share: part of the budget that was done at the measurement.
+    """
+    prefix, front = run.config.freeze.prefix, run.registry.front
+    if front is None or share > run.config.freeze.until:
+        return []
+    layers, between = run.frozen_layers, prefix.end - prefix.start
+    while layers < prefix.layers:
+        due = prefix.start + between * layers / max(1, prefix.layers - 1)
+        if share < due - 1e-9 or unlocked_blocks(run, layers):
+            break
+        layers += 1
+    if layers == run.frozen_layers:
+        return []
+    reason = f"{share:.1%} of the budget is done; {layers} of {prefix.layers} layers are frozen from the front"
+    return [Change("prefix", None, None, reason, layers)]
+
+
+def unlocked_blocks(run: RunState, layer: int) -> list[str]:
+    """Blocks in a layer of the front that still have something to train."""
+    front = run.registry.front
+    assert front is not None
+    return [
+        handle.name
+        for handle in run.blocks
+        if front.layer_of(handle.block) == layer and handle.mode is not BlockMode.LOCKED
+    ]
+
+
 def apply_changes(run: RunState, changes: list[Change], readings: dict[int, BlockReading]) -> list[dict[str, Any]]:
     """Change modes, routing and the optimizer's partition, in one rebuild (collective).
 
@@ -117,6 +151,10 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
     facts: list[dict[str, Any]] = []
     outputs_before = {}
     for change in changes:
+        if change.block is None:
+            run.frozen_layers = change.layers
+            facts.append({"layers": change.layers})
+            continue
         handle = run.blocks[change.block]
         block = handle.block
         if change.kind == "emergence":

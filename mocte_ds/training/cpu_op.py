@@ -1,4 +1,4 @@
-"""Builds the op that DeepSpeed compiles at its first start on a CPU, once, with nobody waiting for a dead process."""
+"""Builds the ops that DeepSpeed compiles at their first use on a CPU, once, with nobody waiting for a dead process."""
 
 import contextlib
 import fcntl
@@ -13,19 +13,26 @@ from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
 
 NAME = "deepspeed_shm_comm"
-_BUILD = "from deepspeed.comm.torch import build_shm_op\nbuild_shm_op()\n"
+"""The op that every start on a CPU loads."""
+BUILDERS = {NAME: "ShareMemCommBuilder", "cpu_adam": "CPUAdamBuilder", "fused_adam": "FusedAdamBuilder"}
+"""DeepSpeed's builder of each op."""
+_BUILD = """import sys
+from deepspeed.accelerator import get_accelerator
+get_accelerator().get_op_builder(sys.argv[1])().load(verbose=False)
+"""
 _LOAD_SECONDS = 20.0  # whoever loads a built op holds torch's lock for less than this
 _TAIL = 2000
 
 
-def build_cpu_op(folder: str | Path | None = None) -> bool:
-    """Make sure that the op is built.
+def build_cpu_op(folder: str | Path | None = None, name: str = NAME) -> bool:
+    """Make sure that an op is built.
 
     torch guards a build by a plain file. A process killed while it builds leaves the file, and everyone who comes later
     waits for ever; so builds are guarded by a lock that the system frees, and whoever holds that removes such a file.
 
     Args:
         folder: of torch's extensions; None: $TORCH_EXTENSIONS_DIR, which is set if it is not.
+        name: the op, one of BUILDERS.
 
     Returns:
         Whether anything had to be built.
@@ -46,18 +53,18 @@ def build_cpu_op(folder: str | Path | None = None) -> bool:
         ) from error
     with guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        built = (folder / NAME / f"{NAME}.so").is_file()
-        _remove_stale_lock(folder / NAME / "lock", _LOAD_SECONDS if built else 0.0)
+        built = (folder / name / f"{name}.so").is_file()
+        _remove_stale_lock(folder / name / "lock", _LOAD_SECONDS if built else 0.0)
         if built:
             return False
-        print("set-up: compiling DeepSpeed's CPU op (about a minute)", file=sys.stderr, flush=True)
+        print(f"set-up: compiling DeepSpeed's op {name} (about a minute)", file=sys.stderr, flush=True)
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
         environment["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{environment.get('PATH', '')}"
-        command = [sys.executable, "-c", _BUILD]
+        command = [sys.executable, "-c", _BUILD, BUILDERS[name]]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise MocteError(
-                f"DeepSpeed's CPU op could not be compiled:\n{done.stdout[-_TAIL:]}{done.stderr[-_TAIL:]}\nIt needs "
+                f"DeepSpeed's op {name} could not be compiled:\n{done.stdout[-_TAIL:]}{done.stderr[-_TAIL:]}\nIt needs "
                 "g++, ninja and Python's headers (on Debian and Ubuntu: apt-get install g++ ninja-build python3-dev)."
             )
     return True

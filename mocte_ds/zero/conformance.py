@@ -38,6 +38,10 @@ _ATTRIBUTES = (
     "ipg_buckets",
     "is_moe_param_group",
     "ready_for_gradients",
+    "extra_large_param_to_reduce",
+    "loss_scaler",
+    "custom_loss_scaler",
+    "external_loss_scale",
     "_hp_optimizer_states_linked",
 )
 

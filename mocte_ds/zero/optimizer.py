@@ -19,6 +19,9 @@ UnitState = dict[nn.Parameter, dict[str, Tensor]]
 """fp32 `master` and optimizer state (`exp_avg`, ...; scalars such as `step` too) of each parameter, unpartitioned."""
 
 
+_SCALING = ("loss_scaler", "dynamic_loss_scale", "custom_loss_scaler", "external_loss_scale")
+
+
 class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
     """ZeRO over units: what leaves costs no memory, no gradient and no communication, and nothing else moves a byte.
 
@@ -36,15 +39,22 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
         self._settings = {"param_names": param_names, **settings}
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._expert_buckets: dict[torch.dtype, IPGBucket] = {}
+        self._expert_large: dict[torch.dtype, nn.Parameter] = {}
         self._in_expert_bucket = False
-        self._unit_squares: Tensor | None = None
+        self._unit_squares: tuple[list[str], Tensor] | None = None
         self.rate_factors: dict[str, float] = {}
         """Part of the learning rate that a unit gets; 1 for units that are not named."""
+        self.step_rates: dict[str, float] = {}
+        """Learning rate of each unit in the last step."""
         self._build(init_optimizer)
 
     def _build(self, optimizer: torch.optim.Optimizer) -> None:
-        self._expert_buckets = {}
+        self._expert_buckets, self._expert_large = {}, {}
+        scaling = {name: getattr(self, name) for name in _SCALING if hasattr(self, name)}
         super().__init__(optimizer, **self._settings)
+        # A rebuild must not start the search for fp16's loss scale anew.
+        for name, value in scaling.items():
+            setattr(self, name, value)
         self._expert_buckets = {dtype: IPGBucket() for dtype in self.ipg_buckets}
         # A bucket larger than all gradients only wastes its buffer, and there are two of them now.
         totals = [0, 0]
@@ -106,6 +116,7 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
         rates = [group["lr"] for group in slowed]
         for group in slowed:
             group["lr"] *= self.rate_factors[group["unit"]]
+        self.step_rates = {group["unit"]: group["lr"] for group in self.optimizer.param_groups}
         try:
             return super().step(closure)
         finally:
@@ -141,13 +152,25 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
             tensors.extend(value for value in values.values() if torch.is_tensor(value))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def held_gradients(self) -> list[Tensor]:
+        """Gradients of this rank's partition, with its padding; there between the backward pass and the step only."""
+        return [gradient for group in self.averaged_gradients.values() for gradient in group or []]
+
     @property
     def unit_square_norms(self) -> dict[str, float]:
         """Sum of squares of each unit's gradient at the last step, this rank's partition only."""
         found: dict[str, float] = defaultdict(float)
         if self._unit_squares is not None:
-            for group, value in zip(self.optimizer.param_groups, self._unit_squares.tolist(), strict=False):
-                found[group["unit"]] += value
+            units, squares = self._unit_squares
+            for unit, value in zip(units, squares.tolist(), strict=True):
+                found[unit] += value
+        return found
+
+    def masters(self) -> dict[str, list[Tensor]]:
+        """This rank's partitions of the fp32 master weights, by unit."""
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for group, master in zip(self.optimizer.param_groups, self.single_partition_of_fp32_groups, strict=True):
+            found[group["unit"]].append(master.detach())
         return found
 
     def _all_gather(self, part: Tensor, number: int) -> Tensor:
@@ -212,10 +235,13 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
     @contextlib.contextmanager
     def _expert_bucket(self) -> Iterator[None]:
         dense, self.ipg_buckets, self._in_expert_bucket = self.ipg_buckets, self._expert_buckets, True
+        # A gradient larger than a bucket stands beside it.
+        large, self.extra_large_param_to_reduce = self.extra_large_param_to_reduce, self._expert_large
         try:
             yield
         finally:
             self.ipg_buckets, self._in_expert_bucket = dense, False
+            self.extra_large_param_to_reduce = large
 
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: nn.Parameter, i: int) -> None:
         """Put a ready gradient into the bucket of its kind."""
@@ -263,7 +289,7 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
             for gradient in gradients:
                 if not getattr(gradient, "_zero_padding", False):
                     squares[number] += gradient.detach().float().square().sum().to(device)
-        self._unit_squares = squares
+        self._unit_squares = ([group["unit"] for group in self.optimizer.param_groups], squares)
         total = squares.sum()
         dist.all_reduce(total, group=self.dp_process_group)
         norm = total.sqrt()

@@ -8,6 +8,7 @@ from torch import nn
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
+from mocte_ds.zero.front import EMBEDDINGS, Front, layer_unit
 
 TRUNK = "trunk"
 
@@ -17,7 +18,7 @@ class Unit:
     """A partition unit of the ZeRO optimizer on this rank."""
 
     name: str
-    """`trunk`, `<block>.dense`, `<block>.router` or `<block>.<global expert>`."""
+    """`trunk`, `front.embeddings`, `front.<layer>`, `<block>.dense`, `<block>.router` or `<block>.<global expert>`."""
     parameters: tuple[nn.Parameter, ...]
     """In the order of the model."""
     process_group: str | None
@@ -42,7 +43,14 @@ def expert_unit(block: Block, expert: int) -> str:
 class UnitRegistry:
     """All units of a model and the optimizer options of their parameters."""
 
-    def __init__(self, model: nn.Module, blocks: list[Block], ep_rank: int, given: Iterable[Any] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[Block],
+        ep_rank: int,
+        given: Iterable[Any] | None,
+        front: Front | None = None,
+    ) -> None:
         """Find the units.
 
         Args:
@@ -51,12 +59,14 @@ class UnitRegistry:
             ep_rank: this rank's place in its expert-parallel group.
             given: the user's `model_parameters`: parameters, parameter groups, or None for all parameters of the
                 model, without weight decay on vectors (norms and biases).
+            front: what may be frozen from below, as units of its own; None: it belongs to the trunk.
 
         Raises:
             ConfigError: the groups leave out a part of a block.
         """
         self.units: dict[str, Unit] = {}
-        in_blocks: set[int] = set()
+        self.front = front
+        placed: set[int] = set()
         for block in blocks:
             self._add(dense_unit(block), block.dense.parameters(), None)
             for number, bank in enumerate(block.banks):
@@ -66,12 +76,20 @@ class UnitRegistry:
             residuals = [bank.gate.cluster_residual for bank in block.banks if bank.gate.router.learn]
             if residuals:
                 self._add(router_unit(block), residuals, None)
-            in_blocks.update(id(p) for p in block.parameters())
-        trunk = Unit(TRUNK, tuple(p for p in model.parameters() if id(p) not in in_blocks and p.requires_grad), None)
-        self.units = {TRUNK: trunk, **self.units}
+            placed.update(id(p) for p in block.parameters())
+        if front is not None:
+            for name, parameters in [(EMBEDDINGS, front.embeddings)] + [
+                (layer_unit(i), tuple(layer.parameters())) for i, layer in enumerate(front.layers)
+            ]:
+                self._add(name, [p for p in parameters if id(p) not in placed and p.requires_grad], None)
+                placed.update(id(p) for p in parameters)
+        rest = [p for p in model.parameters() if id(p) not in placed and p.requires_grad]
+        self.units = {TRUNK: Unit(TRUNK, tuple(rest), None), **self.units}
         self.options, self._option_of = _options(model, blocks, given)
-        missing = [name for name, unit in self.units.items() for p in unit.parameters if id(p) not in self._option_of]
-        if missing and missing[0] != TRUNK:
+        # What is left out of the trunk and of the front does not train.
+        of_blocks = [unit for name, unit in self.units.items() if name != TRUNK and not name.startswith("front.")]
+        missing = [unit.name for unit in of_blocks for p in unit.parameters if id(p) not in self._option_of]
+        if missing:
             raise ConfigError(
                 f"model_parameters leaves out parameters of {missing[0]}; hand over the FFNs of all blocks."
             )

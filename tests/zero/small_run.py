@@ -1,12 +1,71 @@
-"""A small run on several ranks with an emergence, freezes and a thaw, and the same run in plain PyTorch on one."""
+"""A small run on several ranks with emergences, freezes and thaws, and what it must be equal to in plain PyTorch."""
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 HIDDEN, WIDTH, EXPERTS, BATCH = 16, 24, 4, 8
 LEARNING_RATE, DECAY = 1e-2, 0.1
+STEPS, PARTS = 50, 4
+
+# step -> actions before it. With ep_size 2 the ranks hold the experts 0, 1 and 2, 3; with 4 one each.
+PLAN: dict[int, list[tuple]] = {
+    4: [("emerge", 0)],
+    8: [("emerge", 1), ("freeze", 0, 3), ("freeze", 1, 0)],  # the second one was born a moment ago
+    14: [("freeze", 0, 0), ("freeze", 0, 1)],  # the last ones of rank 0: with ep_size 4 it has none left
+    20: [("freeze", 0, 2), ("freeze", 1, 1)],  # all of block 0
+    26: [("freeze", 1, 2), ("freeze", 1, 3)],  # all of the model
+    32: [("thaw", 0, 1)],
+    38: [("thaw", 1, 3), ("freeze", 0, 1)],
+}
+FINAL_MODES = [["frozen"] * 4, ["frozen", "frozen", "frozen", "training"]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the run."""
+
+    world: int = 2
+    ep: int = 1
+    stage: int = 2
+    bucket: int = 700
+    """reduce_bucket_size in elements; the largest gradients have 384, all together 10,000."""
+    overlap: bool = False
+    offload: bool = False
+    bf16: bool = False
+    optimizer: str = "torch"
+    """`torch` (AdamW), `fused` or `cpu`: DeepSpeed's."""
+    schedule: str = "none"
+    """Of the learning rate: `none`, `torch` (LambdaLR) or `deepspeed` (WarmupDecayLR)."""
+    recompute: str = ""
+    """Activation checkpointing: `reentrant`, `plain` or none."""
+    clip: float = 0.5
+    record: bool = False
+    """Return the gradients of every step, for :func:`replay`."""
+
+    def __str__(self) -> str:
+        marks = [f"ranks{self.world}-ep{self.ep}-zero{self.stage}-bucket{self.bucket}"]
+        marks += [name for name in ("overlap", "offload", "bf16") if getattr(self, name)]
+        marks += [self.optimizer] if self.optimizer != "torch" else []
+        marks += [f"{self.schedule}-schedule"] if self.schedule != "none" else []
+        marks += [f"{self.recompute}-recompute"] if self.recompute else []
+        return "-".join(marks)
+
+
+def learning_rate(schedule: str, step: int) -> float:
+    """Learning rate of optimizer step ``step``, counted from 0."""
+    if schedule == "torch":
+        return LEARNING_RATE * (0.55 + 0.45 * math.cos(math.pi * step / STEPS))
+    if schedule == "deepspeed":
+        # The scheduler is one step late: its first value is set before the first step and once more behind it.
+        done, warmup = max(0, step - 1), 4
+        return LEARNING_RATE * min(done / warmup, (STEPS - done) / (STEPS - warmup))
+    return LEARNING_RATE
 
 
 class FFN(nn.Module):
@@ -25,15 +84,17 @@ class FFN(nn.Module):
 class Net(nn.Module):
     """Two residual FFNs; called as net(features=..., target=...), returns the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, recompute: str = "") -> None:
         super().__init__()
+        self.recompute = recompute
         self.inlet = nn.Linear(HIDDEN, HIDDEN)
         self.layers = nn.ModuleList([FFN(), FFN()])
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         x = self.inlet(features)
         for layer in self.layers:
-            x = x + layer(x)
+            again = self.recompute and torch.is_grad_enabled()
+            x = x + (checkpoint(layer, x, use_reentrant=self.recompute == "reentrant") if again else layer(x))
         return (x.float() - target.float()).square().mean()
 
 
@@ -49,25 +110,49 @@ def gate_weight(layer: int) -> Tensor:
     return torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(77 + layer))
 
 
-# step -> actions before it; freezes hit different ranks, all experts of a rank (ep 2: 0 and 1), all of a block.
-PLAN: dict[int, list[tuple]] = {
-    4: [("emerge", 0)],
-    8: [("emerge", 1), ("freeze", 0, 3)],
-    12: [("freeze", 0, 0), ("freeze", 0, 1), ("freeze", 1, 2)],
-    16: [("freeze", 0, 2)],
-    20: [("thaw", 0, 1)],
-}
-STEPS, PARTS = 26, 4
+def config(case: Case) -> dict[str, Any]:
+    """DeepSpeed config of a case."""
+    zero: dict[str, Any] = {"stage": case.stage, "reduce_bucket_size": case.bucket, "overlap_comm": case.overlap}
+    if case.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    settings = {
+        "train_batch_size": BATCH * PARTS,
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": PARTS // case.world,
+        "gradient_clipping": case.clip,
+        "bf16": {"enabled": case.bf16},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": case.optimizer == "cpu",
+        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": DECAY}},
+        "mocte": {"modules": "layers.*", "num_experts": EXPERTS, "ep_size": case.ep, "auto": False},
+    }
+    settings["optimizer"]["params"]["torch_adam"] = case.optimizer == "torch"
+    if case.schedule == "deepspeed":
+        times = {"total_num_steps": STEPS, "warmup_num_steps": 4, "warmup_type": "linear"}
+        rates = {"warmup_min_lr": 0.0, "warmup_max_lr": LEARNING_RATE}
+        settings["scheduler"] = {"type": "WarmupDecayLR", "params": {**times, **rates}}
+    return settings
 
 
-def global_step(engine: Any, step: int, dtype: torch.dtype = torch.float32) -> float:
-    """This rank's micro-batches of an optimizer step; their mean loss."""
+def global_step(
+    engine: Any, step: int, dtype: torch.dtype = torch.float32, before: Callable[[], None] | None = None
+) -> float:
+    """This rank's micro-batches of an optimizer step; their mean loss.
+
+    Args:
+        engine: of the run.
+        step: number of the step.
+        dtype: of the features.
+        before: called when all gradients are there, before the optimizer acts on them.
+    """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     total = 0.0
     for turn in range(PARTS // world):
         features, target = batch(step, turn * world + rank)
         loss = engine(features=features.to(dtype), target=target)
         engine.backward(loss)
+        if before and turn == PARTS // world - 1:
+            before()
         engine.step()
         total += loss.item() / (PARTS // world)
     return total
@@ -78,75 +163,119 @@ def clipped_step(optimizers: dict[nn.Parameter, torch.optim.AdamW], clip: float)
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in optimizers]
     norm = torch.cat([g.reshape(-1) for g in gradients]).norm()
     for parameter, gradient in zip(optimizers, gradients, strict=True):
-        parameter.grad = gradient * (clip / (norm + 1e-6)).clamp(max=1.0)
+        parameter.grad = gradient * (clip / (norm + 1e-6)).clamp(max=1.0) if clip else gradient
         optimizers[parameter].step()
     return norm
 
 
-def run_distributed(options: dict[str, Any]) -> dict[str, Any]:
-    """The run on this rank; returns losses, norms, bytes and this rank's parameters by global name."""
+def act(engine: Any, step: int) -> None:
+    """What PLAN has before a step."""
+    for action, block, *rest in PLAN.get(step, []):
+        if action == "emerge":
+            engine.mocte.emerge(block=block)
+            engine.mocte.blocks[block].block.banks[0].gate.key.set(gate_weight(block), torch.zeros(EXPERTS))
+        else:
+            getattr(engine.mocte, action)(block=block, expert=rest[0])
+
+
+def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
+    """This rank's parameters, experts by their global numbers: `layers.0.2.up_proj.weight`."""
+    named = {}
+    for handle in engine.mocte.blocks:
+        for name, unit in engine.mocte.registry.units.items():
+            head, _, number = name.rpartition(".")
+            if head == handle.name and number.isdigit():
+                expert = handle.block.banks[0].local_experts[int(number) % len(handle.block.banks[0].local_experts)]
+                assert tuple(expert.parameters()) == unit.parameters
+                named.update({f"{name}.{key}": parameter for key, parameter in expert.named_parameters()})
+        named.update({f"{handle.name}.dense.{key}": p for key, p in handle.block.dense.named_parameters()})
+    named.update({f"inlet.{key}": parameter for key, parameter in engine.module.inlet.named_parameters()})
+    return named
+
+
+def frozen_parameters(engine: Any, named: dict[str, nn.Parameter]) -> list[str]:
+    """Names of this rank's parameters that belong to frozen experts."""
+    heads = [
+        f"{handle.name}.{k}."
+        for handle in engine.mocte.blocks
+        for k, expert in enumerate(handle.experts)
+        if expert.mode == "frozen"
+    ]
+    return [name for name in named if name.startswith(tuple(heads))]
+
+
+def run_distributed(case: Case) -> dict[str, Any]:
+    """The run on this rank.
+
+    Returns:
+        losses, norms and optimizer bytes of every step; weights at the end; modes; names of frozen parameters that
+        moved; and where asked the gradients of every step.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
     import mocte_ds
 
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
-    model = Net()
-    config = {
-        "train_batch_size": BATCH * PARTS,
-        "train_micro_batch_size_per_gpu": BATCH,
-        "gradient_accumulation_steps": PARTS // world,
-        "gradient_clipping": options.get("clip", 0.5),
-        "bf16": {"enabled": options.get("bf16", False)},
-        "zero_optimization": {
-            "stage": options["stage"],
-            "reduce_bucket_size": options.get("bucket", 700),
-            "overlap_comm": options.get("overlap", False),
-        },
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": LEARNING_RATE, "weight_decay": DECAY, "torch_adam": True},
-        },
-        "mocte": {"modules": "layers.*", "num_experts": EXPERTS, "ep_size": options["ep"], "auto": False},
-    }
-    engine, *_ = mocte_ds.initialize(model=model, config=config)
-    dtype = torch.bfloat16 if options.get("bf16") else torch.float32
-    losses, norms, sizes = [], [], []
+    schedule = (lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, _of_peak)) if case.schedule == "torch" else None
+    engine, *_ = mocte_ds.initialize(model=Net(case.recompute), config=config(case), lr_scheduler=schedule)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    losses, norms, sizes, gradients = [], [], [], []
+    still: dict[str, Tensor] = {}
+    moved: set[str] = set()
+    named = named_parameters(engine)
+
+    def record() -> None:
+        trainable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        # What the ranks share is gathered by all of them in the same order.
+        gradients.append({name: safe_get_full_grad(trainable[name]).float().clone() for name in sorted(trainable)})
+
     for step in range(STEPS):
-        for action, block, *rest in PLAN.get(step, []):
-            if action == "emerge":
-                engine.mocte.emerge(block=block)
-                bank = engine.mocte.blocks[block].block.banks[0]
-                bank.gate.key.set(gate_weight(block), torch.zeros(EXPERTS))
-            else:
-                getattr(engine.mocte, action)(block=block, expert=rest[0])
-        losses.append(global_step(engine, step, dtype))
+        act(engine, step)
+        still = {name: still.get(name, named[name].detach().clone()) for name in frozen_parameters(engine, named)}
+        losses.append(global_step(engine, step, dtype, record if case.record else None))
+        moved |= {name for name, before in still.items() if not torch.equal(named[name], before)}
         norms.append(float(engine.get_global_grad_norm()))
         sizes.append(engine.mocte.optimizer_bytes())
-    weights = {}
-    local = EXPERTS // options["ep"]
-    first = (rank % options["ep"]) * local
-    for name, parameter in engine.module.named_parameters():
-        head, found, tail = name.partition("deepspeed_experts.")
-        if found:
-            number, _, rest = tail.partition(".")
-            name = f"{head}{found}{int(number) + first}.{rest}"
-        weights[name] = parameter.detach().float().clone()
     modes = [[str(expert.mode) for expert in handle.experts] for handle in engine.mocte.blocks]
-    return {"losses": losses, "norms": norms, "bytes": sizes, "weights": weights, "modes": modes}
+    masters = {n: safe_get_full_fp32_param(named[n]).clone() for n in sorted(named) if named[n].requires_grad}
+    weights = {name: parameter.detach().clone() for name, parameter in named.items()}
+    result = {"losses": losses, "norms": norms, "bytes": sizes, "weights": weights, "masters": masters, "modes": modes}
+    return {**result, "moved": sorted(moved), "gradients": gradients, "rate": engine.get_lr()}
 
 
-def run_reference(clip: float = 0.5) -> dict[str, Any]:
-    """The same run with torch.optim.AdamW, one optimizer a parameter that exists while the parameter trains (fp32)."""
-    torch.manual_seed(0)
-    net = Net()
-    experts: dict[int, list[FFN]] = {}
-    optimizers: dict[nn.Parameter, torch.optim.AdamW] = {}
+def _of_peak(step: int) -> float:
+    return learning_rate("torch", step) / LEARNING_RATE
 
-    def admit(parameter: nn.Parameter) -> None:
+
+class Reference:
+    """One torch.optim.AdamW a parameter, which exists while the parameter trains."""
+
+    def __init__(self, schedule: str) -> None:
+        self.schedule = schedule
+        self.optimizers: dict[nn.Parameter, torch.optim.AdamW] = {}
+
+    def admit(self, parameter: nn.Parameter, like: nn.Parameter | None = None) -> None:
+        """Let a parameter train, with fresh moments or those of another one."""
         decay = DECAY if parameter.dim() >= 2 else 0.0
-        optimizers[parameter] = torch.optim.AdamW([parameter], lr=LEARNING_RATE, weight_decay=decay)
+        optimizer = torch.optim.AdamW([parameter], lr=LEARNING_RATE, weight_decay=decay)
+        if like is not None:
+            optimizer.state[parameter] = {k: v.clone() for k, v in self.optimizers[like].state[like].items()}
+        self.optimizers[parameter] = optimizer
 
+    def step(self, step: int, clip: float) -> float:
+        """The optimizers' step; the norm of all gradients before."""
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = learning_rate(self.schedule, step)
+        return clipped_step(self.optimizers, clip).item()
+
+
+def run_reference(schedule: str = "none", clip: float = 0.5) -> dict[str, Any]:
+    """The whole run in one process and fp32, forward and backward in plain PyTorch too."""
+    torch.manual_seed(0)
+    net, reference = Net(), Reference(schedule)
+    experts: dict[int, list[FFN]] = {}
     for parameter in net.parameters():
-        admit(parameter)
+        reference.admit(parameter)
 
     def forward(features: Tensor, target: Tensor) -> Tensor:
         x = net.inlet(features)
@@ -163,25 +292,22 @@ def run_reference(clip: float = 0.5) -> dict[str, Any]:
     for step in range(STEPS):
         for action, block, *rest in PLAN.get(step, []):
             if action == "emerge":
-                dense = net.layers[block]
+                dense = list(net.layers[block].parameters())
                 experts[block] = [FFN() for _ in range(EXPERTS)]
                 for expert in experts[block]:
-                    for parameter, source in zip(expert.parameters(), dense.parameters(), strict=True):
+                    for parameter, source in zip(expert.parameters(), dense, strict=True):
                         parameter.data.copy_(source.data)
-                        admit(parameter)
-                        old = optimizers[source].state[source]
-                        optimizers[parameter].state[parameter] = {key: value.clone() for key, value in old.items()}
-                for source in dense.parameters():
-                    del optimizers[source]
-            elif action == "freeze":
-                for parameter in experts[block][rest[0]].parameters():
-                    del optimizers[parameter]
-                    parameter.requires_grad_(False)
-            else:
-                for parameter in experts[block][rest[0]].parameters():
-                    parameter.requires_grad_(True)
-                    admit(parameter)
-        for parameter in optimizers:
+                        reference.admit(parameter, source)
+                for source in dense:
+                    del reference.optimizers[source]
+                continue
+            for parameter in experts[block][rest[0]].parameters():
+                parameter.requires_grad_(action == "thaw")
+                if action == "thaw":
+                    reference.admit(parameter)
+                else:
+                    del reference.optimizers[parameter]
+        for parameter in reference.optimizers:
             parameter.grad = None
         total = 0.0
         for part in range(PARTS):
@@ -189,11 +315,53 @@ def run_reference(clip: float = 0.5) -> dict[str, Any]:
             loss.backward()
             total += loss.item()
         losses.append(total)
-        norms.append(clipped_step(optimizers, clip).item())
+        norms.append(reference.step(step, clip))
     weights = {f"inlet.{name}": p.detach() for name, p in net.inlet.named_parameters()}
     for block, members in experts.items():
         for k, expert in enumerate(members):
-            for name, parameter in expert.named_parameters():
-                path = f"layers.{block}.banks.0.deepspeed_moe.experts.deepspeed_experts.{k}.{name}"
-                weights[path] = parameter.detach()
+            weights.update({f"layers.{block}.{k}.{name}": p.detach() for name, p in expert.named_parameters()})
     return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def replay(case: Case, gradients: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """The run's optimizer alone, in one process, on the gradients that the ranks had; all parameters by name.
+
+    Model weights are the fp32 masters rounded to the run's precision; a thawed expert's masters start from them.
+    """
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    net, reference = Net(), Reference(case.schedule)
+    masters = {f"inlet.{name}": p for name, p in net.inlet.named_parameters()}
+    for block, layer in enumerate(net.layers):
+        masters.update({f"layers.{block}.dense.{name}": p for name, p in layer.named_parameters()})
+    weights: dict[str, Tensor] = {}
+    for name, parameter in masters.items():
+        weights[name] = parameter.detach().to(dtype)
+        parameter.data.copy_(weights[name].float())  # as DeepSpeed makes masters: from the model's own weights
+        reference.admit(parameter)
+    norms = []
+    for step, found in enumerate(gradients):
+        for action, block, *rest in PLAN.get(step, []):
+            if action == "emerge":
+                head = f"layers.{block}.dense."
+                for name in [name for name in masters if name.startswith(head)]:
+                    for k in range(EXPERTS):
+                        born = nn.Parameter(masters[name].detach().clone())
+                        reference.admit(born, masters[name])
+                        own = f"layers.{block}.{k}.{name.removeprefix(head)}"
+                        masters[own], weights[own] = born, weights[name].clone()
+                    del reference.optimizers[masters.pop(name)]
+                continue
+            head = f"layers.{block}.{rest[0]}."
+            for name in [name for name in weights if name.startswith(head)]:
+                if action == "freeze":
+                    del reference.optimizers[masters.pop(name)]
+                else:
+                    masters[name] = nn.Parameter(weights[name].float())
+                    reference.admit(masters[name])
+        assert set(found) == set(masters), "the ranks train other parameters than the plan says"
+        for name, parameter in masters.items():
+            parameter.grad = found[name]
+        norms.append(reference.step(step, case.clip))
+        weights.update({name: parameter.detach().to(dtype) for name, parameter in masters.items()})
+    return {"weights": weights, "masters": {name: p.detach() for name, p in masters.items()}, "norms": norms}
