@@ -117,6 +117,16 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """How checkpoints are written and read."""
+
+    async_save: bool = False
+    """True: a save copies everything to CPU memory and returns; threads write it beside the steps that follow."""
+    verify: bool = True
+    """Whether the hash of every file is compared before anything is loaded; False: names and sizes only."""
+
+
+@dataclass(frozen=True)
 class MocteConfig:
     """The "mocte" block of a DeepSpeed config."""
 
@@ -157,6 +167,8 @@ class MocteConfig:
     """Detection of clusters."""
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     """Freezing of experts."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and loading."""
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any], world_size: int | None = None) -> "MocteConfig":

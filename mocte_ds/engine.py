@@ -15,8 +15,11 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from mocte_ds.checkpoints.load import read_state, resolve_tag, restore_random_states
-from mocte_ds.checkpoints.save import finish_checkpoint, prepare_checkpoint
+from mocte_ds.checkpoints.deepspeed_files import PlainFiles, own_files, use_plain_files
+from mocte_ds.checkpoints.load import STATE_FILE, read_state
+from mocte_ds.checkpoints.manifest import require_whole_on_ranks
+from mocte_ds.checkpoints.place import resolve_tag
+from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.dist.groups import end_process_groups_at_exit, expert_parallel_rank
@@ -31,6 +34,7 @@ class MocteEngine(DeepSpeedEngine):
     """A DeepSpeed engine with blocks; the training loop stays forward, backward, step."""
 
     mocte: Controller
+    checkpoint_engine: PlainFiles
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run this micro-batch stands."""
@@ -53,6 +57,7 @@ class MocteEngine(DeepSpeedEngine):
         super().step(*args, **kwargs)
         if boundary:
             self.mocte.after_step(self.global_steps, self.tokens_seen)
+            self.checkpoint_engine.saver.look()
 
     def save_checkpoint(
         self,
@@ -62,25 +67,41 @@ class MocteEngine(DeepSpeedEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """DeepSpeed's checkpoint plus the state of the blocks; `latest` moves only when everything is on the disk.
+        """DeepSpeed's checkpoint plus the state of the blocks, whole or not at all (docs/checkpoints.md).
 
-        Arguments are DeepSpeed's.
+        Arguments are DeepSpeed's. With `checkpoint.async_save` it returns when everything is copied; the next save,
+        the steps in between and :meth:`wait_for_checkpoint` raise what went wrong later.
 
         Raises:
-            CheckpointError: a file could not be written on some rank; the last good checkpoint stays `latest`.
+            CheckpointError: no room, a value that is not plain, or a file that could not be written on some rank; the
+                checkpoints that are there stay as they are.
         """
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
-        with prepare_checkpoint(save_dir, tag):
-            super().save_checkpoint(
-                save_dir,
-                tag,
-                client_state={**(client_state or {}), "tokens_seen": self.tokens_seen},
-                save_latest=False,
-                exclude_frozen_parameters=exclude_frozen_parameters,
-            )
-        own = self.mocte.rank_state_dict()
-        finish_checkpoint(save_dir, tag, self.mocte.state_dict(), dict(client_state or {}), save_latest, own)
+        client = dict(client_state or {})
+        save = super().save_checkpoint
+
+        def deepspeed_save(state: dict[str, Any]) -> None:
+            state = {**state, "tokens_seen": self.tokens_seen}
+            save(save_dir, tag, state, save_latest=False, exclude_frozen_parameters=exclude_frozen_parameters)
+
+        def own() -> dict[str, Any]:
+            files = own_files(self.mocte.rank_state_dict())
+            state = {"mocte": self.mocte.state_dict(), "client_state": client}
+            return {**files, STATE_FILE: state} if dist.get_rank() == 0 else files
+
+        background = self.mocte.config.checkpoint.async_save
+        self.checkpoint_engine.save_checkpoint(
+            deepspeed_save, save_dir, tag, self.global_steps, client, own, save_latest, background
+        )
         return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last asynchronous save is whole (collective); a script that ends waits by itself.
+
+        Raises:
+            CheckpointError: it failed on some rank.
+        """
+        self.checkpoint_engine.saver.wait()
 
     def load_checkpoint(self, load_dir: str, tag: str | None = None, **kwargs: Any) -> tuple[str | None, Any]:
         """DeepSpeed's load, after the blocks and the partition were brought into the checkpoint's state.
@@ -88,11 +109,15 @@ class MocteEngine(DeepSpeedEngine):
         Arguments and results are DeepSpeed's.
 
         Raises:
-            CheckpointError: missing or damaged files, or a checkpoint of another configuration (names what differs).
+            CheckpointError: missing, changed or damaged files, before anything is loaded, or a checkpoint of another
+                configuration; names the files or what differs.
         """
+        self.wait_for_checkpoint()
         tag = tag or resolve_tag(load_dir)
         if tag is None:
             return None, None
+        manifest = require_whole_on_ranks(Path(load_dir) / tag, self.mocte.config.checkpoint.verify)
+        self.checkpoint_engine.saver.run = manifest.run
         state = read_state(load_dir, tag, self.mocte.config, [handle.name for handle in self.mocte.blocks])
         self.mocte.load_state_dict(state["mocte"])
         path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
@@ -107,6 +132,10 @@ class MocteEngine(DeepSpeedEngine):
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         return with_unit_optimizer(DeepSpeedEngine._configure_zero_optimizer)(self, optimizer)
+
+    def _configure_checkpointing(self) -> None:
+        super()._configure_checkpointing()
+        use_plain_files(self)
 
     def _get_zero_frozen_param_attributes(self, attr_func: Any) -> Any:
         # DeepSpeed would save rank 0's copy of every parameter outside of the optimizer and write it over the frozen
@@ -252,6 +281,12 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
         raise ConfigError(
             "an optimizer object cannot follow experts that do not exist yet; name the optimizer in the config, or "
             "hand over a callable: optimizer=lambda groups: torch.optim.AdamW(groups, lr=...)."
+        )
+    kind = str((settings.get("optimizer") or {}).get("type", "")).lower()
+    if optimizer is None and kind in ("muon", "adagrad"):
+        raise ConfigError(
+            f"optimizer.type '{settings['optimizer']['type']}' builds its own parameter groups or state, which cannot "
+            "follow experts that emerge and freeze; use AdamW or Adam."
         )
     if optimizer is None and "optimizer" not in settings:
         raise ConfigError('the DeepSpeed config has no "optimizer" and no optimizer callable was handed over.')

@@ -199,6 +199,8 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
 
 def _rebuild_partition(run: RunState, born: dict) -> None:
     trainable = run.trainable_units()
+    if run.registry.front is not None:
+        run.registry.front.run_without_graph(run.module, run.frozen_layers)
     for unit in run.registry.units.values():
         if unit.name == "trunk":
             continue

@@ -20,6 +20,12 @@ def expert_parallel_rank(ep_size: int, data_before_expert: bool = False) -> int:
     return groups._get_expert_parallel_rank(name)
 
 
+def expert_process_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The ranks that share a block's experts, and the ranks that hold the same experts as this one."""
+    name = f"ep_size_{ep_size}"
+    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+
+
 def end_process_groups() -> None:
     """Take the process groups down, so that the process can end without an accident.
 

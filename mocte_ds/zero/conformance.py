@@ -19,6 +19,7 @@ _METHODS = (
     "destroy",
     "flatten_dense_tensors_aligned",
     "get_partition_info",
+    "initialize_optimizer_states",
     "_configure_moe_settings",
     "_link_all_hp_params",
     "reduce_independent_p_g_buckets_and_remove_grads",
