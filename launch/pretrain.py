@@ -56,7 +56,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
-    from mocte_ds.dist.groups import end_process_groups, end_process_groups_at_exit
+    from mocte_ds.dist.end import end_process_groups, end_process_groups_at_exit
     from mocte_ds.training.cpu_op import build_cpu_op
     from mocte_ds.training.loop import Trainer
 

@@ -12,29 +12,29 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from mocte_ds.checkpoints.deepspeed_files import PlainFiles, own_files, use_plain_files
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
-from mocte_ds.dist.groups import end_process_groups_at_exit, expert_parallel_rank
+from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import attach
-from mocte_ds.zero import UnitRegistry, find_front, require_conformance, with_unit_optimizer
+from mocte_ds.zero import UnitRegistry, find_front, require_conformance
+from mocte_ds.zero.checkpoint_files import own_files
+from mocte_ds.zero.engine import UnitEngine
+from mocte_ds.zero.process_groups import expert_parallel_rank
 
 DEFAULT_TOTAL_STEPS = 10_000
 
 
-class MocteEngine(DeepSpeedEngine):
+class MocteEngine(UnitEngine):
     """A DeepSpeed engine with blocks; the training loop stays forward, backward, step."""
 
     mocte: Controller
-    checkpoint_engine: PlainFiles
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run this micro-batch stands."""
@@ -129,29 +129,6 @@ class MocteEngine(DeepSpeedEngine):
         self.mocte.proof.begin(self.mocte)
         self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag))
         return path, client_state
-
-    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
-        return with_unit_optimizer(DeepSpeedEngine._configure_zero_optimizer)(self, optimizer)
-
-    def _configure_checkpointing(self) -> None:
-        super()._configure_checkpointing()
-        use_plain_files(self)
-
-    def _get_zero_frozen_param_attributes(self, attr_func: Any) -> Any:
-        # DeepSpeed would save rank 0's copy of every parameter outside of the optimizer and write it over the frozen
-        # experts of all other ranks when it loads. The expert files hold each of them already.
-        if attr_func == self._get_param_fragment_func:
-            return None
-        return super()._get_zero_frozen_param_attributes(attr_func)
-
-    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
-        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
-        if not self.zero_optimization() or wrapper != "zero_optimization":
-            raise ConfigError(
-                f"DeepSpeed would wrap the optimizer as '{wrapper}', which cannot freeze units; use ZeRO stage 1 or 2 "
-                "and leave data_types.grad_accum_dtype at its default."
-            )
-        return wrapper
 
     def _count_tokens(self, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
         ids = kwargs.get("input_ids", inputs[0] if inputs else None)

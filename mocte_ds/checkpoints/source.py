@@ -12,11 +12,12 @@ from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest, require_whole
 from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.checkpoints.plain import require_keys
-from mocte_ds.config import MocteConfig, parse_section
+from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
 from mocte_ds.models.decoder import Decoder, DecoderConfig
 from mocte_ds.moe.attach import attach
 from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.sections import parse_section
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
 EXPERT_FILE = "layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"

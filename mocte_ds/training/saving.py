@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.deepspeed_files import own_files, use_plain_files
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.errors import CheckpointError, MocteError
 from mocte_ds.training.run_folder import IDENTITY_FILE
+from mocte_ds.zero.checkpoint_files import own_files, use_plain_files
 
 
 def prepare(engine: Any, identity: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import deepspeed
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 
 from mocte_ds.errors import MocteError
 from mocte_ds.zero.optimizer import UnitZeroOptimizer
@@ -47,11 +48,35 @@ _ATTRIBUTES = (
 )
 
 
+_ENGINE = (
+    "_configure_zero_optimizer",
+    "_configure_checkpointing",
+    "_copy_recovery_script",
+    "_do_optimizer_sanity_check",
+    "_get_zero_frozen_param_attributes",
+    "_get_param_fragment_func",
+    "use_node_local_storage",
+    "load_universal_checkpoint",
+)
+_GROUPS = (
+    "_create_expert_and_data_parallel",
+    "_get_expert_parallel_group_dict",
+    "_get_expert_parallel_rank",
+    "_get_expert_parallel_group",
+    "_get_expert_data_parallel_group",
+)
+
+
 def broken_assumptions() -> list[str]:
     """What this DeepSpeed lacks of what mocte_ds/zero relies on; empty where nothing is missing."""
     broken = [
         f"DeepSpeedZeroOptimizer.{name} is gone" for name in _METHODS if not hasattr(DeepSpeedZeroOptimizer, name)
     ]
+    engine = deepspeed_engine.DeepSpeedEngine
+    broken += [f"DeepSpeedEngine.{name} is gone" for name in _ENGINE if not hasattr(engine, name)]
+    broken += [f"deepspeed.utils.groups.{name} is gone" for name in _GROUPS if not hasattr(groups, name)]
+    if "self.checkpoint_engine" not in inspect.getsource(engine._configure_checkpointing):
+        broken.append("DeepSpeedEngine._configure_checkpointing no longer makes self.checkpoint_engine")
     source = inspect.getsource(DeepSpeedZeroOptimizer)
     broken += [
         f"DeepSpeedZeroOptimizer no longer has self.{name}" for name in _ATTRIBUTES if f"self.{name}" not in source
@@ -64,7 +89,7 @@ def broken_assumptions() -> list[str]:
     places = [inspect.getsource(DeepSpeedZeroOptimizer.__init__).find(call) for call in order]
     if -1 in places or places != sorted(places):
         broken.append("the constructor no longer flattens, makes master weights and reads the partition in that order")
-    configure = deepspeed_engine.DeepSpeedEngine._configure_zero_optimizer
+    configure = engine._configure_zero_optimizer
     if "DeepSpeedZeroOptimizer" not in configure.__code__.co_names or configure.__code__.co_freevars:
         broken.append("DeepSpeedEngine._configure_zero_optimizer no longer names DeepSpeedZeroOptimizer")
     return broken

@@ -12,9 +12,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from pytest import mark, raises
 
-from mocte_ds.checkpoints.deepspeed_files import PlainFiles, own_files
 from mocte_ds.checkpoints.plain import read_plain, size_in_bytes, to_plain
 from mocte_ds.errors import CheckpointError
+from mocte_ds.zero.checkpoint_files import PlainFiles, own_files
 from tests.checkpoints.damage import plant
 
 

@@ -13,7 +13,6 @@ import torch
 from pytest import fixture, mark, raises
 
 from mocte_ds.checkpoints import place
-from mocte_ds.checkpoints.deepspeed_files import use_plain_files
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest, require_whole
 from mocte_ds.checkpoints.place import Place, find_checkpoint, remove_leftovers, resolve_tag
@@ -21,6 +20,7 @@ from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states, resto
 from mocte_ds.checkpoints.save import Saver
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.zero.checkpoint_files import use_plain_files
 from tests.checkpoints import ranks
 from tests.checkpoints.damage import digest, seal
 from tests.spawn import spawn

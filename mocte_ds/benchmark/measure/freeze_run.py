@@ -16,8 +16,8 @@ import mocte_ds
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.freeze_plan import FreezeSizes
 from mocte_ds.benchmark.measure.wire import Traffic, WireCounter
-from mocte_ds.dist.groups import expert_process_groups
 from mocte_ds.models import Decoder
+from mocte_ds.zero.process_groups import expert_process_groups
 
 _PHASES = ("forward", "backward", "step")
 

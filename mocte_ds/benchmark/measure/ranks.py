@@ -72,7 +72,7 @@ def _rank(
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    from mocte_ds.dist.groups import end_process_groups
+    from mocte_ds.dist.end import end_process_groups
 
     accelerator = get_accelerator()
     if accelerator.device_name() == "cuda":

@@ -1,7 +1,4 @@
-"""The process groups of expert parallelism, made by DeepSpeed, and their end."""
-
-import atexit
-import time
+"""The process groups of expert parallelism, which DeepSpeed makes."""
 
 import torch.distributed as dist
 from deepspeed.utils import groups
@@ -24,20 +21,3 @@ def expert_process_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.Process
     """The ranks that share a block's experts, and the ranks that hold the same experts as this one."""
     name = f"ep_size_{ep_size}"
     return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
-
-
-def end_process_groups() -> None:
-    """Take the process groups down, so that the process can end without an accident.
-
-    A gloo thread lets go of the tensors of its last collective a moment after that collective has returned. If the
-    interpreter is ending by then, the thread cannot get its lock, C++ terminates the process (exit code -6), and the
-    launcher reports a finished run as failed. Without this, 3 of 15 short runs on two busy cores ended so.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        time.sleep(0.2)  # gives the interpreter's lock to whoever waits for it
-
-
-def end_process_groups_at_exit() -> None:
-    """Call :func:`end_process_groups` when the script ends."""
-    atexit.register(end_process_groups)
