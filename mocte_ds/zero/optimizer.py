@@ -304,7 +304,8 @@ class UnitZeroOptimizer(DeepSpeedZeroOptimizer):
         dist.all_reduce(total, group=self.dp_process_group)
         norm = total.sqrt()
         mask_nan_or_inf_with_val_inplace(norm, device=device)
-        return norm
+        # It scales the gradients, which CPU offload has elsewhere.
+        return norm.to(self.device)
 
 
 def _source(group: dict[str, Any], old_groups: list[dict[str, Any]]) -> int:

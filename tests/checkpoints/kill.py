@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from mocte_ds.checkpoints import deepspeed_files, files, place, save
+from mocte_ds.checkpoints import files, place, save
+from mocte_ds.zero.checkpoint_files import PlainFiles
 from tests.engine import runs
 
 STEPS, EVERY = 24, 2
@@ -35,7 +36,7 @@ IN_STEP: dict[str, tuple[Any, str, int, bool]] = {
     "optimizer": (torch.optim.AdamW, "step", 0, False),
 }
 IN_SAVE: dict[str, tuple[Any, str, int, bool]] = {
-    "DeepSpeed collects": (deepspeed_files.PlainFiles, "save", 1, False),
+    "DeepSpeed collects": (PlainFiles, "save", 1, False),
     "inside a file": (files._Hashed, "write", 9, False),
     "between files": (save, "write_file", 1, False),
     "hashes are told": (save, "replace_text", 0, False),

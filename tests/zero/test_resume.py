@@ -20,7 +20,7 @@ def steps(case: Case, engine: Any, first: int, last: int) -> dict[str, Any]:
         act(engine, step)
         # The state of every rank's random numbers is a part of the run.
         losses.append((global_step(engine, step, dtype), float(torch.rand(()))))
-    weights = {name: parameter.detach().clone() for name, parameter in named_parameters(engine).items()}
+    weights = {name: parameter.detach().cpu().clone() for name, parameter in named_parameters(engine).items()}
     return {"losses": losses, "weights": weights, "bytes": engine.mocte.optimizer_bytes(), "rate": engine.get_lr()}
 
 

@@ -153,10 +153,10 @@ class MoctePreTrainedModel(PreTrainedModel):
 
     config_class = MocteLMConfig
     base_model_prefix = "model"
-    _no_split_modules = ("MocteLayer",)
+    _no_split_modules = ["MocteLayer"]  # noqa: RUF012  transformers want lists, and pass over tuples
     _supports_sdpa = True
     # Not tables, whose integers would become floats.
-    _keep_in_fp32_modules_strict = ("router.weight", "router.bias", "router.residual")
+    _keep_in_fp32_modules_strict = ["router.weight", "router.bias", "router.residual"]  # noqa: RUF012
 
 
 class MocteModel(MoctePreTrainedModel):
@@ -191,14 +191,14 @@ class MocteModel(MoctePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given.")
+        cache = past_key_values if cache is None else cache
+        if getattr(cache, "is_compileable", False):
+            raise ValueError("static caches are not supported; use cache_implementation 'dynamic'.")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("attention_mask must be (batch, length).")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values if cache is None else cache
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache()
-        if getattr(cache, "is_compileable", False):
-            raise ValueError("static caches are not supported; use cache_implementation 'dynamic'.")
         past = 0 if cache is None else cache.get_seq_length()
         positions = _positions(x, attention_mask, past) if position_ids is None else position_ids.to(x.device)
         rotation = None
