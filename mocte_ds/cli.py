@@ -1,5 +1,7 @@
 """One way to end a command line: success, or an error message that says what to do."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,3 +27,13 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     sys.exit(code)
+
+
+def print_all(text: str) -> None:
+    """Print a long text; a reader that has seen enough (`| head`) ends it without a complaint."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python would complain again when it closes stdout.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

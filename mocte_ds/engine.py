@@ -106,7 +106,8 @@ class MocteEngine(UnitEngine):
     def load_checkpoint(self, load_dir: str, tag: str | None = None, **kwargs: Any) -> tuple[str | None, Any]:
         """DeepSpeed's load, after the blocks and the partition were brought into the checkpoint's state.
 
-        Arguments and results are DeepSpeed's.
+        Arguments and results are DeepSpeed's. A checkpoint of another number of ranks or another ep_size is brought to
+        this run's on the way.
 
         Raises:
             CheckpointError: missing, changed or damaged files, before anything is loaded, or a checkpoint of another
@@ -116,18 +117,18 @@ class MocteEngine(UnitEngine):
         tag = tag or resolve_tag(load_dir)
         if tag is None:
             return None, None
-        manifest = require_whole_on_ranks(Path(load_dir) / tag, self.mocte.config.checkpoint.verify)
-        self.checkpoint_engine.saver.run = manifest.run
-        state = read_state(load_dir, tag, self.mocte.config, [handle.name for handle in self.mocte.blocks])
-        self.mocte.load_state_dict(state["mocte"])
-        path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
-        if path is None:
-            raise CheckpointError(
-                f"the checkpoint {Path(load_dir) / tag} has no model states of DeepSpeed: incomplete."
-            )
-        self.tokens_seen = int(client_state.pop("tokens_seen"))
-        self.mocte.proof.begin(self.mocte)
-        self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag))
+        folder, files = Path(load_dir) / tag, self.checkpoint_engine
+        manifest = require_whole_on_ranks(folder, self.mocte.config.checkpoint.verify)
+        with files.reading(folder, manifest, self.mocte.config.ep_size) as read:
+            names = [handle.name for handle in self.mocte.blocks]
+            state = read_state(load_dir, tag, self.mocte.config, names, read)
+            self.mocte.load_state_dict(state["mocte"])
+            path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
+            if path is None:
+                raise CheckpointError(f"the checkpoint {folder} has no model states of DeepSpeed: incomplete.")
+            self.tokens_seen = int(client_state.pop("tokens_seen"))
+            self.mocte.proof.begin(self.mocte)
+            self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, read))
         return path, client_state
 
     def _count_tokens(self, inputs: tuple, kwargs: Mapping[str, Any]) -> None:

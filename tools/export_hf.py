@@ -14,7 +14,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="a run's checkpoints folder, or one tag in it")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="weights (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=Path, default=None, help="sentencepiece model (default: the run's)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=None,
+        help="sentencepiece model, or a folder with a tokenizer.json (default: the run's)",
+    )
     parser.add_argument(
         "--class",
         choices=("auto", "stock", "own"),

@@ -2,14 +2,11 @@
 """Shows the checks of a run and what changed after them as tables, also while it is still going."""
 
 import argparse
-import contextlib
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocte_ds.cli import run_cli
+from mocte_ds.cli import print_all, run_cli
 from mocte_ds.errors import MocteError
 
 
@@ -49,12 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = run_text(run, args.block)
     else:
         output = "\n\n\n".join([headline(run), *(check_text(run, check, args.block) for check in checks)])
-    try:
-        print(output, flush=True)
-    except BrokenPipeError:
-        # `| head` has seen enough; Python would complain again when it closes stdout.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print_all(output)
     return 0
 
 

@@ -21,7 +21,12 @@ def main(argv: list[str] | None = None) -> int:
         help="folder with DOMAIN.jsonl[.gz], .parquet or .txt files (default: the corpus of the package)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; used again where nothing changed")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="sentencepiece model, or a Hugging Face folder with a tokenizer.json",
+    )
     parser.add_argument(
         "--validation-share", type=float, default=0.05, help="share of documents for validation (default: %(default)s)"
     )

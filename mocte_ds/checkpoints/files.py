@@ -20,6 +20,19 @@ class FileFacts:
     sha256: str
 
 
+class Deferred:
+    """A file's content that is made only while it is written."""
+
+    @property
+    def bytes(self) -> int:
+        """About the size of the file."""
+        raise NotImplementedError
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        raise NotImplementedError
+
+
 class _Hashed:
     """A file that hashes what is written to it, so that nothing is read again."""
 
@@ -40,11 +53,16 @@ def write_file(path: Path, content: Any) -> FileFacts:
 
     Args:
         path: the file.
-        content: bytes, or a plain value for torch.save.
+        content: bytes, a plain value for torch.save, or what writes the file by itself.
 
     Raises:
         OSError, RuntimeError: it could not be written; the latter is what torch.save makes of a full disk.
     """
+    if isinstance(content, Deferred):
+        content.write(path)
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        return hash_file(path)
     with open(path, "wb") as file:
         hashed = _Hashed(file)
         if isinstance(content, bytes):

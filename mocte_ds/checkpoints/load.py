@@ -1,5 +1,6 @@
 """Loading: our own part of a checkpoint, if it belongs to this run's configuration."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ STATE_FILE = "mocte_state.pt"
 _STRUCTURE = ("num_experts", "ep_size", "expert", "router", "banks", "spectrum.rank", "freeze.prefix.layers")
 
 
-def read_state(load_dir: str | Path, tag: str, config: MocteConfig | None, names: list[str] | None) -> dict[str, Any]:
+def read_state(
+    load_dir: str | Path,
+    tag: str,
+    config: MocteConfig | None,
+    names: list[str] | None,
+    read: Callable[[Path], Any] = read_plain,
+) -> dict[str, Any]:
     """Our part of a checkpoint, after checking that it fits.
 
     Args:
@@ -20,12 +27,13 @@ def read_state(load_dir: str | Path, tag: str, config: MocteConfig | None, names
         tag: the checkpoint.
         config: the run's "mocte" block; None: take any.
         names: the model's blocks; None: take any.
+        read: gives the content of one of its files.
 
     Raises:
         CheckpointError: damaged, or of another configuration; names every key that differs.
     """
     path = Path(load_dir) / tag / STATE_FILE
-    state = require_keys(read_plain(path), ("mocte", "client_state"), path)
+    state = require_keys(read(path), ("mocte", "client_state"), path)
     require_keys(state["mocte"], ("config", "blocks", "tokens"), path)
     if config is not None:
         saved, now = _flat(state["mocte"]["config"]), _flat(config.to_dict())

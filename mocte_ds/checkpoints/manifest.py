@@ -112,6 +112,12 @@ def require_whole_on_ranks(folder: Path, content: bool = True) -> Manifest:
     return manifest
 
 
+def problems_by_file(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """What is wrong with each file, nothing where it is the one that was saved; files too many are there too."""
+    found = {name: "; ".join(_problems(folder, manifest, [name], True)) for name in sorted(manifest.files)}
+    return {**found, **dict(zip(_strangers(folder, manifest), _extra(folder, manifest), strict=True))}
+
+
 def _raise_for(folder: Path, problems: list[str]) -> None:
     if not problems:
         return

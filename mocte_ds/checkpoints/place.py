@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mocte_ds.checkpoints.files import replace_text, sync_folder
+from mocte_ds.checkpoints.manifest import MANIFEST_FILE
+from mocte_ds.checkpoints.names import MODEL_FILE
 from mocte_ds.errors import CheckpointError
 
 PARTIAL, REPLACED = ".{}.mocte-partial", ".{}.mocte-replaced"
@@ -139,6 +141,23 @@ def resolve_tag(load_dir: str | Path) -> str | None:
     if folder is None:
         raise CheckpointError(f"{latest} names the checkpoint '{tag}', which is not there; write another tag into it.")
     return folder.name
+
+
+def find_tag(checkpoint: str | Path) -> Path:
+    """The folder of one checkpoint, from itself or from the folder of all checkpoints.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    folder = Path(checkpoint).absolute()
+    if (folder / MANIFEST_FILE).is_file() or (folder / MODEL_FILE).is_file():
+        return folder
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; name a run's checkpoints folder, or one tag in it.")
+    tag = resolve_tag(folder)
+    if tag is None:
+        raise CheckpointError(f"{folder} is no checkpoint: neither a file 'latest' nor {MODEL_FILE} is there.")
+    return folder / tag
 
 
 def last_good(root: Path) -> str:

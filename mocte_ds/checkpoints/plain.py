@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mocte_ds.checkpoints.files import Deferred
 from mocte_ds.errors import CheckpointError
 
 _OBJECT, _FIELDS = "object of class", "fields"
@@ -43,7 +44,7 @@ def to_plain(value: Any, where: str, copy: bool = False, classes: Mapping[str, t
         if item is None or type(item) in (bool, int, float, str, bytes, torch.dtype, torch.Size):
             return item
         if type(item) in names:
-            return {_OBJECT: names[type(item)], _FIELDS: convert(vars(item), place)}
+            return plain_object(names[type(item)], convert(vars(item), place))
         if isinstance(item, Mapping):
             pairs = [(convert(key, f"a key of {place}"), convert(v, f"{place}[{key!r}]")) for key, v in item.items()]
             if not isinstance(item, OrderedDict):
@@ -81,8 +82,20 @@ def from_plain(value: Any, classes: Mapping[str, type]) -> Any:
     return value
 
 
+def plain_object(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`to_plain` makes of an object of the class ``name``."""
+    return {_OBJECT: name, _FIELDS: fields}
+
+
+def object_fields(value: Any) -> dict[str, Any]:
+    """The attributes of what :func:`plain_object` made."""
+    return value[_FIELDS]
+
+
 def size_in_bytes(value: Any) -> int:
     """Bytes of a plain value's tensors, and about those of the rest."""
+    if isinstance(value, Deferred):
+        return value.bytes
     storages: dict[int, int] = {}
     rest = 0
     for item in _leaves(value):
@@ -92,8 +105,12 @@ def size_in_bytes(value: Any) -> int:
     return sum(storages.values()) + rest
 
 
-def read_plain(path: Path) -> Any:
+def read_plain(path: Path, mmap: bool = False) -> Any:
     """Read a file without executing anything in it.
+
+    Args:
+        path: the file.
+        mmap: whether tensors are read only when they are used.
 
     Returns:
         Its content; tensors are in CPU memory.
@@ -102,7 +119,7 @@ def read_plain(path: Path) -> Any:
         CheckpointError: the file is missing, damaged or holds more than plain values and tensors.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete or not one of mocte_ds.") from error
     except Exception as error:  # torch.load raises many types for a damaged file

@@ -1,6 +1,8 @@
 """Random number generators in a checkpoint: a resumed run draws what the uninterrupted one would have drawn."""
 
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +13,53 @@ from mocte_ds.checkpoints.plain import read_plain, require_keys
 from mocte_ds.dist.collectives import world
 
 RANDOM_FILE = "mocte_random_rank{rank}.pt"
+RANDOM_NAME = re.compile(r"mocte_random_rank(\d+)\.pt")
 
 
 def random_states() -> dict[str, Any]:
     """States of this rank's random number generators, in plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, internal, gauss = random.getstate()
-    numbers = torch.from_numpy(np.asarray(keys, dtype=np.int64))
-    states = {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, numbers, int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
+    states = generator_states(random, np.random, torch.default_generator)
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def restore_random_states(load_dir: str | Path, tag: str) -> dict[str, Any] | None:
-    """Put this rank's random number generators where they were; ranks that did not exist keep their own.
+def generator_states(python: Any, numpy: Any, torchs: torch.Generator) -> dict[str, Any]:
+    """States of three generators, in plain values and tensors.
+
+    Args:
+        python: random.Random, or the module.
+        numpy: numpy's RandomState, or the module.
+        torchs: on the CPU.
+    """
+    name, keys, position, has_gauss, cached = numpy.get_state(legacy=True)
+    version, internal, gauss = python.getstate()
+    numbers = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, numbers, int(position), int(has_gauss), float(cached)],
+        "torch": torchs.get_state(),
+    }
+
+
+def restore_random_states(
+    load_dir: str | Path, tag: str, read: Callable[[Path], Any] = read_plain
+) -> dict[str, Any] | None:
+    """Put this rank's random number generators where they were.
+
+    Args:
+        load_dir: folder of all checkpoints.
+        tag: the checkpoint.
+        read: gives the content of one of its files.
 
     Returns:
         What else the file holds of this rank's controller; None where there is nothing.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is missing or damaged.
     """
     path = Path(load_dir) / tag / RANDOM_FILE.format(rank=world()[0])
-    if not path.exists():
-        return None
-    states = require_keys(read_plain(path), ("python", "numpy", "torch"), path)
+    states = require_keys(read(path), ("python", "numpy", "torch"), path)
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]

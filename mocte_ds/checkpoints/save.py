@@ -45,6 +45,7 @@ class Saver:
         step: int,
         save_latest: bool = True,
         asynchronous: bool = False,
+        ranks: int | None = None,
     ) -> None:
         """Write a checkpoint (collective).
 
@@ -56,6 +57,7 @@ class Saver:
             step: optimizer steps that are done.
             save_latest: whether `latest` moves.
             asynchronous: return at once; the next save, :meth:`look` and :meth:`wait` tell what became of it.
+            ranks: whose checkpoint it is; None: of the ranks that write it.
 
         Raises:
             CheckpointError: on all ranks: no room, or a file could not be written on one of them; no checkpoint that
@@ -78,7 +80,7 @@ class Saver:
         except CheckpointError as error:
             failure = error
         _agree(place, failure)
-        self._under_way = _Save(place, rank, size, files, self.run, step, save_latest)
+        self._under_way = _Save(place, rank, size, files, self.run, step, save_latest, ranks or size)
         self._under_way.start()
         if not asynchronous:
             self.wait()
@@ -128,11 +130,19 @@ class _Save(threading.Thread):
     """One rank's part of one save; no daemon, so that a process that ends waits for it."""
 
     def __init__(
-        self, place: Place, rank: int, world_size: int, files: dict[str, Any], run: str, step: int, save_latest: bool
+        self,
+        place: Place,
+        rank: int,
+        world_size: int,
+        files: dict[str, Any],
+        run: str,
+        step: int,
+        save_latest: bool,
+        ranks: int,
     ) -> None:
         super().__init__(name=f"save {place.tag}")
         self.place, self.rank, self.world_size = place, rank, world_size
-        self.files, self.run_name, self.step, self.save_latest = files, run, step, save_latest
+        self.files, self.run_name, self.step, self.save_latest, self.ranks = files, run, step, save_latest, ranks
         self.written, self.abandoned = threading.Event(), threading.Event()
         self.failure: Exception | None = None
 
@@ -189,7 +199,7 @@ class _Save(threading.Thread):
         return files
 
     def _commit(self, files: dict[str, FileFacts]) -> None:
-        Manifest(self.run_name, self.step, self.world_size, files).write(self.place.partial)
+        Manifest(self.run_name, self.step, self.ranks, files).write(self.place.partial)
         self.place.swap_in()
         if self.save_latest:
             self.place.move_latest()

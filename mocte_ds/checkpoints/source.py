@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest, require_whole
-from mocte_ds.checkpoints.place import resolve_tag
-from mocte_ds.checkpoints.plain import require_keys
+from mocte_ds.checkpoints.manifest import Manifest, require_whole
+from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE, expert_parameter
+from mocte_ds.checkpoints.place import find_tag
+from mocte_ds.checkpoints.plain import read_plain, require_keys
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
 from mocte_ds.models.decoder import Decoder, DecoderConfig
@@ -19,11 +20,8 @@ from mocte_ds.moe.attach import attach
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.sections import parse_section
 
-MODEL_FILE = "mp_rank_00_model_states.pt"
-EXPERT_FILE = "layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
 # A mapped file's pages count as used memory once they were read, until the mapping goes.
 REMAP_BYTES = 1 << 24
-_EXPERT_KEY = ".deepspeed_moe.experts.deepspeed_experts."
 
 
 class Source:
@@ -118,7 +116,8 @@ class StoredSource(Source):
         self.folder = folder = find_tag(checkpoint)
         manifest = Manifest.read(folder)
         require_whole(folder, model_files(manifest))
-        shared = require_keys(_map(folder / MODEL_FILE), ("module", "global_steps"), folder / MODEL_FILE)
+        path = folder / MODEL_FILE
+        shared = require_keys(read_plain(path, mmap=True), ("module", "global_steps"), path)
         has_blocks = STATE_FILE in manifest.files
         saved = read_state(folder.parent, folder.name, None, None) if has_blocks else None
         client = saved["client_state"] if saved else shared
@@ -127,10 +126,7 @@ class StoredSource(Source):
                 f"{folder} does not say which model it holds (client_state has no 'model'); only checkpoints of "
                 "launch/pretrain.py can be converted."
             )
-        with torch.device("meta"):
-            model = Decoder(parse_section(DecoderConfig, client["model"], "model"))
-            if saved:
-                _attach(model, saved["mocte"], folder)
+        model = empty_decoder(client["model"], saved["mocte"] if saved else None, folder / STATE_FILE)
         state: dict[str, Any] = {"step": shared["global_steps"], "model": dict(client["model"]), "mocte": None}
         state.update(tokenizer=client.get("tokenizer"), blocks=[], tokens=client.get("tokens", 0))
         if saved:
@@ -153,7 +149,7 @@ class StoredSource(Source):
         file = self._files[name]
         if self._open[0] != file or self._read_bytes > REMAP_BYTES:
             self._open = ("", {})
-            content = _map(self.folder / file)
+            content = read_plain(self.folder / file, mmap=True)
             self._open, self._read_bytes = (file, content["module"] if file == MODEL_FILE else content), 0
         tensor = self._open[1][name]
         self._read_bytes += tensor.nbytes
@@ -175,8 +171,8 @@ class StoredSource(Source):
             for k, expert in enumerate(block.banks[number].local_experts):
                 path = self.folder / EXPERT_FILE.format(layer=layer, expert=k)
                 known.add(path.name)
-                prefix = f"{block.name}.banks.{number}{_EXPERT_KEY}{k}."
-                found = require_keys(_map(path), (), path)
+                prefix = expert_parameter(block.name, number, k, "")
+                found = require_keys(read_plain(path, mmap=True), (), path)
                 wrong = [key for key in found if not str(key).startswith(prefix)]
                 if wrong:
                     raise CheckpointError(
@@ -205,52 +201,36 @@ class StoredSource(Source):
                 raise CheckpointError(f"{self.folder} does not fit its own model: {name} has another shape.")
 
 
-def find_tag(checkpoint: str | Path) -> Path:
-    """The folder of one checkpoint, from itself or from the folder of all checkpoints.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    folder = Path(checkpoint).absolute()
-    if (folder / MANIFEST_FILE).is_file() or (folder / MODEL_FILE).is_file():
-        return folder
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; name a run's checkpoints folder, or one tag in it.")
-    tag = resolve_tag(folder)
-    if tag is None:
-        raise CheckpointError(f"{folder} is no checkpoint: neither a file 'latest' nor {MODEL_FILE} is there.")
-    return folder / tag
-
-
 def model_files(manifest: Manifest) -> list[str]:
     """Names of the files of a checkpoint that hold the model, and not the optimizer or random states."""
     experts = fnmatch.filter(manifest.files, EXPERT_FILE.format(layer="*", expert="*"))
     return [MODEL_FILE, *(name for name in (STATE_FILE,) if name in manifest.files), *experts]
 
 
-def _attach(model: nn.Module, mocte: dict[str, Any], folder: Path) -> None:
-    """Put the checkpoint's blocks into the model, in their modes."""
-    blocks, entries = attach(model, MocteConfig.from_dict({**mocte["config"], "ep_size": 1})), mocte["blocks"]
+def empty_decoder(sizes: dict[str, Any], mocte: dict[str, Any] | None, path: Path) -> nn.Module:
+    """A decoder with its blocks in their modes, all experts local, without weights.
+
+    Args:
+        sizes: values of DecoderConfig.
+        mocte: "config" (the "mocte" block) and "blocks" ("name" and "mode" of each); None: a dense run.
+        path: where those stand, for messages.
+
+    Raises:
+        CheckpointError: the blocks are not those that the config gives, or a mode is unknown.
+        ConfigError: settings that this version does not know.
+    """
+    with torch.device("meta"):
+        model = Decoder(parse_section(DecoderConfig, sizes, "model"))
+        if mocte is None:
+            return model
+        blocks = attach(model, MocteConfig.from_dict({**mocte["config"], "ep_size": 1}))
+    entries = mocte["blocks"]
     names = [entry.get("name") for entry in entries]
     if names != [block.name for block in blocks]:
-        raise CheckpointError(f"{folder / STATE_FILE} lists the blocks {names}, which its own config does not give.")
+        raise CheckpointError(f"{path} lists the blocks {names}, which its own config does not give.")
     for block, entry in zip(blocks, entries, strict=True):
         try:
             block.mode = BlockMode(entry["mode"])
         except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{folder / STATE_FILE}: the mode of {block.name} is unknown ({error}).") from error
-
-
-def _map(path: Path) -> Any:
-    """A file of ours without executing anything in it; its tensors are read when they are used.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or holds more than plain values and tensors.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete or not one of mocte_ds.") from error
-    except Exception as error:  # torch.load raises many types for a damaged file
-        text = str(error).strip().splitlines() or ["damaged"]
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {text[0]}") from error
+            raise CheckpointError(f"{path}: the mode of {block.name} is unknown ({error}).") from error
+    return model

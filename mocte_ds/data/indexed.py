@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mocte_ds.data.corpus import Documents, read_corpus
 from mocte_ds.data.manifest import FORMAT, NAME, SPLITS, Manifest, open_indexed, prefix
-from mocte_ds.data.tokenizer import Tokenizer
+from mocte_ds.data.stored_tokenizer import AnyTokenizer, keep_tokenizer, open_tokenizer, remove_tokenizer, tokenizer_in
 from mocte_ds.errors import DataError
 
 # A process costs seconds to start; it has to get at least so many characters.
@@ -47,8 +47,8 @@ def prepare(
 
     Args:
         corpus: folder of the corpus.
-        out: folder for DOMAIN_train.bin/.idx, DOMAIN_validation.bin/.idx, tokenizer.model and manifest.json.
-        tokenizer_path: sentencepiece model.
+        out: folder for DOMAIN_train.bin/.idx, DOMAIN_validation.bin/.idx, the tokenizer and manifest.json.
+        tokenizer_path: sentencepiece model, or a folder with a tokenizer.json.
         validation_share: share of documents, chosen by the hash of their text, that go to validation; at least one.
         workers: processes at most; a small corpus is tokenised by this process.
         progress: show a bar on a terminal.
@@ -63,7 +63,7 @@ def prepare(
         raise DataError(f"validation_share = {validation_share} must lie between 0 and 1.")
     if workers < 1:
         raise DataError(f"workers = {workers} must be 1 or more.")
-    out, tokenizer, documents = Path(out), Tokenizer(tokenizer_path), read_corpus(corpus)
+    out, tokenizer, documents = Path(out), open_tokenizer(tokenizer_path), read_corpus(corpus)
     sources = {domain: texts.sha256() for domain, texts in documents.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def prepare(
                 manifest = Manifest(
                     FORMAT, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id, validation_share, domains
                 )
-                shutil.copyfile(tokenizer_path, Path(pending) / "tokenizer.model")
+                keep_tokenizer(tokenizer, Path(pending))
                 manifest.write(Path(pending) / NAME)
                 _install(Path(pending), out, manifest)
     except OSError as error:
@@ -103,7 +103,7 @@ class _Plan:
 
 
 def _build(
-    folder: Path, corpus: dict[str, Documents], tokenizer: Tokenizer, share: float, workers: int, progress: bool
+    folder: Path, corpus: dict[str, Documents], tokenizer: AnyTokenizer, share: float, workers: int, progress: bool
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Write the data sets of all domains; numbers of documents and tokens by domain and split."""
     silent = None if progress else True  # None: no bar where there is no terminal
@@ -147,7 +147,7 @@ def _place(text: str) -> int:
 
 
 def _write_domain(
-    folder: Path, domain: str, texts: Documents, threshold: int, tokenizer: Tokenizer, encode: _Encoder, bar: tqdm
+    folder: Path, domain: str, texts: Documents, threshold: int, tokenizer: AnyTokenizer, encode: _Encoder, bar: tqdm
 ) -> dict[str, dict[str, int]]:
     """Tokenise one file into its two indexed data sets."""
     with warnings.catch_warnings():
@@ -182,7 +182,7 @@ def _write_domain(
 
 
 @contextlib.contextmanager
-def _encoder(tokenizer: Tokenizer, workers: int) -> Iterator[_Encoder]:
+def _encoder(tokenizer: AnyTokenizer, workers: int) -> Iterator[_Encoder]:
     """A function from texts to token ids with eod, in order; by other processes where there are several."""
     if workers == 1:
         yield lambda texts: (_ids(tokenizer, text) for text in texts)
@@ -215,17 +215,17 @@ def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
         yield part
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+def _ids(tokenizer: AnyTokenizer, text: str) -> np.ndarray:
     """Token ids of a document and its end: (n + 1,) int32."""
     return np.asarray([*tokenizer.encode(text), tokenizer.eod_id], dtype=np.int32)
 
 
-_worker: Tokenizer
+_worker: AnyTokenizer
 
 
 def _start_worker(path: str) -> None:
     global _worker
-    _worker = Tokenizer(path)
+    _worker = open_tokenizer(path)
 
 
 def _encode_part(texts: list[str]) -> list[np.ndarray]:
@@ -238,6 +238,7 @@ def _install(pending: Path, out: Path, manifest: Manifest) -> None:
     with contextlib.suppress(DataError):
         stale = set(Manifest.read(out).domains) - set(manifest.domains)
     (out / NAME).unlink(missing_ok=True)
+    remove_tokenizer(out)  # one of the other kind must not stay
     for path in sorted(pending.iterdir()):
         if path.name != NAME:
             os.replace(path, out / path.name)
@@ -248,11 +249,11 @@ def _install(pending: Path, out: Path, manifest: Manifest) -> None:
                 Path(f"{prefix(out, domain, split)}{end}").unlink(missing_ok=True)
 
 
-def _reusable(out: Path, tokenizer: Tokenizer, share: float, sources: dict[str, str]) -> Manifest | None:
+def _reusable(out: Path, tokenizer: AnyTokenizer, share: float, sources: dict[str, str]) -> Manifest | None:
     """The manifest that is there, if it tells of the same input and its files are complete."""
     try:
         old = Manifest.read(out)
-        old.require_tokenizer(out / "tokenizer.model")
+        old.require_tokenizer(tokenizer_in(out))
         if old.tokenizer_sha256 != tokenizer.sha256 or old.validation_share != share:
             return None
         if {domain: facts["source_sha256"] for domain, facts in old.domains.items()} != sources:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mocte_ds.data.manifest import Manifest, open_indexed
+from mocte_ds.data.stored_tokenizer import tokenizer_in
 from mocte_ds.errors import DataError
 
 # Length of the pattern in which domains follow each other; weights are rounded to multiples of 1/_PERIOD.
@@ -111,7 +112,7 @@ class BlendedLoader:
 
         Raises:
             DataError: sizes that do not fit together, unknown or negative weights, too little text, damaged files, or a
-                tokenizer.model that is not the one the data was prepared with.
+                tokenizer that is not the one the data was prepared with.
         """
         for name, value in {"context": context, "micro_batch": micro_batch, "batch_size": batch_size}.items():
             if value < 1:
@@ -127,7 +128,7 @@ class BlendedLoader:
             raise DataError(f"seed = {seed} must be 0 or more.")
         folder = Path(prepared)
         self.manifest = Manifest.read(folder)
-        self.manifest.require_tokenizer(folder / "tokenizer.model")
+        self.manifest.require_tokenizer(tokenizer_in(folder))
         self.domains = sorted(self.manifest.domains)
         for domain in weights or {}:
             if domain not in self.domains:

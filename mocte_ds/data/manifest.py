@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mocte_ds.data.tokenizer import Tokenizer
+from mocte_ds.data.stored_tokenizer import AnyTokenizer, open_tokenizer
 from mocte_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,18 +63,18 @@ class Manifest:
             )
         return manifest
 
-    def require_tokenizer(self, path: str | Path) -> Tokenizer:
+    def require_tokenizer(self, path: str | Path) -> AnyTokenizer:
         """Load a tokenizer and make sure that the data was prepared with it.
 
         Raises:
             DataError: no tokenizer there, or another one.
         """
-        tokenizer = Tokenizer(path)
+        tokenizer = open_tokenizer(path)
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise DataError(
                 f"{path} ({tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}) is not the tokenizer that the "
                 f"data was prepared with ({self.vocab_size} pieces, sha256 {self.tokenizer_sha256[:12]}); take the "
-                "tokenizer.model beside the prepared data, or prepare the data again with this one."
+                "tokenizer beside the prepared data, or prepare the data again with this one."
             )
         return tokenizer
 

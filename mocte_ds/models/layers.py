@@ -58,18 +58,18 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_size = config.head_size
-        d, kv, bias = config.hidden_size, config.kv_heads * config.head_size, config.style == "gpt2"
-        self.q_proj = nn.Linear(d, d, bias=bias)
-        self.k_proj = nn.Linear(d, kv, bias=bias)
-        self.v_proj = nn.Linear(d, kv, bias=bias)
-        self.o_proj = nn.Linear(d, d, bias=bias)
+        d, queries, kv, biases = config.hidden_size, config.query_size, config.kv_size, config.style == "gpt2"
+        self.q_proj = nn.Linear(d, queries, bias=biases or config.qkv_bias)
+        self.k_proj = nn.Linear(d, kv, bias=biases or config.qkv_bias)
+        self.v_proj = nn.Linear(d, kv, bias=biases or config.qkv_bias)
+        self.o_proj = nn.Linear(queries, d, bias=biases)
+        self.q_norm = RMSNorm(queries, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(kv, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, length, _ = x.shape
-        q, k, v = (
-            projection(x).view(batch, length, -1, self.head_size).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        q, k, v = (rows.view(batch, length, -1, self.head_size).transpose(1, 2) for rows in projected)
         if rotation is not None:
             q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         mixed = causal_attention(q, k, v)

@@ -80,7 +80,7 @@ class Ledger:
             frozen_layers: of the front; the embeddings are frozen with the first.
         """
         matrices = 2.0 * matmul_parameters(model) * tokens
-        scores = 4.0 * context * model.hidden_size * model.num_layers * tokens
+        scores = 4.0 * context * model.query_size * model.num_layers * tokens
         self.forward += matrices + scores
         self.dgrad += matrices + 2 * scores
         self.wgrad += matrices
@@ -123,7 +123,7 @@ class Ledger:
         routed = each * sum(loads.values())
         ffn = 2.0 * ffn_parameters(model) * tokens
         matrices = layers * (layer_parameters(model) * 2.0 * tokens)
-        scores = 2 * 4.0 * context * model.hidden_size * layers * tokens
+        scores = 2 * 4.0 * context * model.query_size * layers * tokens
         lora = config.expert.kind == "lora"
         dgrad = matrices + scores + (routed if lora else 0.0)
         # All experts of these layers are frozen, and their weight gradients are saved already.
@@ -162,7 +162,7 @@ class Ledger:
 
 def forward_flops(model: DecoderConfig, context: int) -> float:
     """FLOPs of a forward pass of the dense model, a token."""
-    return 2.0 * matmul_parameters(model) + 4.0 * context * model.hidden_size * model.num_layers
+    return 2.0 * matmul_parameters(model) + 4.0 * context * model.query_size * model.num_layers
 
 
 def ffn_parameters(model: DecoderConfig) -> int:
@@ -172,8 +172,7 @@ def ffn_parameters(model: DecoderConfig) -> int:
 
 def layer_parameters(model: DecoderConfig) -> int:
     """Parameters of the matrices of one layer."""
-    kv = model.kv_heads * model.head_size
-    return 2 * model.hidden_size**2 + 2 * model.hidden_size * kv + ffn_parameters(model)
+    return 2 * model.hidden_size * (model.query_size + model.kv_size) + ffn_parameters(model)
 
 
 def matmul_parameters(model: DecoderConfig) -> int:

@@ -1,7 +1,6 @@
 """The training loop, top to bottom: model, engine, data, steps, validation, checkpoints."""
 
 import random
-import shutil
 import signal
 import sys
 import time
@@ -17,9 +16,11 @@ from deepspeed.accelerator import get_accelerator
 import mocte_ds
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import BlendedLoader, validation_batches
+from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, tokenizer_in
 from mocte_ds.dist.collectives import gather_rows, world
 from mocte_ds.errors import NonFiniteLoss
 from mocte_ds.models import Decoder
+from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
 from mocte_ds.training.saving import finish, load, prepare, save
@@ -41,7 +42,14 @@ class Trainer:
         t, settings = self.run.training, start.settings
         self.config = MocteConfig.from_dict(settings["mocte"]) if "mocte" in settings else None
         _seed_everything(t.seed)
-        self.engine = _engine(Decoder(self.run.model), settings)
+        model, init = Decoder(self.run.model), None
+        if self.run.init and not start.checkpoints:
+            init = InitialWeights(self.run.init)
+            init.require_fit(self.config, model)
+            init.fill(model)
+        self.engine = _engine(model, settings)
+        if init and self.config:
+            init.begin(self.engine.mocte)
         prepare(self.engine, start.identity)
         # Every rank draws other numbers from here on; the weights above had to be the same.
         _seed_everything(t.seed + 1000 + self.rank)
@@ -70,12 +78,16 @@ class Trainer:
         # A checkpoint that is refused leaves nothing behind.
         if self.rank == 0:
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(start.prepared / "tokenizer.model", self.out / "tokenizer.model")
+            keep_tokenizer(open_tokenizer(tokenizer_in(start.prepared)), self.out)
             write_json(self.out / "run.json", self._facts())
         monitor = getattr(self.engine, "monitor", None)
         self.telemetry = Telemetry(self.out, self.rank == 0, t.steps, self.engine.global_steps, monitor)
         if start.checkpoints:
-            self._event("resume", checkpoint=str(start.checkpoints / start.tag), position=self.loader.position)
+            note = self.engine.checkpoint_engine.note
+            reshaped = {"note": note} if note else {}
+            self._event(
+                "resume", checkpoint=str(start.checkpoints / start.tag), position=self.loader.position, **reshaped
+            )
         if self.config:
             self.engine.mocte.on_event(self._mocte_event)
 
@@ -209,7 +221,7 @@ class Trainer:
         state = {
             "data_position": self.loader.position,
             "model": asdict(self.run.model),
-            "tokenizer": str((self.out / "tokenizer.model").absolute()),
+            "tokenizer": str(tokenizer_in(self.out.absolute())),
             "tokens": step * self.run.training.batch_tokens,
             "ledger": self.ledger.to_dict(),
         }

@@ -7,6 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.checkpoints.sizes import stored_sizes
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError
 from mocte_ds.models import DecoderConfig, preset
@@ -87,6 +88,8 @@ class RunConfig:
     training: TrainingSection
     evaluation: EvaluationSection
     deepspeed: dict[str, Any]
+    init: str | None = None
+    """`model.init`: checkpoint whose weights and modes a new run starts from, e.g. of tools/import_hf.py."""
 
     def resolve(self, world_size: int, eod_id: int, vocab_size: int) -> dict[str, Any]:
         """The DeepSpeed config of this run: the file's, completed from the other sections.
@@ -158,14 +161,16 @@ class RunConfig:
         }
         given = {**asdict(self.training), "context": self.context, "warmup_steps": self.warmup_steps}
         training = {f"training.{key}": value for key, value in given.items() if key not in FREE_TRAINING_KEYS}
+        stage = (self.deepspeed.get("zero_optimization") or {}).get("stage", 0)
         deepspeed = {
-            "deepspeed.zero_optimization.stage": (self.deepspeed.get("zero_optimization") or {}).get("stage", 0),
+            # Stages 1 and 2 differ in what they communicate, not in what they store.
+            "deepspeed.zero_optimization.stage": "1 or 2" if stage in (1, 2) else stage,
             "deepspeed.optimizer.type": (self.deepspeed.get("optimizer") or {}).get("type", "AdamW"),
             "deepspeed.bf16.enabled": bool((self.deepspeed.get("bf16") or {}).get("enabled")),
             "deepspeed.fp16.enabled": bool((self.deepspeed.get("fp16") or {}).get("enabled")),
             "deepspeed.mocte is there": "mocte" in self.deepspeed,
         }
-        return {**model, "data.weights": self.data.weights, **training, **deepspeed}
+        return {**model, "model.init": self.init, "data.weights": self.data.weights, **training, **deepspeed}
 
 
 def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
@@ -179,13 +184,15 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
         ConfigError: unreadable file, unknown section or key (with the nearest valid one), wrong value, missing value.
     """
     values = read_values(Path(path), changes)
-    _require_known(values, [f.name for f in fields(RunConfig)], f"{path}: unknown section")
+    _require_known(values, [f.name for f in fields(RunConfig) if f.name != "init"], f"{path}: unknown section")
+    model, init = _model(values.get("model") or {})
     run = RunConfig(
-        model=_model(values.get("model") or {}),
+        model=model,
         data=parse_section(DataSection, values.get("data") or {}, "data"),
         training=parse_section(TrainingSection, values.get("training") or {}, "training"),
         evaluation=parse_section(EvaluationSection, values.get("evaluation") or {}, "evaluation"),
         deepspeed=_deepspeed(values.get("deepspeed")),
+        init=init,
     )
     _check(run, Path(path))
     return run
@@ -222,15 +229,36 @@ def _check(run: RunConfig, path: Path) -> None:
         MocteConfig.from_dict(run.deepspeed["mocte"])
 
 
-def _model(section: dict[str, Any]) -> DecoderConfig:
+def _model(section: dict[str, Any]) -> tuple[DecoderConfig, str | None]:
+    """The decoder, and the checkpoint that it starts from."""
     section = dict(section)
+    init = section.pop("init", None)
+    if init is not None:
+        return _started(section, str(init)), str(init)
+    return _fresh(section), None
+
+
+def _started(section: dict[str, Any], init: str) -> DecoderConfig:
+    """The decoder of `model.init`; a size that the section gives must be its size."""
+    if "preset" in section:
+        raise ConfigError("model.preset and model.init both say how large the model is; remove model.preset.")
+    sizes = stored_sizes(init)
+    config = parse_section(DecoderConfig, {**sizes, **section}, "model")
+    free = ("activation_checkpointing", *(("max_positions",) if config.style == "llama" else ()))
+    for key, value in section.items():
+        if key not in free and value != sizes.get(key):
+            raise ConfigError(f"model.{key} = {value!r}, but {sizes.get(key)!r} in model.init = {init}; remove it.")
+    return config
+
+
+def _fresh(section: dict[str, Any]) -> DecoderConfig:
     if "preset" in section:
         base = asdict(preset(section.pop("preset")))
         return parse_section(DecoderConfig, {**base, **section}, "model")
     needed = [f.name for f in fields(DecoderConfig) if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in needed if name not in section]
     if missing:
-        raise ConfigError(f"model: either a preset or all sizes are needed; missing: {', '.join(missing)}.")
+        raise ConfigError(f"model: a preset, init or all sizes are needed; missing: {', '.join(missing)}.")
     return parse_section(DecoderConfig, section, "model")
 
 

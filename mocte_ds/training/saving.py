@@ -59,6 +59,8 @@ def finish(engine: Any) -> None:
 def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
     """Bring the engine and this rank's random states to where a checkpoint was written (collective).
 
+    A checkpoint of another layout is brought to the run's on the way; `engine.checkpoint_engine.note` says so.
+
     Returns:
         The client state.
 
@@ -66,9 +68,12 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
         CheckpointError: missing, changed or damaged files.
     """
     try:
-        if not hasattr(engine, "mocte"):
-            engine.checkpoint_engine.saver.run = require_whole_on_ranks(folder / tag).run
-        path, client_state = engine.load_checkpoint(str(folder), tag)
+        if hasattr(engine, "mocte"):
+            path, client_state = engine.load_checkpoint(str(folder), tag)
+        else:
+            with engine.checkpoint_engine.reading(folder / tag, require_whole_on_ranks(folder / tag)) as read:
+                path, client_state = engine.load_checkpoint(str(folder), tag)
+                restore_random_states(folder, tag, read)
     except MocteError:
         raise
     except Exception as error:  # DeepSpeed raises many types for a file that is not what it expects
@@ -79,6 +84,4 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
         ) from error
     if path is None:
         raise CheckpointError(f"the checkpoint {folder / tag} is incomplete: DeepSpeed found no model states there.")
-    if not hasattr(engine, "mocte"):
-        restore_random_states(folder, tag)
     return client_state

@@ -6,6 +6,7 @@ from typing import Any
 
 from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
+from mocte_ds.data.stored_tokenizer import tokenizer_in
 from mocte_ds.training.run_config import RunConfig
 from mocte_ds.training.run_folder import checkpoint_step, require_same_run, resume_folder
 
@@ -56,13 +57,12 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int) -> Start
     """
     prepared = Path(run.data.prepared)
     manifest = Manifest.read(prepared)
-    tokenizer = manifest.require_tokenizer(prepared / "tokenizer.model")
+    tokenizer = manifest.require_tokenizer(tokenizer_in(prepared))
     settings = run.resolve(world_size, tokenizer.eod_id, tokenizer.vocab_size)
     board = settings.get("tensorboard") or {}
     if board.get("enabled") and not board.get("output_path"):
         settings["tensorboard"] = {"job_name": out.name, **board, "output_path": str(out / "tensorboard")}
-    # ZeRO's partition of the optimizer is cut for one number of ranks.
-    identity = {**run.identity(), "data.manifest": manifest.sha256, "ranks": world_size}
+    identity = {**run.identity(), "data.manifest": manifest.sha256}
     checkpoints = resume_folder(out, resume)
     tag = resolve_tag(checkpoints) if checkpoints else None
     if checkpoints and tag:

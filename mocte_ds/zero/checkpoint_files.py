@@ -1,7 +1,9 @@
 """DeepSpeed's checkpoint files, collected for our saver instead of pickled, and read without executing code."""
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,14 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from mocte_ds.checkpoints.layout import Layout
+from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.place import Place
 from mocte_ds.checkpoints.plain import from_plain, read_plain, to_plain
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
+from mocte_ds.checkpoints.reshaped import Reshaped
 from mocte_ds.checkpoints.save import Saver
+from mocte_ds.checkpoints.written import Written
 from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import CheckpointError, ConfigError
 
@@ -23,14 +29,18 @@ _CLASSES = {kind.__name__: kind for kind in (DynamicLossScaler, LossScaler, frag
 class PlainFiles(CheckpointEngine):
     """What a DeepSpeed engine hands its files to, and gets them from; :func:`use_plain_files` puts it in."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Any = None) -> None:
+        """Make it for an engine; without one it reads and collects single files."""
         super().__init__()
-        self.name = "mocte_ds"
+        self.name, self._engine = "mocte_ds", engine
         self.saver = Saver()
         """Writes the checkpoints."""
         self.always: dict[str, bytes] = {}
         """Further files of every checkpoint, by name; rank zero's are written."""
+        self.note: str | None = None
+        """How the checkpoint that was loaded last was brought into the run's layout; None where it had it already."""
         self._collected: dict[str, Any] = {}
+        self._reshaped: Reshaped | None = None
         self._copy = False
         self._refused: CheckpointError | None = None
 
@@ -82,6 +92,60 @@ class PlainFiles(CheckpointEngine):
             files.update(self.always)
         self.saver.save(save_dir, tag, files, step, save_latest, asynchronous)
 
+    @contextlib.contextmanager
+    def reading(self, folder: Path, manifest: Manifest, ep_size: int = 1) -> Iterator[Callable[[Path], Any]]:
+        """Let DeepSpeed load a checkpoint, which is cut anew on the way where it is of another layout than the run.
+
+        Args:
+            folder: of the checkpoint.
+            manifest: of the checkpoint, whose files agree with it.
+            ep_size: of the run.
+
+        Yields:
+            What gives the content of one of its files.
+
+        Raises:
+            CheckpointError: of another data type, or of an architecture that cannot be brought into the run's layout.
+        """
+        rank, size = world()
+        layout = Layout(size, ep_size, self._engine._config.use_data_before_expert_parallel_)
+        written = Written(folder, manifest)
+        written.require_precision(self._engine.bfloat16_enabled())
+        self._reshaped, self.saver.run = Reshaped(written, layout, rank), manifest.run
+        self.note = self._reshaped.note(self._engine.train_batch_size())
+        if self.note and rank == 0:
+            logging.getLogger("mocte_ds").warning(self.note)
+        try:
+            yield self._read
+        finally:
+            self._reshaped = None
+
+    def _read(self, path: Path) -> Any:
+        reshaped = self._reshaped
+        return reshaped.read(path.name) if reshaped and path.parent == reshaped.written.folder else read_plain(path)
+
+    def _fit(self, state: dict[str, Any], path: Path) -> None:
+        """Refuse another optimizer's state, and complete one that another implementation of Adam has written.
+
+        Optimizers take whatever has the right length; the moments of the wrong parameter would go unnoticed.
+        """
+        optimizer = getattr(self._engine, "optimizer", None)
+        if "param_slice_mappings" not in state or not hasattr(optimizer, "_param_slice_mappings"):
+            return
+        saved_groups, own_groups = state["param_slice_mappings"], optimizer._param_slice_mappings
+        if saved_groups != own_groups:
+            pairs = zip(saved_groups, own_groups, strict=False)
+            names = [n for saved, own in pairs for n in {**saved, **own} if saved.get(n) != own.get(n)]
+            where = f"{names[0]} elsewhere than" if names else f"{len(saved_groups)} parameter groups, unlike"
+            raise CheckpointError(
+                f"{path} has {where} this run's optimizer: the checkpoint is of another model or of other parameter "
+                "groups, or its files were mixed up."
+            )
+        base = state["base_optimizer_state"]
+        if isinstance(base, dict):
+            for saved, own in zip(base["param_groups"], optimizer.optimizer.param_groups, strict=True):
+                saved.update({name: value for name, value in own.items() if name not in saved})
+
     # ---- what DeepSpeed calls --------------------------------------------------------------------------------------
 
     def create(self, info: CheckpointCommitInfo) -> None:
@@ -100,7 +164,10 @@ class PlainFiles(CheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Content of one of DeepSpeed's files, in CPU memory; nothing in it is executed."""
-        return from_plain(read_plain(Path(path)), _CLASSES)
+        content = from_plain(self._read(Path(path)), _CLASSES)
+        if isinstance(content, dict) and isinstance(content.get("optimizer_state_dict"), dict):
+            self._fit(content["optimizer_state_dict"], Path(path))
+        return content
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """DeepSpeed has handed over everything."""
@@ -142,7 +209,7 @@ def use_plain_files(engine: Any) -> PlainFiles:
         )
     if engine.load_universal_checkpoint():
         raise ConfigError("checkpoint.load_universal is not supported: DeepSpeed unpickles such files; remove it.")
-    files = PlainFiles()
+    files = PlainFiles(engine)
     engine.checkpoint_engine = files
     # It would be code that nobody verifies; `python -m deepspeed.utils.zero_to_fp32` is the same script.
     engine._copy_recovery_script = lambda save_path: None

@@ -36,6 +36,7 @@ _ATTRIBUTES = (
     "round_robin_bit16_offsets",
     "real_dp_process_group",
     "partition_count",
+    "_param_slice_mappings",
     "averaged_gradients",
     "ipg_buckets",
     "is_moe_param_group",

@@ -15,10 +15,10 @@ from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, attach
 
 
-def sign(folder: Path) -> None:
+def sign(folder: Path, ranks: int = 1) -> None:
     """Make the manifest agree with the files as they are, as somebody would who knows the format."""
     files = {path.name: hash_file(path) for path in folder.iterdir() if path.name != MANIFEST_FILE}
-    Manifest("by hand", 7, 1, files).write(folder)
+    Manifest("by hand", 7, ranks, files).write(folder)
 
 
 def write_random(folder: Path, config: DecoderConfig, settings: dict[str, Any]) -> None:

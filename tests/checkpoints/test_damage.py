@@ -185,17 +185,20 @@ def test_two_ranks_refuse_with_the_same_words_and_load_nothing(written, tmp_path
 
 
 def test_dense_runs_refuse_too(written, tmp_path):
-    folders = [written.copy("dense", tmp_path / name) for name in ("flipped", "swapped", "code", "good")]
+    folders = [written.copy("dense", tmp_path / name) for name in ("flipped", "swapped", "code", "sealed", "good")]
     flip(folders[0] / ZERO.format(1), 0.5)
     swap(folders[1] / ZERO.format(0), folders[1] / ZERO.format(1))
     for rank in range(2):
         plant(folders[2] / ZERO.format(rank), tmp_path / "made")
-    seal(folders[2])
+    swap(folders[3] / ZERO.format(0), folders[3] / ZERO.format(1))
+    for folder in folders[2:4]:
+        seal(folder)
     for rank, errors in enumerate(spawn(ranks.load_dense, 2, list(map(str, folders)), timeout=120, deepspeed=True)):
         assert f"{ZERO.format(1)} was changed" in errors[0]
         assert f"{ZERO.format(0)} holds the content of {ZERO.format(1)}" in errors[1]
         assert f"{ZERO.format(rank)} cannot be read: UnpicklingError" in errors[2]
-        assert errors[3] == "loaded step 3, 768 tokens"
+        assert re.search(rf"{ZERO.format(rank)} has model\.\S+ elsewhere than this run's optimizer", errors[3])
+        assert errors[4] == "loaded step 3, 768 tokens"
     assert not (tmp_path / "made").exists()
 
 

@@ -282,4 +282,5 @@ def test_random_states_are_restored(tmp_path):
     restore_random_states(tmp_path, "one")
     assert [ranks.draw(), ranks.draw()] == drawn
     (tmp_path / "one" / "mocte_random_rank0.pt").unlink()
-    restore_random_states(tmp_path, "one")  # a rank that did not exist keeps its own numbers
+    with raises(CheckpointError, match="mocte_random_rank0.pt is missing"):
+        restore_random_states(tmp_path, "one")

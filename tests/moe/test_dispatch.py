@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mocte_ds.moe.dispatch import route_through
 from tests.spawn import spawn
@@ -77,3 +78,24 @@ def test_one_process_and_observer():
     for k in range(EXPERTS):
         torch.testing.assert_close(seen[k], features[index == k])
     assert counts.tolist() == torch.bincount(index, minlength=EXPERTS).tolist()
+
+
+def test_frozen_experts_compute_no_weight_gradient() -> None:
+    """By torch's own count of the products of matrices."""
+    rows = 64 * torch.arange(1, EXPERTS + 1)  # multiples of what a CPU pads to
+    index = torch.arange(EXPERTS).repeat_interleave(rows)
+    features = torch.randn(len(index), WIDTH, requires_grad=True)
+
+    def products(frozen: set[int]) -> int:
+        experts = make_experts()
+        for k in frozen:
+            experts[k].requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            outputs, _ = route_through(features, index, list(experts), EXPERTS, None, 1)
+            outputs.square().sum().backward()
+        assert all((p.grad is None) == (k in frozen) for k in range(EXPERTS) for p in experts[k].parameters())
+        return counter.get_total_flops()
+
+    for frozen in ({1}, {0, 3}, set(range(EXPERTS))):
+        saved = sum(2 * int(rows[k]) * WIDTH * WIDTH for k in frozen)
+        assert products(set()) - products(frozen) == saved

@@ -56,6 +56,24 @@ def compare(source: Source, layout: Layout, folder: Path) -> tuple[dict[str, Any
     """
     pieces = Pieces(folder, layout)
     checksums = _compare_tensors(source, layout, pieces)
+    facts = compare_function(source, layout, pieces)
+    return {**facts, "tensors_compared": len(checksums)}, checksums
+
+
+def compare_function(source: Source, layout: Layout, pieces: Pieces) -> dict[str, Any]:
+    """Compare what the layers compute, one after the other, and the logits.
+
+    Args:
+        source: our model; of `bf16` it is measured too what computing in bf16 changes.
+        layout: the class of the folder.
+        pieces: of the folder.
+
+    Returns:
+        Facts: logit_difference, changed_predictions, experts_compared.
+
+    Raises:
+        CheckpointError: an expert stands in another one's place, or outputs differ by more than rounding.
+    """
     run = _begin(source)
     experts, first = 0, run.ours
     for layer in range(source.config.num_layers):
@@ -69,13 +87,7 @@ def compare(source: Source, layout: Layout, folder: Path) -> tuple[dict[str, Any
             "some gate has experts with the same row, between which rounding decides; such a model cannot be compared."
         )
     difference, changed = _compare_ends(source, layout, pieces, run, first, decided)
-    facts = {
-        "logit_difference": difference,
-        "changed_predictions": changed,
-        "tensors_compared": len(checksums),
-        "experts_compared": experts,
-    }
-    return facts, checksums
+    return {"logit_difference": difference, "changed_predictions": changed, "experts_compared": experts}
 
 
 def _compare_tensors(source: Source, layout: Layout, pieces: Pieces) -> dict[str, str]:

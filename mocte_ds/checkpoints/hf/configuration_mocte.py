@@ -24,6 +24,9 @@ class MocteLMConfig(PretrainedConfig):
         num_hidden_layers: int = 22,
         num_attention_heads: int = 32,
         num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
         max_position_embeddings: int = 2048,
         rope_theta: float = 10000.0,
         norm_eps: float = 1e-5,
@@ -51,6 +54,9 @@ class MocteLMConfig(PretrainedConfig):
             num_hidden_layers: layers.
             num_attention_heads: query heads.
             num_key_value_heads: key and value heads; None: as many as query heads.
+            head_dim: features a head; None: hidden_size / num_attention_heads.
+            qkv_bias: biases of queries, keys and values in the llama style; the gpt2 style always has them.
+            qk_norm: RMSNorm of a token's queries and of its keys, in the llama style.
             max_position_embeddings: longest context in training.
             rope_theta: base of the rotary frequencies.
             norm_eps: added to the variance in norms.
@@ -75,7 +81,8 @@ class MocteLMConfig(PretrainedConfig):
         self.intermediate_size, self.num_hidden_layers = intermediate_size, num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.head_dim = hidden_size // num_attention_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
         self.max_position_embeddings, self.rope_theta, self.norm_eps = max_position_embeddings, rope_theta, norm_eps
         self.initializer_range, self.tie_word_embeddings = initializer_range, tie_word_embeddings
         self.expert_layers = list(expert_layers or [])
@@ -84,7 +91,6 @@ class MocteLMConfig(PretrainedConfig):
         self.expert_width = intermediate_size // len(self.routers) if expert_width is None else expert_width
         self.document_end_id, self.use_cache = document_end_id, use_cache
         self._require_known()
-        kwargs.pop("head_dim", None)
         super().__init__(
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
@@ -98,7 +104,7 @@ class MocteLMConfig(PretrainedConfig):
             raise ValueError(f"style = {self.style!r} is not one of 'llama', 'gpt2'.")
         if self.expert_kind not in ("ffn", "lora"):
             raise ValueError(f"expert_kind = {self.expert_kind!r} is not one of 'ffn', 'lora'.")
-        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+        if self.head_dim < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"hidden_size = {self.hidden_size}, num_attention_heads = {self.num_attention_heads} and "
                 f"num_key_value_heads = {self.num_key_value_heads} do not divide each other."

@@ -1,4 +1,4 @@
-"""Models without experts as transformers' Llama and GPT-2, and what all exported classes have in common."""
+"""Models without experts as transformers' Llama, Qwen2 and GPT-2, and what all exported classes have in common."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.checkpoints.source import Source
+from mocte_ds.errors import CheckpointError
 from mocte_ds.models import DecoderConfig
 from mocte_ds.moe.block import Block
 
@@ -86,7 +87,10 @@ class Layout:
 
 def llama_fields(config: DecoderConfig, special: SpecialIds) -> dict[str, Any]:
     """Fields that all Llama-like configs share."""
+    # Some of the configs have no such field, but all models read it.
+    head = {} if config.query_size == config.hidden_size else {"head_dim": config.head_size}
     return {
+        **head,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -149,12 +153,22 @@ def stock_class(name: str) -> Callable[[], Any]:
 
 
 def llama(source: Source, special: SpecialIds) -> Layout:
-    """A dense model of the llama style."""
-    from transformers import LlamaConfig
+    """A dense model of the llama style; with biases of queries, keys and values Qwen2.
 
-    config = LlamaConfig(**llama_fields(source.config, special), attention_bias=False, mlp_bias=False)
+    Raises:
+        CheckpointError: norms of queries and keys, which no dense class has in this place.
+    """
+    from transformers import LlamaConfig, Qwen2Config
+
+    fields = llama_fields(source.config, special)
+    if source.config.qk_norm:
+        raise CheckpointError("no dense stock class has model.qk_norm; export with --class own.")
+    if source.config.qkv_bias:
+        name, config = "Qwen2ForCausalLM", Qwen2Config(**fields, use_sliding_window=False)
+    else:
+        name, config = "LlamaForCausalLM", LlamaConfig(**fields, attention_bias=False, mlp_bias=False)
     stored = llama_stored(source, lambda layer: dense_ffn(source, layer))
-    return Layout("LlamaForCausalLM", stock_class("LlamaForCausalLM"), config, stored, "model.layers", llama_step)
+    return Layout(name, stock_class(name), config, stored, "model.layers", llama_step)
 
 
 def gpt2(source: Source, special: SpecialIds) -> Layout:

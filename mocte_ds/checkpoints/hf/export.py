@@ -1,26 +1,24 @@
 """Exports a checkpoint to Hugging Face format: exact, checked against the trained model before it says done."""
 
-import contextlib
-import json
-import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 
 from mocte_ds.checkpoints.hf.card import model_card
 from mocte_ds.checkpoints.hf.compare import compare
 from mocte_ds.checkpoints.hf.dense import Layout
+from mocte_ds.checkpoints.hf.kept_tokenizer import run_tokenizer
 from mocte_ds.checkpoints.hf.layouts import choose_layout
 from mocte_ds.checkpoints.hf.shards import SHARD_BYTES, Entry, write_shards
-from mocte_ds.checkpoints.hf.tokenizer import SourceTokenizer
-from mocte_ds.checkpoints.source import Source, StoredSource, find_tag
-from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.checkpoints.hf.whole import require_free, whole, write_json
+from mocte_ds.checkpoints.place import find_tag
+from mocte_ds.checkpoints.source import Source, StoredSource
+from mocte_ds.errors import ConfigError
 
 _FACTS_FILE, _CHECKSUMS_FILE = "export.json", "checksums.json"
 
@@ -43,7 +41,7 @@ def export(
         out: folder to write; appears as a whole at the end, never half. An earlier export there is replaced.
         dtype: `fp32` or `bf16` weights; gates are stored in fp32 always. Computing in bf16 sends the few tokens near a
             boundary to another expert; loaded with dtype=torch.float32, either export routes as the trained model.
-        tokenizer_path: sentencepiece model; None: the one of the run.
+        tokenizer_path: sentencepiece model, or a folder with a tokenizer.json; None: the one of the run.
         tell: called with a line for each stage.
         choice: `stock`, `own` or `auto`: see :func:`mocte_ds.checkpoints.hf.layouts.choose_layout`.
         shard_bytes: largest file of weights.
@@ -62,13 +60,13 @@ def export(
         raise ConfigError(f"dtype = {dtype!r} is not one of ['fp32', 'bf16'].")
     start = psutil.Process().memory_info().rss
     folder = find_tag(checkpoint)
-    out = _require_free(Path(out), folder)
+    out = require_free(Path(out), folder, _FACTS_FILE)
     tell(f"reading {folder}")
     source = StoredSource(folder, dtype)
-    tokenizer = SourceTokenizer(_tokenizer_path(tokenizer_path, source.state["tokenizer"], folder))
+    tokenizer = run_tokenizer(tokenizer_path, source.state["tokenizer"], folder)
     tokenizer.require_fit(source.config.vocab_size)
     layout = choose_layout(source, tokenizer.special, choice)
-    with _whole(out) as pending:
+    with whole(out) as pending:
         tell(f"writing {layout.name}")
         parameters = write_model(source, layout, pending, shard_bytes)
         tokenizer.write(pending, source.config.max_positions)
@@ -77,10 +75,10 @@ def export(
         facts |= {"dtype": dtype, "checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
         compared, checksums = compare(source, layout, pending)
         facts |= compared
-        facts["peak_bytes"] = _peak_bytes()
-        _write_json(pending / _CHECKSUMS_FILE, checksums)
+        facts["peak_bytes"] = peak_bytes()
+        write_json(pending / _CHECKSUMS_FILE, checksums)
         (pending / "README.md").write_text(model_card(source.state, facts), encoding="utf-8")
-        _write_json(pending / _FACTS_FILE, {**facts, "step": source.state["step"]})
+        write_json(pending / _FACTS_FILE, {**facts, "step": source.state["step"]})
     return facts
 
 
@@ -108,7 +106,7 @@ def write_model(source: Source, layout: Layout, folder: Path, shard_bytes: int =
     return sum(torch.Size(entry.shape).numel() for entry in layout.stored if not entry.buffer)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Largest memory of this process so far."""
     status = Path("/proc/self/status")
     if status.is_file():
@@ -116,71 +114,3 @@ def _peak_bytes() -> int:
         lines = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
         return next(1024 * int(words[1]) for words in lines if words[0] == "VmHWM:")
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _tokenizer_path(named: str | Path | None, trained: str | None, folder: Path) -> Path:
-    """The tokenizer of a run, wherever the run's folder lies by now."""
-    if named:
-        return Path(named)
-    beside = folder.parent.parent / "tokenizer.model"
-    for path in (Path(trained) if trained else beside, beside):
-        if path.is_file():
-            return path
-    raise CheckpointError(
-        f"no tokenizer: the checkpoint names {trained or 'none'} and {beside} is not there either; name the "
-        "sentencepiece model with --tokenizer."
-    )
-
-
-def _require_free(out: Path, checkpoint: Path) -> Path:
-    """``out`` as a full path, if nothing but an earlier export is there."""
-    out, checkpoint = out.absolute().resolve(), checkpoint.resolve()
-    if out == checkpoint or out in checkpoint.parents or checkpoint in out.parents:
-        raise ConfigError(f"{out} and the checkpoint {checkpoint} overlap; write the export to a folder of its own.")
-    try:
-        if out.is_dir():
-            taken = any(out.iterdir()) and not (out / _FACTS_FILE).is_file()
-        else:
-            taken = out.exists()
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error}.") from error
-    if taken:
-        raise ConfigError(f"{out} holds something else than an export of ours; remove it or name another folder.")
-    return out
-
-
-@contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when all went well, and vanishes otherwise."""
-    pending = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        pending.mkdir(parents=True)
-        yield pending
-        mask = os.umask(0)
-        os.umask(mask)
-        for path in pending.iterdir():
-            path.chmod(0o666 & ~mask)  # safetensors leaves its files to the owner alone
-        _swap(pending, out)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {out}: {error}. Nothing was changed there.") from error
-    finally:
-        shutil.rmtree(pending, ignore_errors=True)
-
-
-def _swap(pending: Path, out: Path) -> None:
-    """Put a folder in another one's place, or leave that one where it is."""
-    if not out.exists():
-        os.replace(pending, out)
-        return
-    old = out.with_name(f"{out.name}.{os.getpid()}.old")
-    os.replace(out, old)
-    try:
-        os.replace(pending, out)
-    except OSError:
-        os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.checkpoints.hf.dense import Layout
+from mocte_ds.checkpoints.hf.folder import Folder
 from mocte_ds.checkpoints.hf.shards import Shards
 from mocte_ds.errors import CheckpointError
 
@@ -17,15 +18,23 @@ _EMBEDDING, _HEAD = (".embed_tokens.weight", ".wte.weight"), "lm_head.weight"
 class Pieces:
     """An export as a user loads it, but never the whole of it."""
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: Layout, shards: Shards | Folder | None = None) -> None:
         """Read the config and the names of the tensors.
+
+        Args:
+            folder: of the export, or one that was imported.
+            layout: the class that it holds.
+            shards: its tensors; None: the folder's files under their own names.
 
         Raises:
             CheckpointError: transformers do not read the config, or a file is damaged.
         """
         from transformers import AutoConfig
+        from transformers.utils.logging import disable_progress_bar
 
-        self.folder, self.layout, self.shards = folder, layout, Shards(folder)
+        disable_progress_bar()  # one a layer
+
+        self.folder, self.layout, self.shards = folder, layout, shards or Shards(folder)
         try:
             written = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             self.values = json.loads((folder / "config.json").read_text(encoding="utf-8"))

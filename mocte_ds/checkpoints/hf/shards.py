@@ -16,7 +16,7 @@ from mocte_ds.errors import CheckpointError
 
 SHARD_BYTES = 2_000_000_000
 INDEX_FILE = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+SINGLE_FILE = "model.safetensors"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
@@ -64,7 +64,7 @@ def write_shards(
         shards[-1].append(entry)
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        name = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         # Wider numbers first, so that each tensor begins at a multiple of its own width.
         _write(folder / name, sorted(shard, key=lambda entry: -entry.dtype.itemsize), make)
         weight_map.update({entry.name: name for entry in shard})
@@ -97,7 +97,7 @@ def _write(path: Path, entries: list[Entry], make: Callable[[str], Tensor]) -> N
                 raise CheckpointError(
                     f"{entry.name} is {tuple(tensor.shape)} {tensor.dtype}, promised was {entry.shape} {entry.dtype}."
                 )
-            file.write(_bytes(tensor))
+            file.write(tensor_bytes(tensor))
 
 
 class Shards:
@@ -114,7 +114,7 @@ class Shards:
         self._read_bytes = 0
         path, self.files = folder / INDEX_FILE, {}
         if not path.is_file():
-            self.files = dict.fromkeys(self._names(_SINGLE), _SINGLE)
+            self.files = dict.fromkeys(self._names(SINGLE_FILE), SINGLE_FILE)
             return
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -148,6 +148,21 @@ class Shards:
         self._read_bytes += tensor.nbytes
         return tensor
 
+    def outline(self, name: str) -> tuple[str, list[int]]:
+        """Kind of numbers, as the format names it, and shape of a tensor; nothing of it is read.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        file = self.files[name]
+        try:
+            if self._open[0] != file:
+                self._open, self._read_bytes = (file, safe_open(self.folder / file, "pt")), 0
+            found = self._open[1].get_slice(name)
+            return found.get_dtype(), found.get_shape()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / file} cannot be read: {error}.") from error
+
     def _names(self, file: str) -> set[str]:
         if Path(file).name != file:
             raise CheckpointError(f"{INDEX_FILE} names {file!r}, which is no file of the folder.")
@@ -161,9 +176,10 @@ class Shards:
 def checksum(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes, shape and dtype."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(_bytes(tensor))
+    digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor in CPU memory, as a file holds them."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

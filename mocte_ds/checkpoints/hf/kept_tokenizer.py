@@ -1,0 +1,81 @@
+"""The tokenizer of an imported model, handed on unchanged, and whichever tokenizer a run was trained with."""
+
+import json
+import shutil
+from pathlib import Path
+
+from mocte_ds.checkpoints.hf.dense import SpecialIds
+from mocte_ds.checkpoints.hf.import_config import CONFIG_FILE
+from mocte_ds.checkpoints.hf.tokenizer import SourceTokenizer
+from mocte_ds.data.hf_tokenizer import HFTokenizer
+from mocte_ds.data.stored_tokenizer import tokenizer_in
+from mocte_ds.errors import CheckpointError
+
+
+class KeptTokenizer:
+    """The files of a Hugging Face tokenizer; the same interface as :class:`SourceTokenizer`."""
+
+    def __init__(self, path: Path) -> None:
+        """Load it.
+
+        Raises:
+            DataError: it is damaged or incomplete.
+        """
+        self.path, self._tokenizer = path, HFTokenizer(path)
+
+    @property
+    def special(self) -> SpecialIds:
+        """Ids as the model's config has them, else as the tokenizer's."""
+        file, found = self.path / CONFIG_FILE, self._tokenizer.special
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return SpecialIds(**{name: values.get(f"{name}_token_id", found[name]) for name in ("bos", "eos", "pad")})
+
+    def require_fit(self, vocab_size: int) -> None:
+        """Raise CheckpointError where the model has no embedding for some token."""
+        if self._tokenizer.vocab_size > vocab_size:
+            raise CheckpointError(
+                f"the tokenizer {self.path} has {self._tokenizer.vocab_size} tokens, the model only {vocab_size} "
+                "embeddings: it belongs to another model."
+            )
+
+    def write(self, out: Path, _max_length: int) -> None:
+        """Copy its files, but for the model's config.
+
+        Args:
+            out: the exported folder.
+
+        Raises:
+            CheckpointError: a file cannot be written.
+        """
+        try:
+            for path in self._tokenizer.files():
+                if path.name != CONFIG_FILE:
+                    shutil.copyfile(path, out / path.name)
+        except OSError as error:
+            raise CheckpointError(f"could not write the tokenizer to {out}: {error}.") from error
+
+
+def run_tokenizer(named: str | Path | None, trained: str | None, folder: Path) -> SourceTokenizer | KeptTokenizer:
+    """The tokenizer of a run, wherever the run's folder lies by now.
+
+    Args:
+        named: a sentencepiece model, or a folder with a tokenizer.json; None: look for it.
+        trained: where the checkpoint says that it is.
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        DataError: likewise, for a folder.
+    """
+    # Beside the checkpoints of a run, or in an imported model.
+    beside = [tokenizer_in(place) for place in (folder.parent.parent, folder.parent)]
+    places = [Path(named)] if named else [Path(trained), *beside] if trained else beside
+    for path in places:
+        if path.is_dir():
+            return KeptTokenizer(path)
+        if path.is_file() or named:
+            return SourceTokenizer(path)
+    raise CheckpointError(
+        f"no tokenizer: the checkpoint names {trained or 'none'} and {beside[0]} is not there either; name the "
+        "sentencepiece model, or the folder of a tokenizer.json, with --tokenizer."
+    )

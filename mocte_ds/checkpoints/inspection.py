@@ -1,0 +1,158 @@
+"""Looks into a checkpoint: what is in it, how large, in which modes, and whether every file is what was saved."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mocte_ds.checkpoints.load import STATE_FILE
+from mocte_ds.checkpoints.manifest import Manifest, problems_by_file
+from mocte_ds.checkpoints.names import EXPERT_NAME, MODEL_FILE, OPTIMIZER_NAME
+from mocte_ds.checkpoints.outline import Stored, mapped, read_outline
+from mocte_ds.checkpoints.place import find_tag, resolve_tag
+from mocte_ds.checkpoints.random_states import RANDOM_NAME
+from mocte_ds.checkpoints.shards import Shard, is_vector
+from mocte_ds.checkpoints.written import Written
+from mocte_ds.errors import CheckpointError
+from mocte_ds.text_table import MISSING, brief, text_table
+
+SIZES = ("weights", "experts", "masters", "moments", "ours", "rest")
+"""What the bytes of a checkpoint are: the last is file headers, DeepSpeed's facts and the run's identity."""
+
+
+def checkpoint_facts(checkpoint: str | Path) -> dict[str, Any]:
+    """Everything that there is to say about a checkpoint, also about a damaged one.
+
+    Args:
+        checkpoint: a folder of checkpoints (its `latest` is taken) or the folder of one tag; only read.
+
+    Returns:
+        "path", "latest", "run", "step", "world_size", "whole", "files" (name, kind, bytes, problem), "sizes" in bytes;
+        and where the files that tell are whole "ep_size", "zero_stage", "bf16", "tokens", "blocks" (else None).
+
+    Raises:
+        CheckpointError: no checkpoint there, or its manifest is missing or damaged.
+    """
+    folder = find_tag(checkpoint)
+    manifest = Manifest.read(folder)
+    problems = problems_by_file(folder, manifest)
+    files = [
+        {"name": name, "kind": _kind(name), "bytes": _size(folder / name), "problem": problem or None}
+        for name, problem in problems.items()
+    ]
+    good = {name for name, problem in problems.items() if not problem}
+    facts: dict[str, Any] = {
+        "path": str(folder),
+        "latest": _is_latest(folder),
+        "run": manifest.run,
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        "whole": len(good) == len(problems),
+        "ep_size": None,
+        "zero_stage": None,
+        "bf16": None,
+        "tokens": None,
+        "blocks": None,
+    }
+    sizes = dict.fromkeys(SIZES, 0)
+    if good >= {MODEL_FILE} and good >= {STATE_FILE} & manifest.files.keys():
+        facts.update(_told(Written(folder, manifest)))
+    for entry in files:
+        if entry["name"] in good:
+            _add_sizes(sizes, facts, folder / entry["name"], entry["kind"])
+    sizes["rest"] = sum(entry["bytes"] for entry in files) - sum(sizes.values())
+    return {**facts, "sizes": sizes, "files": files}
+
+
+def checkpoint_text(facts: dict[str, Any]) -> str:
+    """The facts as tables."""
+    damaged = [entry for entry in facts["files"] if entry["problem"]]
+    total = sum(entry["bytes"] for entry in facts["files"])
+    precision = {True: "bf16", False: "fp32 or fp16", None: MISSING}[facts["bf16"]]
+    head = [
+        ("checkpoint", facts["path"] + (" (latest)" if facts["latest"] else "")),
+        ("run", facts["run"]),
+        ("step", brief(facts["step"])),
+        ("tokens", brief(facts["tokens"])),
+        ("ranks", f"{facts['world_size']}, ep_size {brief(facts['ep_size'])}"),
+        ("optimizer", f"ZeRO stage {brief(facts['zero_stage'])}, {precision}"),
+        ("whole", f"no: {len(damaged)} of {len(facts['files'])} files" if damaged else "yes: every hash agrees"),
+    ]
+    parts = [text_table(head[0], head[1:], left=head[0])]
+    rows = [[name, _mb(size), f"{100 * size / max(1, total):.1f} %"] for name, size in facts["sizes"].items()]
+    parts.append(text_table(("what", "MB", "share"), [*rows, ["all", _mb(total), ""]], left=("what",)))
+    if facts["blocks"]:
+        rows = [
+            [
+                str(number),
+                block["name"],
+                block["mode"],
+                ", ".join(f"{n} {mode}" for mode, n in block["experts"].items()),
+            ]
+            for number, block in enumerate(facts["blocks"])
+        ]
+        parts.append(text_table(("block", "name", "mode", "experts"), rows, left=("name", "mode", "experts")))
+    rows = [[entry["name"], entry["kind"], _mb(entry["bytes"]), _verdict(entry)] for entry in facts["files"]]
+    parts.append(text_table(("file", "kind", "MB", "verdict"), rows, left=("file", "kind", "verdict")))
+    return "\n\n".join(parts)
+
+
+def _verdict(entry: dict[str, Any]) -> str:
+    return entry["problem"].removeprefix(f"{entry['name']} ") if entry["problem"] else "ok"
+
+
+def _told(written: Written) -> dict[str, Any]:
+    """What the files say about the run."""
+    mocte = written.state["mocte"] if written.state else None
+    blocks = [
+        {"name": block["name"], "mode": block["mode"], "experts": dict(Counter(block["experts"]))}
+        for block in written.blocks
+    ]
+    tokens = mocte["tokens"] if mocte else written.model.get("tokens")
+    bf16 = None if written.precision is None else bool(written.precision)
+    return {"ep_size": written.layout.ep_size, "bf16": bf16, "tokens": tokens, "blocks": blocks}
+
+
+def _add_sizes(sizes: dict[str, int], facts: dict[str, Any], path: Path, kind: str) -> None:
+    """Count the tensors of a file."""
+    if kind == "optimizer":
+        try:
+            shard = Shard.read(path, 0)
+        except CheckpointError:  # of a stage that only DeepSpeed reads
+            return
+        facts["zero_stage"] = shard.common["optimizer_state_dict"]["zero_stage"]
+        for part in shard.parts.values():
+            sizes["masters"] += part.master.nbytes
+            sizes["moments"] += sum(value.nbytes for value in part.state.values() if is_vector(value))
+    elif kind in ("weights", "expert"):
+        content = read_outline(path)
+        found: dict[Stored, int] = {}
+        tensors = content["module"] if kind == "weights" else content
+        mapped(tensors, Stored, lambda stored: found.setdefault(stored, stored.nbytes))
+        sizes["weights" if kind == "weights" else "experts"] += sum(found.values())
+    elif kind == "ours":
+        sizes["ours"] += path.stat().st_size
+
+
+def _kind(name: str) -> str:
+    if name == MODEL_FILE:
+        return "weights"
+    if EXPERT_NAME.fullmatch(name):
+        return "expert"
+    if OPTIMIZER_NAME.fullmatch(name):
+        return "optimizer"
+    return "ours" if name == STATE_FILE or RANDOM_NAME.fullmatch(name) else "other"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _is_latest(folder: Path) -> bool:
+    try:
+        return resolve_tag(folder.parent) == folder.name
+    except CheckpointError:
+        return False
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.3f}"

@@ -1,0 +1,146 @@
+"""Converts a checkpoint to megatron-core's distributed format and back; a folder appears whole and checked, or not."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mocte_ds.checkpoints.files import replace_text
+from mocte_ds.checkpoints.hf.whole import whole
+from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest, require_whole
+from mocte_ds.checkpoints.megatron import folder as files
+from mocte_ds.checkpoints.megatron import own
+from mocte_ds.checkpoints.megatron.compare import compare
+from mocte_ds.checkpoints.megatron.cpu import one_process
+from mocte_ds.checkpoints.megatron.model import build, settings_of
+from mocte_ds.checkpoints.megatron.pairs import Pair, all_pairs
+from mocte_ds.checkpoints.place import find_tag
+from mocte_ds.checkpoints.source import Source, StoredSource
+from mocte_ds.checkpoints.weights import write_weights
+from mocte_ds.errors import CheckpointError, ConfigError
+
+_ROOM = 1 << 20  # bytes for lists and headers
+
+
+def to_megatron(
+    checkpoint: str | Path, out: str | Path, dtype: str = "fp32", tell: Callable[[str], None] = lambda _text: None
+) -> dict[str, Any]:
+    """Write a folder that megatron.core.dist_checkpointing loads into a GPTModel, whatever its parallelism.
+
+    Args:
+        checkpoint: folder of checkpoints or of one tag; only read.
+        out: folder to write; must not exist.
+        dtype: `fp32` or `bf16` weights; routers are stored in fp32 always.
+        tell: called with a line for each stage.
+
+    Returns:
+        Facts: parameters, dtype, step, and what was compared (see mocte_ds.checkpoints.megatron.compare).
+
+    Raises:
+        CheckpointError: the checkpoint is none, damaged, or not convertible (says what to change); the written model
+            differs; the folder cannot be written.
+        ConfigError: an unknown dtype, or an ``out`` that exists.
+    """
+    found = find_tag(checkpoint)
+    target = _require_new(Path(out), found, dtype)
+    tell(f"reading {found}")
+    source = StoredSource(found, dtype)
+    settings = settings_of(source)
+    pairs, manifest = all_pairs(source, settings), Manifest.read(found)
+    _require_room(target, _size(source))
+    with whole(target) as pending, one_process():
+        tell("writing for megatron-core")
+        # Not kept: the next model needs the memory.
+        files.save(_filled(build(settings), source, pairs), pending, source.state["step"])
+        own.write(pending, source, settings, pairs, manifest)
+        tell("comparing with the trained model")
+        tensors = files.read(build(settings), pending)
+        model = build(settings)
+        files.fill(model, tensors)
+        facts = compare(source, pairs, model, tensors)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": parameters, "dtype": dtype, "step": source.state["step"], **facts}
+
+
+def from_megatron(
+    folder: str | Path, out: str | Path, dtype: str = "fp32", tell: Callable[[str], None] = lambda _text: None
+) -> dict[str, Any]:
+    """Write a checkpoint of weights alone, which the other tools read.
+
+    Args:
+        folder: that :func:`to_megatron` wrote, or that a training with megatron-core wrote, with the folder
+            `mocte_ds` of the former copied into it; only read.
+        out: folder of checkpoints to write; must not exist.
+        dtype: `fp32` or `bf16` weights; routers are stored in fp32 always.
+        tell: called with a line for each stage.
+
+    Returns:
+        Facts: tag, dtype, step (of the checkpoint that was converted once), tensors_compared.
+
+    Raises:
+        CheckpointError: the folder is none, incomplete, damaged, of another model, or holds code; or the checkpoint
+            cannot be written.
+        ConfigError: an unknown dtype, or an ``out`` that exists.
+    """
+    found = Path(folder).absolute()
+    if not found.is_dir():
+        raise CheckpointError(f"{found} is no folder.")
+    target = _require_new(Path(out), found, dtype)
+    tell(f"reading {found}")
+    if (found / MANIFEST_FILE).is_file():  # a training with megatron-core writes none
+        require_whole(found, Manifest.read(found).files)
+    source = own.MegatronSource(found, dtype)
+    tag = f"step{source.state['step']}"
+    _require_room(target, _size(source))
+    with whole(target) as pending:
+        with one_process():
+            source.take(files.read(build(source.settings), found))
+        tell(f"writing {tag}")
+        (pending / tag).mkdir()
+        write_weights(source, pending / tag, source.manifest.run)
+        replace_text(pending / "latest", tag)
+        tell("comparing")
+        written = StoredSource(pending / tag)
+        for name in source.shapes:
+            if not torch.equal(written.read(name), source.read(name)):
+                raise CheckpointError(f"the weight {name} was lost or changed on its way through the file.")
+    return {"tag": tag, "dtype": dtype, "step": source.state["step"], "tensors_compared": len(source.shapes)}
+
+
+def _filled(model: nn.Module, source: Source, pairs: list[Pair]) -> nn.Module:
+    """The model with the weights of the source."""
+    files.fill(model, {pair.name: pair.tensor(source).to(pair.dtype(source)) for pair in pairs})
+    return model
+
+
+def _size(source: Source) -> int:
+    """About the bytes of all tensors."""
+    numbers = sum(torch.Size(shape).numel() for shape in source.shapes.values())
+    return numbers * (2 if source.dtype == "bf16" else 4)
+
+
+def _require_new(out: Path, source: Path, dtype: str) -> Path:
+    """``out`` as a full path, if nothing is there."""
+    if dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"dtype = {dtype!r} is not one of ['fp32', 'bf16'].")
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists; remove it or name another folder.")
+    out = out.absolute().resolve()
+    if source.resolve() in out.parents:
+        raise ConfigError(f"{out} lies in {source}, which is only read; name a folder elsewhere.")
+    return out
+
+
+def _require_room(out: Path, needed: int) -> None:
+    """Refuse a disk with less room than a number of bytes."""
+    there = next(folder for folder in out.parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed + _ROOM > free:
+        raise CheckpointError(
+            f"{out} needs {(needed + _ROOM) / 1e6:.0f} MB and {free / 1e6:.0f} MB are free there. Nothing was "
+            "written; make room or name a folder elsewhere."
+        )

@@ -1,0 +1,58 @@
+"""megatron-core in one process without a GPU, which parts of it do not expect."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch import distributed
+
+from mocte_ds.errors import ConfigError
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Let megatron-core run on a CPU.
+
+    Its distributed checkpoints and its router ask torch.cuda for the device, and dropout of rate 0 asks for a state of
+    CUDA's random numbers. Without Transformer Engine megatron-core 0.16 reads a name that it has not defined.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core warns of missing GPU libraries
+        from megatron.core.tensor_parallel import random
+        from megatron.core.transformer.moe import moe_utils
+
+        random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+        try:
+            with contextlib.ExitStack() as patches:
+                patches.enter_context(mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")))
+                patches.enter_context(mock.patch("torch.cuda.synchronize"))
+                if not hasattr(moe_utils, "te_general_gemm"):
+                    patches.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
+                yield
+        finally:
+            random.initialize_rng_tracker(force_reset=True)
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """megatron-core's groups for this process alone, on a CPU.
+
+    Raises:
+        ConfigError: the process belongs to a group already.
+    """
+    if distributed.is_initialized():
+        raise ConfigError("conversions run in one process; this one belongs to a torch.distributed group already.")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with on_cpu():
+            from megatron.core import parallel_state
+
+            parallel_state.initialize_model_parallel()
+            try:
+                yield
+            finally:
+                parallel_state.destroy_model_parallel()
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,148 @@
+"""Writes and reads megatron-core's distributed checkpoints; nothing in one is executed."""
+
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mocte_ds.errors import CheckpointError
+
+METADATA_FILE = ".metadata"
+_NORM, _ROUTER = "pre_mlp_layernorm.weight", "mlp.router.weight"
+_DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int32",
+    "uint8",
+    "bool",
+)
+_CLASSES = {
+    "torch": ("Size", *_DTYPES),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+    "collections": ("OrderedDict",),
+}
+
+
+def save(model: nn.Module, folder: Path, step: int) -> None:
+    """Write a model into an empty folder, for models with and without Transformer Engine.
+
+    To be called within the groups of megatron-core.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    from megatron.core import dist_checkpointing
+
+    weights = model.sharded_state_dict()
+    norms = {
+        name: replace(value, key=_with_engine(value.key))
+        for name, value in weights.items()
+        if name.endswith(_NORM) and name.replace(_NORM, _ROUTER) in weights
+    }
+    state = {"model": weights, "norms": norms, "iteration": step, "checkpoint_version": 3.0}
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except CheckpointException as error:
+        failure, free = next(iter(error.failures.values()))[0], shutil.disk_usage(folder).free
+        # A full disk shows in many ways.
+        raise OSError(f"{failure} ({free / 1e6:.0f} MB are free there)") from error
+
+
+def read(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """This rank's weights of a model from a folder, in the model's dtypes (within the groups of megatron-core).
+
+    Args:
+        model: GPTModel, not to be used any more: some of its weights are overwritten.
+        folder: written by us or by a training; only read.
+
+    Returns:
+        Tensors by their name in the model's state dict.
+
+    Raises:
+        CheckpointError: the folder is none, incomplete, damaged, of another model, or holds code.
+    """
+    _require_plain(folder)
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedObject
+
+    try:
+        content = dist_checkpointing.load_content_metadata(str(folder))
+        wanted = model.sharded_state_dict(metadata=content)
+        # Objects are pickles, and those of a GPTModel without Transformer Engine are empty.
+        tensors = {name: value for name, value in wanted.items() if not isinstance(value, ShardedObject)}
+        there = dist_checkpointing.load_tensors_metadata(str(folder))
+        for name, value in tensors.items():
+            if value.key not in there and _with_engine(value.key) in there:
+                tensors[name] = replace(value, key=_with_engine(value.key))
+        rows = there["embedding.word_embeddings.weight"].global_shape[0]
+        found = dist_checkpointing.load({"model": tensors}, str(folder))["model"]
+    except (Exception, CheckpointException) as error:  # torch and megatron-core raise many types
+        text = str(error).strip().splitlines() or ["damaged"]
+        raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {text[0]}") from error
+    # megatron-core leaves the rows that a shorter matrix does not have as they are.
+    if rows < model.vocab_size:
+        raise CheckpointError(f"{folder} has {rows} tokens in its vocabulary, the run {model.vocab_size}.")
+    return found
+
+
+def _with_engine(key: str) -> str:
+    """How models with Transformer Engine name the norm before experts; those without name it as in dense layers."""
+    return key.replace("mlp.linear_fc1.layer_norm_weight", _NORM)
+
+
+def _require_plain(folder: Path) -> None:
+    """Refuse a folder whose list of tensors, a pickle, holds anything else than such a list.
+
+    Raises:
+        CheckpointError: it does, or it is missing or damaged.
+    """
+    path = folder / METADATA_FILE
+    try:
+        with open(path, "rb") as file:
+            _Plain(file).load()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: {folder} is no distributed checkpoint of megatron-core.") from error
+    except Exception as error:  # pickle raises many types for a damaged file
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+class _Plain(pickle.Unpickler):
+    """Knows the classes of a list of tensors, and no functions."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no list of tensors needs")
+        return super().find_class(module, name)
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Set a model's weights.
+
+    Args:
+        model: GPTModel.
+        tensors: by parameter; each keeps its own dtype.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data = tensors[name]

@@ -1,0 +1,19 @@
+"""Names of the files that DeepSpeed's engines write into a checkpoint."""
+
+import re
+
+MODEL_FILE = "mp_rank_00_model_states.pt"
+EXPERT_FILE = "layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
+"""Weights of one expert, counted within its bank; the layer counts the banks in the order of the model."""
+OPTIMIZER_FILE = "{precision}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+"""A rank's part of the master weights and moments; the precision is `bf16_` or nothing."""
+
+EXPERT_NAME = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+OPTIMIZER_NAME = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+EXPERT_PARAMETER = re.compile(r"(.+)\.banks\.(\d+)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
+"""Path of an expert's parameter: block, bank, number, and its name in the expert."""
+
+
+def expert_parameter(block: str, bank: int, number: int, name: str) -> str:
+    """Path of an expert's parameter; what :data:`EXPERT_PARAMETER` takes apart."""
+    return f"{block}.banks.{bank}.deepspeed_moe.experts.deepspeed_experts.{number}.{name}"

@@ -1,0 +1,234 @@
+"""Files of tensors without their numbers: what lies where on the disk, so that large ones need little memory."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from mocte_ds.checkpoints.files import Deferred
+from mocte_ds.checkpoints.plain import read_plain
+from mocte_ds.errors import CheckpointError
+
+_BLOCK = 1 << 24  # bytes in memory at once
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some bytes of a file."""
+
+    path: Path
+    start: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A contiguous tensor that lies in files."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    """Its bytes, one behind the other; zeros follow where they are too few."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.numel * self.dtype.itemsize
+
+    def flat(self, first: int, last: int, size: int | None = None) -> "Stored":
+        """Elements from ``first`` up to ``last`` as a vector of ``size`` elements, zeros behind them."""
+        start, end, found, place = first * self.dtype.itemsize, last * self.dtype.itemsize, [], 0
+        for piece in self.pieces:
+            low, high = max(start, place), min(end, place + piece.bytes)
+            if low < high:
+                found.append(Piece(piece.path, piece.start + low - place, high - low))
+            place += piece.bytes
+        return Stored(self.dtype, (last - first if size is None else size,), tuple(found))
+
+    def read(self) -> Tensor:
+        """The tensor, in memory.
+
+        Raises:
+            CheckpointError: a file has become shorter.
+        """
+        tensor = torch.zeros(self.shape, dtype=self.dtype)
+        memory, place = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0
+        for block in self.blocks():
+            memory[place : place + len(block)] = block
+            place += len(block)
+        return tensor
+
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes from the files, in pieces that fit into memory; zeros at its end are left out.
+
+        Raises:
+            CheckpointError: a file has become shorter.
+        """
+        for piece in self.pieces:
+            with open(piece.path, "rb") as file:
+                file.seek(piece.start)
+                missing = piece.bytes
+                while missing:
+                    block = file.read(min(missing, _BLOCK))
+                    if not block:
+                        raise CheckpointError(f"{piece.path} has become shorter while it was read.")
+                    yield block
+                    missing -= len(block)
+
+
+def join(parts: list[Stored]) -> Stored:
+    """Vectors one behind the other as one vector."""
+    pieces = tuple(piece for part in parts for piece in part.pieces)
+    return Stored(parts[0].dtype, (sum(part.numel for part in parts),), pieces)
+
+
+def read_outline(path: Path) -> Any:
+    """The content of a file with a :class:`Stored` in the place of each tensor; nothing in it is executed.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or holds more than plain values and contiguous tensors.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        content = read_plain(path)
+
+    def place(tensor: Tensor) -> Stored:
+        # torch says where the bytes lie: the documented way to load a checkpoint without its data.
+        start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+        if not tensor.is_contiguous():
+            raise CheckpointError(f"{path} holds a tensor with gaps: it is no file of a checkpoint of mocte_ds.")
+        pieces = (Piece(path, start, tensor.numel() * tensor.dtype.itemsize),)
+        return Stored(tensor.dtype, tuple(tensor.shape), pieces)
+
+    return mapped(content, Tensor, place)
+
+
+def filled(content: Any) -> Any:
+    """An outline with its tensors read; what was one tensor is one again.
+
+    Raises:
+        CheckpointError: a file has become shorter.
+    """
+    seen: dict[Any, Tensor] = {}
+
+    def read(stored: Stored) -> Tensor:
+        key = _identity(stored)
+        if key not in seen:
+            seen[key] = stored.read()
+        return seen[key]
+
+    return mapped(content, Stored, read)
+
+
+class Outline(Deferred):
+    """A file that is written tensor by tensor."""
+
+    def __init__(self, content: Any) -> None:
+        """Take plain values with :class:`Stored` and tensors in them."""
+        self.content = content
+
+    @property
+    def bytes(self) -> int:
+        """About the size of the file."""
+        rest = 0
+
+        def count(_: Any) -> None:
+            nonlocal rest
+            rest += 1
+
+        found = {_identity(leaf): leaf.nbytes for leaf in _tensors(self.content)}
+        mapped(self.content, object, count)
+        return sum(found.values()) + 256 * len(found) + 64 * rest
+
+    def write(self, path: Path) -> None:
+        """Write what torch.load reads.
+
+        Raises:
+            OSError, RuntimeError: it could not be written; the latter is what torch.save makes of a full disk.
+            CheckpointError: a file that is read has become shorter.
+        """
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        seen: dict[Any, Tensor] = {}
+
+        def blank(leaf: Any) -> Tensor:
+            key = _identity(leaf)
+            if key not in seen:
+                with FakeTensorMode():
+                    seen[key] = torch.empty(leaf.shape, dtype=leaf.dtype)
+            return seen[key]
+
+        blanks = mapped(self.content, Stored | Tensor, blank)
+        with open(path, "wb") as empty, torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(blanks, empty)
+        places = [stored.pieces[0].start for stored in _tensors(read_outline(path))]
+        with open(path, "r+b") as file:
+            for leaf, start in zip(_tensors(self.content), places, strict=True):
+                _fill(file, start, leaf)
+
+
+class Copy(Deferred):
+    """A file that is taken over as it is."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the file."""
+        self.path = path
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return self.path.stat().st_size
+
+    def write(self, path: Path) -> None:
+        """Copy it.
+
+        Raises:
+            OSError: it could not be read or written.
+        """
+        with open(self.path, "rb") as source, open(path, "wb") as file:
+            while block := source.read(_BLOCK):
+                file.write(block)
+
+
+def mapped(value: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
+    """Plain values with each leaf of a kind changed."""
+    if isinstance(value, Mapping):
+        pairs = [(key, mapped(item, kind, change)) for key, item in value.items()]
+        if not isinstance(value, OrderedDict):
+            return dict(pairs)
+        made = OrderedDict(pairs)
+        vars(made).update(vars(value))  # the versions of a module's state dict
+        return made
+    if type(value) in (list, tuple):
+        return type(value)(mapped(item, kind, change) for item in value)
+    return change(value) if isinstance(value, kind) else value
+
+
+def _identity(leaf: Any) -> Any:
+    """Equal for what is one tensor: lies in the same place. Two that are all zeros are two."""
+    return leaf if isinstance(leaf, Stored) and leaf.pieces else id(leaf)
+
+
+def _tensors(content: Any) -> Iterator[Any]:
+    found: list[Any] = []
+    mapped(content, Stored | Tensor, found.append)
+    return iter(found)
+
+
+def _fill(file: BinaryIO, start: int, leaf: Any) -> None:
+    file.seek(start)
+    if isinstance(leaf, Tensor):
+        file.write(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return
+    for block in leaf.blocks():
+        file.write(block)

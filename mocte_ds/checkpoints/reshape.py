@@ -1,0 +1,57 @@
+"""Writes a checkpoint as another number of ranks, or another spread of the experts, would have written it."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from mocte_ds.checkpoints.layout import Layout
+from mocte_ds.checkpoints.manifest import require_whole
+from mocte_ds.checkpoints.place import find_tag, resolve_tag
+from mocte_ds.checkpoints.reshaped import Reshaped
+from mocte_ds.checkpoints.save import Saver
+from mocte_ds.checkpoints.written import Written
+from mocte_ds.errors import CheckpointError
+
+
+def reshape(checkpoint: str | Path, out: str | Path, world_size: int, ep_size: int) -> dict[str, Any]:
+    """Write a checkpoint in another layout, a tensor's piece at a time.
+
+    Args:
+        checkpoint: a folder of checkpoints (its `latest` is taken) or the folder of one tag; only read.
+        out: folder of checkpoints, which gets this one under its own name and as `latest`.
+        world_size: data-parallel ranks.
+        ep_size: ranks that share the experts of a block; 1 for a run without blocks.
+
+    Returns:
+        "path", "step", "before" and "after" (layouts in words), "files", "bytes".
+
+    Raises:
+        CheckpointError: before anything is written: a damaged, mixed-up or unsupported checkpoint, a layout that does
+            not divide, a name that is taken, too little room.
+    """
+    folder, root = find_tag(checkpoint), Path(out).absolute()
+    target = root / folder.name
+    if target.exists():
+        raise CheckpointError(f"{target} is there already; name another folder to write to.")
+    if resolve_tag(root) is not None:
+        raise CheckpointError(f"{root} holds other checkpoints already; name another folder to write to.")
+    manifest = require_whole(folder)
+    written = Written(folder, manifest)
+    layout = Layout(world_size, ep_size, written.layout.data_before_expert)
+    reshaped = Reshaped(written, layout)
+    written.require_supported()
+    written.require_batch(world_size)
+    files = {name: reshaped.file(name) for name in reshaped.names()}
+    count, is_new = len(files), not root.exists()
+    saver = Saver()
+    saver.run = manifest.run
+    try:
+        saver.save(root, folder.name, files, manifest.step, ranks=world_size)
+    except CheckpointError:
+        if is_new:
+            with contextlib.suppress(OSError):
+                root.rmdir()
+        raise
+    size = sum(path.stat().st_size for path in target.iterdir())
+    facts = {"path": str(target), "step": manifest.step, "files": count, "bytes": size}
+    return {**facts, "before": str(written.layout), "after": str(layout)}

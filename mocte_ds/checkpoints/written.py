@@ -1,0 +1,149 @@
+"""What a checkpoint on the disk is: its layout, its files by kind, and whether this version knows all of them."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from mocte_ds.checkpoints.layout import Layout
+from mocte_ds.checkpoints.load import STATE_FILE
+from mocte_ds.checkpoints.manifest import Manifest
+from mocte_ds.checkpoints.names import EXPERT_NAME, MODEL_FILE, OPTIMIZER_FILE, OPTIMIZER_NAME
+from mocte_ds.checkpoints.outline import read_outline
+from mocte_ds.checkpoints.plain import require_keys
+from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME
+from mocte_ds.errors import CheckpointError
+
+
+class Written:
+    """A checkpoint without its numbers; only read."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Read our own file.
+
+        Args:
+            folder: of one checkpoint.
+            manifest: of the folder; its files agree with it.
+
+        Raises:
+            CheckpointError: our own file cannot be read.
+        """
+        self.folder, self.manifest = folder, manifest
+        self.state: dict[str, Any] | None = None
+        """Content of our own file; None for a run without blocks."""
+        if STATE_FILE in manifest.files:
+            path = folder / STATE_FILE
+            self.state = require_keys(read_outline(path), ("mocte",), path)
+            require_keys(self.state["mocte"], ("config", "blocks", "tokens"), path)
+            require_keys(self.state["mocte"]["config"], ("num_experts", "ep_size"), path)
+        found = [match for match in map(OPTIMIZER_NAME.fullmatch, manifest.files) if match]
+        self.precision: str | None = found[0][1] or "" if found else None
+        """`bf16_` or nothing: how the names of the optimizer's files start; None where it has no files of its own."""
+
+    @functools.cached_property
+    def model(self) -> dict[str, Any]:
+        """Content of the file with the weights outside of the experts.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        needed = ("module", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config")
+        return require_keys(read_outline(self.folder / MODEL_FILE), needed, self.folder / MODEL_FILE)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """How it is spread over ranks.
+
+        Raises:
+            CheckpointError: experts and ranks do not fit each other.
+        """
+        ranks = self.manifest.world_size
+        if self.state is None:
+            return Layout(ranks)
+        config, ds_config = self.state["mocte"]["config"], self.model["ds_config"]
+        first = isinstance(ds_config, dict) and bool(ds_config.get("use_data_before_expert_parallelism"))
+        ep_size, experts = config["ep_size"], config["num_experts"]
+        if not isinstance(ep_size, int) or ep_size < 1 or ranks % ep_size or experts % ep_size:
+            raise CheckpointError(
+                f"{self.folder / STATE_FILE} has ep_size {ep_size!r}, which does not fit {ranks} ranks and {experts} "
+                "experts."
+            )
+        return Layout(ranks, ep_size, first)
+
+    def optimizer_file(self, rank: int) -> str:
+        """Name of a rank's part of the optimizer."""
+        return OPTIMIZER_FILE.format(precision=self.precision, rank=rank)
+
+    @property
+    def batch(self) -> int | None:
+        """Sequences of a global batch, where all steps had as many."""
+        steps, samples = self.model["global_steps"], self.model["global_samples"]
+        return samples // steps if steps and samples % steps == 0 else None
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """State of each block; none in a run without blocks."""
+        return self.state["mocte"]["blocks"] if self.state else []
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a bank; 1 where there are none."""
+        return self.state["mocte"]["config"]["num_experts"] if self.state else 1
+
+    @property
+    def banks(self) -> int:
+        """Banks of a block."""
+        return len(self.state["mocte"]["config"].get("banks") or [None]) if self.state else 0
+
+    def require_precision(self, bf16: bool) -> None:
+        """Refuse a checkpoint whose model had another data type.
+
+        Raises:
+            CheckpointError: names both.
+        """
+        if self.precision is not None and bool(self.precision) != bf16:
+            raise CheckpointError(
+                f"the checkpoint {self.folder} was written with bf16.enabled = {str(not bf16).lower()}, the run has "
+                f"{str(bf16).lower()}; use the checkpoint's."
+            )
+
+    def require_batch(self, ranks: int) -> None:
+        """Refuse a number of ranks that the global batch cannot be shared by: it would become another one.
+
+        Raises:
+            CheckpointError: names both numbers.
+        """
+        if self.batch is not None and self.batch % ranks:
+            raise CheckpointError(
+                f"{ranks} ranks do not divide the global batch of {self.batch} sequences of the checkpoint "
+                f"{self.folder}."
+            )
+
+    def require_supported(self) -> None:
+        """Refuse what cannot be brought into another layout.
+
+        Raises:
+            CheckpointError: files are missing or too many, of an architecture that is not supported, or mixed up.
+        """
+        ranks, kinds = self.manifest.world_size, (EXPERT_NAME, OPTIMIZER_NAME, RANDOM_NAME)
+        expected = {MODEL_FILE, *(RANDOM_FILE.format(rank=rank) for rank in range(ranks))}
+        if self.precision is not None:
+            expected.update(self.optimizer_file(rank) for rank in range(ranks))
+        for name in sorted(self.manifest.files.keys() - expected - {STATE_FILE}):
+            if any(kind.fullmatch(name) for kind in kinds[1:]):
+                raise CheckpointError(
+                    f"{self.folder / name} is of a rank that the checkpoint of {ranks} ranks does not have: files of "
+                    "two checkpoints were mixed up."
+                )
+            if not EXPERT_NAME.fullmatch(name) and not name.endswith(".json"):
+                raise CheckpointError(
+                    f"{self.folder / name} is of an architecture that is not supported: ZeRO stages 0 to 2 with data "
+                    "and expert parallelism are (no ZeRO-3, tensor or pipeline parallelism)."
+                )
+        for name in sorted(expected - self.manifest.files.keys()):
+            raise CheckpointError(f"{self.folder / name} is missing: the checkpoint is incomplete.")
+        if self.model["dp_world_size"] != ranks or self.model["mp_world_size"] != 1:
+            raise CheckpointError(
+                f"{self.folder / MODEL_FILE} is of {self.model['dp_world_size']} data-parallel and "
+                f"{self.model['mp_world_size']} model-parallel ranks, the checkpoint of {ranks} data-parallel ones: "
+                "files were mixed up, or tensor or pipeline parallelism was used, which is not supported."
+            )

@@ -1,0 +1,103 @@
+"""The tokenizer of a Hugging Face folder, for data that an imported model is trained on."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mocte_ds.errors import DataError
+
+MAIN_FILE = "tokenizer.json"
+FILES = (
+    MAIN_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+)
+"""What a tokenizer may consist of; the model's configs name special tokens where the tokenizer's own do not."""
+
+
+class HFTokenizer:
+    """A `tokenizer.json` with what lies beside it; the same interface as :class:`mocte_ds.data.tokenizer.Tokenizer`."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Load it.
+
+        Args:
+            path: folder with a tokenizer.json.
+
+        Raises:
+            DataError: no such file, a damaged one, or no token that ends a text.
+        """
+        from tokenizers import Tokenizer
+
+        self.path = Path(path)
+        file = self.path / MAIN_FILE
+        if not file.is_file():
+            raise DataError(
+                f"{self.path} has no {MAIN_FILE}; AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes "
+                "it of the older files."
+            )
+        try:
+            content = file.read_bytes()
+            self._model = Tokenizer.from_str(content.decode("utf-8"))
+            self._model.no_truncation()
+            self._model.no_padding()
+            # A text that spells a special token must not end a document.
+            self._model.encode_special_tokens = True
+        except Exception as error:  # the library raises bare Exceptions
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(f"{file} cannot be read: {text[0]}.") from error
+        self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """Largest id + 1."""
+        self.special = {name: self._special(name) for name in ("bos", "eos", "pad")}
+        """Ids of the tokens that begin, end and pad a text; None where there is none."""
+        eod = self.special["eos"]
+        if eod is None or not 0 <= eod < self.vocab_size:
+            raise DataError(
+                f"{self.path} names no token that ends a text: neither eos_token in tokenizer_config.json or "
+                "special_tokens_map.json nor eos_token_id in config.json; add one, since it has to end every document."
+            )
+        self.eod_id: int = eod
+        """Id of the token that ends every document."""
+        self.sha256 = hashlib.sha256(content + str(self.eod_id).encode()).hexdigest()
+        """Hash of tokenizer.json and the id above."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text again, as far as the tokenizer keeps it."""
+        return self._model.decode(ids, skip_special_tokens=False)
+
+    def files(self) -> list[Path]:
+        """The files that it consists of."""
+        return [self.path / name for name in FILES if (self.path / name).is_file()]
+
+    def _special(self, name: str) -> int | None:
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = self._json(file).get(f"{name}_token")
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                return self._model.token_to_id(text)
+        found = self._json("config.json").get(f"{name}_token_id")
+        found = found[0] if isinstance(found, list) and found else found
+        return found if isinstance(found, int) else None
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        if not path.is_file():
+            return {}
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}.") from error
+        return values if isinstance(values, dict) else {}

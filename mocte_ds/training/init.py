@@ -1,0 +1,98 @@
+"""Starts a run from an imported model or from another run (`model.init`): its weights and modes, no moments."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mocte_ds.checkpoints.names import expert_parameter
+from mocte_ds.checkpoints.source import StoredSource
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller import Controller
+from mocte_ds.controller.decisions import apply_changes
+from mocte_ds.errors import ConfigError
+from mocte_ds.moe.attach import matching_modules
+from mocte_ds.moe.block import Block, BlockMode, ExpertMode
+
+_STRUCTURE = ("num_experts", "expert", "router", "banks")
+
+
+class InitialWeights:
+    """A checkpoint whose weights a new run takes over."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Look at it; every file that is read is held against the checkpoint's manifest.
+
+        Raises:
+            CheckpointError: it is none, or damaged.
+        """
+        self._source = StoredSource(folder)
+        self._blocks = {m.name: m for m in self._source.model.modules() if isinstance(m, Block)}
+        self._emerged = [name for name, block in self._blocks.items() if block.mode is not BlockMode.WARMUP]
+
+    def require_fit(self, config: MocteConfig | None, model: nn.Module) -> None:
+        """Refuse a run whose experts are others than the checkpoint's.
+
+        Args:
+            config: the run's "mocte" block; None: a dense run.
+            model: the run's, without blocks.
+
+        Raises:
+            ConfigError: names every key that differs.
+        """
+        if not self._emerged:
+            return
+        folder = self._source.folder
+        if config is None:
+            raise ConfigError(
+                f"model.init = {folder} has experts, and the run has none: give it the deepspeed.mocte block that "
+                "stands in import.json."
+            )
+        saved, settings = self._source.state["mocte"], config.to_dict()
+        keys = [key for key in _STRUCTURE if saved.get(key) != settings.get(key)]
+        if keys:
+            listed = "; ".join(f"mocte.{key}: start {saved.get(key)!r}, run {settings.get(key)!r}" for key in keys)
+            raise ConfigError(f"model.init = {folder} has other experts than the run: {listed}. Use its values.")
+        missing = sorted(set(self._emerged) - set(matching_modules(model, config.modules)))
+        if missing:
+            raise ConfigError(f"model.init = {folder} has experts in {missing[0]}; let mocte.modules name it too.")
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        """Give a decoder without blocks the weights outside of the experts.
+
+        Args:
+            model: of the checkpoint's sizes.
+        """
+        for name, tensor in model.state_dict().items():
+            block = next((block for block in self._blocks if name.startswith(f"{block}.")), None)
+            stored = f"{block}.dense.{name.removeprefix(f'{block}.')}" if block else name
+            tensor.copy_(self._source.read(stored))
+
+    @torch.no_grad()
+    def begin(self, run: Controller) -> None:
+        """Give the blocks of an engine the checkpoint's gates and experts, and let all of them train (collective).
+
+        Args:
+            run: `engine.mocte`, before the first step.
+        """
+        if not self._emerged:
+            return
+        for handle in run.blocks:
+            if handle.name not in self._emerged:
+                continue
+            for number, bank in enumerate(handle.block.banks):
+                path = f"{handle.name}.banks.{number}.deepspeed_moe.gate."
+                for name, tensor in bank.gate.state_dict().items():
+                    tensor.copy_(self._source.read(path + name))
+                for local, expert in enumerate(bank.local_experts):
+                    k = bank.first_local(run.ep_rank) + local
+                    for name, tensor in expert.state_dict().items():
+                        tensor.copy_(self._source.read(expert_parameter(handle.name, number, k, name)))
+            for expert in handle.experts:
+                expert.mode, expert.changed_at = ExpertMode.TRAINING, run.step
+            handle.born_share = run.share
+            handle.refresh_mode()
+        # The optimizer's groups follow from the modes; master weights are made of the weights, moments start anew.
+        apply_changes(run, [], {})
+        run.proof.begin(run)

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Converts a checkpoint to megatron-core's distributed format, or back; checked before it says done."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mocte_ds.cli import run_cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see --help."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python tools/to_megatron.py runs/NAME/checkpoints runs/NAME/megatron",
+    )
+    parser.add_argument(
+        "source", type=Path, help="a run's checkpoints folder, or one tag in it; with --back the folder"
+    )
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--back", action="store_true", help="from megatron-core to a checkpoint of weights alone")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="weights (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    # Whatever an import prints must not stand in front of the JSON.
+    with contextlib.redirect_stdout(sys.stderr):
+        from mocte_ds.checkpoints.megatron.convert import from_megatron, to_megatron
+
+        convert = from_megatron if args.back else to_megatron
+        facts = convert(
+            args.source, args.out, args.dtype, lambda text: print(f"{text} ...", file=sys.stderr, flush=True)
+        )
+    if args.json:
+        print(json.dumps({"path": str(args.out), **facts}))
+    elif args.back:
+        print(f"done: {args.out} is a checkpoint of weights alone; {facts['tensors_compared']} tensors equal")
+    else:
+        print(
+            f"done: {args.out} is a GPTModel with {facts['parameters']:,} parameters; {facts['tensors_compared']} "
+            f"tensors and {facts['experts_compared']} experts equal, logits within {facts['logit_difference']:.1e}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
