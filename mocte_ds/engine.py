@@ -22,7 +22,14 @@ from mocte_ds.controller import Controller
 from mocte_ds.dist.groups import end_process_groups_at_exit, expert_parallel_rank
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import attach
-from mocte_ds.zero import UnitRegistry, find_front, require_conformance, with_unit_optimizer
+from mocte_ds.zero import (
+    UnitRegistry,
+    find_front,
+    mark_experts,
+    require_conformance,
+    require_stage3_settings,
+    with_unit_optimizer,
+)
 
 DEFAULT_TOTAL_STEPS = 10_000
 
@@ -108,10 +115,14 @@ class MocteEngine(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         return with_unit_optimizer(DeepSpeedEngine._configure_zero_optimizer)(self, optimizer)
 
+    def _validate_zero3_moe_compatibility(self) -> None:
+        # DeepSpeed refuses its expert layers here, because stage 3 would overwrite experts by those of rank 0.
+        mark_experts(self.module)
+
     def _get_zero_frozen_param_attributes(self, attr_func: Any) -> Any:
-        # DeepSpeed would save rank 0's copy of every parameter outside of the optimizer and write it over the frozen
-        # experts of all other ranks when it loads. The expert files hold each of them already.
-        if attr_func == self._get_param_fragment_func:
+        # At stages 1 and 2 DeepSpeed would save rank 0's copy of every parameter outside of the optimizer and write it
+        # over the frozen experts of all other ranks when it loads. The expert files hold each of them already.
+        if attr_func == self._get_param_fragment_func and not self.zero_optimization_partition_weights():
             return None
         return super()._get_zero_frozen_param_attributes(attr_func)
 
@@ -119,8 +130,8 @@ class MocteEngine(DeepSpeedEngine):
         wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
         if not self.zero_optimization() or wrapper != "zero_optimization":
             raise ConfigError(
-                f"DeepSpeed would wrap the optimizer as '{wrapper}', which cannot freeze units; use ZeRO stage 1 or 2 "
-                "and leave data_types.grad_accum_dtype at its default."
+                f"DeepSpeed would wrap the optimizer as '{wrapper}', which cannot freeze units; use ZeRO stage 1, 2 or "
+                "3 and leave data_types.grad_accum_dtype at its default."
             )
         return wrapper
 
@@ -238,11 +249,12 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
     if isinstance(model, deepspeed.PipelineModule):
         raise ConfigError("pipeline modules are not supported; hand over the plain model.")
     stage = (settings.get("zero_optimization") or {}).get("stage", 0)
-    if stage not in (1, 2):
-        reason = (
-            "DeepSpeed's native expert layers refuse stage 3" if stage == 3 else "freezing acts on ZeRO's partition"
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"zero_optimization.stage = {stage}: use stage 1, 2 or 3 (freezing acts on ZeRO's partition)."
         )
-        raise ConfigError(f"zero_optimization.stage = {stage}: use stage 1 or 2 ({reason}).")
+    if stage == 3:
+        require_stage3_settings(settings, model)
     zero = settings["zero_optimization"]
     for name in ("contiguous_gradients", "reduce_scatter"):
         if not zero.get(name, True):

@@ -27,7 +27,7 @@ from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import gather_objects, max_over_ranks, require_same, sum_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
-from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer, expert_unit
+from mocte_ds.zero import UnitOptimizer, UnitRegistry, expert_unit
 
 EventListener = Callable[[dict[str, Any]], None]
 
@@ -68,7 +68,7 @@ class Controller(RunState):
         self.rank = 0
 
     def bind(
-        self, module: torch.nn.Module, optimizer: UnitZeroOptimizer, scheduler: Any, rank: int, sequences_per_step: int
+        self, module: torch.nn.Module, optimizer: UnitOptimizer, scheduler: Any, rank: int, sequences_per_step: int
     ) -> None:
         """Hand over the engine's module, optimizer and scheduler, this rank's number and the global batch size."""
         self.module, self.optimizer, self.scheduler, self.rank = module, optimizer, scheduler, rank

@@ -93,7 +93,9 @@ class Progress:
 
     def _read(self, run: RunState) -> ProbeReading | None:
         blocks = [handle.block for handle in run.blocks]
-        return self.probe.read(run.module, blocks, next(run.module.parameters()).device)
+        reading = self.probe.read(run.module, blocks, next(run.module.parameters()).device)
+        run.optimizer.let_go()
+        return reading
 
     def _compare_routes(self, run: RunState, now: ProbeReading, facts: ProgressFacts) -> None:
         for handle in run.blocks:
