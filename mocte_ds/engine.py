@@ -1,5 +1,6 @@
 """initialize(): deepspeed.initialize for MO-CTE; MocteEngine: where DeepSpeed's step meets the controller."""
 
+import contextlib
 import copy
 import json
 import warnings
@@ -16,6 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from mocte_ds.checkpoints.load import read_state, resolve_tag, restore_random_states
+from mocte_ds.checkpoints.partitioned import require_same_partition, weights_in_state_dicts, without_weights
 from mocte_ds.checkpoints.save import finish_checkpoint, prepare_checkpoint
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
@@ -76,6 +78,10 @@ class MocteEngine(DeepSpeedEngine):
         Raises:
             CheckpointError: a file could not be written on some rank; the last good checkpoint stays `latest`.
         """
+        if exclude_frozen_parameters and self.zero_optimization_partition_weights():
+            raise CheckpointError(
+                "exclude_frozen_parameters is not supported under ZeRO stage 3: frozen experts would be lost."
+            )
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
         with prepare_checkpoint(save_dir, tag):
             super().save_checkpoint(
@@ -101,6 +107,13 @@ class MocteEngine(DeepSpeedEngine):
         if tag is None:
             return None, None
         state = read_state(load_dir, tag, self.mocte.config, [handle.name for handle in self.mocte.blocks])
+        require_same_partition(Path(load_dir) / tag, self.zero_optimization_stage(), self.dp_world_size)
+        if self.zero_optimization_partition_weights() and (
+            kwargs.get("load_module_only") or kwargs.get("custom_load_fn")
+        ):
+            raise CheckpointError(
+                "load_module_only and custom_load_fn are not supported under ZeRO stage 3; load all of the checkpoint."
+            )
         self.mocte.load_state_dict(state["mocte"])
         path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
         if path is None:
@@ -118,6 +131,17 @@ class MocteEngine(DeepSpeedEngine):
     def _validate_zero3_moe_compatibility(self) -> None:
         # DeepSpeed refuses its expert layers here, because stage 3 would overwrite experts by those of rank 0.
         mark_experts(self.module)
+
+    def _save_moe_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        partitioned = self.zero_optimization_partition_weights()
+        with weights_in_state_dicts(self.module) if partitioned else contextlib.nullcontext():
+            super()._save_moe_checkpoint(*args, **kwargs)
+
+    def load_module_state_dict(self, checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's; under stage 3 weights come from the optimizer's files and from each rank's frozen parts."""
+        if self.zero_optimization_partition_weights():
+            checkpoint = without_weights(checkpoint, self.module)
+        super().load_module_state_dict(checkpoint, *args, **kwargs)
 
     def _get_zero_frozen_param_attributes(self, attr_func: Any) -> Any:
         # At stages 1 and 2 DeepSpeed would save rank 0's copy of every parameter outside of the optimizer and write it
