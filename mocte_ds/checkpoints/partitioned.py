@@ -1,4 +1,4 @@
-"""Checkpoints under ZeRO stage 3: whole weights in the files that others read, each rank's own parts for the run itself.
+"""Checkpoints under ZeRO stage 3: whole weights for those who read files, each rank's own parts for the run itself.
 
 DeepSpeed restores what trains from the optimizer's files and what is frozen from each rank's model file; in the places
 of weights it writes empty tensors. Exports and evaluation read weights, so these are put in, one module at a time.

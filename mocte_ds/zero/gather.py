@@ -1,4 +1,4 @@
-"""Weights under ZeRO stage 3, where every rank holds a part of each: what is held, and how to see all of it for a while.
+"""Weights under ZeRO stage 3, of which every rank holds a part: what is held, and how to see all of it for a while.
 
 Under stages 1 and 2 every rank has whole weights, and nothing here does anything.
 """

@@ -38,6 +38,13 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
     moments where they are. Module hooks, which hold on to the object that gathers weights, are made once.
     """
 
+    fp16_groups: list[list[nn.Parameter]]
+    fp16_partitioned_groups: list[list[Tensor]]
+    fp16_partitioned_groups_flat: list[Tensor]
+    fp32_partitioned_groups_flat: list[Tensor]
+    lp_param_buffer: Tensor | None
+    grad_partitions_flat_buffer: Tensor | None
+
     def __init__(
         self, module: nn.Module, init_optimizer: torch.optim.Optimizer, param_names: dict, **settings: Any
     ) -> None:
@@ -160,7 +167,8 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
             return super().step(closure)
         finally:
             # A parameter that the next step does not use would take this gradient a second time.
-            self.grad_partitions_flat_buffer.zero_()
+            if self.grad_partitions_flat_buffer is not None:
+                self.grad_partitions_flat_buffer.zero_()
             if self.offload_optimizer:
                 for master in self.fp32_partitioned_groups_flat:
                     master.grad.zero_()

@@ -20,7 +20,7 @@ _ZERO = {
     "module_granularity_threshold": "experts are gathered one by one",
     "elastic_checkpoint": "DeepSpeed has dropped it",
 }
-_OFF = (None, False, 0, {})
+_OFF: tuple[Any, ...] = (None, False, 0, {})
 _HARMLESS = {"zero_hpz_partition_size": (1,), "mics_shard_size": (-1,)}
 
 

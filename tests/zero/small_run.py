@@ -49,6 +49,8 @@ class Case:
     """Stage 3: parameters of at most so many elements stay gathered; matrices have 384, vectors 16 or 24."""
     live: int = 10**9
     """Stage 3: elements that are gathered at once at most, and that are gathered ahead."""
+    parts: int = 10**12
+    """Stage 3: elements of a rank's part of a unit that are stepped at once."""
     record: bool = False
     """Return the gradients of every step, for :func:`replay`."""
 
@@ -57,6 +59,7 @@ class Case:
         marks += [name for name in ("overlap", "offload", "bf16") if getattr(self, name)]
         marks += [f"persist{self.persist}"] if self.persist else []
         marks += [f"live{self.live}"] if self.live < 10**9 else []
+        marks += [f"parts{self.parts}"] if self.parts < 10**12 else []
         marks += [self.optimizer] if self.optimizer != "torch" else []
         marks += [f"{self.schedule}-schedule"] if self.schedule != "none" else []
         marks += [f"{self.recompute}-recompute"] if self.recompute else []
@@ -124,6 +127,7 @@ def config(case: Case) -> dict[str, Any]:
     if case.stage == 3:
         zero["stage3_param_persistence_threshold"] = case.persist
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = case.live
+        zero["sub_group_size"] = case.parts
         zero["stage3_prefetch_bucket_size"] = min(case.live, 50_000_000)
     settings = {
         "train_batch_size": BATCH * PARTS,
