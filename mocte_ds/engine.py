@@ -27,7 +27,7 @@ from mocte_ds.moe.attach import attach
 from mocte_ds.zero import (
     UnitRegistry,
     find_front,
-    mark_experts,
+    prepare_model,
     require_conformance,
     require_stage3_settings,
     with_unit_optimizer,
@@ -130,7 +130,12 @@ class MocteEngine(DeepSpeedEngine):
 
     def _validate_zero3_moe_compatibility(self) -> None:
         # DeepSpeed refuses its expert layers here, because stage 3 would overwrite experts by those of rank 0.
-        mark_experts(self.module)
+        prepare_model(self.module, self.device)
+
+    def _broadcast_model(self) -> None:
+        # At stage 3 the model is still in CPU memory, and every parameter is broadcast when it is partitioned.
+        if not self.zero_optimization_partition_weights():
+            super()._broadcast_model()
 
     def _save_moe_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         partitioned = self.zero_optimization_partition_weights()
@@ -239,6 +244,8 @@ def initialize(
         collate_fn=collate_fn,
         config=settings,
         config_class=resolved,
+        # Stage 3 is for models that do not fit on a device: it moves one parameter at a time.
+        dont_change_device=resolved.zero_config.stage == 3,
     )
     engine.mocte, engine.tokens_seen = controller, 0
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())

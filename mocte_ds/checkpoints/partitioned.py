@@ -28,9 +28,10 @@ def weights_in_state_dicts(model: nn.Module) -> Iterator[None]:
     They are gathered into CPU memory here: the dense ones on rank 0, each expert on the first rank that holds it.
     """
     copies: dict[nn.Parameter, Tensor] = {}
-    hooks = []
+    hooks, done = [], set()
     for module in model.modules():
-        own = [parameter for parameter in module.parameters(recurse=False) if parameter not in copies]
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter not in done]
+        done.update(own)  # tied ones are gathered once, by all
         with whole(own):
             for parameter in own:
                 if dist.get_rank(parameter.ds_process_group) == 0:

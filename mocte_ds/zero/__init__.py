@@ -5,7 +5,7 @@ from mocte_ds.zero.front import Front, find_front
 from mocte_ds.zero.gather import exchanged, held, on_its_own, whole
 from mocte_ds.zero.optimizer import UnitZeroOptimizer
 from mocte_ds.zero.schedulers import follow_groups
-from mocte_ds.zero.stage3 import UnitZero3Optimizer, mark_experts
+from mocte_ds.zero.stage3 import UnitZero3Optimizer, prepare_model
 from mocte_ds.zero.stage3_settings import require_stage3_settings
 from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState
 from mocte_ds.zero.units import TRUNK, UnitRegistry, dense_unit, expert_unit, router_unit
@@ -24,8 +24,8 @@ __all__ = [
     "find_front",
     "follow_groups",
     "held",
-    "mark_experts",
     "on_its_own",
+    "prepare_model",
     "require_conformance",
     "require_stage3_settings",
     "router_unit",

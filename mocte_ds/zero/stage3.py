@@ -19,15 +19,23 @@ from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState
 _PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
 
 
-def mark_experts(model: nn.Module) -> None:
+def prepare_model(model: nn.Module, device: torch.device | str) -> None:
     """Tell ZeRO-3 which ranks share an expert; without marks it overwrites all experts by those of rank 0.
 
     The marks are those of DeepSpeed's AutoEP, which ZeRO-3 follows on any parameter.
+
+    Args:
+        model: in CPU memory: ZeRO-3 moves one parameter after another and keeps this rank's part of it.
+        device: where the buffers go, which nobody else would move.
     """
     for parameter in model.parameters():
         if is_moe_param(parameter):
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = parameter.group_name
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):

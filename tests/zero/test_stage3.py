@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mocte_ds.checkpoints.partitioned import FIRST_FILE, require_same_partition
+from mocte_ds.checkpoints.partitioned import FIRST_FILE, require_same_partition, weights_in_state_dicts
 from mocte_ds.errors import CheckpointError, ConfigError
 from tests.engine import runs
 from tests.spawn import spawn
 from tests.zero.against import MATRIX, check_bytes, check_optimizer, check_trajectory
-from tests.zero.small_run import DECAY, LEARNING_RATE, Case, Net, batch, weight
+from tests.zero.small_run import DECAY, HIDDEN, LEARNING_RATE, Case, Net, batch, config, global_step, weight
 
 TRAJECTORIES = [
     Case(2, 1, 3, MATRIX - 84, overlap=True, schedule="deepspeed", persist=30, live=400, parts=100),
@@ -119,7 +119,7 @@ def timeless(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_run_with_checks_is_that_of_stage_2() -> None:
     changes = {"banks": ROUTERS, "freeze": FREEZING}
     found, expected = (
-        spawn(runs.run, 2, settings(stage, changes), 0, 24, None, None, timeout=120, deepspeed=True) for stage in (3, 2)
+        spawn(runs.run, 2, settings(stage, changes), 0, 20, None, None, timeout=120, deepspeed=True) for stage in (3, 2)
     )
     assert {"emergence", "freeze"} <= {event["event"] for event in expected[0]["events"]}
     same_run(found, expected)
@@ -212,3 +212,37 @@ def test_a_partitioned_model_is_refused() -> None:
     model.weight.ds_id = 0  # as deepspeed.zero.Init leaves it
     with pytest.raises(ConfigError, match=r"inside deepspeed.zero.Init"):
         mocte_ds.initialize(model=model, config=config)
+
+
+class Tied(Net):
+    """Has a second inlet of the same matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = torch.nn.Linear(HIDDEN, HIDDEN)
+        self.other.weight = self.inlet.weight
+
+    def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.other(features), target)
+
+
+def tied_weights() -> list[str]:
+    """Names of this rank's weights in a state_dict that has some."""
+    import mocte_ds
+
+    engine, *_ = mocte_ds.initialize(model=Tied(), config=config(Case(2, 2, 3)))
+    global_step(engine, 0)
+    engine.optimizer.let_go()
+    with weights_in_state_dicts(engine.module):
+        state = engine.module.state_dict()
+    assert not any(
+        weight.numel() for name, weight in engine.module.state_dict().items() if name.endswith("proj.weight")
+    )
+    return [name for name, weight in state.items() if name.endswith("weight") and weight.numel()]
+
+
+def test_tied_weights_are_gathered_once_and_saved_twice() -> None:
+    first, second = spawn(tied_weights, 2, timeout=60, deepspeed=True)
+    assert {"inlet.weight", "other.weight", "layers.1.dense.up_proj.weight"} <= set(first)
+    # Each rank is the first that holds its experts.
+    assert all(".experts." in name or ".gate." in name for name in second) and len(second) >= 12
