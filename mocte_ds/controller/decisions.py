@@ -14,7 +14,7 @@ from mocte_ds.errors import MocteError
 from mocte_ds.moe.birth import copy_dense_weights, inherit, set_gate, set_random_gate
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.trainability.policy import make_policy
-from mocte_ds.zero import UnitState, dense_unit, follow_groups, on_its_own, whole
+from mocte_ds.zero import UnitState, dense_unit, follow_groups, let_go, on_its_own, whole
 
 CHECKS_IN_A_ROW = 2
 
@@ -150,7 +150,7 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
     born: UnitState = {}
     facts: list[dict[str, Any]] = []
     outputs_before = {}
-    run.optimizer.let_go()
+    let_go(run.module)
     for change in changes:
         if change.block is None:
             run.frozen_layers = change.layers

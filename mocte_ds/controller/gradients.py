@@ -18,7 +18,7 @@ from mocte_ds.dist.collectives import gather_objects, max_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.trainability import coherence, conflict, ghost_gram
-from mocte_ds.zero import on_its_own
+from mocte_ds.zero import let_go, on_its_own
 
 # Rows of an expert that the Gram matrix is made of; its cost grows with the square.
 ROWS = 256
@@ -66,12 +66,12 @@ def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[st
         for hook in hooks:
             hook.remove()
     if look is None:
-        run.optimizer.let_go()
+        let_go(run.module)
         return {}
     groups = _groups(run, probe.domain, means, stride)
     keys = [key for key in sorted(seen) if seen[key].output.requires_grad]
     gradients = torch.autograd.grad(look.loss, [seen[key].output for key in keys], allow_unused=True)
-    run.optimizer.let_go()
+    let_go(run.module)
     own = {}
     found_gradients = dict(zip(keys, gradients, strict=True))
     for key in sorted(modules):

@@ -9,7 +9,7 @@ from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, ExpertMode
 from mocte_ds.trainability import Probe, top_eigenpair
-from mocte_ds.zero import expert_unit, on_its_own
+from mocte_ds.zero import expert_unit, let_go, on_its_own
 
 MIN_EXPERT_ROWS = 16
 _BYTES = 24
@@ -29,7 +29,7 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> tuple[float, in
     failure: str | None = None
     if config.policy == "off":
         return 0.0, 0
-    run.optimizer.let_go()
+    let_go(run.module)
     squares = run.optimizer.unit_square_norms
     for handle in run.blocks:
         for number, bank in enumerate(handle.block.banks):

@@ -15,12 +15,22 @@ def held(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [getattr(parameter, "ds_tensor", parameter).detach() for parameter in parameters]
 
 
+def let_go(model: nn.Module) -> None:
+    """Drop the weights that passes have gathered; on all ranks at once, or they would not gather alike afterwards.
+
+    Comes before everything that looks at weights between two passes.
+    """
+    optimizer = getattr(next(model.parameters()), "_z3_optimizer", None)
+    if optimizer is not None:
+        optimizer.let_go()
+
+
 @contextlib.contextmanager
 def exchanged(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> Iterator[None]:
     """Within it this rank holds other weights; afterwards the very same tensors as before.
 
     Args:
-        parameters: not gathered at the moment, neither at the beginning nor at the end (`let_go` of the optimizer).
+        parameters: not gathered at the moment, neither at the beginning nor at the end: see :func:`let_go`.
         values: what :func:`held` has returned of them at another time.
     """
     holders = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
@@ -39,8 +49,8 @@ def whole(parameters: Iterable[nn.Parameter], changed: bool = False) -> Iterator
     """Within it the parameters have all of their weights (collective over the ranks that share them).
 
     Args:
-        parameters: in the same order on all ranks that share one of them, and not in use by a pass (`let_go` of the
-            optimizer). Whether they are gathered must not depend on what a single rank has seen.
+        parameters: in the same order on all ranks that share one of them, and let go before. Whether they are gathered
+            must not depend on what a single rank has seen.
         changed: the caller changes them, in the same way on all ranks that share them.
     """
     cut = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]

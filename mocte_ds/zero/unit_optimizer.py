@@ -93,12 +93,6 @@ class UnitOptimizer(ZeROOptimizer):
         """What `regroup` needs to have of the starting values of parameters: all of them, or less."""
         return state
 
-    def let_go(self) -> None:
-        """Drop the weights that passes have gathered (stage 3); on all ranks at once, or they would not gather alike.
-
-        Comes before everything that looks at weights between two passes, see mocte_ds/zero/gather.py.
-        """
-
     def _rebuilds(self, changed: bool) -> bool:
         """Whether this rank builds anew, if its own groups have or have not changed."""
         return changed
