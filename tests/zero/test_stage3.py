@@ -1,11 +1,13 @@
 """ZeRO stage 3: the small run against plain PyTorch, runs with checks against the same at stage 2, and its files."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mocte_ds.checkpoints.partitioned import FIRST_FILE, require_same_partition, weights_in_state_dicts
 from mocte_ds.errors import CheckpointError, ConfigError
@@ -246,3 +248,42 @@ def test_tied_weights_are_gathered_once_and_saved_twice() -> None:
     assert {"inlet.weight", "other.weight", "layers.1.dense.up_proj.weight"} <= set(first)
     # Each rank is the first that holds its experts.
     assert all(".experts." in name or ".gate." in name for name in second) and len(second) >= 12
+
+
+def what_a_freeze_leaves(bf16: bool) -> dict[str, list[bool]]:
+    """Which memory is gone behind the freezing of an expert, and which is still there."""
+    import mocte_ds
+
+    engine, *_ = mocte_ds.initialize(model=Net(), config=config(Case(1, 1, 3, bf16=bf16)))
+    engine.mocte.emerge(0)
+    global_step(engine, 0, torch.bfloat16 if bf16 else torch.float32)
+    optimizer = engine.optimizer
+
+    def watched(unit: str) -> list[StorageWeakRef]:
+        tensors = []
+        for group in [n for n, group in enumerate(optimizer.optimizer.param_groups) if group["unit"] == unit]:
+            for master in optimizer._masters_of(group):
+                tensors += [master, *optimizer.optimizer.state[master].values()]
+        return [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors if tensor.dim()]
+
+    buffers = [optimizer.lp_param_buffer, optimizer.grad_partitions_flat_buffer]
+    buffers += [
+        bucket.buffer for buckets in (optimizer.ipg_buckets, optimizer._expert_buckets) for bucket in buckets.values()
+    ]
+    shared = [StorageWeakRef(tensor.untyped_storage()) for tensor in buffers]
+    frozen, trunk = watched("layers.0.2"), watched("trunk")
+    buffers.clear()
+    engine.mocte.freeze(0, 2)
+    gc.collect()
+    names = {"buffers": shared, "frozen": frozen, "trunk": trunk}
+    return {name: [reference.expired() for reference in references] for name, references in names.items()}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_freeze_frees_what_leaves_and_the_buffers_of_all(bf16: bool) -> None:
+    (gone,) = spawn(what_a_freeze_leaves, 1, bf16, timeout=60, deepspeed=True)
+    assert len(gone["buffers"]) == 4 and all(gone["buffers"])
+    assert len(gone["frozen"]) == 6 and all(gone["frozen"])
+    # In fp32 the masters are the model's weights, in the buffer of all weights.
+    masters = gone["trunk"][0::3]
+    assert masters == [not bf16] * 2 and not any(gone["trunk"][1::3] + gone["trunk"][2::3])
