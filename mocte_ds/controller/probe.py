@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks, world
 from mocte_ds.moe.block import Block
-from mocte_ds.zero import exchanged, held
+from mocte_ds.zero import exchanged, forward_pass, held
 
 # Shapes: S sequences of this rank, T tokens.
 
@@ -208,7 +208,8 @@ class ProbeSet:
         self, module: nn.Module, device: torch.device, part: tuple[Sequence[Any], dict[str, Any]] | None = None
     ) -> Any:
         args, kwargs = part or self._parts[0]
-        return module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
+        with forward_pass(module):
+            return module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
 
     @staticmethod
     @contextmanager

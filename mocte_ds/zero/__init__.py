@@ -2,7 +2,7 @@
 
 from mocte_ds.zero.conformance import require_conformance, with_unit_optimizer
 from mocte_ds.zero.front import Front, find_front
-from mocte_ds.zero.gather import exchanged, held, let_go, on_its_own, whole
+from mocte_ds.zero.gather import exchanged, forward_pass, held, let_go, on_its_own, whole
 from mocte_ds.zero.optimizer import UnitZeroOptimizer
 from mocte_ds.zero.schedulers import follow_groups
 from mocte_ds.zero.stage3 import UnitZero3Optimizer, prepare_model
@@ -22,6 +22,7 @@ __all__ = [
     "exchanged",
     "expert_unit",
     "find_front",
+    "forward_pass",
     "follow_groups",
     "held",
     "let_go",

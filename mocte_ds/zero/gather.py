@@ -7,6 +7,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 
@@ -16,9 +17,10 @@ def held(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def let_go(model: nn.Module) -> None:
-    """Drop the weights that passes have gathered; on all ranks at once, or they would not gather alike afterwards.
+    """Drop the weights that passes have gathered, but for small ones, which are always there, as behind a step.
 
-    Comes before everything that looks at weights between two passes.
+    Comes before everything that looks at weights between two passes; on all ranks at once, or they would not gather
+    alike afterwards.
     """
     optimizer = getattr(next(model.parameters()), "_z3_optimizer", None)
     if optimizer is not None:
@@ -27,21 +29,35 @@ def let_go(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def exchanged(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> Iterator[None]:
-    """Within it this rank holds other weights; afterwards the very same tensors as before.
+    """Within it the parameters have other weights; afterwards the very same tensors as before.
 
     Args:
-        parameters: not gathered at the moment, neither at the beginning nor at the end: see :func:`let_go`.
+        parameters: let go before this and before its end; collective like :func:`whole`.
         values: what :func:`held` has returned of them at another time.
     """
+    parameters = list(parameters)
     holders = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
     now = [holder.data for holder in holders]
-    for holder, value in zip(holders, values, strict=True):
-        holder.data = value
+    _hold(parameters, holders, values)
     try:
         yield
     finally:
-        for holder, tensor in zip(holders, now, strict=True):
-            holder.data = tensor
+        _hold(parameters, holders, now)
+
+
+def _hold(parameters: list[nn.Parameter], holders: list[Tensor], values: Iterable[Tensor]) -> None:
+    small = _gathered(parameters)
+    if small:
+        small[0].partition(param_list=small)
+    for holder, value in zip(holders, values, strict=True):
+        holder.data = value
+    if small:
+        small[0].all_gather(param_list=small)
+
+
+def _gathered(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of which stage 3 has all weights there at the moment."""
+    return [p for p in parameters if getattr(p, "ds_status", None) is ZeroParamStatus.AVAILABLE]
 
 
 @contextlib.contextmanager
@@ -57,11 +73,27 @@ def whole(parameters: Iterable[nn.Parameter], changed: bool = False) -> Iterator
     if not cut:
         yield
         return
+    small = _gathered(cut)
     cut[0].all_gather(param_list=cut)
     try:
         yield
     finally:
         cut[0].partition(param_list=cut, has_been_updated=changed)
+        if small:
+            small[0].all_gather(param_list=small)
+
+
+@contextlib.contextmanager
+def forward_pass(model: nn.Module) -> Iterator[None]:
+    """Around a call of the whole model: within it stage 3 notices weights that one module takes from another."""
+    tables = [module._parameters for module in model.modules() if hasattr(module._parameters, "_in_forward")]
+    for table in tables:
+        table._in_forward = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table._in_forward = False
 
 
 @contextlib.contextmanager

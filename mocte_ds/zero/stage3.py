@@ -3,6 +3,7 @@
 Everything here relies on private parts of DeepSpeed; mocte_ds/zero/conformance.py names the versions it was checked on.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
         self._gathering: Any = None
         self._build(init_optimizer)
 
+    def regroup(self, groups: Sequence[dict[str, Any]], born: UnitState | None = None) -> list[int]:
+        """See UnitOptimizer; collective also where this rank has nothing to change."""
+        sources = super().regroup(groups, born)
+        self._gather_small()
+        return sources
+
     def _build(self, optimizer: torch.optim.Optimizer) -> None:
         module, names = self._fixed
         self._construct(optimizer.param_groups, module, optimizer, names)
@@ -75,7 +82,8 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
         return bool(max_over_ranks(torch.tensor(int(changed))))
 
     def _take_apart(self, stays: dict[int, int]) -> None:
-        self.let_go()
+        self.parameter_offload.release_backward_leftovers()
+        self._partition_all_parameters()
         for hook in [*self._grad_acc_hooks, *self._leaf_module_hooks]:
             hook.remove()
         # The order in which modules run may change with what trains.
@@ -182,9 +190,15 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
                     master.grad.zero_()
 
     def let_go(self) -> None:
-        """Drop the weights that passes have gathered; on all ranks at once, or they would not gather alike."""
+        """Drop the weights that passes have gathered, but for small ones, which are always there, as behind a step."""
         self.parameter_offload.release_backward_leftovers()
         self._partition_all_parameters()
+        self._gather_small()
+
+    def _gather_small(self) -> None:
+        # DeepSpeed takes them for always there once they have been.
+        if self.persistent_parameters:
+            self.persistent_parameters[0].all_gather(self.persistent_parameters)
 
     # ---- parts of DeepSpeed's constructor through which a rebuild keeps what stays ---------------------------------
 

@@ -217,7 +217,7 @@ def test_a_partitioned_model_is_refused() -> None:
 
 
 class Tied(Net):
-    """Has a second inlet of the same matrix."""
+    """Uses the matrix of its inlet a second time, in two ways: as another layer's and by itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,29 +225,41 @@ class Tied(Net):
         self.other.weight = self.inlet.weight
 
     def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.other(features), target)
+        return super().forward(torch.nn.functional.linear(self.other(features), self.inlet.weight), target)
 
 
-def tied_weights() -> list[str]:
-    """Names of this rank's weights in a state_dict that has some."""
+def tied_weights(folder: str, persist: int) -> dict[str, Any]:
+    """Emerge and train on, once in one go and once behind a resume; names of this rank's weights in a state_dict."""
     import mocte_ds
 
-    engine, *_ = mocte_ds.initialize(model=Tied(), config=config(Case(2, 2, 3)))
-    global_step(engine, 0)
-    engine.optimizer.let_go()
+    losses = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        engine, *_ = mocte_ds.initialize(model=Tied(), config=config(Case(2, 2, 3, persist=persist)))
+        if resumed:
+            engine.load_checkpoint(folder)
+        else:
+            global_step(engine, 0)
+            engine.save_checkpoint(folder)
+        losses.append([global_step(engine, 1)])
+        engine.mocte.emerge(0)
+        losses[-1] += [global_step(engine, step) for step in (2, 3)]
+        engine.mocte.freeze(0, 1)
+        losses[-1] += [global_step(engine, step) for step in (4, 5)]
     with weights_in_state_dicts(engine.module):
         state = engine.module.state_dict()
-    assert not any(
-        weight.numel() for name, weight in engine.module.state_dict().items() if name.endswith("proj.weight")
-    )
-    return [name for name, weight in state.items() if name.endswith("weight") and weight.numel()]
+    names = [name for name, weight in state.items() if name.endswith("weight") and weight.numel()]
+    return {"losses": losses, "names": names}
 
 
-def test_tied_weights_are_gathered_once_and_saved_twice() -> None:
-    first, second = spawn(tied_weights, 2, timeout=60, deepspeed=True)
-    assert {"inlet.weight", "other.weight", "layers.1.dense.up_proj.weight"} <= set(first)
-    # Each rank is the first that holds its experts.
-    assert all(".experts." in name or ".gate." in name for name in second) and len(second) >= 12
+@pytest.mark.parametrize("persist", [0, 100_000])
+def test_tied_weights_through_emergence_and_a_resume(tmp_path: Path, persist: int) -> None:
+    first, second = spawn(tied_weights, 2, str(tmp_path), persist, timeout=60, deepspeed=True)
+    for result in (first, second):
+        assert result["losses"][0] == result["losses"][1]
+    assert {"inlet.weight", "other.weight", "layers.1.dense.up_proj.weight"} <= set(first["names"])
+    if not persist:  # each rank is the first that holds its experts
+        assert all(".experts." in name or ".gate." in name for name in second["names"]) and len(second["names"]) >= 12
 
 
 def what_a_freeze_leaves(bf16: bool) -> dict[str, list[bool]]:
