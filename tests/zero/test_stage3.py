@@ -218,15 +218,16 @@ def test_a_partitioned_model_is_refused() -> None:
 
 
 class Tied(Net):
-    """Uses the matrix of its inlet a second time, in two ways: as another layer's and by itself."""
+    """Two layers share a matrix, and one takes part without being called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.other = torch.nn.Linear(HIDDEN, HIDDEN)
         self.other.weight = self.inlet.weight
+        self.matrix = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
 
     def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return super().forward(torch.nn.functional.linear(self.other(features), self.inlet.weight), target)
+        return super().forward(torch.nn.functional.linear(self.other(features), self.matrix.weight), target)
 
 
 def tied_weights(folder: str, persist: int) -> dict[str, Any]:
@@ -260,7 +261,7 @@ def test_tied_weights_through_emergence_and_a_resume(tmp_path: Path, persist: in
     first, second = spawn(tied_weights, 2, str(tmp_path), persist, timeout=60, deepspeed=True)
     for result in (first, second):
         assert result["losses"][0] == result["losses"][1]
-    assert {"inlet.weight", "other.weight", "layers.1.dense.up_proj.weight"} <= set(first["names"])
+    assert {"inlet.weight", "other.weight", "matrix.weight", "layers.1.dense.up_proj.weight"} <= set(first["names"])
     if not persist:  # each rank is the first that holds its experts
         assert all(".experts." in name or ".gate." in name for name in second["names"]) and len(second["names"]) >= 12
 
