@@ -56,7 +56,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
-    from mocte_ds.dist.groups import end_process_groups
+    from mocte_ds.dist.end import end_process_groups, end_process_groups_at_exit
     from mocte_ds.training.cpu_op import build_cpu_op
     from mocte_ds.training.loop import Trainer
 
@@ -66,6 +66,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         build_cpu_op(os.environ.get("TORCH_EXTENSIONS_DIR", EXTENSIONS))
     with contextlib.redirect_stdout(sys.stdout if args.verbose else io.StringIO()):
         deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    end_process_groups_at_exit()  # a run that is refused ends by an error
     trainer = Trainer(start)
     finished = trainer.train(args.stop_after)
     if rank == 0:

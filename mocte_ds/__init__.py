@@ -3,8 +3,12 @@
 import importlib
 from typing import Any
 
+from mocte_ds.auto_classes import register_models
+
 __version__ = "0.1.0"
 __all__ = ["clusters", "initialize", "spectrum", "trainability"]
+
+register_models()
 
 
 def __getattr__(name: str) -> Any:

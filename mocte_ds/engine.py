@@ -1,6 +1,5 @@
 """initialize(): deepspeed.initialize for MO-CTE; MocteEngine: where DeepSpeed's step meets the controller."""
 
-import contextlib
 import copy
 import json
 import warnings
@@ -13,30 +12,27 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from mocte_ds.checkpoints.load import read_state, resolve_tag, restore_random_states
-from mocte_ds.checkpoints.partitioned import require_same_partition, weights_in_state_dicts, without_weights
-from mocte_ds.checkpoints.save import finish_checkpoint, prepare_checkpoint
+from mocte_ds.checkpoints.load import STATE_FILE, read_state
+from mocte_ds.checkpoints.manifest import require_whole_on_ranks
+from mocte_ds.checkpoints.place import resolve_tag
+from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
-from mocte_ds.dist.groups import end_process_groups_at_exit, expert_parallel_rank
+from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import attach
-from mocte_ds.zero import (
-    UnitRegistry,
-    find_front,
-    prepare_model,
-    require_conformance,
-    require_stage3_settings,
-    with_unit_optimizer,
-)
+from mocte_ds.zero import UnitRegistry, find_front, require_conformance, require_stage3_settings
+from mocte_ds.zero.checkpoint_files import own_files
+from mocte_ds.zero.engine import UnitEngine
+from mocte_ds.zero.partitioned_files import require_same_partition
+from mocte_ds.zero.process_groups import expert_parallel_rank
 
 DEFAULT_TOTAL_STEPS = 10_000
 
 
-class MocteEngine(DeepSpeedEngine):
+class MocteEngine(UnitEngine):
     """A DeepSpeed engine with blocks; the training loop stays forward, backward, step."""
 
     mocte: Controller
@@ -62,6 +58,7 @@ class MocteEngine(DeepSpeedEngine):
         super().step(*args, **kwargs)
         if boundary:
             self.mocte.after_step(self.global_steps, self.tokens_seen)
+            self.checkpoint_engine.saver.look()
 
     def save_checkpoint(
         self,
@@ -71,29 +68,45 @@ class MocteEngine(DeepSpeedEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """DeepSpeed's checkpoint plus the state of the blocks; `latest` moves only when everything is on the disk.
+        """DeepSpeed's checkpoint plus the state of the blocks, whole or not at all (docs/checkpoints.md).
 
-        Arguments are DeepSpeed's.
+        Arguments are DeepSpeed's. With `checkpoint.async_save` it returns when everything is copied; the next save,
+        the steps in between and :meth:`wait_for_checkpoint` raise what went wrong later.
 
         Raises:
-            CheckpointError: a file could not be written on some rank; the last good checkpoint stays `latest`.
+            CheckpointError: no room, a value that is not plain, or a file that could not be written on some rank; the
+                checkpoints that are there stay as they are.
         """
         if exclude_frozen_parameters and self.zero_optimization_partition_weights():
             raise CheckpointError(
                 "exclude_frozen_parameters is not supported under ZeRO stage 3: frozen experts would be lost."
             )
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
-        with prepare_checkpoint(save_dir, tag):
-            super().save_checkpoint(
-                save_dir,
-                tag,
-                client_state={**(client_state or {}), "tokens_seen": self.tokens_seen},
-                save_latest=False,
-                exclude_frozen_parameters=exclude_frozen_parameters,
-            )
-        own = self.mocte.rank_state_dict()
-        finish_checkpoint(save_dir, tag, self.mocte.state_dict(), dict(client_state or {}), save_latest, own)
+        client = dict(client_state or {})
+        save = super().save_checkpoint
+
+        def deepspeed_save(state: dict[str, Any]) -> None:
+            state = {**state, "tokens_seen": self.tokens_seen}
+            save(save_dir, tag, state, save_latest=False, exclude_frozen_parameters=exclude_frozen_parameters)
+
+        def own() -> dict[str, Any]:
+            files = own_files(self.mocte.rank_state_dict())
+            state = {"mocte": self.mocte.state_dict(), "client_state": client}
+            return {**files, STATE_FILE: state} if dist.get_rank() == 0 else files
+
+        background = self.mocte.config.checkpoint.async_save
+        self.checkpoint_engine.save_checkpoint(
+            deepspeed_save, save_dir, tag, self.global_steps, client, own, save_latest, background
+        )
         return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last asynchronous save is whole (collective); a script that ends waits by itself.
+
+        Raises:
+            CheckpointError: it failed on some rank.
+        """
+        self.checkpoint_engine.saver.wait()
 
     def load_checkpoint(self, load_dir: str, tag: str | None = None, **kwargs: Any) -> tuple[str | None, Any]:
         """DeepSpeed's load, after the blocks and the partition were brought into the checkpoint's state.
@@ -101,11 +114,15 @@ class MocteEngine(DeepSpeedEngine):
         Arguments and results are DeepSpeed's.
 
         Raises:
-            CheckpointError: missing or damaged files, or a checkpoint of another configuration (names what differs).
+            CheckpointError: missing, changed or damaged files, before anything is loaded, or a checkpoint of another
+                configuration; names the files or what differs.
         """
+        self.wait_for_checkpoint()
         tag = tag or resolve_tag(load_dir)
         if tag is None:
             return None, None
+        manifest = require_whole_on_ranks(Path(load_dir) / tag, self.mocte.config.checkpoint.verify)
+        self.checkpoint_engine.saver.run = manifest.run
         state = read_state(load_dir, tag, self.mocte.config, [handle.name for handle in self.mocte.blocks])
         require_same_partition(Path(load_dir) / tag, self.zero_optimization_stage(), self.dp_world_size)
         if self.zero_optimization_partition_weights() and (
@@ -124,45 +141,6 @@ class MocteEngine(DeepSpeedEngine):
         self.mocte.proof.begin(self.mocte)
         self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag))
         return path, client_state
-
-    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
-        return with_unit_optimizer(DeepSpeedEngine._configure_zero_optimizer)(self, optimizer)
-
-    def _validate_zero3_moe_compatibility(self) -> None:
-        # DeepSpeed refuses its expert layers here, because stage 3 would overwrite experts by those of rank 0.
-        prepare_model(self.module, self.device)
-
-    def _broadcast_model(self) -> None:
-        # At stage 3 the model is still in CPU memory, and every parameter is broadcast when it is partitioned.
-        if not self.zero_optimization_partition_weights():
-            super()._broadcast_model()
-
-    def _save_moe_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        partitioned = self.zero_optimization_partition_weights()
-        with weights_in_state_dicts(self.module) if partitioned else contextlib.nullcontext():
-            super()._save_moe_checkpoint(*args, **kwargs)
-
-    def load_module_state_dict(self, checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's; under stage 3 weights come from the optimizer's files and from each rank's frozen parts."""
-        if self.zero_optimization_partition_weights():
-            checkpoint = without_weights(checkpoint, self.module)
-        super().load_module_state_dict(checkpoint, *args, **kwargs)
-
-    def _get_zero_frozen_param_attributes(self, attr_func: Any) -> Any:
-        # At stages 1 and 2 DeepSpeed would save rank 0's copy of every parameter outside of the optimizer and write it
-        # over the frozen experts of all other ranks when it loads. The expert files hold each of them already.
-        if attr_func == self._get_param_fragment_func and not self.zero_optimization_partition_weights():
-            return None
-        return super()._get_zero_frozen_param_attributes(attr_func)
-
-    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
-        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
-        if not self.zero_optimization() or wrapper != "zero_optimization":
-            raise ConfigError(
-                f"DeepSpeed would wrap the optimizer as '{wrapper}', which cannot freeze units; use ZeRO stage 1, 2 or "
-                "3 and leave data_types.grad_accum_dtype at its default."
-            )
-        return wrapper
 
     def _count_tokens(self, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
         ids = kwargs.get("input_ids", inputs[0] if inputs else None)
@@ -295,6 +273,12 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
         raise ConfigError(
             "an optimizer object cannot follow experts that do not exist yet; name the optimizer in the config, or "
             "hand over a callable: optimizer=lambda groups: torch.optim.AdamW(groups, lr=...)."
+        )
+    kind = str((settings.get("optimizer") or {}).get("type", "")).lower()
+    if optimizer is None and kind in ("muon", "adagrad"):
+        raise ConfigError(
+            f"optimizer.type '{settings['optimizer']['type']}' builds its own parameter groups or state, which cannot "
+            "follow experts that emerge and freeze; use AdamW or Adam."
         )
     if optimizer is None and "optimizer" not in settings:
         raise ConfigError('the DeepSpeed config has no "optimizer" and no optimizer callable was handed over.')

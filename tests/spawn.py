@@ -31,7 +31,12 @@ class SpawnError(AssertionError):
 
 
 def spawn(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, deepspeed: bool = False
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    deepspeed: bool = False,
+    backend: str = "gloo",
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank of a new gloo group and return what the ranks return.
 
@@ -41,6 +46,7 @@ def spawn(
         *args: pickled; the same for all ranks. The rank is ``torch.distributed.get_rank()``.
         timeout: seconds for start, work and end together. DeepSpeed's op is built before the clock starts.
         deepspeed: initialise through ``deepspeed.init_distributed`` instead of ``torch.distributed``.
+        backend: of torch.distributed; with "nccl" DeepSpeed works on CUDA devices.
 
     Returns:
         Results in the order of the ranks.
@@ -54,11 +60,11 @@ def spawn(
         raise SpawnError(
             f"{function!r} and its arguments must be picklable; define it at module level: {error}"
         ) from error
-    if deepspeed:
+    if deepspeed and backend == "gloo":
         build_cpu_op()
     for attempt in range(3):
         try:
-            return _run(payload, world_size, timeout, deepspeed)
+            return _run(payload, world_size, timeout, deepspeed, backend)
         except SpawnError as error:
             # Another process may take the port between our looking and torch's binding.
             if attempt == 2 or not ("address already in use" in str(error).lower() or _BUSY_PORT in str(error)):
@@ -66,7 +72,7 @@ def spawn(
     raise AssertionError("unreachable")
 
 
-def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool) -> list[Any]:
+def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool, backend: str) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="mocte-spawn-") as folder:
         port, processes = _free_port(), []
         context = multiprocessing.get_context("forkserver")
@@ -74,9 +80,9 @@ def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool) -> li
         context.set_forkserver_preload(PRELOADED)
         try:
             for rank in range(world_size):
-                environment = _environment(rank, world_size, port)
+                environment = _environment(rank, world_size, port, backend)
                 process = context.Process(
-                    target=_child, args=(payload, folder, environment, timeout, deepspeed), daemon=False
+                    target=_child, args=(payload, folder, environment, timeout, deepspeed, backend), daemon=False
                 )
                 process.start()
                 processes.append(process)
@@ -88,7 +94,9 @@ def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool) -> li
         return _results(Path(folder), processes, problem)
 
 
-def _child(payload: bytes, folder: str, environment: dict[str, str], timeout: float, deepspeed: bool) -> None:
+def _child(
+    payload: bytes, folder: str, environment: dict[str, str], timeout: float, deepspeed: bool, backend: str
+) -> None:
     """One rank, from start to end; its result or error goes into a file."""
     os.setpgid(0, 0)  # so that everything this rank starts can be ended with it
     os.environ.update(environment)
@@ -106,9 +114,9 @@ def _child(payload: bytes, folder: str, environment: dict[str, str], timeout: fl
         if deepspeed:
             import deepspeed.comm as comm
 
-            comm.init_distributed("gloo", timeout=timedelta(seconds=timeout), dist_init_required=True)
+            comm.init_distributed(backend, timeout=timedelta(seconds=timeout), dist_init_required=True)
         else:
-            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
         function, args = pickle.loads(payload)
         outcome = (True, function(*args))
         # A rank that leaves early takes the store down, and the others would fail for no reason of their own.
@@ -177,7 +185,7 @@ def _results(folder: Path, processes: list, problem: str | None) -> list[Any]:
     raise SpawnError("\n".join(parts))
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def _environment(rank: int, world_size: int, port: int, backend: str) -> dict[str, str]:
     """What a launcher would put into this rank's environment."""
     return {
         "RANK": str(rank),
@@ -187,7 +195,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": "cuda" if backend == "nccl" else "cpu",
     }
 
 

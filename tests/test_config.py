@@ -21,6 +21,7 @@ from mocte_ds.errors import ConfigError
         ({"modules": "m", "router": {"kind": "hash", "weight": "softmax"}}, "needs logits"),
         ({"modules": "m", "num_experts": 512}, "more than spectrum.rows"),
         ({"modules": "m", "spectrum": 3}, "mocte.spectrum must be a section"),
+        ({"modules": "m", "checkpoint": {"asyncsave": True}}, "unknown key mocte.checkpoint.asyncsave.*'async_save'"),
     ],
 )
 def test_errors(block, message):

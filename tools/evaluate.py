@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             args.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
         print(json.dumps(results) if args.json else table(results))
     if several:
-        from mocte_ds.dist.groups import end_process_groups
+        from mocte_ds.dist.end import end_process_groups
 
         end_process_groups()
     return 0

@@ -1,4 +1,4 @@
-"""Exports a checkpoint to Hugging Face format: a stock class, without code of ours, checked before it says done."""
+"""Exports a checkpoint to Hugging Face format: a stock class or our own, checked before it says done."""
 
 import argparse
 import json
@@ -15,9 +15,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="weights (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, default=None, help="sentencepiece model (default: the run's)")
+    parser.add_argument(
+        "--class",
+        choices=("auto", "stock", "own"),
+        default="auto",
+        dest="choice",
+        help="a class of transformers, the project's own, whose code goes with the weights, or the first if it fits "
+        "exactly (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    from mocte_ds.checkpoints.hf import export
+    from mocte_ds.checkpoints.hf.export import export
 
     facts = export(
         args.checkpoint,
@@ -25,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         args.dtype,
         args.tokenizer,
         lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
+        args.choice,
     )
     if args.json:
         print(json.dumps({"path": str(args.out), **facts}))
@@ -32,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"done: {args.out} is a {facts['architecture']} with {facts['parameters']:,} parameters; "
             f"{facts['tensors_compared']} tensors and {facts['experts_compared']} experts equal, "
-            f"logits within {facts['logit_difference']:.1e}"
+            f"logits within {facts['logit_difference']:.1e}; memory {facts['peak_bytes'] / 1e6:,.0f} MB at most for "
+            f"{facts['checkpoint_bytes'] / 1e6:,.0f} MB of weights"
         )
+        if facts["reason"]:
+            print(f"no stock class: {facts['reason']}\nload it with trust_remote_code=True, or after import mocte_ds")
     return 0
 
 

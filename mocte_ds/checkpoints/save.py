@@ -1,130 +1,225 @@
-"""Saving: DeepSpeed's files, then ours, then `latest`, so that a broken save never hides the last good checkpoint."""
+"""Saving: every rank writes and hashes its files beside the old checkpoint, rank zero lists them and gives the name.
 
-import contextlib
-import os
-import random
+With or without waiting, it is the same thread that writes. Threads talk to each other through files only, since a
+collective operation beside those of the training would tear both.
+"""
+
+import atexit
+import json
 import shutil
-from collections.abc import Iterator
+import sys
+import threading
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.checkpoints.files import FileFacts, replace_text, sync_folder, write_file
+from mocte_ds.checkpoints.manifest import Manifest
+from mocte_ds.checkpoints.place import Place, last_good
+from mocte_ds.checkpoints.plain import size_in_bytes
+from mocte_ds.dist.collectives import from_rank_zero, gather_objects, max_over_ranks, world
 from mocte_ds.errors import CheckpointError
 
-FORMAT = 1
-STATE_FILE = "mocte_state.pt"
-RANDOM_FILE = "mocte_random_rank{rank}.pt"
-# torch.save reports a full disk as a RuntimeError of its zip writer.
-_WRITE_ERRORS = (OSError, RuntimeError)
+_PART = ".part_{}.json"
+_PATIENCE = 1800.0  # seconds that rank zero waits for the others when it has written its own files
+_DONE, _BUSY, _FAILED = 0, 1, 2
 
 
-@contextlib.contextmanager
-def prepare_checkpoint(save_dir: str | Path, tag: str) -> Iterator[None]:
-    """Turn a failing write into an error that says what is still intact.
+class Saver:
+    """The saves of one rank; at most one is under way."""
 
-    Args:
-        save_dir: folder of all checkpoints.
-        tag: this checkpoint's folder in it.
+    def __init__(self) -> None:
+        self.run: str | None = None
+        """Unique name of the run; a run that resumes takes over that of its checkpoint."""
+        self._under_way: _Save | None = None
+        atexit.register(self._tell_at_exit)
 
-    Raises:
-        CheckpointError: a file could not be written.
-    """
-    try:
-        yield
-    except _WRITE_ERRORS as error:
-        raise _write_error(save_dir, tag, error) from error
+    def save(
+        self,
+        save_dir: str | Path,
+        tag: str,
+        files: dict[str, Any],
+        step: int,
+        save_latest: bool = True,
+        asynchronous: bool = False,
+    ) -> None:
+        """Write a checkpoint (collective).
 
+        Args:
+            save_dir: folder of all checkpoints.
+            tag: name of this one; an older one of that name is replaced as a whole.
+            files: what this rank writes, by name: bytes, or plain values; no name twice among the ranks. With
+                ``asynchronous`` they must not change any more.
+            step: optimizer steps that are done.
+            save_latest: whether `latest` moves.
+            asynchronous: return at once; the next save, :meth:`look` and :meth:`wait` tell what became of it.
 
-def finish_checkpoint(
-    save_dir: str | Path,
-    tag: str,
-    mocte: dict[str, Any],
-    client_state: dict[str, Any],
-    save_latest: bool,
-    rank_state: dict[str, Any] | None = None,
-) -> None:
-    """Write our state and every rank's random state, make sure that all ranks did, and move `latest` (collective).
-
-    Args:
-        save_dir: folder of all checkpoints.
-        tag: this checkpoint's folder in it; DeepSpeed's files are there already.
-        mocte: state of the controller.
-        client_state: the caller's own state; entries that cannot be read back without executing code are left to
-            DeepSpeed's files, which hold all of them.
-        save_latest: whether `latest` moves.
-        rank_state: what only this rank's controller has; left out where it cannot be read back without executing code.
-
-    Raises:
-        CheckpointError: a file could not be written on some rank; `latest` has not moved.
-    """
-    folder = Path(save_dir) / tag
-    rank, _ = world()
-    failure: Exception | None = None
-    try:
-        if rank == 0:
-            plain = {key: value for key, value in client_state.items() if is_plain(value)}
-            torch.save({"format": FORMAT, "mocte": mocte, "client_state": plain}, folder / STATE_FILE)
-        own = {"mocte": rank_state} if rank_state and is_plain(rank_state) else {}
-        torch.save({**random_states(), **own}, folder / RANDOM_FILE.format(rank=rank))
-    except _WRITE_ERRORS as error:
-        failure = error
-    failures = [text for text in gather_objects(str(failure) if failure else None) if text]
-    if failures:
-        raise _write_error(save_dir, tag, failures[0]) from failure
-    if rank == 0 and save_latest:
+        Raises:
+            CheckpointError: on all ranks: no room, or a file could not be written on one of them; no checkpoint that
+                was there before was touched.
+        """
+        self.wait()
+        place = Place(Path(save_dir), tag)
+        self.run = self.run or from_rank_zero(uuid.uuid4().hex)
+        needed = sum(gather_objects(sum(map(size_in_bytes, files.values()))))
+        rank, size = world()
+        failure = None
         try:
-            pending = Path(save_dir) / "latest.tmp"
-            pending.write_text(tag, encoding="utf-8")
-            os.replace(pending, Path(save_dir) / "latest")
-        except OSError as error:
+            if rank == 0:
+                place.prepare(needed)
+        except (CheckpointError, OSError) as error:
             failure = error
-    failures = [text for text in gather_objects(str(failure) if failure else None) if text]
-    if failures:
-        raise _write_error(save_dir, tag, failures[0]) from failure
+        _agree(place, failure)
+        try:
+            place.require_seen()
+        except CheckpointError as error:
+            failure = error
+        _agree(place, failure)
+        self._under_way = _Save(place, rank, size, files, self.run, step, save_latest)
+        self._under_way.start()
+        if not asynchronous:
+            self.wait()
+
+    def look(self) -> None:
+        """See what became of an asynchronous save, without waiting (collective).
+
+        Raises:
+            CheckpointError: it failed on some rank.
+        """
+        save = self._under_way
+        if save is None:
+            return
+        states = int(max_over_ranks(torch.tensor(save.state)))
+        if states != _BUSY:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the save under way is whole (collective).
+
+        Raises:
+            CheckpointError: it failed on some rank.
+        """
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return
+        try:
+            save.written.wait()
+            _agree(save.place, save.failure)
+            save.join()
+            _agree(save.place, save.failure)
+        except BaseException:
+            save.abandoned.set()
+            save.join()
+            if save.rank == 0:
+                save.place.give_up()
+            raise
+
+    def _tell_at_exit(self) -> None:
+        """Nobody asks any more: the process ends, and has waited for the thread."""
+        if self._under_way and self._under_way.failure:
+            error = _write_error(self._under_way.place, self._under_way.failure)
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def random_states() -> dict[str, Any]:
-    """States of this rank's random number generators, in plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, internal, gauss = random.getstate()
-    numbers = torch.from_numpy(np.asarray(keys, dtype=np.int64))
-    states = {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, numbers, int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+class _Save(threading.Thread):
+    """One rank's part of one save; no daemon, so that a process that ends waits for it."""
+
+    def __init__(
+        self, place: Place, rank: int, world_size: int, files: dict[str, Any], run: str, step: int, save_latest: bool
+    ) -> None:
+        super().__init__(name=f"save {place.tag}")
+        self.place, self.rank, self.world_size = place, rank, world_size
+        self.files, self.run_name, self.step, self.save_latest = files, run, step, save_latest
+        self.written, self.abandoned = threading.Event(), threading.Event()
+        self.failure: Exception | None = None
+
+    @property
+    def state(self) -> int:
+        """Whether this rank's part is done."""
+        if self.failure:
+            return _FAILED
+        return _BUSY if self.is_alive() else _DONE
+
+    def run(self) -> None:
+        """Write this rank's files; on rank zero also wait for the others' and finish."""
+        try:
+            own = self._write_own()
+            self.written.set()
+            if self.rank == 0:
+                parts = self._wait_for_parts(own)
+                if not self.abandoned.is_set():
+                    self._commit(parts)
+        except Exception as error:  # told by the main thread, on all ranks
+            self.failure = error
+        finally:
+            self.written.set()
+
+    def _write_own(self) -> dict[str, FileFacts]:
+        facts = {}
+        for name in sorted(self.files):
+            facts[name] = write_file(self.place.partial / name, self.files.pop(name))
+        if self.rank:
+            sync_folder(self.place.partial)
+            part = {name: [fact.bytes, fact.sha256] for name, fact in facts.items()}
+            replace_text(self.place.partial / _PART.format(self.rank), json.dumps(part))
+        return facts
+
+    def _wait_for_parts(self, own: dict[str, FileFacts]) -> dict[str, FileFacts]:
+        """The facts about all ranks' files."""
+        files, missing = dict(own), set(range(1, self.world_size))
+        deadline, pause = time.monotonic() + _PATIENCE, 0.01
+        while missing and not self.abandoned.is_set():
+            there = {entry.name for entry in self.place.partial.iterdir()}
+            for rank in sorted(rank for rank in missing if _PART.format(rank) in there):
+                path = self.place.partial / _PART.format(rank)
+                part = json.loads(path.read_text(encoding="utf-8"))
+                if twice := sorted(files.keys() & part.keys()):
+                    raise RuntimeError(f"two ranks wrote {twice[0]}")
+                files.update({name: FileFacts(*facts) for name, facts in part.items()})
+                path.unlink()
+                missing.remove(rank)
+            if missing and time.monotonic() > deadline:
+                raise RuntimeError(f"rank {min(missing)} did not finish its files within {_PATIENCE:.0f} s")
+            if missing:
+                self.abandoned.wait(pause)
+                pause = min(1.5 * pause, 0.5)
+        return files
+
+    def _commit(self, files: dict[str, FileFacts]) -> None:
+        Manifest(self.run_name, self.step, self.world_size, files).write(self.place.partial)
+        self.place.swap_in()
+        if self.save_latest:
+            self.place.move_latest()
+        self.place.forget_replaced()
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a value is made of tensors, numbers, texts, lists, tuples and dicts alone.
-
-    Exact types: subclasses, such as an enum or a numpy number, are stored as code to execute.
-    """
-    if type(value) in (list, tuple):
-        return all(map(is_plain, value))
-    if type(value) is dict:
-        return all(map(is_plain, value.keys())) and all(map(is_plain, value.values()))
-    return value is None or type(value) in (bool, int, float, str, bytes, torch.Tensor)
-
-
-def _write_error(save_dir: str | Path, tag: str, error: object) -> CheckpointError:
-    latest = Path(save_dir) / "latest"
-    last = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "none"
-    with contextlib.suppress(OSError):
-        error = f"{error} ({shutil.disk_usage(save_dir).free / 1e6:.0f} MB are free there)"
-    what = f"could not save the checkpoint {Path(save_dir) / tag}: {error}."
-    if last == tag:
-        return CheckpointError(
-            f"{what} It was saved over the checkpoint that {latest} names, which may be damaged now; make room, then "
-            "save again or write the name of another checkpoint into that file."
-        )
-    return CheckpointError(
-        f"{what} The last good checkpoint ({last}) is untouched; make room or choose another folder, and start again: "
-        "the run resumes from it."
+def _agree(place: Place, failure: Exception | None) -> None:
+    """Raise on all ranks what one of them met (collective)."""
+    told = isinstance(failure, CheckpointError)
+    found = gather_objects(
+        (told, f"{type(failure).__name__}: {failure}" if not told else str(failure)) if failure else None
     )
+    failures = [entry for entry in found if entry]
+    if not failures:
+        return
+    if failure is not None and not isinstance(failure, CheckpointError | OSError | RuntimeError):
+        raise failure  # a defect keeps its own error
+    complete, text = failures[0]
+    # torch.save reports a full disk as a RuntimeError of its zip writer.
+    raise (CheckpointError(text) if complete else _write_error(place, text)) from failure
+
+
+def _write_error(place: Place, error: object) -> CheckpointError:
+    return CheckpointError(
+        f"could not save the checkpoint {place.final}: {error} ({_free(place.root)}). {last_good(place.root)}"
+    )
+
+
+def _free(root: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(root).free / 1e6:.0f} MB are free there"
+    except OSError as error:
+        return f"the folder cannot be looked at: {error.strerror or error}"

@@ -20,19 +20,17 @@ from mocte_ds.controller.decisions import (
 )
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.measurements import finish_readings, read_blocks
-from mocte_ds.controller.progress import Progress
-from mocte_ds.controller.proof import Proof
 from mocte_ds.controller.reading import BlockReading
-from mocte_ds.controller.state import RunState
-from mocte_ds.dist.collectives import gather_objects, max_over_ranks, require_same, sum_over_ranks, world
+from mocte_ds.controller.resume import ResumableRun
+from mocte_ds.dist.collectives import gather_objects, require_same
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
-from mocte_ds.zero import UnitOptimizer, UnitRegistry, expert_unit
+from mocte_ds.zero import UnitOptimizer, UnitRegistry
 
 EventListener = Callable[[dict[str, Any]], None]
 
 
-class Controller(RunState):
+class Controller(ResumableRun):
     """`engine.mocte`: owns the modes of all blocks and experts, decides at checks, acts between optimizer steps.
 
     A check measures behind one optimizer step and decides `apply_after` steps later; in between the search for clusters
@@ -52,20 +50,11 @@ class Controller(RunState):
             total_steps: optimizer steps of the run.
         """
         super().__init__(config, blocks, registry, ep_rank, total_steps)
-        self.interval = max(1, round(config.check_every * total_steps))
         for block, collector in zip(blocks, self.collectors, strict=True):
             block.observe = partial(collector.see, context=self.context)
         self._listeners: list[EventListener] = []
-        self.proof = Proof()
-        self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in self.blocks]
-        self.progress = Progress(config)
         self._sampled_step = -1
         """Steps done before the one that was sampled last."""
-        self._check: Check | None = None
-        """Measured, and not yet decided on."""
-        self._check_state: dict[str, Any] | None = None
-        """Of a check that a checkpoint holds, until this rank's own part of it has come."""
-        self.rank = 0
 
     def bind(
         self, module: torch.nn.Module, optimizer: UnitOptimizer, scheduler: Any, rank: int, sequences_per_step: int
@@ -76,7 +65,7 @@ class Controller(RunState):
         # Few rows a sequence: neighbours in a sequence are alike.
         spectrum = self.config.spectrum
         enough = max((spectrum.rows << spectrum.doublings) / 16, spectrum.documents) / sequences_per_step
-        self._window = min(self.interval, max(1, round(enough + 0.5)))
+        self.window = min(self.interval, max(1, round(enough + 0.5)))
 
     # ---- for users -------------------------------------------------------------------------------------------------
 
@@ -171,7 +160,7 @@ class Controller(RunState):
     def expert_load(self) -> list[list[int]]:
         """Tokens routed to each expert of each block since the last call, all ranks together (collective)."""
         result = []
-        for number, routed in enumerate(self._routed()):
+        for number, routed in enumerate(self.routed()):
             result.append((routed - self._load_seen[number]).tolist())
             self._load_seen[number] = routed
         return result
@@ -192,11 +181,11 @@ class Controller(RunState):
         if self.progress.active and not self.progress.probe.complete:
             self.progress.probe.offer(args, kwargs, place, self.sequences_per_step, self.context.domain)
         left = self.interval - self.step % self.interval
-        for_check = self.config.auto and left <= self._window
+        for_check = self.config.auto and left <= self.window
         # A check wants the rows of its window. What it has read stays until the next window, for emerge(); without
         # checks the rows of the last step do.
-        if self._sampled_step != self.step and (left == self._window or not self.config.auto):
-            self._forget_samples()
+        if self._sampled_step != self.step and (left == self.window or not self.config.auto):
+            self.forget_samples()
         self._sampled_step = self.step
         warming_up = any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
         self.context.sampling = for_check or (warming_up and not self.config.auto)
@@ -212,37 +201,19 @@ class Controller(RunState):
             self._measure()
             if not self._delay or step == self.total_steps:
                 self._decide()
-        self._set_rates()
-
-    def _forget_samples(self) -> None:
-        """Old rows keep the lowest hashes, so a sample must start anew to show the features of today's weights."""
-        self.stream.clear()
-        for handle, collector in zip(self.blocks, self.collectors, strict=True):
-            collector.clear()
-            for bank in handle.block.banks:
-                bank.deepspeed_moe.clear_samples()
+        self.set_rates()
 
     @property
     def _delay(self) -> int:
         """Steps from a check's measurements to its decisions: a check is over before the next one begins."""
         return min(self.config.apply_after, self.interval - 1)
 
-    def _set_rates(self) -> None:
-        """Tell the optimizer which part of the learning rate annealing experts get at the next step."""
-        anneal = self.config.freeze.anneal
-        self.optimizer.rate_factors = {
-            expert_unit(handle.block, k): max(0.0, 1.0 - (self.share - expert.annealed_from) / anneal)
-            for handle in self.blocks
-            for k, expert in enumerate(handle.experts)
-            if expert.annealed_from is not None
-        }
-
     # ---- the check -------------------------------------------------------------------------------------------------
 
     def _measure(self) -> None:
         """The first half of a check (collective)."""
         self.proof.require_frozen_unmoved(self)
-        for handle, counts in zip(self.blocks, self._routed(), strict=True):
+        for handle, counts in zip(self.blocks, self.routed(), strict=True):
             for expert, count in zip(handle.experts, counts.tolist(), strict=True):
                 expert.tokens = count
         every = self.config.conflict_every
@@ -289,12 +260,6 @@ class Controller(RunState):
             by_rank = {"optimizer_bytes_by_rank_before": before, "optimizer_bytes_by_rank_after": after}
             self._emit({**event, **sizes, **by_rank})
 
-    def _routed(self) -> list[Tensor]:
-        """(E,) tokens routed to the experts of each block since the start, all ranks together."""
-        counts = [torch.cat([bank.deepspeed_moe.routed for bank in handle.block.banks]) for handle in self.blocks]
-        total = sum_over_ranks(torch.cat(counts).clone())
-        return list(total.split([count.numel() for count in counts]))
-
     # ---- events ----------------------------------------------------------------------------------------------------
 
     def _emit_projections(self, readings: dict[int, BlockReading]) -> None:
@@ -306,84 +271,6 @@ class Controller(RunState):
             event = {"event": event["event"], "step": self.step, "tokens": self.tokens, **event}
             for listener in self._listeners:
                 listener(event)
-
-    # ---- state -----------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, in plain values and tensors (collective)."""
-        # First: the end of a search changes what the blocks remember.
-        check = self._check.state_dict(self) if self._check else None
-        return {
-            "config": self.config.to_dict(),
-            "step": self.step,
-            "tokens": self.tokens,
-            "total_steps": self.total_steps,
-            "frozen_layers": self.frozen_layers,
-            "blocks": [handle.state_dict() for handle in self.blocks],
-            "routed": self._routed(),
-            "load_seen": self._load_seen,
-            "check": check,
-        }
-
-    def rank_state_dict(self) -> dict[str, Any]:
-        """What only this rank has: its part of the probe set, its experts of the last check, and its samples."""
-        # The next check needs what its window has brought so far; what an earlier one has read is large, and done with.
-        needed = not self.config.auto or self.interval - self.step % self.interval < self._window
-        return {
-            **self.progress.state_dict(),
-            "world": world()[1],
-            "samples": self._samples() if needed else None,
-            "check": self._check.own_state_dict() if self._check else None,
-        }
-
-    def _samples(self) -> dict[str, Any]:
-        banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
-        return {
-            "stream": self.stream.state_dict(),
-            "collectors": [collector.state_dict() for collector in self.collectors],
-            "banks": [{"rows": list(bank.rows), "by_source": bank.by_source} for bank in banks],
-        }
-
-    def load_rank_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take over what :meth:`rank_state_dict` returned, behind :meth:`load_state_dict` (collective).
-
-        With another number of ranks, or where a rank has none: the probe set is collected anew, and a check that has
-        measured but not decided is left out.
-        """
-        usable = state is not None and state.get("world") == world()[1]
-        pending, self._check_state = self._check_state, None
-        refused = int(max_over_ranks(torch.tensor(0 if usable else 1)))
-        if refused or state is None:
-            return
-        device = next(self.module.parameters()).device
-        self.progress.load_state_dict(state, device)
-        self._forget_samples()
-        samples = state["samples"]
-        if samples:
-            self.stream.load_state_dict(samples["stream"])
-            for collector, values in zip(self.collectors, samples["collectors"], strict=True):
-                collector.load_state_dict(values)
-            banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
-            for bank, values in zip(banks, samples["banks"], strict=True):
-                bank.rows = [rows if rows is None else rows.to(device) for rows in values["rows"]]
-                bank.by_source = values["by_source"]
-        if pending and state["check"]:
-            self._check = Check.restored(pending, state["check"], device)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state: modes, then the partition that follows from them (before weights are loaded)."""
-        self.step, self.tokens, self.frozen_layers = state["step"], state["tokens"], state["frozen_layers"]
-        for handle, saved in zip(self.blocks, state["blocks"], strict=True):
-            handle.load_state_dict(saved)
-        for handle, routed in zip(self.blocks, state["routed"], strict=True):
-            parts = routed.split([bank.num_experts for bank in handle.block.banks])
-            for bank, part in zip(handle.block.banks, parts, strict=True):
-                # Totals are kept on one rank, so that the sum over ranks stays the total.
-                bank.deepspeed_moe.routed = part.clone() if self.rank == 0 else torch.zeros_like(part)
-        self._load_seen = [seen.clone() for seen in state["load_seen"]]
-        self._check, self._check_state = None, state.get("check")
-        apply_changes(self, [], {})
-        self._set_rates()
 
     def _handle(self, block: int) -> BlockHandle:
         if not 0 <= block < len(self.blocks):

@@ -207,6 +207,8 @@ def _give_dense_state(run: RunState, block: Block) -> UnitState:
 
 def _rebuild_partition(run: RunState, born: UnitState) -> None:
     trainable = run.trainable_units()
+    if run.registry.front is not None:
+        run.registry.front.run_without_graph(run.module, run.frozen_layers)
     for unit in run.registry.units.values():
         if unit.name == "trunk":
             continue
@@ -214,9 +216,11 @@ def _rebuild_partition(run: RunState, born: UnitState) -> None:
             parameter.requires_grad_(unit.name in trainable)
             if unit.name not in trainable:
                 parameter.grad = None
-    count = len(run.optimizer.optimizer.param_groups)
-    sources = run.optimizer.regroup(run.registry.groups(trainable), born)
-    follow_groups(run.scheduler, count, sources)
+    groups = run.registry.groups(trainable)
+    if run.optimizer.changed_by(groups):
+        count = len(run.optimizer.optimizer.param_groups)
+        sources = run.optimizer.regroup(groups, born)
+        follow_groups(run.scheduler, count, sources)
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class BatchContext:
             ids = kwargs.get("input_ids", args[0] if args else None)
             usable = isinstance(ids, Tensor) and ids.dim() == 2 and not torch.is_floating_point(ids)
             self.token_ids = ids if usable else None
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # "cache" from transformers 5.24 on
             self.continues = not module.training and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
             if not self.continues:
                 self.memories = {}

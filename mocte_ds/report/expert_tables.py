@@ -9,7 +9,7 @@ from mocte_ds.report.run import Row, Run
 from mocte_ds.report.summary import emerged_blocks, frozen_experts
 from mocte_ds.report.wording import MISSING, decimal, integer, percent, plural, significant, size
 
-HAPPENED = ("emergence", "freeze", "thaw", "resume", "stop")
+HAPPENED = ("emergence", "freeze", "thaw", "prefix", "resume", "stop")
 
 
 def blocks_table(run: Run) -> str:
@@ -54,7 +54,7 @@ def purity_table(run: Run) -> str:
 
 
 def events_table(run: Run) -> str:
-    """Emergences, freezes, thaws, resumes and stops, with their reasons."""
+    """Emergences, freezes (of experts and of the front), thaws, resumes and stops, with their reasons."""
     events = run.of_kind(*HAPPENED)
     if not events:
         return paragraph("Nothing has happened yet: no emergence, no freeze.")
@@ -78,6 +78,8 @@ def other_events(run: Run) -> str:
 
 
 def _who(run: Run, event: Row) -> str:
+    if event["event"] == "prefix":
+        return f"embeddings and {plural(event['layers'], 'layer')}"
     if event.get("block") is None:
         return "run"
     label = run.blocks.get(event["block"], f"block {event['block']}")

@@ -15,9 +15,11 @@ COMPONENTS = {
     "trainability": "products with the experts' kernels",
     "progress": "forward passes over the probe set",
     "wgrad_saved": "weight gradients that frozen experts did not need: not spent",
+    "prefix_saved": "backward pass through the frozen front of the model: not spent",
     "validation": "forward passes of validation: beside training",
 }
-BESIDE = ("wgrad_saved", "validation", "total")
+SAVED = ("wgrad_saved", "prefix_saved")
+BESIDE = (*SAVED, "validation", "total")
 OWN_WORK = ("routing", "sampling", "spectrum", "clusters", "trainability", "progress")
 
 
@@ -34,7 +36,9 @@ def spent(run: Run) -> list[str]:
 
 def beside(run: Run) -> list[str]:
     """Names of the components that are no part of the total."""
-    return [name for name in COMPONENTS if name in run.ledger and name in BESIDE]
+    found = [name for name in COMPONENTS if name in run.ledger and name in BESIDE]
+    # Most runs do not freeze their front.
+    return [name for name in found if name != "prefix_saved" or run.ledger[name]]
 
 
 def overhead(run: Run) -> float | None:
@@ -43,10 +47,10 @@ def overhead(run: Run) -> float | None:
 
 
 def saved(run: Run) -> float | None:
-    """FLOPs that freezing saved over those that the run would have spent without freezing."""
+    """FLOPs that freezing experts saved over those that the run would have spent without freezing anything."""
     if not total(run) or "wgrad_saved" not in run.ledger:
         return None
-    return run.ledger["wgrad_saved"] / (total(run) + run.ledger["wgrad_saved"])
+    return run.ledger["wgrad_saved"] / (total(run) + sum(run.ledger.get(name, 0.0) for name in SAVED))
 
 
 def check_seconds(run: Run) -> dict[str, float]:

@@ -39,6 +39,11 @@ WORDS = (
         "training it.",
     ),
     ("freeze, thaw", "An expert stops training and its optimizer state is freed; or it starts again, at most once."),
+    (
+        "prefix",
+        "The front of the model: its embeddings and first layers. An option freezes it from below; then no gradient is "
+        "computed through it at all.",
+    ),
     ("domain", "The source of a document, known to the report and not to the method."),
     ("clusters K", "Number of dense groups of documents that a check found."),
     ("silhouette", "From -1 to 1: how much nearer documents are to their own cluster than to the next one."),

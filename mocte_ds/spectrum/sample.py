@@ -217,7 +217,7 @@ class Reservoir:
 
     def rows(self) -> Tensor:
         """(c, w) rows kept on this rank, smallest hash first."""
-        return self._kept[self.selection.slots]
+        return self._found(self.selection.slots)
 
     def keys(self) -> Tensor:
         """(c,) int64 keys of :meth:`rows`."""
@@ -230,7 +230,7 @@ class Reservoir:
             group: process group.
             count: rows over all ranks, those with the smallest hashes; None: the capacity.
         """
-        return self._kept[self.selection.slots[self.selection.chosen(group, count)]]
+        return self._found(self.selection.slots[self.selection.chosen(group, count)])
 
     def merged_keys(self, group: Any = None) -> Tensor:
         """(c,) int64 keys of :meth:`merged_rows` (collective)."""
@@ -239,6 +239,10 @@ class Reservoir:
     def gathered_rows(self, group: Any = None) -> Tensor:
         """(c, w) the rows that all ranks keep together, on every rank, in an order that depends on keys only."""
         return gather_rows(self.merged_rows(group), group)[self.selection.gathered_order(group)]
+
+    def _found(self, slots: Tensor) -> Tensor:
+        # While no row has entered, nothing tells the reservoir on which device the rows are.
+        return self._kept.to(slots.device)[slots] if not len(self._kept) else self._kept[slots]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Rows of this rank; the selection's state is beside it."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.config import parse_section
 from mocte_ds.errors import ConfigError
+from mocte_ds.sections import parse_section
 from mocte_ds.training.run_config import RunConfig, read_run
 from mocte_ds.training.run_file import read_yaml
 

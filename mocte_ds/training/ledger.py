@@ -25,6 +25,8 @@ class Ledger:
     """Gradients of weights, those that were really computed."""
     wgrad_saved: float = 0.0
     """Gradients of frozen experts' weights, which were not computed."""
+    prefix_saved: float = 0.0
+    """The rest of the backward pass through the frozen front of the model, which was not computed."""
     routing: float = 0.0
     """Gates."""
     sampling: float = 0.0
@@ -64,6 +66,7 @@ class Ledger:
         context: int,
         config: MocteConfig | None,
         blocks: Sequence[dict[str, Any]],
+        frozen_layers: int = 0,
     ) -> None:
         """Add one optimizer step.
 
@@ -72,7 +75,9 @@ class Ledger:
             tokens: of the global batch.
             context: tokens of a sequence.
             config: the "mocte" block, None for a dense run.
-            blocks: for each block "mode" and, for each expert, "experts" (modes) and "load" (tokens of this step).
+            blocks: for each block "layer", "mode" and, for each expert, "experts" (modes) and "load" (tokens of this
+                step).
+            frozen_layers: of the front; the embeddings are frozen with the first.
         """
         matrices = 2.0 * matmul_parameters(model) * tokens
         scores = 4.0 * context * model.hidden_size * model.num_layers * tokens
@@ -100,6 +105,34 @@ class Ledger:
             self.wgrad -= each * frozen
             self.wgrad_saved += each * frozen
         self.sampling += 2.0 * model.hidden_size * tokens * len(blocks)
+        if frozen_layers:
+            self._freeze_front(model, tokens, context, config, blocks, frozen_layers, each)
+
+    def _freeze_front(
+        self,
+        model: DecoderConfig,
+        tokens: int,
+        context: int,
+        config: MocteConfig,
+        blocks: Sequence[dict[str, Any]],
+        layers: int,
+        each: float,
+    ) -> None:
+        """Take back what :meth:`step` has counted of the backward pass below the first layer that trains."""
+        loads = {b["layer"]: sum(b["load"]) for b in blocks if b["layer"] < layers and b["mode"] != "warmup"}
+        routed = each * sum(loads.values())
+        ffn = 2.0 * ffn_parameters(model) * tokens
+        matrices = layers * (layer_parameters(model) * 2.0 * tokens)
+        scores = 2 * 4.0 * context * model.hidden_size * layers * tokens
+        lora = config.expert.kind == "lora"
+        dgrad = matrices + scores + (routed if lora else 0.0)
+        # All experts of these layers are frozen, and their weight gradients are saved already.
+        wgrad = matrices - (0.0 if lora else ffn * len(loads))
+        if model.tied:
+            wgrad += 2.0 * model.vocab_size * model.hidden_size * tokens
+        self.dgrad -= dgrad
+        self.wgrad -= wgrad
+        self.prefix_saved += dgrad + wgrad
 
     def check(self, model: DecoderConfig, config: MocteConfig, event: dict[str, Any], context: int) -> None:
         """Add one check, from the sizes in its event."""
@@ -137,8 +170,12 @@ def ffn_parameters(model: DecoderConfig) -> int:
     return (3 if model.style == "llama" else 2) * model.hidden_size * model.intermediate_size
 
 
+def layer_parameters(model: DecoderConfig) -> int:
+    """Parameters of the matrices of one layer."""
+    kv = model.kv_heads * model.head_size
+    return 2 * model.hidden_size**2 + 2 * model.hidden_size * kv + ffn_parameters(model)
+
+
 def matmul_parameters(model: DecoderConfig) -> int:
     """Parameters that every token is multiplied with: all matrices, the output matrix too, no embedding lookup."""
-    kv = model.kv_heads * model.head_size
-    layer = 2 * model.hidden_size**2 + 2 * model.hidden_size * kv + ffn_parameters(model)
-    return model.num_layers * layer + model.vocab_size * model.hidden_size
+    return model.num_layers * layer_parameters(model) + model.vocab_size * model.hidden_size

@@ -22,7 +22,7 @@ from mocte_ds.errors import NonFiniteLoss
 from mocte_ds.models import Decoder
 from mocte_ds.training.ledger import Ledger
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
-from mocte_ds.training.saving import load, save
+from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry
 from mocte_ds.training.validation import Validation
@@ -42,6 +42,7 @@ class Trainer:
         self.config = MocteConfig.from_dict(settings["mocte"]) if "mocte" in settings else None
         _seed_everything(t.seed)
         self.engine = _engine(Decoder(self.run.model), settings)
+        prepare(self.engine, start.identity)
         # Every rank draws other numbers from here on; the weights above had to be the same.
         _seed_everything(t.seed + 1000 + self.rank)
         self.loader = BlendedLoader(
@@ -62,14 +63,15 @@ class Trainer:
         if self.config:
             self._give_probe({name: ids[validated:] for name, (ids, _) in held_out.items()})
         self.ledger, self.stop_asked = Ledger(), False
-        if self.rank == 0:
-            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(start.prepared / "tokenizer.model", self.out / "tokenizer.model")
-            write_json(self.out / "run.json", self._facts())
         if start.checkpoints:
             client_state = load(self.engine, start.checkpoints, start.tag)
             self.loader.seek(client_state["data_position"])
             self.ledger.load(client_state["ledger"])
+        # A checkpoint that is refused leaves nothing behind.
+        if self.rank == 0:
+            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(start.prepared / "tokenizer.model", self.out / "tokenizer.model")
+            write_json(self.out / "run.json", self._facts())
         monitor = getattr(self.engine, "monitor", None)
         self.telemetry = Telemetry(self.out, self.rank == 0, t.steps, self.engine.global_steps, monitor)
         if start.checkpoints:
@@ -113,6 +115,9 @@ class Trainer:
             if stopping:
                 self._event("stop", reason="a signal asked for it")
                 break
+        finish(self.engine)
+        if self.rank == 0:
+            prune_checkpoints(self.out / "checkpoints", t.keep_checkpoints)  # the last one may have come just now
         return self.engine.global_steps >= t.steps
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
@@ -158,8 +163,10 @@ class Trainer:
         blocks = []
         for handle, counts in zip(self.engine.mocte.blocks if self.config else [], loads, strict=True):
             modes = [str(expert.mode) for expert in handle.experts]
-            blocks.append({"mode": str(handle.mode), "experts": modes, "load": counts})
-        self.ledger.step(self.run.model, self.run.training.batch_tokens, self.run.context, self.config, blocks)
+            layer = int(handle.name.split(".")[2])  # model.layers.N.mlp
+            blocks.append({"layer": layer, "mode": str(handle.mode), "experts": modes, "load": counts})
+        frozen = self.engine.mocte.frozen_layers if self.config else 0
+        self.ledger.step(self.run.model, self.run.training.batch_tokens, self.run.context, self.config, blocks, frozen)
         return loads or None
 
     def _require_finite(self, what: str, value: float, step: int | None = None) -> None:
@@ -206,7 +213,7 @@ class Trainer:
             "tokens": step * self.run.training.batch_tokens,
             "ledger": self.ledger.to_dict(),
         }
-        save(self.engine, folder, checkpoint_tag(step), state, self.start.identity)
+        save(self.engine, folder, checkpoint_tag(step), state)
         if self.rank == 0:
             prune_checkpoints(folder, self.run.training.keep_checkpoints)
             write_json(self.out / "ledger.json", self.ledger.to_dict())

@@ -7,9 +7,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.config import MocteConfig, parse_section
+from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError
 from mocte_ds.models import DecoderConfig, preset
+from mocte_ds.sections import parse_section
 from mocte_ds.training.run_file import read_values
 from mocte_ds.training.schedule import warmup_cosine
 

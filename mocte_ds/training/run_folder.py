@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.load import resolve_tag
+from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.errors import CheckpointError, ConfigError
 
 IDENTITY_FILE = "run_identity.json"

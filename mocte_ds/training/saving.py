@@ -1,47 +1,59 @@
 """Saves a run's checkpoints and goes on from them, for engines with blocks and for DeepSpeed's own."""
 
-import os
+import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mocte_ds.checkpoints.load import restore_random_states
-from mocte_ds.checkpoints.save import RANDOM_FILE, prepare_checkpoint, random_states
-from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.checkpoints.manifest import require_whole_on_ranks
+from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.errors import CheckpointError, MocteError
-from mocte_ds.training.run_folder import IDENTITY_FILE, write_json
+from mocte_ds.training.run_folder import IDENTITY_FILE
+from mocte_ds.zero.checkpoint_files import own_files, use_plain_files
 
 
-def save(engine: Any, folder: Path, tag: str, client_state: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Write a checkpoint; `latest` moves when every rank has written everything (collective).
+def prepare(engine: Any, identity: dict[str, Any]) -> None:
+    """Make a new engine ready for :func:`save` and :func:`load`.
 
     Args:
         engine: of mocte_ds.initialize or deepspeed.initialize.
+        identity: what a run that goes on from its checkpoints must agree with.
+    """
+    files = engine.checkpoint_engine if hasattr(engine, "mocte") else use_plain_files(engine)
+    files.always[IDENTITY_FILE] = json.dumps(identity, indent=1).encode()
+
+
+def save(engine: Any, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all (collective).
+
+    Args:
+        engine: from :func:`prepare`.
         folder: of all checkpoints.
         tag: this checkpoint.
         client_state: plain values that :func:`load` gives back.
-        identity: what a run that goes on from here must agree with.
 
     Raises:
         CheckpointError: a file could not be written; the last good checkpoint stays `latest`.
     """
-    rank = world()[0]
-    with prepare_checkpoint(folder, tag):
-        if rank == 0:
-            (folder / tag).mkdir(parents=True, exist_ok=True)
-            write_json(folder / tag / IDENTITY_FILE, identity)
-        if hasattr(engine, "mocte"):
-            engine.save_checkpoint(str(folder), tag, client_state=client_state)
-            return
-        # DeepSpeed's rank 0 would move `latest` before the other ranks have written their parts.
-        engine.save_checkpoint(str(folder), tag, client_state=client_state, save_latest=False)
-        torch.save(random_states(), folder / tag / RANDOM_FILE.format(rank=rank))
-        gather_objects(None)
-        if rank == 0:
-            (folder / "latest.tmp").write_text(tag, encoding="utf-8")
-            os.replace(folder / "latest.tmp", folder / "latest")
-        gather_objects(None)
+    if hasattr(engine, "mocte"):
+        engine.save_checkpoint(str(folder), tag, client_state=client_state)
+        return
+    engine.checkpoint_engine.save_checkpoint(
+        lambda state: engine.save_checkpoint(str(folder), tag, client_state=state, save_latest=False),
+        folder,
+        tag,
+        engine.global_steps,
+        client_state,
+        own_files,
+    )
+
+
+def finish(engine: Any) -> None:
+    """Wait until the last checkpoint is whole (collective).
+
+    Raises:
+        CheckpointError: it could not be written; the last good checkpoint stays `latest`.
+    """
+    engine.checkpoint_engine.saver.wait()
 
 
 def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
@@ -51,13 +63,15 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
         The client state.
 
     Raises:
-        CheckpointError: missing or damaged files.
+        CheckpointError: missing, changed or damaged files.
     """
     try:
+        if not hasattr(engine, "mocte"):
+            engine.checkpoint_engine.saver.run = require_whole_on_ranks(folder / tag).run
         path, client_state = engine.load_checkpoint(str(folder), tag)
     except MocteError:
         raise
-    except Exception as error:  # DeepSpeed, pickle and zip raise many types for a damaged file
+    except Exception as error:  # DeepSpeed raises many types for a file that is not what it expects
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"the checkpoint {folder / tag} cannot be loaded: {text}. Put the name of another checkpoint into "

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.load import resolve_tag
+from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.training.run_config import RunConfig
 from mocte_ds.training.run_folder import checkpoint_step, require_same_run, resume_folder

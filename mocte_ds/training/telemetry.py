@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mocte_ds.errors import MocteError
 
-_SHOWN = ("emergence", "freeze", "thaw")
+_SHOWN = ("emergence", "freeze", "thaw", "prefix")
 
 
 class Telemetry:
@@ -73,6 +73,7 @@ class Telemetry:
         self._write("events", event)
         if event["event"] in _SHOWN:
             which = f"block {event['block']}" + (f" expert {event['expert']}" if "expert" in event else "")
+            which = which if event["block"] is not None else f"{event['layers']} layers"
             self._bar.write(f"step {event['step']}: {event['event']} of {which} ({event['reason']})", file=sys.stderr)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 
 from mocte_ds.errors import MocteError
 from mocte_ds.zero.optimizer import UnitZeroOptimizer
@@ -23,6 +24,7 @@ _METHODS = (
     "destroy",
     "flatten_dense_tensors_aligned",
     "get_partition_info",
+    "initialize_optimizer_states",
     "_configure_moe_settings",
     "_link_all_hp_params",
     "reduce_independent_p_g_buckets_and_remove_grads",
@@ -93,10 +95,38 @@ _SENTENCES_3 = (
 )
 
 
+_ENGINE = (
+    "_configure_zero_optimizer",
+    "_configure_checkpointing",
+    "_copy_recovery_script",
+    "_do_optimizer_sanity_check",
+    "_get_zero_frozen_param_attributes",
+    "_get_param_fragment_func",
+    "_validate_zero3_moe_compatibility",
+    "_broadcast_model",
+    "_save_moe_checkpoint",
+    "load_module_state_dict",
+    "use_node_local_storage",
+    "load_universal_checkpoint",
+)
+_GROUPS = (
+    "_create_expert_and_data_parallel",
+    "_get_expert_parallel_group_dict",
+    "_get_expert_parallel_rank",
+    "_get_expert_parallel_group",
+    "_get_expert_data_parallel_group",
+)
+
+
 def broken_assumptions() -> list[str]:
     """What this DeepSpeed lacks of what mocte_ds/zero relies on; empty where nothing is missing."""
     broken = _missing(DeepSpeedZeroOptimizer, _METHODS, _ATTRIBUTES)
     broken += _missing(DeepSpeedZeroOptimizer_Stage3, _METHODS_3, _ATTRIBUTES_3)
+    engine = deepspeed_engine.DeepSpeedEngine
+    broken += [f"DeepSpeedEngine.{name} is gone" for name in _ENGINE if not hasattr(engine, name)]
+    broken += [f"deepspeed.utils.groups.{name} is gone" for name in _GROUPS if not hasattr(groups, name)]
+    if "self.checkpoint_engine" not in inspect.getsource(engine._configure_checkpointing):
+        broken.append("DeepSpeedEngine._configure_checkpointing no longer makes self.checkpoint_engine")
     broken += [
         f"{module.__name__} no longer says {sentence}"
         for module, sentence in _SENTENCES_3
@@ -110,7 +140,7 @@ def broken_assumptions() -> list[str]:
     places = [inspect.getsource(DeepSpeedZeroOptimizer.__init__).find(call) for call in order]
     if -1 in places or places != sorted(places):
         broken.append("the constructor no longer flattens, makes master weights and reads the partition in that order")
-    configure = deepspeed_engine.DeepSpeedEngine._configure_zero_optimizer
+    configure = engine._configure_zero_optimizer
     if "DeepSpeedZeroOptimizer" not in configure.__code__.co_names or configure.__code__.co_freevars:
         broken.append("DeepSpeedEngine._configure_zero_optimizer no longer names DeepSpeedZeroOptimizer")
     if "DeepSpeedZeroOptimizer_Stage3" not in configure.__code__.co_names or "DeepSpeedZeroOptimizer_Stage3" in vars(

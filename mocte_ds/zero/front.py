@@ -1,10 +1,15 @@
 """The front of a model, which can be frozen from below: its embeddings, then one layer after another."""
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from mocte_ds.errors import ConfigError
+from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.moe.block import Block
 
 EMBEDDINGS = "front.embeddings"
@@ -20,6 +25,8 @@ class Front:
     """Paths of the layers in the model, front to back."""
     layers: tuple[nn.Module, ...]
     """The layers."""
+    _hooks: list[RemovableHandle] = field(default_factory=list, repr=False)
+    _without_graph: set[int] = field(default_factory=set, repr=False)
 
     def units(self, frozen: int = 0) -> list[str]:
         """Names of the units of the front but for those of the first ``frozen`` layers."""
@@ -29,6 +36,75 @@ class Front:
     def layer_of(self, block: Block) -> int | None:
         """Number of the layer that a block lies in; None: behind the front."""
         return next((i for i, name in enumerate(self.names) if block.name.startswith(f"{name}.")), None)
+
+    def run_without_graph(self, model: nn.Module, frozen: int) -> None:
+        """Let the first ``frozen`` layers run under no_grad.
+
+        Frozen parameters alone are not enough: transformers marks the embeddings' output as one that needs a gradient
+        when activations are checkpointed, and then every layer builds a graph.
+
+        Args:
+            model: of which this is the front.
+            frozen: layers, whose parameters and the embeddings' are frozen already.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for i in range(frozen):
+            if i not in self._without_graph:
+                self.layers[i].forward = _without_graph(self.layers[i].forward)  # type: ignore[method-assign]
+                self._without_graph.add(i)
+        if frozen:
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            check = functools.partial(_refuse_what_trains_below, names)
+            self._hooks.append(self.layers[0].register_forward_pre_hook(check, with_kwargs=True))
+            self._hooks.append(self.layers[frozen - 1].register_forward_hook(_start_of_graph))
+
+
+def _without_graph(run: Callable) -> Callable:
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return run(*args, **kwargs)
+
+    return forward
+
+
+def _start_of_graph(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Reentrant checkpointing of the first layer that trains computes no gradient unless its input needs one."""
+    if not torch.is_grad_enabled():
+        return output
+    if isinstance(output, tuple):
+        return (output[0].detach().requires_grad_(), *output[1:])
+    return output.detach().requires_grad_()
+
+
+def _refuse_what_trains_below(
+    names: dict[nn.Parameter, str], _module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Without a graph through the front, whatever trains below it would get no gradient and nobody would know."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            for leaf in _leaves(value.grad_fn):
+                if leaf in names:
+                    raise MocteError(
+                        f"{names[leaf]} trains, and its output goes into the frozen front of the model, through which "
+                        "no gradient is computed. Leave it out of model_parameters, or set mocte.freeze.prefix.layers "
+                        "to 0."
+                    )
+
+
+def _leaves(node: Any) -> Iterator[Tensor]:
+    """Tensors at the ends of a graph."""
+    seen, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting.extend(following for following, _ in node.next_functions)
 
 
 def layer_unit(layer: int) -> str:

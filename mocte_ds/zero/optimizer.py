@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
@@ -108,6 +109,15 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
             self.single_partition_of_fp32_groups[number] = master
             self.optimizer.param_groups[number]["params"] = [master]
         return super().get_partition_info(*args, **kwargs)
+
+    def initialize_optimizer_states(self) -> None:
+        """DeepSpeed allocates the gradients of all groups at once here; only CPU offload goes on to use them."""
+        for master in self.single_partition_of_fp32_groups if self.cpu_offload else ():
+            if master.grad is not None:
+                master.grad.zero_()
+                continue
+            gradient = torch.zeros_like(master, requires_grad=False)
+            master.grad = get_accelerator().pin_memory(gradient) if self.cpu_offload_pin_memory else gradient
 
     @property
     def _constructing(self) -> bool:

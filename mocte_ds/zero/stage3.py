@@ -64,7 +64,7 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
         self._build(init_optimizer)
 
     def regroup(self, groups: Sequence[dict[str, Any]], born: UnitState | None = None) -> list[int]:
-        """See UnitOptimizer; collective also where this rank has nothing to change."""
+        """See UnitOptimizer; collective: the constructor has barriers, and gathers what all ranks share."""
         sources = super().regroup(groups, born)
         self._gather_small()
         return sources
@@ -77,9 +77,9 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
                 device = get_accelerator().current_device_name()
                 bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)
 
-    def _rebuilds(self, changed: bool) -> bool:
-        # The constructor has barriers, and gathers what all ranks share.
-        return bool(max_over_ranks(torch.tensor(int(changed))))
+    def changed_by(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether all ranks have to call :meth:`regroup`, as one of them has to (collective)."""
+        return bool(max_over_ranks(torch.tensor(int(super().changed_by(groups)))))
 
     def _take_apart(self, stays: dict[int, int]) -> None:
         self.parameter_offload.release_backward_leftovers()

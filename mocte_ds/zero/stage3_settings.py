@@ -50,8 +50,6 @@ def require_stage3_settings(settings: Mapping[str, Any], model: nn.Module) -> No
         _refuse("zero_optimization.offload_optimizer.super_offload", True, "it is another optimizer than ours")
     if (settings.get("compile") or {}).get("deepcompile"):
         _refuse("compile.deepcompile", True, "a compiled graph cannot follow experts that emerge and freeze")
-    if (settings.get("optimizer") or {}).get("type", "").lower() == "muon":
-        _refuse("optimizer.type", settings["optimizer"]["type"], "its state is not kept when units leave")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
             "the model was made inside deepspeed.zero.Init, and its weights are partitioned already; experts are made "

@@ -38,6 +38,7 @@ class UnitOptimizer(ZeROOptimizer):
     ipg_buckets: dict[torch.dtype, Any]
     averaged_gradients: dict[int, list[Tensor] | None]
     dp_process_group: Any
+    device: Any
     reduce_bucket_size: int
 
     def _begin(self, settings: dict[str, Any]) -> None:
@@ -93,16 +94,16 @@ class UnitOptimizer(ZeROOptimizer):
         """What `regroup` needs to have of the starting values of parameters: all of them, or less."""
         return state
 
-    def _rebuilds(self, changed: bool) -> bool:
-        """Whether this rank builds anew, if its own groups have or have not changed."""
-        return changed
-
     # ---- units leave and enter -------------------------------------------------------------------------------------
+
+    def changed_by(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether this rank has to call :meth:`regroup` for these groups; others may have to."""
+        return [_key(group) for group in groups] != [_key(group) for group in self.optimizer.param_groups]
 
     def regroup(self, groups: Sequence[dict[str, Any]], born: UnitState | None = None) -> list[int]:
         """Make ``groups`` the parameter groups; groups that were there before keep every byte of their state.
 
-        Must be called between two optimizer steps, with no gradient pending, on all ranks at once.
+        Must be called between two optimizer steps, with no gradient pending.
 
         Args:
             groups: parameter groups with "params" (model parameters), "unit" and "options" (see UnitRegistry).
@@ -115,8 +116,6 @@ class UnitOptimizer(ZeROOptimizer):
         optimizer = self.optimizer
         old_groups = list(optimizer.param_groups)
         old_index = {_key(group): i for i, group in enumerate(old_groups)}
-        if not self._rebuilds([_key(group) for group in groups] != list(old_index)):
-            return list(range(len(groups)))
         stays = {n: old_index[_key(group)] for n, group in enumerate(groups) if _key(group) in old_index}
         sources = [stays[n] if n in stays else _source(group, old_groups) for n, group in enumerate(groups)]
         self._kept = {n: self._masters_of(i) for n, i in stays.items()}
@@ -203,7 +202,8 @@ class UnitOptimizer(ZeROOptimizer):
         dist.all_reduce(total, group=self.dp_process_group)
         norm = total.sqrt()
         mask_nan_or_inf_with_val_inplace(norm, device=device)
-        return norm
+        # It scales the gradients, which CPU offload has elsewhere.
+        return norm.to(self.device)
 
     # ---- buckets ---------------------------------------------------------------------------------------------------
 

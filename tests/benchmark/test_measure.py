@@ -81,7 +81,7 @@ def test_sampling_window_is_the_controllers(steps: int, rows: int, documents: in
     stub = SimpleNamespace(config=config, interval=steps)
     arguments = dict.fromkeys(list(inspect.signature(Controller.bind).parameters)[1:])
     Controller.bind(stub, **{**arguments, "sequences_per_step": sequences})
-    assert sampling_window(config, steps, sequences) == stub._window
+    assert sampling_window(config, steps, sequences) == stub.window
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,12 @@ def write(folder: str, tokenizer: str) -> dict[str, Any]:
     for name, settings in runs.items():
         torch.manual_seed(0)
         engine, *_ = mocte_ds.initialize(model=Decoder(MODEL), config=settings)
-        _train(engine, 0)
+        train(engine, 0)
         for block in range(len(engine.mocte.blocks)):
             engine.mocte.emerge(block)
-        _train(engine, STEPS)
+        train(engine, STEPS)
         engine.mocte.freeze(0, 1)
-        _train(engine, 2 * STEPS)
+        train(engine, 2 * STEPS)
         _save(engine, Path(folder) / name, tokenizer)
         rank = torch.distributed.get_rank()
         experts[name] = {
@@ -66,14 +66,18 @@ def write(folder: str, tokenizer: str) -> dict[str, Any]:
 def _dense(folder: Path, tokenizer: str) -> None:
     import deepspeed
 
+    from mocte_ds.training import saving
+
     settings = {key: value for key, value in config().items() if key != "mocte"}
     model = Decoder(MODEL)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
-    _train(engine, 0)
+    saving.prepare(engine, {})
+    train(engine, 0)
     _save(engine, folder, tokenizer)
 
 
-def _train(engine: Any, first: int) -> None:
+def train(engine: Any, first: int) -> None:
+    """Some steps, on other tokens for each step and rank."""
     rank = torch.distributed.get_rank()
     for step in range(first, first + STEPS):
         generator = torch.Generator().manual_seed(10 * step + rank)
@@ -83,5 +87,7 @@ def _train(engine: Any, first: int) -> None:
 
 
 def _save(engine: Any, folder: Path, tokenizer: str) -> None:
+    from mocte_ds.training import saving
+
     state = {"model": asdict(MODEL), "tokenizer": tokenizer, "tokens": engine.global_steps * 256}
-    engine.save_checkpoint(str(folder), f"step{engine.global_steps}", client_state=state)
+    saving.save(engine, folder, f"step{engine.global_steps}", state)

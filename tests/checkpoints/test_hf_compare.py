@@ -1,5 +1,6 @@
 """The comparison behind an export fails where anything is lost, swapped or changed, and says what."""
 
+import json
 from dataclasses import replace
 
 import torch
@@ -9,14 +10,13 @@ from safetensors.torch import save_file
 
 from mocte_ds.checkpoints.hf import experts as builders
 from mocte_ds.checkpoints.hf.compare import compare
-from mocte_ds.checkpoints.hf.dense import SpecialIds
 from mocte_ds.checkpoints.hf.export import write_model
 from mocte_ds.checkpoints.hf.layouts import choose_layout
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe import BlockMode
 from tests.checkpoints import tiny
+from tests.checkpoints.held import NONE, HeldSource, facts_of, stored
 
-NONE = SpecialIds(None, None, None)
 ALL = "model.layers.*.mlp"
 EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w{}.weight"
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
@@ -24,12 +24,10 @@ GATE = "model.layers.1.block_sparse_moe.gate.weight"
 
 @fixture
 def export(tmp_path):
-    """A Mixtral as it was written: model, layout, folder."""
+    """A Mixtral as it was written: source, layout, folder."""
     model = tiny.decoder()
     tiny.add_blocks(model, ALL, router={"bias": False})
-    layout = choose_layout(model, NONE)
-    write_model(layout, tmp_path, "fp32")
-    return model, layout, tmp_path
+    return *stored(model, tmp_path), tmp_path
 
 
 def tamper(folder, change) -> None:
@@ -68,102 +66,110 @@ def swap_gate_rows(weights: dict) -> None:
     ("change", "message"),
     [
         (lambda weights: None, None),
-        (lambda weights: weights.pop(EXPERT.format(2, 1)), r"cannot load|not load everything|gate_up_proj was lost"),
-        (
-            lambda weights: [weights.pop(EXPERT.format(2, part)) for part in (1, 2, 3)],
-            "cannot load|everything|was lost",
-        ),
-        (swap_experts, "layers.1.mlp.experts.gate_up_proj was lost or changed"),
-        (swap(EXPERT.format(1, 1), EXPERT.format(1, 3)), "layers.1.mlp.experts.gate_up_proj was lost or changed"),
-        (smallest_change, "layers.1.mlp.experts.down_proj was lost or changed"),
-        (swap_gate_rows, "layers.1.mlp.gate.weight was lost or changed"),
-        (lambda weights: weights.pop("lm_head.weight"), "lm_head"),
-        (lambda weights: weights.update(more=torch.zeros(3)), "more"),
-        (lambda weights: weights.update({GATE: torch.zeros(5, 32)}), "cannot load"),
+        (lambda weights: weights.pop(EXPERT.format(2, 1)), "experts.2.w1.weight was lost or changed"),
+        (swap_experts, "experts.0.w1.weight was lost or changed"),
+        (swap(EXPERT.format(1, 1), EXPERT.format(1, 3)), "experts.1.w1.weight was lost or changed"),
+        (smallest_change, "experts.2.w2.weight was lost or changed"),
+        (swap_gate_rows, "layers.1.block_sparse_moe.gate.weight was lost or changed"),
+        (lambda weights: weights.pop("lm_head.weight"), "lm_head.weight was lost"),
+        (lambda weights: weights.update(more=torch.zeros(3)), "holds more, which MixtralForCausalLM does not have"),
+        (lambda weights: weights.update({GATE: torch.zeros(5, 32)}), "gate.weight was lost or changed"),
+        (lambda weights: weights.update({GATE: weights[GATE].double()}), "gate.weight was lost or changed"),
     ],
 )
 def test_files_that_changed(export, change, message):
-    model, layout, folder = export
+    source, layout, folder = export
     tamper(folder, change)
     if message is None:
-        assert compare(model, layout, folder, "fp32")["experts_compared"] == 12
+        assert compare(source, layout, folder)[0]["experts_compared"] == 12
         return
     with raises(CheckpointError, match=message):
-        compare(model, layout, folder, "fp32")
+        compare(source, layout, folder)
 
 
 def test_truncated_and_missing_files(export):
-    model, layout, folder = export
+    source, layout, folder = export
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with raises(CheckpointError, match="transformers cannot load"):
-        compare(model, layout, folder, "fp32")
+    with raises(CheckpointError, match="model.safetensors cannot be read"):
+        compare(source, layout, folder)
     path.unlink()
-    with raises(CheckpointError, match="transformers cannot load"):
-        compare(model, layout, folder, "fp32")
+    with raises(CheckpointError, match="model.safetensors cannot be read"):
+        compare(source, layout, folder)
 
 
 @mark.parametrize("wrong", ["order of experts", "gate and up", "a lost expert"])
 def test_mistakes_of_our_own_builders(tmp_path, monkeypatch, wrong):
     """The file holds what the layout says, but the layout is wrong."""
-    right = builders._stacked
+    right = builders._experts
 
-    def stacked(prefix: str, block) -> dict[str, torch.Tensor]:
-        weights = right(prefix, block)
+    def experts(block, prefix: str, parts=None) -> list:
+        entries = right(block, prefix, parts)
         if not prefix.startswith("model.layers.2"):
-            return weights
-        for name, tensor in weights.items():
-            if wrong == "order of experts":
-                weights[name] = tensor.flip(0)
-            elif wrong == "a lost expert":
-                weights[name] = tensor[[0, 1, 1, 3]]
-            elif name.endswith("gate_up_proj"):
-                weights[name] = tensor.roll(tensor.shape[1] // 2, dims=1)
-        return weights
+            return entries
+        order = list(range(len(entries)))
+        if wrong == "order of experts":
+            order = [9, 10, 11, 6, 7, 8, 3, 4, 5, 0, 1, 2]
+        elif wrong == "a lost expert":
+            order[6:9] = order[3:6]
+        else:
+            order[0], order[1] = 1, 0
+        return [replace(entry, sources=entries[n].sources) for entry, n in zip(entries, order, strict=True)]
 
-    monkeypatch.setattr(builders, "_stacked", stacked)
+    monkeypatch.setattr(builders, "_experts", experts)
     model = tiny.decoder()
     tiny.add_blocks(model, ALL, router={"bias": False})
-    layout = choose_layout(model, NONE)
-    write_model(layout, tmp_path, "fp32")
     with raises(CheckpointError, match=r"of expert \d of model.layers.2.mlp is not the trained one"):
-        compare(model, layout, tmp_path, "fp32")
+        facts_of(model, tmp_path)
 
 
 def test_gate_rows_in_another_order_than_the_experts(tmp_path):
     model = tiny.decoder()
     tiny.add_blocks(model, ALL, router={"bias": False})
-    layout = choose_layout(model, NONE)
-    name = "model.layers.0.mlp.gate.weight"
-    wrong = replace(layout, weights={**layout.weights, name: layout.weights[name].flip(0)})
-    write_model(wrong, tmp_path, "fp32")
+    source = HeldSource(model)
+    layout = choose_layout(source, NONE)
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    flipped = [replace(s, make=lambda rows: rows.flip(0)) if s.name == name else s for s in layout.stored]
+    wrong = replace(layout, stored=flipped)
+    write_model(source, wrong, tmp_path)
     with raises(CheckpointError, match="the outputs of model.layers.0.mlp differ"):
-        compare(model, wrong, tmp_path, "fp32")
+        compare(source, wrong, tmp_path)
 
 
-def test_a_config_that_computes_something_else(tmp_path):
-    model = tiny.decoder()
-    layout = choose_layout(model, NONE)
+@mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}, "the features behind layer 0 differ"),
+        ("rms_norm_eps", 0.5, "the features behind layer 0 differ"),
+        ("model_type", "no such model", "transformers cannot load"),
+    ],
+)
+def test_a_config_that_computes_something_else(tmp_path, field, value, message):
+    source, layout = stored(tiny.decoder(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    with raises(CheckpointError, match=message):
+        compare(source, layout, tmp_path)
 
-    def make() -> torch.nn.Module:
-        stock = layout.make()
-        stock.config.rope_parameters["rope_theta"] = 10000.0
-        return stock
 
-    write_model(replace(layout, make=make), tmp_path, "fp32")
-    with raises(CheckpointError, match="logits differ from the trained model's"):
-        compare(model, layout, tmp_path, "fp32")
+def test_a_final_norm_that_differs(tmp_path):
+    """Only the ends of the model show it: no layer has it."""
+    source, layout = stored(tiny.decoder(), tmp_path)
+    entries = [replace(s, make=lambda w: w + 0.1) if s.name == "model.norm.weight" else s for s in layout.stored]
+    wrong = replace(layout, stored=entries)
+    write_model(source, wrong, tmp_path)
+    with raises(CheckpointError, match="logits of the first layer alone differ"):
+        compare(source, wrong, tmp_path)
 
 
 def test_a_class_without_the_experts(tmp_path):
     model = tiny.decoder()
     block = tiny.add_blocks(model, "model.layers.1.mlp", router={"bias": False})[0]
     block.mode = BlockMode.WARMUP
-    layout = choose_layout(model, NONE)
-    write_model(layout, tmp_path, "fp32")
+    source, layout = stored(model, tmp_path)
     block.mode = BlockMode.LOCKED
-    with raises(CheckpointError, match=r"the experts of \['model.layers.1.mlp'\] are not there"):
-        compare(model, layout, tmp_path, "fp32")
+    with raises(CheckpointError, match="the experts of model.layers.1.mlp are not there"):
+        compare(source, layout, tmp_path)
 
 
 def test_a_gate_that_leaves_the_choice_to_rounding(tmp_path):
@@ -172,18 +178,14 @@ def test_a_gate_that_leaves_the_choice_to_rounding(tmp_path):
     blocks = tiny.add_blocks(model, ALL, router={"bias": False})
     gate = blocks[0].banks[0].gate
     gate.key.cluster_weight[1:] = gate.key.cluster_weight[0]
-    layout = choose_layout(model, NONE)
-    write_model(layout, tmp_path, "fp32")
     with raises(CheckpointError, match="some gate has experts with the same row"):
-        compare(model, layout, tmp_path, "fp32")
+        facts_of(model, tmp_path)
 
 
-def test_a_layout_that_the_class_does_not_take(export, tmp_path):
-    _, layout, _ = export
-    some = dict(layout.weights)
-    some.pop("model.layers.0.mlp.experts.down_proj")
-    with raises(CheckpointError, match="MixtralForCausalLM does not take this model: missing"):
-        write_model(replace(layout, weights=some), tmp_path / "a", "fp32")
-    with raises(CheckpointError, match="does not take this model"):
-        write_model(replace(layout, weights={**layout.weights, GATE: torch.zeros(4)}), tmp_path / "b", "fp32")
-    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+def test_a_layout_that_promises_another_shape(tmp_path):
+    source = HeldSource(tiny.decoder())
+    layout = choose_layout(source, NONE)
+    first, *rest = layout.stored
+    wrong = replace(layout, stored=[replace(first, shape=(5, 32)), *rest])
+    with raises(CheckpointError, match=r"embed_tokens.weight is \(96, 32\).*promised was \(5, 32\)"):
+        write_model(source, wrong, tmp_path)

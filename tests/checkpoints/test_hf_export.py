@@ -14,10 +14,11 @@ from pytest import fixture, mark, raises
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mocte_ds.checkpoints.hf import export
+from mocte_ds.checkpoints.hf.export import export
 from mocte_ds.checkpoints.model import load_model
 from mocte_ds.errors import CheckpointError, ConfigError
 from tests.checkpoints import runs
+from tests.checkpoints.by_hand import sign
 from tools import export_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +137,11 @@ def in_state(**changes):
     return lambda content: {**content, "mocte": {**content["mocte"], **changes}}
 
 
+def runs_router(folder: Path) -> dict:
+    """The router of a checkpoint's config."""
+    return torch.load(folder / STATE, weights_only=True)["mocte"]["config"]["router"]
+
+
 def in_config(**changes):
     return lambda content: {
         **content,
@@ -170,16 +176,18 @@ def in_config(**changes):
         (edit(MAIN, lambda content: {**content, "module": {}}), "does not fit its own model: missing"),
         (cut(STATE, 0.5), f"{STATE} cannot be read"),
         (edit(STATE, lambda content: [content]), f"{STATE} has no keys"),
-        (edit(STATE, lambda content: {**content, "format": 99}), "has format 99; this version reads format 1"),
         (edit(STATE, lambda content: {**content, "client_state": {}}), "does not say which model it holds"),
         (edit(STATE, in_state(blocks=[])), r"lists the blocks \[\]"),
         (edit(STATE, in_config(num_experts=8)), f"{expert(0, 4)} is missing"),
         (edit(STATE, in_config(num_experts=2)), f"holds {expert(0, 2)}, an expert that"),
-        (lambda folder: (folder / STATE).unlink(), "does not fit its own model|does not say which model"),
+        (lambda folder: (folder / STATE).unlink(), "an expert that its mocte_state.pt does not know"),
     ],
 )
 def test_damage_is_refused_by_name(fresh, tmp_path, damage, message):
     damage(fresh)
+    with raises(CheckpointError, match=f"is damaged|{message}"):
+        export(fresh, tmp_path / "export")
+    sign(fresh)  # a manifest that agrees does not help
     with raises(CheckpointError, match=message):
         export(fresh, tmp_path / "export")
     assert not [path for path in tmp_path.iterdir() if "export" in path.name]
@@ -203,6 +211,9 @@ def test_code_in_a_checkpoint_is_not_executed(fresh, tmp_path, name, as_zip):
         torch.save(attack, fresh / name)
     else:
         (fresh / name).write_bytes(pickle.dumps(attack, protocol=2))
+    with raises(CheckpointError, match=f"is damaged: {name}"):
+        export(fresh, tmp_path / "export")
+    sign(fresh)
     with raises(CheckpointError, match=f"{name} cannot be read"):
         export(fresh, tmp_path / "export")
     assert not (tmp_path / "executed").exists()
@@ -229,6 +240,7 @@ def test_folders_that_are_no_checkpoint(written, tmp_path):
 
 def test_the_tokenizer_of_a_run_that_moved(fresh, written, tmp_path):
     edit(STATE, lambda c: {**c, "client_state": {**c["client_state"], "tokenizer": "/gone/tokenizer.model"}})(fresh)
+    sign(fresh)
     with raises(CheckpointError, match="no tokenizer: the checkpoint names /gone/tokenizer.model and.*--tokenizer"):
         export(fresh, tmp_path / "export")
     with raises(CheckpointError, match="missing.model cannot be read"):
@@ -294,3 +306,13 @@ def test_command_line(fresh, tmp_path, capsys):
     assert "reading" in captured.err and "comparing" in captured.err
     assert export_hf.main([str(fresh), str(tmp_path / "export")]) == 0
     assert "8 experts equal" in capsys.readouterr().out
+    assert export_hf.main([str(fresh), str(tmp_path / "export"), "--class", "own"]) == 0
+    assert "is a MocteForCausalLM" in capsys.readouterr().out
+    edit(STATE, in_config(router={**runs_router(fresh), "kind": "prefix"}))(fresh)
+    sign(fresh)
+    with raises(CheckpointError, match="no stock class routes by router.kind 'prefix'"):
+        export_hf.main([str(fresh), str(tmp_path / "export"), "--class", "stock"])
+    assert export_hf.main([str(fresh), str(tmp_path / "export")]) == 0
+    assert "no stock class: no stock class routes by" in capsys.readouterr().out
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "routers: prefix (weight hard)" in card

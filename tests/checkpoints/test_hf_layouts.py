@@ -1,5 +1,7 @@
 """Every stock class computes what the trained model computes; what no class can is refused, with what to change."""
 
+import re
+
 import torch
 from pytest import approx, mark, raises
 from safetensors import safe_open
@@ -10,13 +12,13 @@ from mocte_ds.checkpoints.hf.compare import compare
 from mocte_ds.checkpoints.hf.dense import SpecialIds
 from mocte_ds.checkpoints.hf.export import write_model
 from mocte_ds.checkpoints.hf.layouts import choose_layout
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe import Block
 from tests.checkpoints import tiny
+from tests.checkpoints.held import NONE, HeldSource, facts_of, stored
 
 ALL, BACK = "model.layers.*.mlp", ["model.layers.1.mlp", "model.layers.2.mlp"]
 OUTER = ["model.layers.0.mlp", "model.layers.2.mlp"]
-NONE = SpecialIds(None, None, None)
 LORA = {"kind": "lora", "width": 12}
 
 # Name: class, decoder, blocks.
@@ -75,18 +77,19 @@ def build(name: str) -> tuple[torch.nn.Module, str]:
     return model, "GPT2LMHeadModel" if stock.startswith("GPT2") else f"{stock}ForCausalLM"
 
 
-def stored(model: torch.nn.Module, folder, dtype: str = "fp32", special: SpecialIds = NONE):
-    """The layout of a model, written to a folder."""
-    layout = choose_layout(model, special)
-    write_model(layout, folder, dtype)
-    return layout
+def names(folder) -> dict[str, tuple]:
+    """Shapes and numbers in a file, by name."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  no mapping
+        return {key: (found.get_shape(), found.get_dtype()) for key, found in slices.items()}
 
 
 @mark.parametrize("name", CASES)
 def test_logits_and_generation_are_the_trained_models(name, tmp_path):
     model, stock = build(name)
-    layout = choose_layout(model, NONE)
-    parameters = write_model(layout, tmp_path, "fp32")
+    source = HeldSource(model)
+    layout = choose_layout(source, NONE)
+    parameters = write_model(source, layout, tmp_path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert layout.name == type(found).__name__ == stock
     assert parameters == sum(parameter.numel() for parameter in found.parameters())
@@ -97,9 +100,12 @@ def test_logits_and_generation_are_the_trained_models(name, tmp_path):
     prompt = tiny.ids(6, batch=2, length=5)
     generated = found.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
     assert torch.equal(generated, tiny.greedy(model, prompt, 20))
-    facts = compare(model, layout, tmp_path, "fp32")
+    facts, checksums = compare(source, layout, tmp_path)
     assert facts["logit_difference"] < 1e-5 and facts["changed_predictions"] == 0
-    assert facts["tensors_compared"] == len(layout.weights)
+    assert facts["tensors_compared"] == len(checksums) == len(layout.stored)
+    # The files are those that the class itself would write.
+    found.save_pretrained(tmp_path / "by transformers")
+    assert names(tmp_path) == names(tmp_path / "by transformers")
     # The control: had two experts changed places, these ids would have shown it.
     counts = tiny.tokens_of_experts(model, tiny.ids(5))
     assert all(min(tokens) > 0 for tokens in counts.values())
@@ -118,10 +124,9 @@ def test_bf16_keeps_the_router(name, tmp_path):
     exact = {
         block.name: block.banks[0].gate.key.cluster_weight.clone() for block in model.modules() if type(block) is Block
     }
+    source, layout = stored(model, tmp_path, "bf16")
     model.to(torch.bfloat16).float()
-    layout = stored(model, tmp_path, "bf16")
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  no mapping
+    kinds = {key: kind for key, (_, kind) in names(tmp_path).items()}
     routers = {key for key in kinds if ".gate." in key}
     assert len(routers) >= len(exact)
     assert {kinds[key] for key in routers} == {"F32"} and {kinds[key] for key in kinds.keys() - routers} == {"BF16"}
@@ -135,7 +140,7 @@ def test_bf16_keeps_the_router(name, tmp_path):
         assert torch.equal(kept, gate * 2.0 ** torch.log2(scale).round())
     narrow = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert narrow.dtype is torch.bfloat16
-    facts = compare(model, layout, tmp_path, "bf16")
+    facts, _ = compare(source, layout, tmp_path)
     assert facts["logit_difference"] < 1e-5 and 0 <= facts["changed_predictions"] < 0.5
 
 
@@ -144,11 +149,10 @@ def test_a_loud_gate_does_not_saturate_the_sigmoid(tmp_path, monkeypatch):
     for layer in model.model.layers[1:]:
         layer.post_attention_layernorm.weight.data *= 30
         layer.mlp.banks[0].gate.key.cluster_weight *= 50
-    compare(model, stored(model, tmp_path / "good"), tmp_path / "good", "fp32")
+    facts_of(model, tmp_path / "good")
     monkeypatch.setattr(module, "sigmoid_scale", lambda *_: 1.0)
-    layout = stored(model, tmp_path / "saturated")
     with raises(CheckpointError, match="differ from the trained"):
-        compare(model, layout, tmp_path / "saturated", "fp32")
+        facts_of(model, tmp_path / "saturated")
 
 
 def test_a_bias_that_changes_no_choice_is_exported(tmp_path):
@@ -156,7 +160,7 @@ def test_a_bias_that_changes_no_choice_is_exported(tmp_path):
     for block in tiny.add_blocks(model, ALL, router={"weight": "softmax"}):
         weight, bias = tiny.cluster_gate(1)
         block.banks[0].gate.key.set(weight, bias + 3.5)
-    assert compare(model, stored(model, tmp_path), tmp_path, "fp32")["logit_difference"] < 1e-5
+    assert facts_of(model, tmp_path, "stock")["logit_difference"] < 1e-5
 
 
 def test_special_tokens_are_in_the_config(tmp_path):
@@ -168,9 +172,12 @@ def test_special_tokens_are_in_the_config(tmp_path):
 
 
 def refusal(model: torch.nn.Module) -> str:
-    """The message that says why a model cannot be exported."""
+    """The message that says why a model is no stock class; the own class takes it, and remembers why."""
+    source = HeldSource(model)
     with raises(CheckpointError) as caught:
-        choose_layout(model, NONE)
+        choose_layout(source, NONE, "stock")
+    own = choose_layout(source, NONE)
+    assert (own.name, own.reason) == ("MocteForCausalLM", str(caught.value))
     return str(caught.value)
 
 
@@ -182,25 +189,29 @@ def refusal(model: torch.nn.Module) -> str:
         ({"modules": ALL, "router": {"bias": True}}, "model.layers.0.mlp has one.*router.bias false"),
         ({"modules": OUTER, "expert": LORA}, "name all layers from 0 on"),
         ({"modules": BACK, "expert": LORA, "router": {"bias": False, "weight": "softmax"}}, "router.weight 'hard'"),
-        ({"modules": "model.layers.1.self_attn.o_proj"}, "o_proj is no FFN of a layer"),
+        ({"modules": ALL, "banks": [{"kind": "token"}, {"kind": "hash"}]}, "model.layers.0.mlp has 2 banks"),
     ],
 )
-def test_what_no_class_computes_is_refused(blocks, message):
+def test_what_no_stock_class_computes_becomes_the_own_class(blocks, message):
     model = tiny.decoder()
-    tiny.add_blocks(model, **{"router": {"bias": False}, **blocks})
-    import re
-
+    default = {} if "banks" in blocks else {"router": {"bias": False}}
+    tiny.add_blocks(model, **{**default, **blocks})
     assert re.search(message, refusal(model))
 
 
-def test_experts_of_the_gpt2_style_and_several_banks_are_refused():
+def test_experts_of_the_gpt2_style_become_the_own_class():
     model = tiny.decoder("gpt2")
     tiny.add_blocks(model, ALL, router={"bias": False})
     assert "GPT-2 style" in refusal(model)
+
+
+def test_what_no_class_computes_is_refused():
     model = tiny.decoder()
-    block = tiny.add_blocks(model, ALL, router={"bias": False})[1]
-    block.banks.append(block.banks[0])
-    assert "model.layers.1.mlp has 2 banks" in refusal(model)
+    tiny.add_blocks(model, "model.layers.1.self_attn.o_proj", router={"bias": False})
+    with raises(CheckpointError, match="o_proj is no FFN of a layer"):
+        choose_layout(HeldSource(model), NONE)
+    with raises(ConfigError, match="class = 'best' is not one of"):
+        choose_layout(HeldSource(tiny.decoder()), NONE, "best")
 
 
 def test_scale_is_a_power_of_two_and_bounds_the_logits():

@@ -1,33 +1,46 @@
-"""Saving moves `latest` last; loading refuses torn, foreign and other configurations' files, and executes nothing."""
+"""Saving takes a checkpoint's name last; what was there before stays whole; our part fits its run or is refused."""
 
-import os
-import pickle
+import hashlib
+import json
 import random
 import re
-from enum import StrEnum
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from pytest import fixture, mark, raises
 
-from mocte_ds.checkpoints.load import read_plain, read_state, resolve_tag, restore_random_states
-from mocte_ds.checkpoints.save import finish_checkpoint, is_plain, prepare_checkpoint, random_states
+from mocte_ds.checkpoints import place
+from mocte_ds.checkpoints.load import STATE_FILE, read_state
+from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest, require_whole
+from mocte_ds.checkpoints.place import Place, find_checkpoint, remove_leftovers, resolve_tag
+from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states, restore_random_states
+from mocte_ds.checkpoints.save import Saver
 from mocte_ds.config import MocteConfig
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.zero.checkpoint_files import use_plain_files
 from tests.checkpoints import ranks
+from tests.checkpoints.damage import digest, seal
 from tests.spawn import spawn
 
 CONFIG = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "ep_size": 2})
 NAMES = ["model.layers.0.mlp", "model.layers.1.mlp"]
 STATE = {"config": CONFIG.to_dict(), "blocks": [{"name": name, "mode": "warmup"} for name in NAMES], "tokens": 12}
+CLIENT = {"note": [1, {"basis": torch.arange(3.0)}]}
+
+
+def save(root: Path, tag: str, step: int = 3, **more) -> Path:
+    files = {STATE_FILE: {"mocte": STATE, "client_state": CLIENT}, RANDOM_FILE.format(rank=0): random_states()}
+    Saver().save(root, tag, {**files, "small.json": b"{}"}, step, **more)
+    return root / tag
 
 
 @fixture
 def saved(tmp_path) -> Path:
     """A folder with the checkpoint `one` of a single process."""
-    (tmp_path / "one").mkdir()
-    finish_checkpoint(tmp_path, "one", STATE, {"note": [1, {"basis": torch.arange(3.0)}]}, True)
+    save(tmp_path, "one")
     return tmp_path
 
 
@@ -35,13 +48,67 @@ def test_two_ranks(tmp_path):
     first, second = spawn(ranks.save_and_fail, 2, str(tmp_path), timeout=90)
     for result in (first, second):
         assert result["after good"] == "good"
-        assert re.search(r"could not save .*blocked: .*last good checkpoint \(good\) is untouched", result["error"])
-        assert result["after blocked"] == "good"
-        assert result["after late"] == result["after aside"] == "late"
+        error = result["errors"]["blocked"]
+        assert re.search(r"could not save .*blocked: OSError: .*File name too long.*\(good\) is untouched", error)
+        assert result["after errors"] == "good" and result["there after errors"] == ["good", "latest"]
+        assert result["while rank 1 writes"] == ("late", False), "visible before all ranks had written"
+        assert result["after late"] == "late" and result["after beside"] == result["after aside"] == "beside"
         assert result["again"] == result["drawn"]
-    assert second["while rank 1 writes"] == "good", "`latest` moved before all ranks had written"
-    assert first["drawn"] != second["drawn"]
-    assert not (tmp_path / "latest.tmp").exists()
+    assert first["run"] == second["run"] and first["drawn"] != second["drawn"]
+    assert "lambda" in second["errors"]["defect"] and "CheckpointError" not in second["errors"]["defect"]
+    assert first["errors"]["defect"].startswith("CheckpointError: could not save")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", "beside", "good", "late", "latest"]
+    manifest = json.loads((tmp_path / "good" / MANIFEST_FILE).read_text())
+    assert (manifest["format"], manifest["step"], manifest["world_size"]) == (2, 5, 2)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir() if path.name != MANIFEST_FILE}
+    assert manifest["files"] == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
+    }
+    assert set(files) == {"own0", "own1", "mocte_random_rank0.pt", "mocte_random_rank1.pt"}
+
+
+def test_errors_of_asynchronous_saves_reach_all_ranks(tmp_path):
+    for heard in spawn(ranks.fail_beside, 2, str(tmp_path), timeout=90):
+        assert set(heard) == {"at_the_next_step", "at_the_next_save", "wait"}
+        assert all(re.search(r"could not save .*beside: OSError: .*too long", text) for text in heard.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "latest"]
+
+
+def test_asynchronous_save_holds_the_moment_of_the_call(tmp_path):
+    for rank, result in enumerate(spawn(ranks.change_while_saving, 2, str(tmp_path), timeout=150, deepspeed=True)):
+        assert (tmp_path / f"seen{rank}").read_text() == "False\n", "`latest` moved before the files were written"
+        assert all(map(np.array_equal, result["before"], result["after"]))
+        assert sum(not np.array_equal(*pair) for pair in zip(result["before"], result["trained"], strict=True)) > 20
+        assert result["client"]["number"] == 1.5 and type(result["client"]["number"]) is float
+        assert torch.equal(result["client"]["tensor"], torch.ones(3))
+
+
+def test_values_that_are_not_plain_are_refused_on_all_ranks(tmp_path):
+    for client, optimizer in spawn(ranks.save_what_is_not_plain, 2, str(tmp_path), timeout=90, deepspeed=True):
+        assert re.search(r"client_state\['folder'\] holds a pathlib.\w+Path", client)
+        assert re.search(r"zero_pp_rank_1_.*\['clip_grad'\] holds a pathlib.\w+Path.*Nothing was written", optimizer)
+    assert not list(tmp_path.iterdir())
+
+
+@mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"writer": {"type": "FAST"}}, "checkpoint.writer"),
+        ({"local": True}, "use_node_local_storage is not supported: .* file system that all hosts share"),
+        ({"universal": True}, "load_universal is not supported"),
+    ],
+)
+def test_settings_of_deepspeed_that_go_round_it(changes, message):
+    config = SimpleNamespace(
+        checkpoint_config={"writer": changes.get("writer")}, datastates_config=SimpleNamespace(enabled=False)
+    )
+    engine = SimpleNamespace(
+        _config=config,
+        use_node_local_storage=lambda: "local" in changes,
+        load_universal_checkpoint=lambda: "universal" in changes,
+    )
+    with raises(ConfigError, match=message):
+        use_plain_files(engine)
 
 
 def test_what_was_saved_comes_back(saved):
@@ -50,6 +117,7 @@ def test_what_was_saved_comes_back(saved):
     assert state["mocte"] == STATE and state["client_state"]["note"][0] == 1
     assert torch.equal(state["client_state"]["note"][1]["basis"], torch.arange(3.0))
     assert read_state(saved, "one", None, None)["mocte"]["tokens"] == 12
+    assert require_whole(saved / "one").step == 3
 
 
 def test_latest(saved):
@@ -67,37 +135,75 @@ def test_latest(saved):
     assert resolve_tag(saved) == "one"
 
 
-@mark.parametrize("size", [0, 1, 100, -1])
-def test_torn_files(saved, size):
-    for name in ("mocte_state.pt", "mocte_random_rank0.pt"):
-        path = saved / "one" / name
-        path.write_bytes(path.read_bytes()[:size])
-        with raises(CheckpointError, match=f"{name} cannot be read"):
-            read_state(saved, "one", CONFIG, NAMES) if "state" in name else restore_random_states(saved, "one")
+def test_a_tag_is_replaced_whole(saved):
+    before = Manifest.read(saved / "one")
+    (saved / "one" / "stale").write_text("of the old one")
+    save(saved, "one", 4)
+    after = require_whole(saved / "one")
+    assert after.step == 4 and after.run != before.run
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", "one"]
 
 
-def test_missing_and_foreign_files(saved):
-    path = saved / "one" / "mocte_state.pt"
-    for content, message in (
-        ({"format": 2}, "has format 2; this version reads format 1"),
-        ({"weights": 1}, "mocte_state.pt has no format"),
-        ([1, 2], "mocte_state.pt has no keys"),
-        (torch.zeros(2), "mocte_state.pt has no keys"),
-        ({"format": 1}, "has no mocte, client_state"),
-        ({"format": 1, "mocte": {"blocks": []}, "client_state": {}}, "has no config, tokens"),
-        ({"format": 1, "mocte": None, "client_state": {}}, "has no keys"),
-    ):
-        torch.save(content, path)
-        with raises(CheckpointError, match=message):
-            read_state(saved, "one", CONFIG, NAMES)
-    path.unlink()
+def test_killed_while_a_tag_is_replaced(saved, monkeypatch):
+    """Between the two renames the old checkpoint is still the one that is found; the next save gives its name back."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    here = Place(saved, "one")
+    here.prepare(0)
+    with monkeypatch.context() as patch:
+        rename = place.os.rename
+        patch.setattr(place.os, "rename", lambda a, b: kill() if Path(a) == here.partial else rename(a, b))
+        with raises(Killed):
+            here.swap_in()
+    assert not (saved / "one").exists()
+    found = saved / resolve_tag(saved)
+    assert require_whole(found).step == 3 and read_state(saved, found.name, CONFIG, NAMES)
+    save(saved, "two", 5, save_latest=False)
+    assert resolve_tag(saved) == "one" and require_whole(saved / "one").step == 3
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", "one", "two"]
+
+
+def test_only_our_leftovers_are_removed(saved):
+    for name in (".two.mocte-partial", ".one.mocte-replaced", ".two.partial", "mocte-partial", ".mine"):
+        (saved / name).mkdir()
+        (saved / name / "file").write_text("x")
+    (saved / ".file.mocte-partial").write_text("no folder")
+    remove_leftovers(saved)
+    left = {".file.mocte-partial", ".mine", ".two.partial", "latest", "mocte-partial", "one"}
+    assert {path.name for path in saved.iterdir()} == left
+    assert find_checkpoint(saved, "") is None and find_checkpoint(saved, "two") is None
+
+
+def test_too_little_room_is_refused_before_anything_is_written(saved, monkeypatch):
+    before = digest(saved)
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000_000))
+    # A tensor and a view of it, as in ZeRO's flat buffers: 8 MB each in the file; room for 28.
+    files = {"a.pt": {"weights": torch.zeros(2_000_000)}, "b.pt": [torch.zeros(2_000_000)]}
+    Saver().save(saved, "fits", dict(files), 1, save_latest=False)
+    shutil.rmtree(saved / "fits")
     with raises(
-        CheckpointError, match="mocte_state.pt is missing: the checkpoint is incomplete or not one of mocte_ds"
+        CheckpointError, match=r"it needs 33 MB and 30 MB are free .*Nothing was written.*\(one\) is untouched"
     ):
-        read_state(saved, "one", CONFIG, NAMES)
-    torch.save({"python": 1}, saved / "one" / "mocte_random_rank0.pt")
-    with raises(CheckpointError, match="mocte_random_rank0.pt has no numpy, torch"):
-        restore_random_states(saved, "one")
+        Saver().save(saved, "two", {**files, "c.bin": bytes(16_000_000)}, 1)
+    assert digest(saved) == before and not list(saved.glob(".*"))
+
+
+def test_a_rank_that_does_not_see_the_folder(saved, monkeypatch):
+    monkeypatch.setattr(place, "_PATIENCE", 0.1)
+    with raises(CheckpointError, match="does not see .*mocte-partial.*file system that all hosts share"):
+        Place(saved, "two").require_seen()
+
+
+@mark.parametrize("tag", ["", "a/b", "../one", ".hidden", "."])
+def test_names_of_checkpoints(tmp_path, tag):
+    with raises(CheckpointError, match="cannot be named"):
+        Saver().save(tmp_path / "new", tag, {}, 1)
+    assert not (tmp_path / "new").exists()
 
 
 @mark.parametrize(
@@ -113,7 +219,16 @@ def test_missing_and_foreign_files(saved):
             {"router": {"kind": "hash"}, "spectrum": {"rank": 6}},
             ["router.kind: checkpoint 'token'", "rank: checkpoint 8"],
         ),
-        ({"freeze": {"alpha": 0.3}, "clusters": {"deadline": 0.5}, "check_every": 0.1, "seed": 4}, []),
+        (
+            {
+                "freeze": {"alpha": 0.3},
+                "clusters": {"deadline": 0.5},
+                "check_every": 0.1,
+                "seed": 4,
+                "checkpoint": {"async_save": True},
+            },
+            [],
+        ),
     ],
 )
 def test_another_configuration(saved, changes, told):
@@ -136,85 +251,35 @@ def test_other_blocks(saved):
         read_state(saved, "one", CONFIG, NAMES[::-1])
 
 
-class Exploit:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
-
-
-@mark.parametrize("as_zip", [True, False])
-def test_code_is_not_executed(saved, as_zip):
-    attack, made = {"format": 1, "mocte": Exploit(saved / "made")}, saved / "made"
-    for name in ("mocte_state.pt", "mocte_random_rank0.pt"):
-        path = saved / "one" / name
-        if as_zip:
-            torch.save(attack, path)
-        else:
-            path.write_bytes(pickle.dumps(attack, protocol=2))
-        with raises(CheckpointError, match=f"{name} cannot be read: UnpicklingError"):
-            read_plain(path)
-        with raises(CheckpointError, match="cannot be read"):
-            read_state(saved, "one", CONFIG, NAMES) if "state" in name else restore_random_states(saved, "one")
-        assert not made.exists()
-    pickle.loads(pickle.dumps(attack))
-    assert made.exists(), "the attack must work where nobody looks"
-
-
-class Colour(StrEnum):
-    RED = "red"
-
-
-def test_client_states_that_only_pickle_can_read(saved):
-    """They must not make our own file unreadable; DeepSpeed's files hold them."""
-    client = {
-        "tokens": 3,
-        "loss": np.float64(1.5),
-        "colour": [Colour.RED],
-        "folder": {"path": saved},
-        "history": [(1, 2.5, None, True, b"x", "y")],
-        "weight": torch.nn.Parameter(torch.ones(2)),
-    }
-    (saved / "two").mkdir()
-    finish_checkpoint(saved, "two", STATE, client, True)
-    assert read_state(saved, "two", CONFIG, NAMES)["client_state"] == {k: client[k] for k in ("tokens", "history")}
-    assert not is_plain({Colour.RED: 1}) and is_plain({1: {"a": [torch.ones(1)]}})
-    torch.save({"value": np.float64(1.5)}, saved / "foreign.pt")
-    with raises(CheckpointError):  # the reason for all this
-        read_plain(saved / "foreign.pt")
-
-
-def test_failing_writes_say_what_is_intact(saved):
-    with raises(
-        CheckpointError, match=r"could not save .*/three: no space \(\d+ MB are free there\).*\(one\) is untouched"
+def test_foreign_content_of_our_files(saved):
+    path = saved / "one" / STATE_FILE
+    for content, message in (
+        ({"weights": 1}, f"{STATE_FILE} has no mocte, client_state"),
+        ([1, 2], f"{STATE_FILE} has no keys"),
+        (torch.zeros(2), f"{STATE_FILE} has no keys"),
+        ({"mocte": {"blocks": []}, "client_state": {}}, "has no config, tokens"),
+        ({"mocte": None, "client_state": {}}, "has no keys"),
     ):
-        with prepare_checkpoint(saved, "three"):
-            raise OSError("no space")
-    with raises(CheckpointError, match="saved over the checkpoint that .*latest names, which may be damaged"):
-        with prepare_checkpoint(saved, "one"):
-            raise RuntimeError("PytorchStreamWriter failed writing file")
-    with raises(CheckpointError, match=r"last good checkpoint \(none\)"):
-        with prepare_checkpoint(saved / "new", "one"):
-            raise OSError("no space")
-    with raises(CheckpointError, match=r"could not save .*/missing: .*\(one\) is untouched"):
-        finish_checkpoint(saved, "missing", STATE, {}, True)
-    assert resolve_tag(saved) == "one"
-    with raises(KeyError), prepare_checkpoint(saved, "three"):
-        raise KeyError("a defect keeps its own error")
+        torch.save(content, path)
+        seal(saved / "one")
+        with raises(CheckpointError, match=message):
+            read_state(saved, "one", CONFIG, NAMES)
+    path.unlink()
+    with raises(CheckpointError, match=f"{STATE_FILE} is missing: the checkpoint is incomplete or not one of mocte_ds"):
+        read_state(saved, "one", CONFIG, NAMES)
+    torch.save({"python": 1}, saved / "one" / "mocte_random_rank0.pt")
+    with raises(CheckpointError, match="mocte_random_rank0.pt has no numpy, torch"):
+        restore_random_states(saved, "one")
 
 
-def test_random_states_are_restored_and_plain(saved):
+def test_random_states_are_restored(tmp_path):
     random.seed(3), np.random.seed(4), torch.manual_seed(5)
     ranks.draw()
-    assert is_plain(random_states())
-    finish_checkpoint(saved, "one", STATE, {}, True)
+    save(tmp_path, "one")
     drawn = [ranks.draw(), ranks.draw()]
     assert drawn[0] != drawn[1]
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    restore_random_states(saved, "one")
+    restore_random_states(tmp_path, "one")
     assert [ranks.draw(), ranks.draw()] == drawn
-    (saved / "one" / "mocte_random_rank0.pt").unlink()
-    restore_random_states(saved, "one")  # a rank that did not exist keeps its own numbers
+    (tmp_path / "one" / "mocte_random_rank0.pt").unlink()
+    restore_random_states(tmp_path, "one")  # a rank that did not exist keeps its own numbers

@@ -48,15 +48,15 @@ def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ..
         if number in warmup:
             continue
         block.mode = BlockMode.LOCKED if number % 2 else BlockMode.SPECIALISING
-        for k, expert in enumerate(block.banks[0].local_experts):
-            randomise(expert, 100 * number + k + 10)
-        gate = block.banks[0].gate
-        if config.router.kind == "token":
-            gate.key.set(*cluster_gate(number, directions=not config.router.bias))
-        elif config.router.kind == "random":
-            set_random_gate(block, config)
-        if config.router.learn:
-            randomise(gate, 100 * number)
+        set_random_gate(block, config)
+        for bank_number, bank in enumerate(block.banks):
+            for k, expert in enumerate(bank.local_experts):
+                randomise(expert, 1000 * bank_number + 100 * number + k + 10)
+            router = bank.gate.router
+            if router.kind in ("token", "prefix"):
+                bank.gate.key.set(*cluster_gate(number + 10 * bank_number, directions=not router.bias))
+            if router.learn:
+                randomise(bank.gate, 1000 * bank_number + 100 * number)
     return blocks
 
 

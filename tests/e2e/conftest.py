@@ -54,6 +54,7 @@ def _run_values(prepared: Path, blocks: bool) -> dict:
             "spectrum": {"rank": 4, "rows": 128, "documents": 64},
             "clusters": {"deadline": 0.3},
             "freeze": {"rows": 32, "iterations": 4},
+            "checkpoint": {"async_save": True},
         }
     return {
         "model": {

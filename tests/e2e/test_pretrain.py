@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.checkpoints.damage import flip
 from tests.e2e.conftest import Launcher, read_log, wait_for_step
 
 Write = Callable[[bool], Path]
@@ -75,6 +76,12 @@ def test_full_disk_leaves_the_last_checkpoint(launch: Launcher, run_file: Write,
     code, output = launch.pretrain(run, out, "--set", "model.num_layers=3")
     assert code == 2 and "Traceback" not in output, output
     assert "model.num_layers: checkpoint 2, run 3" in output
+    (shard,) = (out / "checkpoints" / "step2").glob("*_pp_rank_1_*")
+    flip(shard, 0.5)
+    code, output = launch.pretrain(run, tmp_path / "other", "--resume", out)
+    assert code == 2 and "Traceback" not in output, output
+    assert f"{shard.name} was changed" in output and not (tmp_path / "other").exists()
+    flip(shard, 0.5)
     code, output = launch.pretrain(run, out, "--stop-after", 8)
     assert code == 0, output
     assert [row["step"] for row in read_log(out)] == list(range(1, 9))

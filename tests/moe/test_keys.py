@@ -144,6 +144,25 @@ def gpt2() -> GPT2LMHeadModel:
     return model
 
 
+@pytest.mark.parametrize("kind", ["prefix", "previous"])
+def test_generate_of_transformers_hands_the_cache_over(kind: str) -> None:
+    model = llama()
+    blocks = attach(model, MocteConfig.from_dict({"modules": "model.layers.*.mlp", "router": {"kind": kind}}))
+    for block in blocks:
+        key = block.banks[0].gate.key
+        if kind == "prefix":
+            key.set(torch.randn(E, 32), torch.zeros(E))
+        else:
+            key.set(torch.randint(E, (V,)))
+        for parameter in block.banks[0].local_experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        block.mode = BlockMode.SPECIALISING
+    ids = torch.randint(V, (3, 8))
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False}
+    with_cache, without = (model.generate(ids, use_cache=flag, **how) for flag in (True, False))
+    assert torch.equal(with_cache, without)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(("make", "pattern"), [(llama, "model.layers.*.mlp"), (gpt2, "transformer.h.*.mlp")])
 def test_banks_keep_the_function_and_slice_the_moments(make, pattern: str, count: int) -> None:

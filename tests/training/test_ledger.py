@@ -61,6 +61,25 @@ def test_one_frozen_expert_saves_its_tokens() -> None:
     assert some.total == none.total - some.wgrad_saved
 
 
+@pytest.mark.parametrize(("config", "layers"), [(LLAMA, 1), (LLAMA, 2), (GPT2, 1)], ids=["one", "two", "tied"])
+@pytest.mark.parametrize("locked", [False, True])
+def test_what_a_frozen_front_saves(config: DecoderConfig, layers: int, locked: bool) -> None:
+    model = Decoder(config).to(torch.bfloat16)
+    everything = counted(model, backward=True)
+    frozen = [model.model.embed_tokens, *model.model.layers[:layers]]
+    frozen += [model.model.embed_positions] if config is GPT2 else []
+    for module in frozen:
+        module.requires_grad_(False)
+    rest = counted(model, backward=True)
+    block = {"mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]} if locked else WARMUP[0]
+    blocks = [{**block, "layer": i} for i in range(layers)]
+    ledger = Ledger()
+    ledger.step(config, TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks, layers)
+    assert ledger.forward + ledger.dgrad + ledger.wgrad == rest
+    assert ledger.prefix_saved + ledger.wgrad_saved == everything - rest
+    assert (ledger.wgrad_saved > 0) == locked
+
+
 def test_gate() -> None:
     gate = ClusterGate(32, 4, RouterConfig(), None)
     with FlopCounterMode(display=False) as counter:

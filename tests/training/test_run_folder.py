@@ -63,6 +63,18 @@ def test_pruning_keeps_the_last_good_one(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "mine", "step110"]
 
 
+def test_pruning_leaves_saves_under_way(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, 10, 20, 30, latest=10)
+    for name in (".step40.mocte-partial", ".step10.mocte-replaced"):
+        (tmp_path / name).mkdir()
+    prune_checkpoints(tmp_path, keep=1)
+    left = [".step10.mocte-replaced", ".step40.mocte-partial", "latest", "step10", "step30"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    (tmp_path / "step10").rename(tmp_path / "elsewhere")  # killed while step10 was replaced
+    prune_checkpoints(tmp_path, keep=1)
+    assert (tmp_path / ".step10.mocte-replaced").is_dir() and (tmp_path / "step30").is_dir()
+
+
 def test_names() -> None:
     assert checkpoint_step("step120") == 120
     assert [checkpoint_step(name) for name in ("mine", "step", "step1x", "120")] == [None] * 4

@@ -163,7 +163,7 @@ def global_step(
     total = 0.0
     for turn in range(PARTS // world):
         features, target = batch(step, turn * world + rank)
-        loss = engine(features=features.to(dtype), target=target)
+        loss = engine(features=features.to(engine.device, dtype), target=target.to(engine.device))
         engine.backward(loss)
         if before and turn == PARTS // world - 1:
             before()
@@ -212,7 +212,7 @@ def weight(parameter: nn.Parameter) -> Tensor:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):  # does nothing at other stages
-        return parameter.detach().clone()
+        return parameter.detach().cpu().clone()
 
 
 def frozen_parameters(engine: Any, named: dict[str, nn.Parameter]) -> list[str]:
@@ -249,7 +249,7 @@ def run_distributed(case: Case) -> dict[str, Any]:
     def record() -> None:
         trainable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         # What the ranks share is gathered by all of them in the same order.
-        gradients.append({name: safe_get_full_grad(trainable[name]).float().clone() for name in sorted(trainable)})
+        gradients.append({name: safe_get_full_grad(trainable[name]).float().cpu() for name in sorted(trainable)})
 
     for step in range(STEPS):
         act(engine, step)
@@ -259,7 +259,7 @@ def run_distributed(case: Case) -> dict[str, Any]:
         norms.append(float(engine.get_global_grad_norm()))
         sizes.append(engine.mocte.optimizer_bytes())
     modes = [[str(expert.mode) for expert in handle.experts] for handle in engine.mocte.blocks]
-    masters = {n: safe_get_full_fp32_param(named[n]).clone() for n in sorted(named) if named[n].requires_grad}
+    masters = {n: safe_get_full_fp32_param(named[n]).cpu() for n in sorted(named) if named[n].requires_grad}
     weights = {name: weight(parameter) for name, parameter in named.items()}
     result = {"losses": losses, "norms": norms, "bytes": sizes, "weights": weights, "masters": masters, "modes": modes}
     return {**result, "moved": sorted(moved), "gradients": gradients, "rate": engine.get_lr()}

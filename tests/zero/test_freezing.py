@@ -16,7 +16,7 @@ TRAJECTORIES = [
     Case(2, 2, 2, 500_000_000, overlap=True, offload=True),
     Case(2, 1, 1, 2000, offload=True, schedule="deepspeed"),
     Case(4, 1, 2, 2000, schedule="torch"),
-    Case(4, 2, 1, MATRIX - 84),
+    Case(4, 2, 1, MATRIX - 84, schedule="torch"),
     Case(4, 2, 2, 700, overlap=True, recompute="plain", schedule="deepspeed"),
     Case(4, 4, 1, 2000, overlap=True, schedule="torch"),
     Case(4, 4, 2, MATRIX - 84, offload=True),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mocte_ds.checkpoints.partitioned import FIRST_FILE, require_same_partition, weights_in_state_dicts
+from mocte_ds.checkpoints.source import PARTITIONED_MODEL_FILE
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.zero import let_go
+from mocte_ds.zero.partitioned_files import require_same_partition, weights_in_state_dicts
 from tests.engine import runs
 from tests.spawn import spawn
 from tests.zero.against import MATRIX, check_bytes, check_optimizer, check_trajectory
@@ -164,7 +165,7 @@ def test_checkpoint_is_resumed_and_has_whole_weights(tmp_path: Path) -> None:
     assert len(files) == 8
     for name in files:
         same_weights(read(of3 / name), read(of2 / name))
-    dense = read(of3 / FIRST_FILE)["module"]
+    dense = read(of3 / PARTITIONED_MODEL_FILE)["module"]
     same_weights(dense, read(of2 / "mp_rank_00_model_states.pt")["module"])
 
     for folder, stage, ranks, message in (

@@ -1,185 +1,169 @@
-"""Holds an exported folder against the trained model: every tensor, every expert, every block, and the logits."""
+"""Holds an exported folder against the trained model: every tensor, every expert, every block, and the logits.
 
+Layer by layer, both sides beside each other, so that neither model is ever in memory as a whole.
+"""
+
+import gc
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from mocte_ds.checkpoints.hf.closeness import MARGIN, margins, require_close
 from mocte_ds.checkpoints.hf.dense import Layout
-from mocte_ds.checkpoints.hf.layouts import ffn_blocks
+from mocte_ds.checkpoints.hf.pieces import Pieces
+from mocte_ds.checkpoints.hf.same_experts import compare_experts
+from mocte_ds.checkpoints.hf.shards import checksum
+from mocte_ds.checkpoints.source import Source
 from mocte_ds.errors import CheckpointError
-from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.models.layers import rotary_angles
+from mocte_ds.moe.block import Block
 
-# Largest accepted difference in fp32, relative to the largest value; sums are taken in another order.
-TOLERANCE = 1e-4
-# Tokens whose two best experts are closer than this, relative to |gate| |feature|, may go to either by rounding.
-MARGIN = 2e-6
 PROBE = (4, 64)
 
 
-def compare(model: nn.Module, layout: Layout, folder: Path, dtype: str) -> dict[str, Any]:
-    """Read a folder back as a user would and compare it with the model that was to be exported, in fp32.
+@dataclass
+class _Run:
+    """Features (B, T, d) of the same tokens in the trained model, in the export, and in the export in bf16."""
+
+    ids: Tensor
+    ours: Tensor
+    theirs: Tensor
+    narrow: Tensor | None
+    decided: Tensor
+    """(B, T) whether a position and all before it are clear of every gate's boundaries."""
+
+
+def compare(source: Source, layout: Layout, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a folder back as transformers do and compare it with the model that was to be exported, in fp32.
 
     Args:
-        model: the trained model, with the weights rounded as they were written.
+        source: the trained model, with the weights rounded as they were written; of `bf16` it is measured too what
+            computing in bf16 changes.
         layout: the class that it was written as.
         folder: the export.
-        dtype: `fp32`, or `bf16`: what computing in bf16 changes is measured too.
 
     Returns:
-        logit_difference (relative to the largest logit), changed_predictions (share of tokens, in ``dtype``),
-        tensors_compared, experts_compared.
+        Facts: logit_difference (relative to the largest logit), changed_predictions (share of tokens, computed in the
+        source's dtype), tensors_compared, experts_compared. And the checksum of every tensor.
 
     Raises:
         CheckpointError: a tensor is missing or changed, an expert stands in another one's place, or outputs differ by
             more than rounding.
     """
-    found = _read(folder, torch.float32)
-    written = found.state_dict()
-    for name, weight in layout.weights.items():
-        if name not in written or not torch.equal(written[name], weight.float()):
-            raise CheckpointError(f"{folder}: the weight {name} was lost or changed on its way through the file.")
-    experts = _compare_experts(model, found, folder)
-    ids = _probe_ids(model)
-    expected, decided = _logits_and_decided(model, ids)
-    logits = _run(found, ids, folder).logits
-    difference = _relative(logits[decided], expected[decided])
-    if not difference <= TOLERANCE:
+    pieces = Pieces(folder, layout)
+    checksums = _compare_tensors(source, layout, pieces)
+    run = _begin(source)
+    experts, first = 0, run.ours
+    for layer in range(source.config.num_layers):
+        experts += _step(source, layout, pieces, run, layer)
+        gc.collect()  # models of transformers hold themselves by cycles
+        if layer == 0:
+            first = run.ours.clone()
+            decided = run.decided.clone()
+    if run.decided.float().mean() < 0.25:
         raise CheckpointError(
-            f"{folder}: logits differ from the trained model's by {difference:.1e} of their largest value (allowed: "
-            f"{TOLERANCE:.0e}); the export would be another model."
+            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared."
         )
-    if dtype == "bf16":
-        del found, written
-        logits = _run(_read(folder, torch.bfloat16), ids, folder).logits
-    changed = (logits.argmax(-1) != expected.argmax(-1)).float().mean().item()
-    return {
+    difference, changed = _compare_ends(source, layout, pieces, run, first, decided)
+    facts = {
         "logit_difference": difference,
         "changed_predictions": changed,
-        "tensors_compared": len(layout.weights),
+        "tensors_compared": len(checksums),
         "experts_compared": experts,
     }
+    return facts, checksums
 
 
-def _read(folder: Path, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _compare_tensors(source: Source, layout: Layout, pieces: Pieces) -> dict[str, str]:
+    files, checksums = pieces.shards.files, {}
+    extra = files.keys() - {stored.name for stored in layout.stored}
+    if extra:
+        raise CheckpointError(f"{pieces.folder} holds {min(extra)}, which {layout.name} does not have.")
+    for stored in layout.stored:
+        checksums[stored.name] = checksum(stored.tensor(source))
+        if stored.name not in files or checksum(pieces.shards.read(stored.name)) != checksums[stored.name]:
+            raise CheckpointError(
+                f"{pieces.folder}: the weight {stored.name} was lost or changed on its way through the file."
+            )
+    return checksums
 
-    try:
-        found, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # safetensors and transformers raise many types for a folder that does not fit
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"transformers cannot load {folder}: {text[0]}") from error
-    lost = {key: [str(value) for value in values][:3] for key, values in info.items() if values}
-    if lost:
-        raise CheckpointError(f"transformers could not load everything of {folder}: {lost}.")
-    return found.eval()
+
+def _begin(source: Source) -> _Run:
+    batch, length = PROBE[0], min(PROBE[1], source.config.max_positions)
+    ids = torch.randint(source.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    x = source.read("model.embed_tokens.weight")[ids]
+    if source.config.style == "gpt2":
+        x = x + source.read("model.embed_positions.weight")[:length]
+    return _Run(ids, x, x, x.bfloat16() if source.dtype == "bf16" else None, torch.ones(ids.shape, dtype=torch.bool))
 
 
 @torch.no_grad()
-def _run(part: nn.Module, inputs: Tensor, folder: Path) -> Any:
-    try:
-        return part(inputs)
-    except RuntimeError as error:
-        text = str(error).strip().splitlines() or ["RuntimeError"]
-        raise CheckpointError(
-            f"transformers loads {folder} but cannot run it: {text[0]} (its kernels want a hidden_size that is a "
-            "multiple of 4 in fp32 and of 8 in bf16)."
-        ) from error
+def _step(source: Source, layout: Layout, pieces: Pieces, run: _Run, number: int) -> int:
+    """One layer of all; the number of experts that were compared."""
+    layer, theirs = source.part(f"model.layers.{number}"), pieces.layer(number, torch.float32)
+    count = 0
+    if number in source.emerged or number in layout.blocks:
+        count = compare_experts(source.blocks[number], layer.mlp, theirs, pieces)
+    if isinstance(layer.mlp, Block):
+        layer.mlp.context.token_ids = run.ids
 
+        def look(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            run.decided &= margins(block, inputs[0]) > MARGIN
 
-def _compare_experts(model: nn.Module, found: nn.Module, folder: Path) -> int:
-    """Every expert by its number, and every block's function near every row of its gate; the number of experts."""
-    ours, count = ffn_blocks(model), 0
-    layers = getattr(getattr(found, "model", None), "layers", [])
-    theirs = {i: layer.mlp for i, layer in enumerate(layers) if hasattr(layer.mlp, "experts")}
-    lost = [block.name for i, block in ours.items() if block.mode is not BlockMode.WARMUP and i not in theirs]
-    if lost:
-        raise CheckpointError(f"{folder}: the experts of {lost} are not there.")
-    for i, stock in theirs.items():
-        block = ours[i]
-        experts = block.banks[0].local_experts
-        if stock.experts.down_proj.shape[0] != len(experts):
-            raise CheckpointError(f"{folder}: {block.name} has {len(experts)} experts, the export has another number.")
-        for k, expert in enumerate(experts):
-            gate, up = stock.experts.gate_up_proj[k].chunk(2)
-            stored = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": stock.experts.down_proj[k]}
-            for name, weight in expert.state_dict().items():
-                if not _is_filled_up(stored[name], weight):
-                    raise CheckpointError(f"{folder}: {name} of expert {k} of {block.name} is not the trained one.")
-        _compare_block(block, stock, folder)
-        count += len(experts)
+        layer.mlp.register_forward_pre_hook(look)
+    rotation = None
+    if source.config.style == "llama":
+        rotation = rotary_angles(source.config, run.ids.shape[1], run.ours)
+    run.ours = layer(run.ours, rotation)
+    # Attention carries a token's other expert to all positions behind it.
+    run.decided = run.decided.cummin(dim=1).values
+    del layer
+    run.theirs = pieces.run(layout.step, theirs, run.theirs, run.ids)
+    if run.decided.any():
+        require_close(
+            run.theirs[run.decided], run.ours[run.decided], f"{pieces.folder}: the features behind layer {number}"
+        )
+    del theirs
+    if run.narrow is not None:
+        run.narrow = pieces.run(layout.step, pieces.layer(number, torch.bfloat16), run.narrow, run.ids)
     return count
 
 
 @torch.no_grad()
-def _compare_block(block: Block, stock: nn.Module, folder: Path) -> None:
-    """Features around each row of the gate, so that no expert goes unseen only because few texts lead to it."""
-    rows = block.banks[0].gate.linear()[0].float()
-    generator = torch.Generator().manual_seed(0)
-    near = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30) * rows.shape[1] ** 0.5
-    features = near.repeat_interleave(8, dim=0)
-    features = features + 0.3 * torch.randn(features.shape, generator=generator)
-    if block.mode is not BlockMode.WARMUP:
-        features = features[_margins(features, rows) > MARGIN]
-    if not len(features):
-        return  # a gate of equal rows, which the logits will show
-    expected, output = block(features[None]), _run(stock, features[None], folder)
-    difference = _relative(output, expected)
-    if not difference <= TOLERANCE:
-        raise CheckpointError(
-            f"{folder}: the outputs of {block.name} differ from the trained block's by {difference:.1e} of their "
-            f"largest value (allowed: {TOLERANCE:.0e})."
-        )
+def _compare_ends(
+    source: Source, layout: Layout, pieces: Pieces, run: _Run, first: Tensor, decided: Tensor
+) -> tuple[float, float]:
+    """Embedding, final norm and output matrix: difference of the logits, share of changed predictions.
+
+    Args:
+        first: (B, T, d) our features behind the first layer.
+        decided: (B, T) positions clear of the first layer's boundaries.
+    """
+    norm = source.part("model.norm")
+    weight = source.read("model.embed_tokens.weight" if source.config.tied else "lm_head.weight")
+    of_one, expected = F.linear(norm(first), weight), F.linear(norm(run.ours), weight)
+    del weight
+    model = pieces.layer(0, torch.float32, whole=True)
+    found = pieces.run(model, run.ids).logits
+    require_close(found[decided], of_one[decided], f"{pieces.folder}: logits of the first layer alone")
+    logits = _logits(layout, pieces, model, run.ids, run.theirs)
+    clear = run.decided
+    difference = require_close(logits[clear], expected[clear], f"{pieces.folder}: logits")
+    if run.narrow is not None:
+        del model
+        model = pieces.layer(0, torch.bfloat16, whole=True)
+        logits = _logits(layout, pieces, model, run.ids, run.narrow)
+    return difference, (logits.argmax(-1) != expected.argmax(-1)).float().mean().item()
 
 
-@torch.no_grad()
-def _logits_and_decided(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V), and whether a position (B, T) and all before it are clear of every gate's boundaries."""
-    decided = torch.ones(ids.shape, dtype=torch.bool)
-
-    def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
-        decided.logical_and_(_margins(inputs[0], block.banks[0].gate.linear()[0]) > MARGIN)
-
-    hooks = [
-        block.register_forward_pre_hook(look)
-        for block in ffn_blocks(model).values()
-        if block.mode is not BlockMode.WARMUP
-    ]
+def _logits(layout: Layout, pieces: Pieces, model: nn.Module, ids: Tensor, features: Tensor) -> Tensor:
+    """What a model of one layer makes of other features behind that layer."""
+    hook = model.get_submodule(f"{layout.layers}.0").register_forward_hook(lambda *_: features)
     try:
-        logits = model(ids)
+        return pieces.run(model, ids).logits
     finally:
-        for hook in hooks:
-            hook.remove()
-    # Attention carries a token's other expert to all positions behind it.
-    decided = decided.cummin(dim=1).values
-    if decided.float().mean() < 0.25:
-        raise CheckpointError(
-            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared."
-        )
-    return logits, decided
-
-
-def _margins(features: Tensor, rows: Tensor) -> Tensor:
-    """How much the best expert's logit exceeds the second's, relative to |gate| |feature|: (...,) for (..., d)."""
-    best = torch.nn.functional.linear(features, rows).topk(2, dim=-1).values
-    scale = rows.norm(dim=1).max() * features.norm(dim=-1)
-    return (best[..., 0] - best[..., 1]) / scale.clamp(min=1e-30)
-
-
-def _probe_ids(model: nn.Module) -> Tensor:
-    length = min(PROBE[1], model.config.max_positions)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (PROBE[0], length), generator=generator)
-
-
-def _is_filled_up(matrix: Tensor, trained: Tensor) -> bool:
-    """Whether a matrix is the trained one, with nothing but zeros behind its last row or column."""
-    rows, columns = trained.shape
-    return torch.equal(matrix[:rows, :columns], trained) and not (matrix[rows:].any() or matrix[:, columns:].any())
-
-
-def _relative(values: Tensor, expected: Tensor) -> float:
-    return ((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+        hook.remove()

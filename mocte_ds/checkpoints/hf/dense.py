@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.checkpoints.source import Source
 from mocte_ds.models import DecoderConfig
 from mocte_ds.moe.block import Block
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,60 @@ class SpecialIds:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """One tensor of an export and how it comes from ours."""
+
+    name: str
+    """In the files of the class."""
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    """Our tensors that it is made of."""
+    make: Callable[..., Tensor] = lambda tensor: tensor
+    """From those, in fp32; a number of them may be none."""
+    exact: bool = False
+    """Stored in fp32 always, or as the integers that it holds: a rounded boundary sends tokens elsewhere."""
+    integer: bool = False
+    """Holds integers."""
+    buffer: bool = False
+    """No parameter of the class."""
+
+    def kind(self, dtype: str) -> torch.dtype:
+        """In the file, of an export as `fp32` or `bf16`."""
+        if self.integer:
+            return torch.int64
+        return torch.float32 if self.exact else _DTYPES[dtype]
+
+    def tensor(self, source: Source) -> Tensor:
+        """As it is to be stored."""
+        return self.make(*(source.read(name) for name in self.sources)).to(self.kind(source.dtype))
+
+
+@dataclass(frozen=True)
 class Layout:
-    """A stock class, its weights, and how to make an empty one."""
+    """A transformers class, its config and its tensors."""
 
     name: str
     """Name of the class."""
-    weights: dict[str, Tensor]
-    """All its parameters and persistent buffers by its own names."""
-    make: Callable[[], nn.Module]
-    """Builds the class with the right config and any weights."""
-    tied: bool
-    """Whether the output matrix is the token embedding."""
+    model_class: Callable[[], Any]
+    """The class; transformers are imported no earlier than they are needed."""
+    config: Any
+    """Config of the class."""
+    stored: list[Stored]
+    """Every tensor of its files, in the order of the layers."""
+    layers: str
+    """Path of the layers in the class."""
+    step: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    """Model, features (B, T, d) and ids (B, T) to the output of the model's first layer."""
+    one_layer: Callable[[int], dict[str, Any]] = lambda _layer: {}
+    """What the config of a model of one layer has beside its sizes."""
+    least_vocabulary: int = 1
+    """Tokens that a model of one layer needs at least."""
     blocks: dict[int, Block] = field(default_factory=dict)
     """Blocks whose experts the class holds, by layer."""
-
-    @property
-    def routers(self) -> set[str]:
-        """Names of the gates, which are stored in fp32 always: a rounded boundary sends tokens elsewhere."""
-        return {name for name in self.weights if ".mlp.gate." in name}
+    files: tuple[str, ...] = ()
+    """Files of code that go with the weights."""
+    reason: str | None = None
+    """Why it is no stock class."""
 
 
 def llama_fields(config: DecoderConfig, special: SpecialIds) -> dict[str, Any]:
@@ -63,60 +102,74 @@ def llama_fields(config: DecoderConfig, special: SpecialIds) -> dict[str, Any]:
     }
 
 
-def llama_trunk(model: nn.Module) -> dict[str, Tensor]:
-    """Everything but the FFNs; named alike in all Llama-like classes."""
-    found = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
-    if model.config.tied:
-        found["lm_head.weight"] = found["model.embed_tokens.weight"]
-    return found
+def same(source: Source, name: str, as_name: str | None = None) -> Stored:
+    """A tensor of ours as it is, under the same or another name."""
+    return Stored(as_name or name, source.shapes[name], (name,))
 
 
-def dense_ffn(ffn: nn.Module) -> nn.Module:
-    """An FFN, or the dense one that a block in warm-up runs."""
-    return ffn.dense if isinstance(ffn, Block) else ffn
+def llama_stored(source: Source, ffn: Callable[[int], list[Stored]]) -> list[Stored]:
+    """All tensors of a Llama-like class, of which only the FFNs differ.
+
+    Args:
+        source: what is exported.
+        ffn: the FFN's tensors of a layer.
+    """
+    stored = [same(source, "model.embed_tokens.weight")]
+    for i in range(source.config.num_layers):
+        prefix = f"model.layers.{i}."
+        stored += [same(source, name) for name in source.shapes if name.startswith(prefix) and ".mlp." not in name]
+        stored += ffn(i)
+    stored += [same(source, name) for name in source.shapes if name.startswith(("model.norm.", "lm_head."))]
+    return stored
 
 
-def named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """A module's tensors under another path."""
-    return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+def dense_ffn(source: Source, layer: int) -> list[Stored]:
+    """The FFN of a layer, or the dense one that a block in warm-up runs."""
+    prefix = f"model.layers.{layer}.mlp."
+    inner = f"{prefix}dense." if layer in source.blocks else prefix
+    return [same(source, n, prefix + n.removeprefix(inner)) for n in source.shapes if n.startswith(inner)]
 
 
-def llama(model: nn.Module, special: SpecialIds) -> Layout:
+def llama_step(model: nn.Module, features: Tensor, _ids: Tensor) -> Tensor:
+    """The first layer of a Llama-like model."""
+    positions = torch.arange(features.shape[1])[None]
+    rotation = model.model.rotary_emb(features, position_ids=positions)
+    return model.model.layers[0](features, position_embeddings=rotation, attention_mask=None)
+
+
+def stock_class(name: str) -> Callable[[], Any]:
+    """A class of transformers."""
+
+    def find() -> type:
+        import transformers
+
+        return getattr(transformers, name)
+
+    return find
+
+
+def llama(source: Source, special: SpecialIds) -> Layout:
     """A dense model of the llama style."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
-    weights = llama_trunk(model)
-    for i, layer in enumerate(model.model.layers):
-        weights.update(named(f"model.layers.{i}.mlp", dense_ffn(layer.mlp)))
-    config = LlamaConfig(**llama_fields(model.config, special), attention_bias=False, mlp_bias=False)
-    return Layout("LlamaForCausalLM", weights, lambda: LlamaForCausalLM(config), model.config.tied)
+    config = LlamaConfig(**llama_fields(source.config, special), attention_bias=False, mlp_bias=False)
+    stored = llama_stored(source, lambda layer: dense_ffn(source, layer))
+    return Layout("LlamaForCausalLM", stock_class("LlamaForCausalLM"), config, stored, "model.layers", llama_step)
 
 
-def gpt2(model: nn.Module, special: SpecialIds) -> Layout:
+def gpt2(source: Source, special: SpecialIds) -> Layout:
     """A dense model of the gpt2 style; GPT-2 joins q, k and v and stores its matrices transposed."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config
 
-    ours, config = model.state_dict(), model.config
-    weights = {
-        "transformer.wte.weight": ours["model.embed_tokens.weight"],
-        "transformer.wpe.weight": ours["model.embed_positions.weight"],
-        "lm_head.weight": ours["model.embed_tokens.weight"],
-    }
-    for part in ("weight", "bias"):
-        weights[f"transformer.ln_f.{part}"] = ours[f"model.norm.{part}"]
-        for i, layer in enumerate(model.model.layers):
-            old, new = f"model.layers.{i}", f"transformer.h.{i}"
-            ffn = dense_ffn(layer.mlp).state_dict()
-            matrices = {
-                "attn.c_attn": torch.cat([ours[f"{old}.self_attn.{name}_proj.{part}"] for name in "qkv"]),
-                "attn.c_proj": ours[f"{old}.self_attn.o_proj.{part}"],
-                "mlp.c_fc": ffn[f"c_fc.{part}"],
-                "mlp.c_proj": ffn[f"c_proj.{part}"],
-            }
-            for name, matrix in matrices.items():
-                weights[f"{new}.{name}.{part}"] = matrix.t().contiguous() if part == "weight" else matrix
-            weights[f"{new}.ln_1.{part}"] = ours[f"{old}.input_layernorm.{part}"]
-            weights[f"{new}.ln_2.{part}"] = ours[f"{old}.post_attention_layernorm.{part}"]
+    config = source.config
+    stored = [
+        same(source, "model.embed_tokens.weight", "transformer.wte.weight"),
+        same(source, "model.embed_positions.weight", "transformer.wpe.weight"),
+    ]
+    for i in range(config.num_layers):
+        for part in ("weight", "bias"):
+            stored += _gpt2_layer(source, i, part)
+    stored += [same(source, f"model.norm.{part}", f"transformer.ln_f.{part}") for part in ("weight", "bias")]
     target = GPT2Config(
         vocab_size=config.vocab_size,
         n_embd=config.hidden_size,
@@ -131,4 +184,35 @@ def gpt2(model: nn.Module, special: SpecialIds) -> Layout:
         attn_pdrop=0.0,
         **special.fields(),
     )
-    return Layout("GPT2LMHeadModel", weights, lambda: GPT2LMHeadModel(target), True)
+    return Layout(
+        "GPT2LMHeadModel",
+        stock_class("GPT2LMHeadModel"),
+        target,
+        stored,
+        "transformer.h",
+        lambda model, features, _ids: model.transformer.h[0](features),
+    )
+
+
+def _gpt2_layer(source: Source, layer: int, part: str) -> list[Stored]:
+    """The weights or the biases of a layer."""
+    old, new = f"model.layers.{layer}", f"transformer.h.{layer}"
+    ffn = f"{old}.mlp.dense" if layer in source.blocks else f"{old}.mlp"
+    matrices = {
+        "attn.c_attn": tuple(f"{old}.self_attn.{name}_proj.{part}" for name in "qkv"),
+        "attn.c_proj": (f"{old}.self_attn.o_proj.{part}",),
+        "mlp.c_fc": (f"{ffn}.c_fc.{part}",),
+        "mlp.c_proj": (f"{ffn}.c_proj.{part}",),
+    }
+
+    def joined(*parts: Tensor) -> Tensor:
+        matrix = torch.cat(parts)
+        return matrix.t().contiguous() if part == "weight" else matrix
+
+    stored = []
+    for name, sources in matrices.items():
+        shapes = [source.shapes[n] for n in sources]
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+        stored.append(Stored(f"{new}.{name}.{part}", shape[::-1], sources, joined))
+    norms = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
+    return stored + [same(source, f"{old}.{ours}.{part}", f"{new}.{name}.{part}") for name, ours in norms.items()]

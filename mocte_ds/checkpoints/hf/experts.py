@@ -1,82 +1,112 @@
 """Models with experts as transformers' Mixtral, Qwen2Moe and Glm4Moe."""
 
 import math
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mocte_ds.checkpoints.hf.dense import Layout, SpecialIds, llama_fields, llama_trunk, named
+from mocte_ds.checkpoints.hf.dense import (
+    Layout,
+    SpecialIds,
+    Stored,
+    dense_ffn,
+    llama_fields,
+    llama_step,
+    llama_stored,
+    stock_class,
+)
+from mocte_ds.checkpoints.source import Source
 from mocte_ds.errors import CheckpointError
-from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.moe.block import Block
 
 # transformers' grouped matrix product wants rows of a multiple of 16 bytes, in bf16 too; units of zeros fill them up.
 UNITS = 8
+GATE = "{block}.banks.0.deepspeed_moe.gate."
+_EXPERT = "{block}.banks.0.deepspeed_moe.experts.deepspeed_experts.{k}.{part}.weight"
 
 # Shapes: E experts, d features, f hidden units of an expert.
 
 
-def mixtral(model: nn.Module, blocks: dict[int, Block], special: SpecialIds) -> Layout:
+def mixtral(source: Source, special: SpecialIds) -> Layout:
     """Experts in every layer; the weight of top-1, divided by itself, is exactly 1."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import MixtralConfig
 
-    weights = llama_trunk(model)
-    for i, block in blocks.items():
-        weights[f"model.layers.{i}.mlp.gate.weight"] = block.banks[0].gate.linear()[0]
-        weights.update(_stacked(f"model.layers.{i}.mlp.experts", block))
-    fields = llama_fields(model.config, special)
+    blocks = source.emerged
+    parts = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+    def ffn(layer: int) -> list[Stored]:
+        prefix = f"model.layers.{layer}.block_sparse_moe"
+        return [_gate(blocks[layer], f"{prefix}.gate.weight"), *_experts(blocks[layer], f"{prefix}.experts", parts)]
+
+    fields = llama_fields(source.config, special)
     fields["intermediate_size"] = expert_width(blocks[0])
     config = MixtralConfig(
         **fields,
         num_local_experts=blocks[0].num_experts,
         num_experts_per_tok=1,
         sliding_window=None,
-        head_dim=model.config.head_size,
+        head_dim=source.config.head_size,
     )
-    return Layout("MixtralForCausalLM", weights, lambda: MixtralForCausalLM(config), model.config.tied, blocks)
+    stored, name = llama_stored(source, ffn), "MixtralForCausalLM"
+    return Layout(name, stock_class(name), config, stored, "model.layers", llama_step, blocks=blocks)
 
 
-def qwen2moe(model: nn.Module, blocks: dict[int, Block], weight: str, special: SpecialIds) -> Layout:
+def qwen2moe(source: Source, special: SpecialIds, weight: str) -> Layout:
     """Experts in any choice of layers; norm_topk_prob makes the weight 1, without it it is the softmax probability."""
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+    from transformers import Qwen2MoeConfig
 
-    config = model.config
-    weights = llama_trunk(model)
-    for i, layer in enumerate(model.model.layers):
-        prefix = f"model.layers.{i}.mlp"
-        if i not in blocks:
-            weights.update(named(prefix, layer.mlp.dense if isinstance(layer.mlp, Block) else layer.mlp))
-            continue
-        weights[f"{prefix}.gate.weight"] = blocks[i].banks[0].gate.linear()[0]
-        weights.update(_stacked(f"{prefix}.experts", blocks[i]))
+    config, blocks = source.config, source.emerged
+    d, first = config.hidden_size, next(iter(blocks.values()))
+
+    def ffn(layer: int) -> list[Stored]:
+        if layer not in blocks:
+            return dense_ffn(source, layer)
+        prefix = f"model.layers.{layer}.mlp"
         # The class insists on a shared expert; one hidden unit of zeros adds exactly nothing.
-        for name, shape in (("gate_proj", (1, -1)), ("up_proj", (1, -1)), ("down_proj", (-1, 1))):
-            weights[f"{prefix}.shared_expert.{name}.weight"] = torch.zeros(config.hidden_size).view(shape)
-        weights[f"{prefix}.shared_expert_gate.weight"] = torch.zeros(1, config.hidden_size)
+        shared = {"gate_proj": (1, d), "up_proj": (1, d), "down_proj": (d, 1)}
+        return [
+            _gate(blocks[layer], f"{prefix}.gate.weight"),
+            *_experts(blocks[layer], f"{prefix}.experts"),
+            *(_zeros(f"{prefix}.shared_expert.{name}.weight", shape) for name, shape in shared.items()),
+            _zeros(f"{prefix}.shared_expert_gate.weight", (1, d)),
+        ]
+
+    dense = [i for i in range(config.num_layers) if i not in blocks]
     target = Qwen2MoeConfig(
         **llama_fields(config, special),
-        moe_intermediate_size=expert_width(next(iter(blocks.values()))),
+        moe_intermediate_size=expert_width(first),
         shared_expert_intermediate_size=1,
-        num_experts=next(iter(blocks.values())).num_experts,
+        num_experts=first.num_experts,
         num_experts_per_tok=1,
         norm_topk_prob=weight == "hard",
-        mlp_only_layers=[i for i in range(config.num_layers) if i not in blocks],
+        mlp_only_layers=dense,
         decoder_sparse_step=1,
         qkv_bias=False,
         use_sliding_window=False,
     )
-    return Layout("Qwen2MoeForCausalLM", weights, lambda: Qwen2MoeForCausalLM(target), config.tied, blocks)
+    return Layout(
+        "Qwen2MoeForCausalLM",
+        stock_class("Qwen2MoeForCausalLM"),
+        target,
+        llama_stored(source, ffn),
+        "model.layers",
+        llama_step,
+        lambda layer: {"mlp_only_layers": [0] if layer in dense else []},
+        blocks=blocks,
+    )
 
 
-def glm4moe(model: nn.Module, blocks: dict[int, Block], weight: str, special: SpecialIds) -> Layout:
+def glm4moe(source: Source, special: SpecialIds, weight: str) -> Layout:
     """Dense layers in front, then a shared FFN beside narrow experts in every layer; weight 1 as in Mixtral.
 
     Raises:
         CheckpointError: a dense layer behind the first block, or a weight other than 1.
     """
-    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+    from transformers import Glm4MoeConfig
 
-    config = model.config
-    first = min(i for i, block in blocks.items() if block.mode is not BlockMode.WARMUP)
+    config, blocks = source.config, source.blocks
+    first = min(source.emerged)
     if not set(blocks) >= set(range(first, config.num_layers)):
         raise CheckpointError(
             "Glm4Moe, the class for experts of the kind 'lora', has dense layers in front only; to export, let "
@@ -91,21 +121,31 @@ def glm4moe(model: nn.Module, blocks: dict[int, Block], weight: str, special: Sp
     blocks = {i: blocks[i] for i in range(first, config.num_layers)}
     width = expert_width(blocks[first])
     shared = math.ceil(config.intermediate_size / width)
-    weights = llama_trunk(model)
-    for i, layer in enumerate(model.model.layers):
-        prefix = f"model.layers.{i}.mlp"
-        if i not in blocks:
-            weights.update(named(prefix, layer.mlp.dense if isinstance(layer.mlp, Block) else layer.mlp))
-            continue
-        block = blocks[i]
-        gate = block.banks[0].gate.linear()[0]
-        weights[f"{prefix}.gate.weight"] = gate * sigmoid_scale(gate, layer.post_attention_layernorm.weight)
-        weights[f"{prefix}.gate.e_score_correction_bias"] = torch.zeros(gate.shape[0])
-        weights.update(_stacked(f"{prefix}.experts", block))
-        for name, matrix in named(f"{prefix}.shared_experts", block.dense).items():
+
+    def ffn(layer: int) -> list[Stored]:
+        if layer not in blocks:
+            return dense_ffn(source, layer)
+        prefix, norm = f"model.layers.{layer}.mlp", f"model.layers.{layer}.post_attention_layernorm.weight"
+        gate = _gate(blocks[layer], f"{prefix}.gate.weight")
+
+        def scaled(norm_weight: Tensor, *parts: Tensor) -> Tensor:
+            rows = gate.make(*parts)
+            return rows * sigmoid_scale(rows, norm_weight)
+
+        stored = [
+            Stored(gate.name, gate.shape, (norm, *gate.sources), scaled, exact=True),
+            _zeros(f"{prefix}.gate.e_score_correction_bias", gate.shape[:1], buffer=True),
+            *_experts(blocks[layer], f"{prefix}.experts"),
+        ]
+        for part in ("gate_proj", "up_proj", "down_proj"):
             # The class counts the shared FFN in experts; hidden units of zeros fill it up.
-            axis = 1 if name.endswith("down_proj.weight") else 0
-            weights[name] = _padded(matrix, axis, shared * width)
+            name, axis = f"{prefix}.dense.{part}.weight", 1 if part == "down_proj" else 0
+            shape = list(source.shapes[name])
+            shape[axis] = shared * width
+            make = partial(_padded, axis=axis, size=shared * width)
+            stored.append(Stored(f"{prefix}.shared_experts.{part}.weight", tuple(shape), (name,), make))
+        return stored
+
     fields = llama_fields(config, special)
     fields["rope_parameters"]["partial_rotary_factor"] = 1.0
     target = Glm4MoeConfig(
@@ -124,7 +164,16 @@ def glm4moe(model: nn.Module, blocks: dict[int, Block], weight: str, special: Sp
         attention_bias=False,
         num_nextn_predict_layers=0,
     )
-    return Layout("Glm4MoeForCausalLM", weights, lambda: Glm4MoeForCausalLM(target), config.tied, blocks)
+    return Layout(
+        "Glm4MoeForCausalLM",
+        stock_class("Glm4MoeForCausalLM"),
+        target,
+        llama_stored(source, ffn),
+        "model.layers",
+        llama_step,
+        lambda layer: {"first_k_dense_replace": 0 if layer in blocks else 1},
+        blocks=blocks,
+    )
 
 
 def sigmoid_scale(gate: Tensor, norm_weight: Tensor) -> float:
@@ -140,24 +189,41 @@ def sigmoid_scale(gate: Tensor, norm_weight: Tensor) -> float:
     return 2.0 ** -math.ceil(math.log2(largest)) if largest > 0 else 1.0
 
 
-def _stacked(prefix: str, block: Block) -> dict[str, Tensor]:
-    """The experts of a layer in one tensor for gate and up (E, 2 f, d) and one for down (E, d, f)."""
-    experts, width = block.banks[0].local_experts, expert_width(block)
-    gate_up = [
-        torch.cat([_padded(matrix.weight.detach(), 0, width) for matrix in (expert.gate_proj, expert.up_proj)])
-        for expert in experts
-    ]
-    down = [_padded(expert.down_proj.weight.detach(), 1, width) for expert in experts]
-    return {f"{prefix}.gate_up_proj": torch.stack(gate_up), f"{prefix}.down_proj": torch.stack(down)}
-
-
 def expert_width(block: Block) -> int:
     """Hidden units of an expert in the export."""
     return math.ceil(block.banks[0].local_experts[0].gate_proj.weight.shape[0] / UNITS) * UNITS
 
 
+def _gate(block: Block, name: str) -> Stored:
+    """The whole gate, prior and residual, (E, d)."""
+    prefix = GATE.format(block=block.name)
+    sources = [f"{prefix}key.cluster_weight"]
+    if block.banks[0].gate.router.learn:
+        sources.append(f"{prefix}cluster_residual")
+    return Stored(name, (block.num_experts, block.hidden_size), tuple(sources), lambda *parts: sum(parts), exact=True)
+
+
+def _experts(block: Block, prefix: str, parts: dict[str, str] | None = None) -> list[Stored]:
+    """The matrices of a layer's experts, one tensor each, filled up to :func:`expert_width`."""
+    width, d = expert_width(block), block.hidden_size
+    stored = []
+    for k in range(block.num_experts):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            axis, shape = (1, (d, width)) if part == "down_proj" else (0, (width, d))
+            source = _EXPERT.format(block=block.name, k=k, part=part)
+            name = f"{prefix}.{k}.{parts[part] if parts else part}.weight"
+            stored.append(Stored(name, shape, (source,), partial(_padded, axis=axis, size=width)))
+    return stored
+
+
+def _zeros(name: str, shape: tuple[int, ...], buffer: bool = False) -> Stored:
+    return Stored(name, shape, (), lambda: torch.zeros(shape), exact=buffer, buffer=buffer)
+
+
 def _padded(matrix: Tensor, axis: int, size: int) -> Tensor:
     """A matrix with zeros added along an axis."""
+    if matrix.shape[axis] == size:
+        return matrix
     shape = list(matrix.shape)
     shape[axis] = size - matrix.shape[axis]
     return torch.cat([matrix, matrix.new_zeros(shape)], dim=axis)

@@ -1,25 +1,28 @@
-"""Exports a checkpoint to a stock transformers class: exact, checked against the trained model before it says done."""
+"""Exports a checkpoint to Hugging Face format: exact, checked against the trained model before it says done."""
 
 import contextlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 
+from mocte_ds.checkpoints.hf.card import model_card
 from mocte_ds.checkpoints.hf.compare import compare
 from mocte_ds.checkpoints.hf.dense import Layout
 from mocte_ds.checkpoints.hf.layouts import choose_layout
+from mocte_ds.checkpoints.hf.shards import SHARD_BYTES, Entry, write_shards
 from mocte_ds.checkpoints.hf.tokenizer import SourceTokenizer
-from mocte_ds.checkpoints.model import find_tag, load_model
+from mocte_ds.checkpoints.source import Source, StoredSource, find_tag
 from mocte_ds.errors import CheckpointError, ConfigError
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_FACTS_FILE = "export.json"
+_FACTS_FILE, _CHECKSUMS_FILE = "export.json", "checksums.json"
 
 
 def export(
@@ -28,8 +31,12 @@ def export(
     dtype: str = "fp32",
     tokenizer_path: str | Path | None = None,
     tell: Callable[[str], None] = lambda _text: None,
+    choice: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without code of ours.
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load.
+
+    Weights are read, written and compared one tensor or one layer at a time: the model may be larger than memory.
 
     Args:
         checkpoint: folder of checkpoints or of one tag; only read.
@@ -38,63 +45,81 @@ def export(
             boundary to another expert; loaded with dtype=torch.float32, either export routes as the trained model.
         tokenizer_path: sentencepiece model; None: the one of the run.
         tell: called with a line for each stage.
+        choice: `stock`, `own` or `auto`: see :func:`mocte_ds.checkpoints.hf.layouts.choose_layout`.
+        shard_bytes: largest file of weights.
 
     Returns:
-        Facts: architecture, parameters, dtype, and what was compared (see mocte_ds.checkpoints.hf.compare).
+        Facts: architecture, reason (why it is no stock class), parameters, dtype, checkpoint_bytes (files with
+        weights), start_bytes and peak_bytes (memory of this process at the start, and at most so far), and what was
+        compared (see mocte_ds.checkpoints.hf.compare).
 
     Raises:
-        CheckpointError: the checkpoint is none, damaged, or fits no stock class (says what to change); the written
-            model differs; the folder cannot be written.
-        ConfigError: an unknown dtype, or an ``out`` that holds something else.
+        CheckpointError: the checkpoint is none, damaged, or fits no class (says what to change); the written model
+            differs; the folder cannot be written.
+        ConfigError: an unknown dtype or choice, or an ``out`` that holds something else.
     """
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype = {dtype!r} is not one of {list(_DTYPES)}.")
+    if dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"dtype = {dtype!r} is not one of ['fp32', 'bf16'].")
+    start = psutil.Process().memory_info().rss
     folder = find_tag(checkpoint)
     out = _require_free(Path(out), folder)
     tell(f"reading {folder}")
-    model, state = load_model(folder)
-    tokenizer = SourceTokenizer(_tokenizer_path(tokenizer_path, state["tokenizer"], folder))
-    tokenizer.require_fit(model.config.vocab_size)
-    if dtype == "bf16":
-        model.to(torch.bfloat16).float()  # rounds in place; gates keep their precision
-    layout = choose_layout(model, tokenizer.special)
+    source = StoredSource(folder, dtype)
+    tokenizer = SourceTokenizer(_tokenizer_path(tokenizer_path, source.state["tokenizer"], folder))
+    tokenizer.require_fit(source.config.vocab_size)
+    layout = choose_layout(source, tokenizer.special, choice)
     with _whole(out) as pending:
         tell(f"writing {layout.name}")
-        parameters = write_model(layout, pending, dtype)
-        tokenizer.write(pending, model.config.max_positions)
+        parameters = write_model(source, layout, pending, shard_bytes)
+        tokenizer.write(pending, source.config.max_positions)
         tell("comparing with the trained model")
-        facts = {"architecture": layout.name, "parameters": parameters, "dtype": dtype}
-        facts |= compare(model, layout, pending, dtype)
-        (pending / "README.md").write_text(_card(state, facts), encoding="utf-8")
-        (pending / _FACTS_FILE).write_text(json.dumps({**facts, "step": state["step"]}, indent=1), encoding="utf-8")
+        facts: dict[str, Any] = {"architecture": layout.name, "reason": layout.reason, "parameters": parameters}
+        facts |= {"dtype": dtype, "checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
+        compared, checksums = compare(source, layout, pending)
+        facts |= compared
+        facts["peak_bytes"] = _peak_bytes()
+        _write_json(pending / _CHECKSUMS_FILE, checksums)
+        (pending / "README.md").write_text(model_card(source.state, facts), encoding="utf-8")
+        _write_json(pending / _FACTS_FILE, {**facts, "step": source.state["step"]})
     return facts
 
 
-def write_model(layout: Layout, folder: Path, dtype: str) -> int:
-    """Store a model as its stock class.
+def write_model(source: Source, layout: Layout, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
+    """Store a model as a class: its config, its generation config, its code if it is ours, and its weights.
 
     Returns:
         Parameters, tied ones once.
 
     Raises:
-        CheckpointError: the class has other tensors than the layout.
+        CheckpointError: a tensor has another shape than the layout says.
     """
-    kind = _DTYPES[dtype]
-    with torch.device("meta"):
-        target = layout.make()
-    weights = {name: weight if name in layout.routers else weight.to(kind) for name, weight in layout.weights.items()}
-    try:
-        missing, unexpected = target.load_state_dict(weights, strict=False, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{layout.name} does not take this model: {error}") from error
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{layout.name} does not take this model: missing {missing[:3]}, unexpected {unexpected[:3]}."
-        )
-    target.tie_weights()
-    target.config.dtype = kind
-    target.save_pretrained(folder, max_shard_size="2GB")
-    return sum(parameter.numel() for parameter in target.parameters())
+    from transformers import GenerationConfig
+
+    config = layout.config
+    config.architectures = [layout.name]
+    config.dtype = {"fp32": "float32", "bf16": "bfloat16"}[source.dtype]
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    for name in layout.files:
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    stored = {entry.name: entry for entry in layout.stored}
+    entries = [Entry(entry.name, entry.shape, entry.kind(source.dtype)) for entry in layout.stored]
+    write_shards(folder, entries, lambda name: stored[name].tensor(source), shard_bytes)
+    return sum(torch.Size(entry.shape).numel() for entry in layout.stored if not entry.buffer)
+
+
+def _peak_bytes() -> int:
+    """Largest memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage's number is inherited from the process that started this one.
+        lines = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
+        return next(1024 * int(words[1]) for words in lines if words[0] == "VmHWM:")
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _tokenizer_path(named: str | Path | None, trained: str | None, folder: Path) -> Path:
@@ -159,21 +184,3 @@ def _swap(pending: Path, out: Path) -> None:
         os.replace(old, out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _card(state: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Model card of the exported folder."""
-    lines = [f"- parameters: {facts['parameters']:,}", f"- trained tokens: {state['tokens']:,} ({state['step']} steps)"]
-    for block in state["blocks"]:
-        frozen = sum(mode == "frozen" for mode in block["experts"])
-        lines.append(f"- {block['name']}: {block['mode']}, {len(block['experts'])} experts, {frozen} frozen")
-    lines.append(f"- largest difference of logits from the checkpoint's, relative: {facts['logit_difference']:.1e}")
-    if facts["dtype"] == "bf16":
-        share = facts["changed_predictions"]
-        lines.append(
-            f"- computed in bf16, {share:.1%} of random tokens have another likeliest successor; "
-            "load with dtype=torch.float32 to compute as the checkpoint does"
-        )
-    origin = "Pre-trained with MO-CTE (cluster-oriented, trainability-aware experts)"
-    head = f"# Model exported by mocte-ds\n\n{origin}; stored as {facts['architecture']}."
-    return head + "\n\n" + "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import legend, sheet
 from mocte_ds.report.figures.palette import GRID, INK, QUALITATIVE, SOFT
-from mocte_ds.report.ledger import OWN_WORK, beside, overhead, saved, spent, total
+from mocte_ds.report.ledger import OWN_WORK, SAVED, beside, overhead, saved, spent, total
 from mocte_ds.report.run import Run
 from mocte_ds.report.wording import flops, percent, plural
 
@@ -59,7 +59,7 @@ def _percents(share: float, _position: int | None = None) -> str:
 
 
 def _kind(name: str) -> str:
-    if name == "wgrad_saved":
+    if name in SAVED:
         return "saved by freezing"
     if name == "validation":
         return "beside training"
@@ -91,6 +91,8 @@ def caption(run: Run) -> str:
         text += (
             f"; freezing saved weight gradients worth {percent(saved(run))} of what would have been spent without it"
         )
+    if run.ledger.get("prefix_saved"):
+        text += f"; the frozen front of the model saved {percent(run.ledger['prefix_saved'] / total(run))} more"
     return f"{text}. The table below says what each component is."
 
 

@@ -14,11 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mocte_ds.errors import CheckpointError
-from mocte_ds.zero import whole
+from mocte_ds.zero.gather import whole
 
 _FILES = "zero_pp_rank_*_mp_rank_00_model_states.pt"
-FIRST_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
-"""The file that has the dense weights, in place of `mp_rank_00_model_states.pt` at stages 1 and 2."""
 
 
 @contextlib.contextmanager

@@ -1,23 +1,9 @@
-"""The process groups of expert parallelism, made by DeepSpeed, and their end."""
+"""The end of the process groups."""
 
 import atexit
 import time
 
 import torch.distributed as dist
-from deepspeed.utils import groups
-
-
-def expert_parallel_rank(ep_size: int, data_before_expert: bool = False) -> int:
-    """This rank's place among the ranks that share a block's experts; makes DeepSpeed's groups if they are missing.
-
-    Args:
-        ep_size: ranks that share the experts of a block.
-        data_before_expert: DeepSpeed's `use_data_before_expert_parallelism`.
-    """
-    name = f"ep_size_{ep_size}"
-    if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
-    return groups._get_expert_parallel_rank(name)
 
 
 def end_process_groups() -> None:

@@ -1,0 +1,95 @@
+"""Writing a checkpoint's files so that they outlast a power cut, and hashing them."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+_PIECE = 1 << 22  # bytes read at once
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+
+
+class _Hashed:
+    """A file that hashes what is written to it, so that nothing is read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.count = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.count += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_file(path: Path, content: Any) -> FileFacts:
+    """Write a file and see it onto the disk.
+
+    Args:
+        path: the file.
+        content: bytes, or a plain value for torch.save.
+
+    Raises:
+        OSError, RuntimeError: it could not be written; the latter is what torch.save makes of a full disk.
+    """
+    with open(path, "wb") as file:
+        hashed = _Hashed(file)
+        if isinstance(content, bytes):
+            hashed.write(content)
+        else:
+            torch.save(content, hashed)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileFacts(hashed.count, hashed.digest.hexdigest())
+
+
+def hash_file(path: Path) -> FileFacts:
+    """Size and hash of a file, read piece by piece.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, count = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            count += len(piece)
+    return FileFacts(count, digest.hexdigest())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file in one move, onto the disk: readers see the old content or the new one, never half."""
+    pending = path.with_name(f".{path.name}.tmp")
+    with open(pending, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(pending, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """See the names in a folder onto the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def to_json(values: Any) -> bytes:
+    """Values as the bytes of a JSON file."""
+    return json.dumps(values, indent=1).encode()

@@ -1,0 +1,62 @@
+"""The model card of an exported folder: what it is, how it was trained, how to load it, what was compared."""
+
+from typing import Any
+
+_LOAD = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```"""
+
+
+def model_card(state: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Text of README.md.
+
+    Args:
+        state: of the checkpoint, as of :class:`mocte_ds.checkpoints.source.Source`.
+        facts: of the export.
+    """
+    own = facts["architecture"] == "MocteForCausalLM"
+    trust = ", trust_remote_code=True" if own else ""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        "# Model exported by mocte-ds",
+        "",
+        "Pre-trained with MO-CTE (cluster-oriented, trainability-aware experts); stored as "
+        f"{facts['architecture']}.{' The code of this class lies beside the weights.' if own else ''}",
+        "",
+        _LOAD.format(trust=trust),
+        "",
+        f"- parameters: {facts['parameters']:,}",
+        f"- trained tokens: {state['tokens']:,} ({state['step']} steps)",
+    ]
+    model = ", ".join(f"{key} {value}" for key, value in state["model"].items() if value is not None)
+    lines.append(f"- decoder: {model}")
+    for block in state["blocks"]:
+        frozen = sum(mode == "frozen" for mode in block["experts"])
+        lines.append(f"- {block['name']}: {block['mode']}, {len(block['experts'])} experts, {frozen} frozen")
+    if state["mocte"]:
+        lines.append(f"- routers: {_routers(state['mocte'])}")
+    if facts["reason"]:
+        lines.append(f"- no stock class: {facts['reason']}")
+    lines.append(f"- largest difference of logits from the checkpoint's, relative: {facts['logit_difference']:.1e}")
+    lines.append(f"- compared: {facts['tensors_compared']} tensors, {facts['experts_compared']} experts among them")
+    if facts["dtype"] == "bf16":
+        lines.append(
+            f"- computed in bf16, {facts['changed_predictions']:.1%} of random tokens have another likeliest "
+            "successor; load with dtype=torch.float32 to compute as the checkpoint does"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _routers(settings: dict[str, Any]) -> str:
+    found = []
+    for router in settings.get("banks") or [settings["router"]]:
+        learned = ", learned" if router["learn"] else ""
+        found.append(f"{router['kind']} (weight {router['weight']}{learned})")
+    return " + ".join(found)

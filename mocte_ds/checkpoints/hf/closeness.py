@@ -1,0 +1,57 @@
+"""What counts as the same: outputs that differ by rounding alone, at tokens whose expert rounding does not decide."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mocte_ds.errors import CheckpointError
+from mocte_ds.moe.block import Block
+from mocte_ds.moe.keys import LinearKey
+
+# Largest accepted difference in fp32, relative to the largest value; sums are taken in another order.
+TOLERANCE = 1e-4
+# Tokens whose two best experts are closer than this, relative to |gate| |feature|, may go to either by rounding.
+MARGIN = 2e-6
+
+
+def margins(block: Block, features: Tensor) -> Tensor:
+    """How much the best expert's logit exceeds the second's, relative to |gate| |feature|, at the block's closest bank.
+
+    Args:
+        block: with its weights; its context knows the token ids.
+        features: (B, T, d).
+
+    Returns:
+        (B, T); infinite where tables decide alone.
+    """
+    least = torch.full(features.shape[:2], torch.inf)
+    rows = features.reshape(-1, features.shape[-1]).float()
+    for bank in block.banks:
+        gate = bank.gate
+        linear = isinstance(gate.key, LinearKey)
+        if not linear and not gate.router.learn:
+            continue
+        logits = gate.key.logits(rows, block.context.tokens(features.shape, gate))
+        matrix = gate.key.cluster_weight if linear else torch.zeros(1)
+        if gate.router.learn:
+            logits = logits + F.linear(rows, gate.cluster_residual.float())
+            matrix = matrix + gate.cluster_residual.float()
+        best = logits.topk(2, dim=-1).values
+        scale = matrix.norm(dim=1).max() * rows.norm(dim=-1)
+        least = torch.minimum(least, ((best[:, 0] - best[:, 1]) / scale.clamp(min=1e-30)).view(least.shape))
+    return least
+
+
+def require_close(values: Tensor, expected: Tensor, what: str) -> float:
+    """Largest difference relative to the largest value.
+
+    Raises:
+        CheckpointError: it is more than rounding.
+    """
+    difference = ((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"{what} differ from the trained model's by {difference:.1e} of their largest value (allowed: "
+            f"{TOLERANCE:.0e}); the export would be another model."
+        )
+    return difference

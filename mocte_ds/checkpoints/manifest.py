@@ -1,0 +1,182 @@
+"""The list of a checkpoint's files with their hashes; a checkpoint that does not agree with it is refused by name."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mocte_ds.checkpoints.files import FileFacts, hash_file, replace_text
+from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.errors import CheckpointError
+
+FORMAT = 2
+MANIFEST_FILE = "mocte_manifest.json"
+_SHOWN = 5  # problems in one message
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of."""
+
+    run: str
+    """Unique name of the run, kept when it is resumed."""
+    step: int
+    """Optimizer steps that are done."""
+    world_size: int
+    """Ranks that wrote it."""
+    files: dict[str, FileFacts]
+    """Every file of the folder but this one."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder, onto the disk."""
+        replace_text(folder / MANIFEST_FILE, self._text())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of a checkpoint.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another format.
+        """
+        path = folder / MANIFEST_FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text)
+            found = values["format"]
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path} is missing: {folder} is no whole checkpoint of this version (format {FORMAT}); what version "
+                f"0.1.0 wrote has none. Write the name of another checkpoint into {folder.parent / 'latest'}."
+            ) from error
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+        if found != FORMAT:
+            raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}.")
+        try:
+            files = {name: FileFacts(facts["bytes"], facts["sha256"]) for name, facts in values["files"].items()}
+            manifest = cls(values["run"], values["step"], values["world_size"], files)
+            same = manifest._text() == text
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+        if not same or any(Path(name).name != name for name in files):
+            raise CheckpointError(f"{path} was changed after it was written: it does not agree with its own checksum.")
+        return manifest
+
+    def _text(self) -> str:
+        files = {name: asdict(self.files[name]) for name in sorted(self.files)}
+        values = {"format": FORMAT, "run": self.run, "step": self.step, "world_size": self.world_size, "files": files}
+        checksum = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+        return json.dumps({**values, "checksum": checksum}, indent=1) + "\n"
+
+
+def require_whole(folder: Path, names: Iterable[str] | None = None) -> Manifest:
+    """Refuse a checkpoint whose files are not the ones that were saved (on this process alone).
+
+    Args:
+        folder: of one checkpoint; only read.
+        names: files that will be read; None: all of the folder.
+
+    Raises:
+        CheckpointError: names every file that is missing, torn, changed, mixed up or too much.
+    """
+    manifest = Manifest.read(folder)
+    extra = _extra(folder, manifest) if names is None else []
+    chosen = list(manifest.files) if names is None else list(names)
+    _raise_for(folder, extra + _problems(folder, manifest, chosen, True))
+    return manifest
+
+
+def require_whole_on_ranks(folder: Path, content: bool = True) -> Manifest:
+    """:func:`require_whole` for all files, each of which one rank looks at; all ranks raise the same (collective).
+
+    Args:
+        folder: of one checkpoint, in a file system that all ranks share.
+        content: False: names and sizes only.
+    """
+    rank, size = world()
+    problems, manifest = [], None
+    try:
+        manifest = Manifest.read(folder)
+        problems = _problems(folder, manifest, sorted(manifest.files)[rank::size], content)
+        if rank == 0:
+            problems = _extra(folder, manifest) + problems
+        failure = None
+    except CheckpointError as error:
+        failure = str(error)
+    found = gather_objects((failure, problems))
+    failures = [text for text, _ in found if text]
+    if failures or manifest is None:
+        raise CheckpointError(failures[0])
+    _raise_for(folder, [problem for _, part in found for problem in part])
+    return manifest
+
+
+def _raise_for(folder: Path, problems: list[str]) -> None:
+    if not problems:
+        return
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    raise CheckpointError(
+        f"the checkpoint {folder} is damaged: {'; '.join(problems[:_SHOWN])}{more}. Nothing of it was loaded; write "
+        f"the name of another checkpoint into {folder.parent / 'latest'}."
+    )
+
+
+def _problems(folder: Path, manifest: Manifest, names: Iterable[str], content: bool) -> list[str]:
+    """What is wrong with some files, a text each."""
+    problems = []
+    for name in names:
+        path, wanted = folder / name, manifest.files.get(name)
+        if wanted is None:
+            problems.append(f"{name} is not in its {MANIFEST_FILE}")
+            continue
+        try:
+            size = path.stat().st_size
+            if size == wanted.bytes and (not content or hash_file(path) == wanted):
+                continue
+            problems.append(_difference(folder, manifest, name, size))
+        except FileNotFoundError:
+            problems.append(f"{name} is missing{_renamed(folder, manifest, wanted)}")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror or error})")
+    return problems
+
+
+def _difference(folder: Path, manifest: Manifest, name: str, size: int) -> str:
+    """In which way a file is not the one that was saved."""
+    wanted, found = manifest.files[name], hash_file(folder / name)
+    for other, facts in manifest.files.items():
+        if facts == found:
+            return f"{name} holds the content of {other}: files were mixed up"
+    for path in sorted(folder.parent.glob(f"*/{MANIFEST_FILE}")):
+        try:
+            neighbour = Manifest.read(path.parent)
+        except CheckpointError:
+            continue
+        for other, facts in neighbour.files.items():
+            if facts == found:
+                return f"{name} holds the content of {other} of the checkpoint {path.parent.name}: files were mixed up"
+    if size < wanted.bytes:
+        return f"{name} is truncated to {size} of {wanted.bytes} bytes"
+    if size > wanted.bytes:
+        return f"{name} has {size} bytes, {wanted.bytes} were saved"
+    return f"{name} was changed: its sha256 is not that of what was saved (damaged, or of another run)"
+
+
+def _renamed(folder: Path, manifest: Manifest, wanted: FileFacts) -> str:
+    """Where the content of a missing file went, if it is still in the folder."""
+    for name in _strangers(folder, manifest):
+        path = folder / name
+        if path.is_file() and path.stat().st_size == wanted.bytes and hash_file(path) == wanted:
+            return f" ({name} holds its content: it was renamed)"
+    return ""
+
+
+def _extra(folder: Path, manifest: Manifest) -> list[str]:
+    return [f"{name} does not belong to it" for name in _strangers(folder, manifest)]
+
+
+def _strangers(folder: Path, manifest: Manifest) -> list[str]:
+    """Names that the manifest lacks; hidden ones are left alone (file systems put some there)."""
+    known = {*manifest.files, MANIFEST_FILE}
+    return sorted(path.name for path in folder.iterdir() if path.name not in known and not path.name.startswith("."))

@@ -1,0 +1,152 @@
+"""Where checkpoints lie on the disk, and the few renames by which a new one takes its place whole or not at all."""
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mocte_ds.checkpoints.files import replace_text, sync_folder
+from mocte_ds.errors import CheckpointError
+
+PARTIAL, REPLACED = ".{}.mocte-partial", ".{}.mocte-replaced"
+_LEFTOVER = re.compile(r"\.(.+)\.mocte-(partial|replaced)")
+_ROOM = 1 << 20  # bytes for what is not counted: file headers, the manifest
+_PATIENCE = 10.0  # seconds until a new folder must be seen by all ranks
+
+
+@dataclass(frozen=True)
+class Place:
+    """One checkpoint's place in the folder of all checkpoints."""
+
+    root: Path
+    tag: str
+
+    def __post_init__(self) -> None:
+        if not self.tag or Path(self.tag).name != self.tag or self.tag.startswith("."):
+            raise CheckpointError(
+                f"a checkpoint cannot be named {self.tag!r}: take a name without '/', and no dot first."
+            )
+
+    @property
+    def final(self) -> Path:
+        """Where the checkpoint lies when it is whole."""
+        return self.root / self.tag
+
+    @property
+    def partial(self) -> Path:
+        """Where it is written."""
+        return self.root / PARTIAL.format(self.tag)
+
+    @property
+    def replaced(self) -> Path:
+        """Where an older one of the same name lies for the moment in which it is replaced."""
+        return self.root / REPLACED.format(self.tag)
+
+    def prepare(self, needed: int) -> None:
+        """Make the empty folder that is written to; what killed saves left is removed.
+
+        Args:
+            needed: bytes that all ranks will write.
+
+        Raises:
+            CheckpointError: the disk has less room.
+            OSError: the folder cannot be made.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.root)
+        free = shutil.disk_usage(self.root).free
+        if needed + _ROOM > free:
+            raise CheckpointError(
+                f"could not save the checkpoint {self.final}: it needs {(needed + _ROOM) / 1e6:.0f} MB and "
+                f"{free / 1e6:.0f} MB are free there. Nothing was written. {last_good(self.root)}"
+            )
+        self.partial.mkdir()
+        sync_folder(self.root)
+
+    def require_seen(self) -> None:
+        """Raise CheckpointError where this rank does not see the folder that rank zero made."""
+        deadline = time.monotonic() + _PATIENCE
+        # Listing asks a network file system anew; looking for one name may be answered from what it remembers.
+        while not (self.root.is_dir() and self.partial.name in os.listdir(self.root)):
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"a rank does not see {self.partial}, which rank 0 made: checkpoints need a folder in a file "
+                    "system that all hosts share."
+                )
+            time.sleep(0.05)
+
+    def swap_in(self) -> None:
+        """Give the finished folder its name.
+
+        An older one of this name steps aside first, where readers still find it, until :meth:`forget_replaced`.
+        """
+        if self.final.exists():
+            os.rename(self.final, self.replaced)
+        os.rename(self.partial, self.final)
+        sync_folder(self.root)
+
+    def move_latest(self) -> None:
+        """Let `latest` name this checkpoint."""
+        replace_text(self.root / "latest", self.tag)
+
+    def forget_replaced(self) -> None:
+        """Remove the older checkpoint of this name."""
+        shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def give_up(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Tidy up behind saves that were killed; a checkpoint that was being replaced comes back."""
+    for path in sorted(root.iterdir()):
+        found = _LEFTOVER.fullmatch(path.name)
+        if not found or not path.is_dir():
+            continue
+        if found[2] == "replaced" and not (root / found[1]).exists():
+            os.rename(path, root / found[1])
+        else:
+            shutil.rmtree(path)
+
+
+def find_checkpoint(root: Path, tag: str) -> Path | None:
+    """Folder of a checkpoint, also of one that a killed save was about to replace; None: not there."""
+    for name in (tag, REPLACED.format(tag)):
+        if tag and (root / name).is_dir():
+            return root / name
+    return None
+
+
+def resolve_tag(load_dir: str | Path) -> str | None:
+    """Name of the last good checkpoint's folder, None where there is none.
+
+    Raises:
+        CheckpointError: `latest` is damaged or names a folder that does not exist.
+    """
+    latest = Path(load_dir) / "latest"
+    if not latest.is_file():
+        return None
+    try:
+        tag = latest.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{latest} cannot be read: {error}; write the name of a checkpoint into it.") from error
+    # An empty name would be the folder itself, and the run would start anew as if there were no checkpoint.
+    folder = find_checkpoint(Path(load_dir), tag)
+    if folder is None:
+        raise CheckpointError(f"{latest} names the checkpoint '{tag}', which is not there; write another tag into it.")
+    return folder.name
+
+
+def last_good(root: Path) -> str:
+    """A sentence that says which checkpoint a run can go on from."""
+    name = None
+    with contextlib.suppress(CheckpointError):
+        name = resolve_tag(root)
+    return (
+        f"The last good checkpoint ({name or 'none'}) is untouched; make room or choose another folder, and start "
+        "again: the run resumes from it."
+    )

@@ -1,0 +1,265 @@
+"""A checkpoint whose tensors are read one at a time, for models that are larger than memory."""
+
+import copy
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mocte_ds.checkpoints.load import STATE_FILE, read_state
+from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest, require_whole
+from mocte_ds.checkpoints.place import resolve_tag
+from mocte_ds.checkpoints.plain import require_keys
+from mocte_ds.config import MocteConfig
+from mocte_ds.errors import CheckpointError
+from mocte_ds.models.decoder import Decoder, DecoderConfig
+from mocte_ds.moe.attach import attach
+from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.sections import parse_section
+
+MODEL_FILE = "mp_rank_00_model_states.pt"
+PARTITIONED_MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+"""Its name under ZeRO stage 3 (docs/zero3.md)."""
+EXPERT_FILE = "layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
+# A mapped file's pages count as used memory once they were read, until the mapping goes.
+REMAP_BYTES = 1 << 24
+_EXPERT_KEY = ".deepspeed_moe.experts.deepspeed_experts."
+
+
+class Source:
+    """What is trained: its structure without any weights, and each weight when it is asked for."""
+
+    def __init__(self, model: nn.Module, state: dict[str, Any], dtype: str = "fp32") -> None:
+        """Take the structure.
+
+        Args:
+            model: a Decoder with its blocks in their modes, all experts local; its weights are not looked at.
+            state: "step", "tokens", "model", "mocte" (None for a dense run), "blocks", "tokenizer".
+            dtype: `fp32`, or `bf16`: weights are rounded to it; gates keep their precision.
+        """
+        self.model, self.state, self.dtype = model, state, dtype
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def read(self, name: str) -> Tensor:
+        """A copy of a tensor: fp32, rounded to ``dtype``, or integers as they are.
+
+        Raises:
+            CheckpointError: the file is gone or damaged.
+        """
+        tensor = self._stored(name)
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        if self.dtype == "bf16" and ".gate." not in name:
+            tensor = tensor.bfloat16()
+        return tensor.to(torch.float32, copy=True)
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor as it lies there; not to be changed."""
+        raise NotImplementedError
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Of the decoder."""
+        return self.model.config
+
+    @property
+    def blocks(self) -> dict[int, Block]:
+        """The blocks by the number of their layer.
+
+        Raises:
+            CheckpointError: a block stands elsewhere than for the FFN of a layer.
+        """
+        blocks = {i: layer.mlp for i, layer in enumerate(self.model.model.layers) if isinstance(layer.mlp, Block)}
+        strange = [m.name for m in self.model.modules() if isinstance(m, Block) and m not in blocks.values()]
+        if strange:
+            raise CheckpointError(
+                f"the block {strange[0]} is no FFN of a layer (model.layers.N.mlp); no class has experts there."
+            )
+        return blocks
+
+    @property
+    def emerged(self) -> dict[int, Block]:
+        """The blocks that run their experts."""
+        return {i: block for i, block in self.blocks.items() if block.mode is not BlockMode.WARMUP}
+
+    def part(self, name: str) -> nn.Module:
+        """A module with its weights, in evaluation mode; a block in warm-up is its dense FFN.
+
+        Args:
+            name: path in the decoder.
+        """
+        module, prefix = copy.deepcopy(self.model.get_submodule(name)), f"{name}."
+        warm = isinstance(getattr(module, "mlp", None), Block) and module.mlp.mode is BlockMode.WARMUP
+        if warm:
+            module.mlp = module.mlp.dense
+        weights = {}
+        for key in module.state_dict():
+            path = key.replace("mlp.", "mlp.dense.", 1) if warm and key.startswith("mlp.") else key
+            weights[key] = self.read(prefix + path)
+        module.load_state_dict(weights, assign=True)
+        return module.eval()
+
+
+class StoredSource(Source):
+    """The weights of a checkpoint on disk; only read."""
+
+    def __init__(self, checkpoint: str | Path, dtype: str = "fp32") -> None:
+        """Read everything but the weights, and check that each of them is there.
+
+        Args:
+            checkpoint: a folder of checkpoints (its `latest` is taken) or the folder of one tag.
+            dtype: as of :class:`Source`.
+
+        Raises:
+            CheckpointError: missing, damaged or unknown files, or a checkpoint that was not written by
+                launch/pretrain.py.
+            ConfigError: settings that this version does not know.
+        """
+        self.folder = folder = find_tag(checkpoint)
+        manifest = Manifest.read(folder)
+        require_whole(folder, model_files(manifest))
+        self._model_file = model_file(manifest)
+        path = folder / self._model_file
+        shared = require_keys(_map(path), ("module", "global_steps"), path)
+        has_blocks = STATE_FILE in manifest.files
+        saved = read_state(folder.parent, folder.name, None, None) if has_blocks else None
+        client = saved["client_state"] if saved else shared
+        if "model" not in client:
+            raise CheckpointError(
+                f"{folder} does not say which model it holds (client_state has no 'model'); only checkpoints of "
+                "launch/pretrain.py can be converted."
+            )
+        with torch.device("meta"):
+            model = Decoder(parse_section(DecoderConfig, client["model"], "model"))
+            if saved:
+                _attach(model, saved["mocte"], folder)
+        state: dict[str, Any] = {"step": shared["global_steps"], "model": dict(client["model"]), "mocte": None}
+        state.update(tokenizer=client.get("tokenizer"), blocks=[], tokens=client.get("tokens", 0))
+        if saved:
+            mocte = saved["mocte"]
+            state.update(mocte=mocte["config"], tokens=mocte["tokens"])
+            state["blocks"] = [{key: entry[key] for key in ("name", "mode", "experts")} for entry in mocte["blocks"]]
+        super().__init__(model, state, dtype)
+        self._files = dict.fromkeys(shared["module"], self._model_file)
+        self._files.update(self._find_experts())
+        self._require_fit(shared["module"])
+        self._open: tuple[str, dict[str, Tensor]] = ("", {})
+        self._read_bytes = 0
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of the files with weights."""
+        return sum((self.folder / name).stat().st_size for name in set(self._files.values()))
+
+    def _stored(self, name: str) -> Tensor:
+        file = self._files[name]
+        if self._open[0] != file or self._read_bytes > REMAP_BYTES:
+            self._open = ("", {})
+            content = _map(self.folder / file)
+            self._open, self._read_bytes = (file, content["module"] if file == self._model_file else content), 0
+        tensor = self._open[1][name]
+        self._read_bytes += tensor.nbytes
+        return tensor
+
+    def _find_experts(self) -> dict[str, str]:
+        """The file of each expert's tensors.
+
+        DeepSpeed writes one file an expert; its layer number counts the banks in the order of the model.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, incomplete, another expert's, or one too many.
+        """
+        files: dict[str, str] = {}
+        blocks = [module for module in self.model.modules() if isinstance(module, Block)]
+        banks = [(block, number) for block in blocks for number in range(len(block.banks))]
+        known: set[str] = set()
+        for layer, (block, number) in enumerate(banks):
+            for k, expert in enumerate(block.banks[number].local_experts):
+                path = self.folder / EXPERT_FILE.format(layer=layer, expert=k)
+                known.add(path.name)
+                prefix = f"{block.name}.banks.{number}{_EXPERT_KEY}{k}."
+                found = require_keys(_map(path), (), path)
+                wrong = [key for key in found if not str(key).startswith(prefix)]
+                if wrong:
+                    raise CheckpointError(
+                        f"{path} holds {wrong[0]}, not expert {k} of {block.name}: files were mixed up."
+                    )
+                for name, parameter in expert.state_dict().items():
+                    value = found.get(prefix + name)
+                    if not torch.is_tensor(value) or value.shape != parameter.shape:
+                        raise CheckpointError(
+                            f"{path} does not hold {name} {tuple(parameter.shape)} of expert {k} of {block.name}."
+                        )
+                    files[prefix + name] = path.name
+        strange = {path.name for path in self.folder.glob(EXPERT_FILE.format(layer="*", expert="*"))} - known
+        if strange:
+            raise CheckpointError(f"{self.folder} holds {min(strange)}, an expert that its {STATE_FILE} does not know.")
+        return files
+
+    def _require_fit(self, shared: dict[str, Any]) -> None:
+        missing, unexpected = [n for n in self.shapes if n not in self._files], list(self._files.keys() - self.shapes)
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{self.folder} does not fit its own model: missing {missing[:3]}, unexpected {unexpected[:3]}."
+            )
+        for name, value in shared.items():
+            if not torch.is_tensor(value) or tuple(value.shape) != self.shapes[name]:
+                raise CheckpointError(f"{self.folder} does not fit its own model: {name} has another shape.")
+
+
+def find_tag(checkpoint: str | Path) -> Path:
+    """The folder of one checkpoint, from itself or from the folder of all checkpoints.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    folder = Path(checkpoint).absolute()
+    if (folder / MANIFEST_FILE).is_file() or (folder / MODEL_FILE).is_file():
+        return folder
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; name a run's checkpoints folder, or one tag in it.")
+    tag = resolve_tag(folder)
+    if tag is None:
+        raise CheckpointError(f"{folder} is no checkpoint: neither a file 'latest' nor {MODEL_FILE} is there.")
+    return folder / tag
+
+
+def model_file(manifest: Manifest) -> str:
+    """Name of the file of a checkpoint that holds everything but the experts."""
+    return PARTITIONED_MODEL_FILE if PARTITIONED_MODEL_FILE in manifest.files else MODEL_FILE
+
+
+def model_files(manifest: Manifest) -> list[str]:
+    """Names of the files of a checkpoint that hold the model, and not the optimizer or random states."""
+    experts = fnmatch.filter(manifest.files, EXPERT_FILE.format(layer="*", expert="*"))
+    return [model_file(manifest), *(name for name in (STATE_FILE,) if name in manifest.files), *experts]
+
+
+def _attach(model: nn.Module, mocte: dict[str, Any], folder: Path) -> None:
+    """Put the checkpoint's blocks into the model, in their modes."""
+    blocks, entries = attach(model, MocteConfig.from_dict({**mocte["config"], "ep_size": 1})), mocte["blocks"]
+    names = [entry.get("name") for entry in entries]
+    if names != [block.name for block in blocks]:
+        raise CheckpointError(f"{folder / STATE_FILE} lists the blocks {names}, which its own config does not give.")
+    for block, entry in zip(blocks, entries, strict=True):
+        try:
+            block.mode = BlockMode(entry["mode"])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{folder / STATE_FILE}: the mode of {block.name} is unknown ({error}).") from error
+
+
+def _map(path: Path) -> Any:
+    """A file of ours without executing anything in it; its tensors are read when they are used.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or holds more than plain values and tensors.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete or not one of mocte_ds.") from error
+    except Exception as error:  # torch.load raises many types for a damaged file
+        text = str(error).strip().splitlines() or ["damaged"]
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {text[0]}") from error

@@ -1,0 +1,149 @@
+"""DeepSpeed's checkpoint files, collected for our saver instead of pickled, and read without executing code."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from mocte_ds.checkpoints.place import Place
+from mocte_ds.checkpoints.plain import from_plain, read_plain, to_plain
+from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
+from mocte_ds.checkpoints.save import Saver
+from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.errors import CheckpointError, ConfigError
+
+# Objects that DeepSpeed's ZeRO optimizers put into their state.
+_CLASSES = {kind.__name__: kind for kind in (DynamicLossScaler, LossScaler, fragment_address)}
+
+
+class PlainFiles(CheckpointEngine):
+    """What a DeepSpeed engine hands its files to, and gets them from; :func:`use_plain_files` puts it in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "mocte_ds"
+        self.saver = Saver()
+        """Writes the checkpoints."""
+        self.always: dict[str, bytes] = {}
+        """Further files of every checkpoint, by name; rank zero's are written."""
+        self._collected: dict[str, Any] = {}
+        self._copy = False
+        self._refused: CheckpointError | None = None
+
+    def save_checkpoint(
+        self,
+        deepspeed_save: Callable[[dict[str, Any]], Any],
+        save_dir: str | Path,
+        tag: str,
+        step: int,
+        client_state: Mapping[str, Any],
+        own: Callable[[], dict[str, Any]],
+        save_latest: bool = True,
+        asynchronous: bool = False,
+    ) -> None:
+        """Write DeepSpeed's files and ours as one checkpoint (collective).
+
+        Args:
+            deepspeed_save: DeepSpeed's save with a client state; its files go through :meth:`save`.
+            save_dir: folder of all checkpoints.
+            tag: name of this one.
+            step: optimizer steps that are done.
+            client_state: the caller's own values.
+            own: makes this rank's further files, after DeepSpeed's; an entry "mocte" of the random states' file is left
+                out, with a warning, where it is not plain.
+            save_latest: whether `latest` moves.
+            asynchronous: copy everything to CPU memory and return; threads write it.
+
+        Raises:
+            CheckpointError: on all ranks; no checkpoint that was there before was touched.
+        """
+        self.saver.wait()  # before the memory for another copy is taken
+        Place(Path(save_dir), tag)
+        client = to_plain(dict(client_state), "client_state", asynchronous)
+        self._collected, self._copy, self._refused = {}, asynchronous, None
+        try:
+            deepspeed_save(client)
+            files = self._collected
+        finally:
+            self._collected = {}
+        try:
+            for name, content in own().items():
+                files[name] = to_plain(content, name, asynchronous)
+        except CheckpointError as error:
+            self._refused = self._refused or error
+        refused = [text for text in gather_objects(str(self._refused) if self._refused else None) if text]
+        if refused:
+            raise CheckpointError(f"could not save the checkpoint {Path(save_dir) / tag}: {refused[0]}")
+        if world()[0] == 0:
+            files.update(self.always)
+        self.saver.save(save_dir, tag, files, step, save_latest, asynchronous)
+
+    # ---- what DeepSpeed calls --------------------------------------------------------------------------------------
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """DeepSpeed starts to save: nothing to do."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """DeepSpeed wants a folder: the saver makes its own."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Keep the content of one of DeepSpeed's files."""
+        name = Path(path).name
+        try:
+            self._collected[name] = to_plain(state_dict, name, self._copy, _CLASSES)
+        except CheckpointError as error:  # told behind DeepSpeed's barriers, on all ranks
+            self._refused = self._refused or error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Content of one of DeepSpeed's files, in CPU memory; nothing in it is executed."""
+        return from_plain(read_plain(Path(path)), _CLASSES)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """DeepSpeed has handed over everything."""
+        return True
+
+    def preserves_storage_sharing(self) -> bool:
+        """False: DeepSpeed need not copy tensors that are views; :func:`to_plain` does."""
+        return False
+
+
+def own_files(rank_state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The file of this rank's random states, with what only this rank's controller has."""
+    states = random_states()
+    if rank_state:
+        try:
+            states["mocte"] = to_plain(rank_state, "the controller's state of this rank")
+        except CheckpointError as error:
+            warnings.warn(
+                f"{error} It is left out of the checkpoint: a resumed run collects its samples anew.", stacklevel=2
+            )
+    return {RANDOM_FILE.format(rank=world()[0]): states}
+
+
+def use_plain_files(engine: Any) -> PlainFiles:
+    """Let a DeepSpeed engine save and load through plain files.
+
+    Raises:
+        ConfigError: settings of DeepSpeed that go round them.
+    """
+    settings = engine._config.checkpoint_config
+    if settings.get("writer") is not None or engine._config.datastates_config.enabled:
+        raise ConfigError(
+            "checkpoint.writer and datastates are not supported: mocte_ds writes checkpoints; remove them."
+        )
+    if engine.use_node_local_storage():
+        raise ConfigError(
+            "checkpoint.use_node_local_storage is not supported: a checkpoint is one folder in a file system that all "
+            "hosts share; remove it."
+        )
+    if engine.load_universal_checkpoint():
+        raise ConfigError("checkpoint.load_universal is not supported: DeepSpeed unpickles such files; remove it.")
+    files = PlainFiles()
+    engine.checkpoint_engine = files
+    # It would be code that nobody verifies; `python -m deepspeed.utils.zero_to_fp32` is the same script.
+    engine._copy_recovery_script = lambda save_path: None
+    return files

@@ -1,0 +1,64 @@
+"""Checkpoints made without DeepSpeed: damaged ones whose manifest agrees, and large ones."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mocte_ds.checkpoints.files import hash_file
+from mocte_ds.checkpoints.load import STATE_FILE
+from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
+from mocte_ds.checkpoints.source import EXPERT_FILE, MODEL_FILE
+from mocte_ds.config import MocteConfig
+from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.moe import Block, BlockMode, attach
+
+
+def sign(folder: Path) -> None:
+    """Make the manifest agree with the files as they are, as somebody would who knows the format."""
+    files = {path.name: hash_file(path) for path in folder.iterdir() if path.name != MANIFEST_FILE}
+    Manifest("by hand", 7, 1, files).write(folder)
+
+
+def write_random(folder: Path, config: DecoderConfig, settings: dict[str, Any]) -> None:
+    """A checkpoint of random bf16 weights, one file at a time, so that it may be large.
+
+    Args:
+        folder: of the one tag.
+        config: of the decoder.
+        settings: "mocte" block; all of its blocks have emerged.
+    """
+    mocte = MocteConfig.from_dict(settings)
+    with torch.device("meta"):
+        model = Decoder(config)
+        blocks = attach(model, mocte)
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return torch.randint(mocte.num_experts, tensor.shape, generator=generator)
+        if name.endswith("cluster_bias"):
+            return torch.zeros(tensor.shape)
+        noise = 0.05 * torch.randn(tensor.shape, generator=generator)
+        return noise if ".gate." in name else (noise if tensor.dim() > 1 else 1 + noise).bfloat16()
+
+    folder.mkdir(parents=True)
+    state = model.state_dict()
+    shared = {name: fill(name, tensor) for name, tensor in state.items() if ".deepspeed_experts." not in name}
+    torch.save({"module": shared, "global_steps": 7}, folder / MODEL_FILE)
+    banks = [(block, number) for block in blocks for number in range(len(block.banks))]
+    for layer, (block, number) in enumerate(banks):
+        for k in range(mocte.num_experts):
+            prefix = f"{block.name}.banks.{number}.deepspeed_moe.experts.deepspeed_experts.{k}."
+            weights = {name: fill(name, tensor) for name, tensor in state.items() if name.startswith(prefix)}
+            torch.save(weights, folder / EXPERT_FILE.format(layer=layer, expert=k))
+    modes = [{"name": b.name, "mode": BlockMode.SPECIALISING.value, "experts": _modes(b)} for b in blocks]
+    client = {"model": asdict(config), "tokenizer": None}
+    saved = {"mocte": {"config": mocte.to_dict(), "blocks": modes, "tokens": 700}, "client_state": client}
+    torch.save(saved, folder / STATE_FILE)
+    sign(folder)
+
+
+def _modes(block: Block) -> list[str]:
+    return ["training"] * block.num_experts
