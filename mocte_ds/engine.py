@@ -23,9 +23,10 @@ from mocte_ds.controller import Controller
 from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import attach
-from mocte_ds.zero import UnitRegistry, find_front, require_conformance
+from mocte_ds.zero import UnitRegistry, find_front, require_conformance, require_stage3_settings
 from mocte_ds.zero.checkpoint_files import own_files
 from mocte_ds.zero.engine import UnitEngine
+from mocte_ds.zero.partitioned_files import require_same_partition
 from mocte_ds.zero.process_groups import expert_parallel_rank
 
 DEFAULT_TOTAL_STEPS = 10_000
@@ -76,6 +77,10 @@ class MocteEngine(UnitEngine):
             CheckpointError: no room, a value that is not plain, or a file that could not be written on some rank; the
                 checkpoints that are there stay as they are.
         """
+        if exclude_frozen_parameters and self.zero_optimization_partition_weights():
+            raise CheckpointError(
+                "exclude_frozen_parameters is not supported under ZeRO stage 3: frozen experts would be lost."
+            )
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
         client = dict(client_state or {})
         save = super().save_checkpoint
@@ -119,6 +124,13 @@ class MocteEngine(UnitEngine):
             return None, None
         folder, files = Path(load_dir) / tag, self.checkpoint_engine
         manifest = require_whole_on_ranks(folder, self.mocte.config.checkpoint.verify)
+        require_same_partition(folder, self.zero_optimization_stage(), self.dp_world_size)
+        if self.zero_optimization_partition_weights() and (
+            kwargs.get("load_module_only") or kwargs.get("custom_load_fn")
+        ):
+            raise CheckpointError(
+                "load_module_only and custom_load_fn are not supported under ZeRO stage 3; load all of the checkpoint."
+            )
         with files.reading(folder, manifest, self.mocte.config.ep_size) as read:
             names = [handle.name for handle in self.mocte.blocks]
             state = read_state(load_dir, tag, self.mocte.config, names, read)
@@ -211,6 +223,8 @@ def initialize(
         collate_fn=collate_fn,
         config=settings,
         config_class=resolved,
+        # Stage 3 is for models that do not fit on a device: it moves one parameter at a time.
+        dont_change_device=resolved.zero_config.stage == 3,
     )
     engine.mocte, engine.tokens_seen = controller, 0
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
@@ -245,11 +259,12 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
     if isinstance(model, deepspeed.PipelineModule):
         raise ConfigError("pipeline modules are not supported; hand over the plain model.")
     stage = (settings.get("zero_optimization") or {}).get("stage", 0)
-    if stage not in (1, 2):
-        reason = (
-            "DeepSpeed's native expert layers refuse stage 3" if stage == 3 else "freezing acts on ZeRO's partition"
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"zero_optimization.stage = {stage}: use stage 1, 2 or 3 (freezing acts on ZeRO's partition)."
         )
-        raise ConfigError(f"zero_optimization.stage = {stage}: use stage 1 or 2 ({reason}).")
+    if stage == 3:
+        require_stage3_settings(settings, model)
     zero = settings["zero_optimization"]
     for name in ("contiguous_gradients", "reduce_scatter"):
         if not zero.get(name, True):

@@ -3,6 +3,8 @@
 import re
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
+PARTITIONED_MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+"""The same under ZeRO stage 3 (docs/zero3.md)."""
 EXPERT_FILE = "layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
 """Weights of one expert, counted within its bank; the layer counts the banks in the order of the model."""
 OPTIMIZER_FILE = "{precision}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"

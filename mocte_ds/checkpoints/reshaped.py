@@ -150,8 +150,9 @@ class Reshaped:
         text = f"{manifest.run} step {manifest.step} rank {rank}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
         states = generator_states(random.Random(seed), np.random.RandomState(seed), torch.Generator().manual_seed(seed))
-        if "cuda" in existing:
-            states["cuda"] = torch.tensor([seed, 0]).view(torch.uint8)  # seed and offset, as CUDA's generator has them
+        offset = torch.tensor([seed, 0]).view(torch.uint8)  # seed and offset, as CUDA's generator has them
+        if "cuda" in existing and existing["cuda"].shape == tuple(offset.shape):
+            states["cuda"] = offset
         return states
 
 

@@ -59,7 +59,8 @@ class Written:
         ranks = self.manifest.world_size
         if self.state is None:
             return Layout(ranks)
-        config, ds_config = self.state["mocte"]["config"], self.model["ds_config"]
+        config = self.state["mocte"]["config"]
+        ds_config = self.model["ds_config"] if MODEL_FILE in self.manifest.files else None  # ZeRO-3 has other files
         first = isinstance(ds_config, dict) and bool(ds_config.get("use_data_before_expert_parallelism"))
         ep_size, experts = config["ep_size"], config["num_experts"]
         if not isinstance(ep_size, int) or ep_size < 1 or ranks % ep_size or experts % ep_size:

@@ -25,7 +25,7 @@ from mocte_ds.controller.resume import ResumableRun
 from mocte_ds.dist.collectives import gather_objects, require_same
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
-from mocte_ds.zero import UnitRegistry, UnitZeroOptimizer
+from mocte_ds.zero import UnitOptimizer, UnitRegistry
 
 EventListener = Callable[[dict[str, Any]], None]
 
@@ -57,7 +57,7 @@ class Controller(ResumableRun):
         """Steps done before the one that was sampled last."""
 
     def bind(
-        self, module: torch.nn.Module, optimizer: UnitZeroOptimizer, scheduler: Any, rank: int, sequences_per_step: int
+        self, module: torch.nn.Module, optimizer: UnitOptimizer, scheduler: Any, rank: int, sequences_per_step: int
     ) -> None:
         """Hand over the engine's module, optimizer and scheduler, this rank's number and the global batch size."""
         self.module, self.optimizer, self.scheduler, self.rank = module, optimizer, scheduler, rank

@@ -12,9 +12,9 @@ from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import max_over_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.birth import copy_dense_weights, inherit, set_gate, set_random_gate
-from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.trainability.policy import make_policy
-from mocte_ds.zero import dense_unit, follow_groups
+from mocte_ds.zero import UnitState, dense_unit, follow_groups, let_go, on_its_own, whole
 
 CHECKS_IN_A_ROW = 2
 
@@ -147,9 +147,10 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
     Returns:
         Facts for the event of each change.
     """
-    born: dict = {}
+    born: UnitState = {}
     facts: list[dict[str, Any]] = []
     outputs_before = {}
+    let_go(run.module)
     for change in changes:
         if change.block is None:
             run.frozen_layers = change.layers
@@ -166,8 +167,7 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
                 set_random_gate(block, run.config)
             outputs_before[change.block] = _output(run, handle, reading)
             if block.kind == "ffn":
-                copy_dense_weights(block)
-                born.update(inherit(block, run.optimizer.unit_state(dense_unit(block))))
+                born.update(_give_dense_state(run, block))
             for expert in handle.experts:
                 expert.mode, expert.changed_at = ExpertMode.TRAINING, run.step
             handle.born_share = run.share
@@ -197,7 +197,15 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
     return facts
 
 
-def _rebuild_partition(run: RunState, born: dict) -> None:
+def _give_dense_state(run: RunState, block: Block) -> UnitState:
+    """Let a block's `ffn` experts start as copies of the dense FFN: its weights, and what to make their state of."""
+    experts = [parameter for bank in block.banks for parameter in bank.local_experts.parameters()]
+    with whole([*block.dense.parameters(), *experts], changed=True):
+        copy_dense_weights(block)
+        return run.optimizer.own_part(inherit(block, run.optimizer.unit_state(dense_unit(block))))
+
+
+def _rebuild_partition(run: RunState, born: UnitState) -> None:
     trainable = run.trainable_units()
     if run.registry.front is not None:
         run.registry.front.run_without_graph(run.module, run.frozen_layers)
@@ -209,12 +217,10 @@ def _rebuild_partition(run: RunState, born: dict) -> None:
             if unit.name not in trainable:
                 parameter.grad = None
     groups = run.registry.groups(trainable)
-    old = [(group["unit"], group["options"]) for group in run.optimizer.optimizer.param_groups]
-    if [(group["unit"], group["options"]) for group in groups] == old:
-        # Still collective: another rank may have something to change.
-        return
-    sources = run.optimizer.regroup(groups, born)
-    follow_groups(run.scheduler, len(old), sources)
+    if run.optimizer.changed_by(groups):
+        count = len(run.optimizer.optimizer.param_groups)
+        sources = run.optimizer.regroup(groups, born)
+        follow_groups(run.scheduler, count, sources)
 
 
 @torch.no_grad()
@@ -230,7 +236,8 @@ def _output(run: RunState, handle: BlockHandle, reading: BlockReading) -> torch.
     block.eval()
     try:
         like = next(block.dense.parameters())
-        return block(features.to(like.device, like.dtype)).float()
+        with on_its_own(block):
+            return block(features.to(like.device, like.dtype)).float()
     finally:
         context.token_ids = kept
         block.train(training)

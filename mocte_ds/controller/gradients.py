@@ -18,6 +18,7 @@ from mocte_ds.dist.collectives import gather_objects, max_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.trainability import coherence, conflict, ghost_gram
+from mocte_ds.zero import let_go, on_its_own
 
 # Rows of an expert that the Gram matrix is made of; its cost grows with the square.
 ROWS = 256
@@ -65,16 +66,21 @@ def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[st
         for hook in hooks:
             hook.remove()
     if look is None:
+        let_go(run.module)
         return {}
     groups = _groups(run, probe.domain, means, stride)
     keys = [key for key in sorted(seen) if seen[key].output.requires_grad]
     gradients = torch.autograd.grad(look.loss, [seen[key].output for key in keys], allow_unused=True)
+    let_go(run.module)
     own = {}
-    for key, gradient in zip(keys, gradients, strict=True):
-        if gradient is not None:
-            numbers = _numbers(modules[key], key, seen[key].rows, gradient, look.sequence.get(key), groups)
-            if numbers:
-                own[key] = numbers
+    found_gradients = dict(zip(keys, gradients, strict=True))
+    for key in sorted(modules):
+        gradient = found_gradients.get(key)
+        with on_its_own(modules[key]):  # by all that share it, also where nothing was found
+            if gradient is not None:
+                numbers = _numbers(modules[key], key, seen[key].rows, gradient, look.sequence.get(key), groups)
+                if numbers:
+                    own[key] = numbers
     found: dict[int, dict[int, dict[str, float]]] = {}
     everywhere = gather_objects(own)
     for block, k in sorted({key for part in everywhere for key in part}):

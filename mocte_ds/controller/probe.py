@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks, world
 from mocte_ds.moe.block import Block
+from mocte_ds.zero import exchanged, forward_pass, held
 
 # Shapes: S sequences of this rank, T tokens.
 
@@ -207,7 +208,8 @@ class ProbeSet:
         self, module: nn.Module, device: torch.device, part: tuple[Sequence[Any], dict[str, Any]] | None = None
     ) -> Any:
         args, kwargs = part or self._parts[0]
-        return module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
+        with forward_pass(module):
+            return module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
 
     @staticmethod
     @contextmanager
@@ -273,24 +275,18 @@ class Snapshots:
             del self._weights[name]
         for name, parameters in units.items():
             if name in self._weights:
-                for kept, parameter in zip(self._weights[name], parameters, strict=True):
-                    kept.copy_(parameter)
+                for kept, now in zip(self._weights[name], held(parameters), strict=True):
+                    kept.copy_(now)
             else:
-                self._weights[name] = [parameter.detach().clone() for parameter in parameters]
+                self._weights[name] = [now.clone() for now in held(parameters)]
 
     @contextmanager
     def in_place(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> Iterator[None]:
         """Within it the units have their old weights; afterwards the very same tensors as before."""
-        now = {name: [parameter.data for parameter in units[name]] for name in self._weights if name in units}
-        for name in now:
-            for parameter, old in zip(units[name], self._weights[name], strict=True):
-                parameter.data = old
-        try:
+        names = [name for name in self._weights if name in units]
+        parameters = [parameter for name in names for parameter in units[name]]
+        with exchanged(parameters, [old for name in names for old in self._weights[name]]):
             yield
-        finally:
-            for name, tensors in now.items():
-                for parameter, tensor in zip(units[name], tensors, strict=True):
-                    parameter.data = tensor
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Weights by unit."""

@@ -13,6 +13,7 @@ from mocte_ds.controller.probe import ProbeReading, ProbeSet, Snapshots
 from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
 from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.zero import let_go
 
 
 @dataclass
@@ -93,7 +94,9 @@ class Progress:
 
     def _read(self, run: RunState) -> ProbeReading | None:
         blocks = [handle.block for handle in run.blocks]
-        return self.probe.read(run.module, blocks, next(run.module.parameters()).device)
+        reading = self.probe.read(run.module, blocks, next(run.module.parameters()).device)
+        let_go(run.module)
+        return reading
 
     def _compare_routes(self, run: RunState, now: ProbeReading, facts: ProgressFacts) -> None:
         for handle in run.blocks:

@@ -8,6 +8,7 @@ from torch import Tensor
 from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.errors import MocteError
+from mocte_ds.zero import held
 
 PROOF_STEPS = 2
 # Elements that are looked at together: the checksum of a large expert must not take several times its memory.
@@ -28,7 +29,9 @@ class Proof:
     def remember_frozen(self, run: RunState) -> None:
         """Take checksums of this rank's frozen units."""
         frozen = run.frozen_units()
-        self._frozen = {name: checksum(unit.parameters) for name, unit in run.registry.units.items() if name in frozen}
+        self._frozen = {
+            name: checksum(held(unit.parameters)) for name, unit in run.registry.units.items() if name in frozen
+        }
 
     def begin(self, run: RunState) -> None:
         """Watch the next steps, from a partition that has just been changed and weights before their next step."""
@@ -66,7 +69,7 @@ class Proof:
 
     def _moved(self, run: RunState) -> str | None:
         for name, before in self._frozen.items():
-            now = checksum(run.registry.units[name].parameters)
+            now = checksum(held(run.registry.units[name].parameters))
             if not torch.equal(now, before):
                 return (
                     f"the frozen unit {name} moved (checksum {before.tolist()}, then {now.tolist()}): something writes "
@@ -87,7 +90,7 @@ class Proof:
 
 
 @torch.no_grad()
-def checksum(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+def checksum(tensors: list[Tensor]) -> Tensor:
     """Checksum of the exact bits of some tensors: a sum of their words, plain and weighted by place. (2,) int64."""
     total = torch.zeros(2, dtype=torch.int64)
     for tensor in tensors:

@@ -8,14 +8,14 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
-from mocte_ds.zero import TRUNK, UnitRegistry, UnitZeroOptimizer, dense_unit, expert_unit, router_unit
+from mocte_ds.zero import TRUNK, UnitOptimizer, UnitRegistry, dense_unit, expert_unit, router_unit
 
 
 class RunState:
     """State of one run on this rank; the controller is one, and hands itself to the functions of this folder."""
 
     module: torch.nn.Module
-    optimizer: UnitZeroOptimizer
+    optimizer: UnitOptimizer
     scheduler: Any = None
 
     def __init__(

@@ -9,7 +9,7 @@ from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, ExpertMode
 from mocte_ds.trainability import Probe, top_eigenpair
-from mocte_ds.zero import expert_unit
+from mocte_ds.zero import expert_unit, let_go, on_its_own
 
 MIN_EXPERT_ROWS = 16
 _BYTES = 24
@@ -29,22 +29,26 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> tuple[float, in
     failure: str | None = None
     if config.policy == "off":
         return 0.0, 0
+    let_go(run.module)
     squares = run.optimizer.unit_square_norms
     for handle in run.blocks:
         for number, bank in enumerate(handle.block.banks):
             layer = bank.deepspeed_moe
             for local, expert in enumerate(bank.local_experts):
                 k = number * bank.num_experts + bank.first_local(run.ep_rank) + local
+                if not _watched(handle.experts[k], config.policy):
+                    continue
                 rows = layer.rows[local]
-                if not _watched(handle.experts[k], config.policy) or rows is None or len(rows) < MIN_EXPERT_ROWS:
-                    continue
-                norm = squares.get(expert_unit(handle.block, k), 0.0)
-                try:
-                    value, _ = top_eigenpair(expert, rows.float(), iterations=config.iterations)
-                except (MocteError, RuntimeError) as error:
-                    failure = f"the trainability of expert {k} of {handle.name} cannot be measured: {error}"
-                    continue
-                measured[handle.index, k] = (value / rows.shape[0], rows.shape[0], norm)
+                with on_its_own(expert):  # by all that share it, also by those whose rows are too few
+                    if rows is None or len(rows) < MIN_EXPERT_ROWS:
+                        continue
+                    norm = squares.get(expert_unit(handle.block, k), 0.0)
+                    try:
+                        value, _ = top_eigenpair(expert, rows.float(), iterations=config.iterations)
+                    except (MocteError, RuntimeError) as error:
+                        failure = f"the trainability of expert {k} of {handle.name} cannot be measured: {error}"
+                        continue
+                    measured[handle.index, k] = (value / rows.shape[0], rows.shape[0], norm)
     everywhere = gather_objects(measured)
     # Experts are spread over the ranks: one that stopped alone would leave the others waiting.
     failures = [text for text in gather_objects(failure) if text]

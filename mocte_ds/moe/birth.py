@@ -12,7 +12,7 @@ from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import Part, copy_slice
 from mocte_ds.moe.keys import TABLES
-from mocte_ds.zero.optimizer import UnitState
+from mocte_ds.zero.unit_optimizer import UnitState
 
 # Shapes: n tokens and m documents of this rank, d features, k directions.
 

@@ -107,11 +107,15 @@ class PlainFiles(CheckpointEngine):
         Raises:
             CheckpointError: of another data type, or of an architecture that cannot be brought into the run's layout.
         """
+        self.saver.run = manifest.run
+        if self._engine.zero_optimization_partition_weights():  # refused before, where the layout is another one
+            yield self._read
+            return
         rank, size = world()
         layout = Layout(size, ep_size, self._engine._config.use_data_before_expert_parallel_)
         written = Written(folder, manifest)
         written.require_precision(self._engine.bfloat16_enabled())
-        self._reshaped, self.saver.run = Reshaped(written, layout, rank), manifest.run
+        self._reshaped = Reshaped(written, layout, rank)
         self.note = self._reshaped.note(self._engine.train_batch_size())
         if self.note and rank == 0:
             logging.getLogger("mocte_ds").warning(self.note)

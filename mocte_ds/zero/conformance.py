@@ -4,14 +4,18 @@ import inspect
 import os
 import types
 from collections.abc import Callable
+from typing import Any
 
 import deepspeed
 from deepspeed.runtime import engine as deepspeed_engine
+from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
 from mocte_ds.errors import MocteError
 from mocte_ds.zero.optimizer import UnitZeroOptimizer
+from mocte_ds.zero.stage3 import UnitZero3Optimizer
 
 CHECKED_VERSIONS = ("0.19.8",)
 OVERRIDE = "MOCTE_UNCHECKED_DEEPSPEED"
@@ -48,6 +52,49 @@ _ATTRIBUTES = (
     "_hp_optimizer_states_linked",
 )
 
+_METHODS_3 = (
+    "initialize_ds_offload",
+    "independent_gradient_partition_epilogue",
+    "reduce_independent_p_g_buckets_and_remove_grads",
+    "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads",
+    "_create_fp32_partitions",
+    "_get_norm_groups",
+    "_partition_all_parameters",
+    "_pre_step",
+)
+_ATTRIBUTES_3 = (
+    "fp16_groups",
+    "fp16_partitioned_groups",
+    "fp16_partitioned_groups_flat",
+    "fp32_partitioned_groups_flat",
+    "lp_param_buffer",
+    "grad_partitions_flat_buffer",
+    "__param_id_to_grad_partition",
+    "averaged_gradients",
+    "ipg_buckets",
+    "sub_group_to_group_id",
+    "subgroup_to_device",
+    "master_weights_and_grads_dtype",
+    "parameter_offload",
+    "contiguous_gradients",
+    "offload_optimizer",
+    "dp_process_group",
+    "_grad_acc_hooks",
+    "_leaf_module_hooks",
+    "loss_scaler",
+    "custom_loss_scaler",
+    "external_loss_scale",
+)
+_SENTENCES_3 = (
+    (stage3, "self.parameter_offload = self.initialize_ds_offload("),
+    (stage3, 'families != {"autoep_expert"}'),
+    (parameter_offload, "def release_backward_leftovers("),
+    (partition_parameters, 'getattr(param, "ds_zero_partition_process_group", self.ds_process_group)'),
+    (partitioned_param_coordinator, "def _invalidate_trace("),
+    (deepspeed_engine, 'getattr(param, "ds_zero_partition_group_name"'),
+    (deepspeed_engine, "self._validate_zero3_moe_compatibility()"),
+)
+
 
 _ENGINE = (
     "_configure_zero_optimizer",
@@ -56,6 +103,10 @@ _ENGINE = (
     "_do_optimizer_sanity_check",
     "_get_zero_frozen_param_attributes",
     "_get_param_fragment_func",
+    "_validate_zero3_moe_compatibility",
+    "_broadcast_model",
+    "_save_moe_checkpoint",
+    "load_module_state_dict",
     "use_node_local_storage",
     "load_universal_checkpoint",
 )
@@ -70,17 +121,17 @@ _GROUPS = (
 
 def broken_assumptions() -> list[str]:
     """What this DeepSpeed lacks of what mocte_ds/zero relies on; empty where nothing is missing."""
-    broken = [
-        f"DeepSpeedZeroOptimizer.{name} is gone" for name in _METHODS if not hasattr(DeepSpeedZeroOptimizer, name)
-    ]
+    broken = _missing(DeepSpeedZeroOptimizer, _METHODS, _ATTRIBUTES)
+    broken += _missing(DeepSpeedZeroOptimizer_Stage3, _METHODS_3, _ATTRIBUTES_3)
     engine = deepspeed_engine.DeepSpeedEngine
     broken += [f"DeepSpeedEngine.{name} is gone" for name in _ENGINE if not hasattr(engine, name)]
     broken += [f"deepspeed.utils.groups.{name} is gone" for name in _GROUPS if not hasattr(groups, name)]
     if "self.checkpoint_engine" not in inspect.getsource(engine._configure_checkpointing):
         broken.append("DeepSpeedEngine._configure_checkpointing no longer makes self.checkpoint_engine")
-    source = inspect.getsource(DeepSpeedZeroOptimizer)
     broken += [
-        f"DeepSpeedZeroOptimizer no longer has self.{name}" for name in _ATTRIBUTES if f"self.{name}" not in source
+        f"{module.__name__} no longer says {sentence}"
+        for module, sentence in _SENTENCES_3
+        if sentence not in inspect.getsource(module)
     ]
     order = (
         "self.flatten_dense_tensors_aligned(",
@@ -93,7 +144,17 @@ def broken_assumptions() -> list[str]:
     configure = engine._configure_zero_optimizer
     if "DeepSpeedZeroOptimizer" not in configure.__code__.co_names or configure.__code__.co_freevars:
         broken.append("DeepSpeedEngine._configure_zero_optimizer no longer names DeepSpeedZeroOptimizer")
+    if "DeepSpeedZeroOptimizer_Stage3" not in configure.__code__.co_names or "DeepSpeedZeroOptimizer_Stage3" in vars(
+        deepspeed_engine
+    ):
+        broken.append("DeepSpeedEngine._configure_zero_optimizer no longer imports DeepSpeedZeroOptimizer_Stage3")
     return broken
+
+
+def _missing(cls: type, methods: tuple[str, ...], attributes: tuple[str, ...]) -> list[str]:
+    source = inspect.getsource(cls)
+    gone = [f"{cls.__name__}.{name} is gone" for name in methods if not hasattr(cls, name)]
+    return gone + [f"{cls.__name__} no longer has self.{name}" for name in attributes if f"self.{name}" not in source]
 
 
 def require_conformance() -> None:
@@ -116,10 +177,19 @@ def require_conformance() -> None:
 
 
 def with_unit_optimizer(method: Callable) -> Callable:
-    """DeepSpeedEngine._configure_zero_optimizer, making a UnitZeroOptimizer instead of DeepSpeed's.
+    """DeepSpeedEngine._configure_zero_optimizer, making one of our optimizers instead of DeepSpeed's.
 
     The method's code runs with one global name bound to our class, so that it hands over exactly the arguments that
-    this DeepSpeed version hands over; DeepSpeed's own module is not changed.
+    this DeepSpeed version hands over. The class of stage 3 it imports itself: that name is ours while it runs.
     """
     names = {**method.__globals__, "DeepSpeedZeroOptimizer": UnitZeroOptimizer}
-    return types.FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
+    configure = types.FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
+
+    def configured(*arguments: Any) -> Any:
+        stage3.DeepSpeedZeroOptimizer_Stage3 = UnitZero3Optimizer
+        try:
+            return configure(*arguments)
+        finally:
+            stage3.DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer_Stage3
+
+    return configured

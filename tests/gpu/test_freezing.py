@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.spawn import spawn
+from tests.zero.against import check_master, check_ranks
 from tests.zero.small_run import Case, replay, run_distributed, run_reference
-from tests.zero.test_freezing import check_master, check_ranks
 from tests.zero.test_resume import FOLLOWING, STOPS, resumed, whole
 
 pytestmark = pytest.mark.gpu

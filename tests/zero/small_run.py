@@ -45,12 +45,21 @@ class Case:
     recompute: str = ""
     """Activation checkpointing: `reentrant`, `plain` or none."""
     clip: float = 0.5
+    persist: int = 0
+    """Stage 3: parameters of at most so many elements stay gathered; matrices have 384, vectors 16 or 24."""
+    live: int = 10**9
+    """Stage 3: elements that are gathered at once at most, and that are gathered ahead."""
+    parts: int = 10**12
+    """Stage 3: elements of a rank's part of a unit that are stepped at once."""
     record: bool = False
     """Return the gradients of every step, for :func:`replay`."""
 
     def __str__(self) -> str:
         marks = [f"ranks{self.world}-ep{self.ep}-zero{self.stage}-bucket{self.bucket}"]
         marks += [name for name in ("overlap", "offload", "bf16") if getattr(self, name)]
+        marks += [f"persist{self.persist}"] if self.persist else []
+        marks += [f"live{self.live}"] if self.live < 10**9 else []
+        marks += [f"parts{self.parts}"] if self.parts < 10**12 else []
         marks += [self.optimizer] if self.optimizer != "torch" else []
         marks += [f"{self.schedule}-schedule"] if self.schedule != "none" else []
         marks += [f"{self.recompute}-recompute"] if self.recompute else []
@@ -115,6 +124,11 @@ def config(case: Case) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": case.stage, "reduce_bucket_size": case.bucket, "overlap_comm": case.overlap}
     if case.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
+    if case.stage == 3:
+        zero["stage3_param_persistence_threshold"] = case.persist
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = case.live
+        zero["sub_group_size"] = case.parts
+        zero["stage3_prefetch_bucket_size"] = min(case.live, 50_000_000)
     settings = {
         "train_batch_size": BATCH * PARTS,
         "train_micro_batch_size_per_gpu": BATCH,
@@ -193,6 +207,14 @@ def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
     return named
 
 
+def weight(parameter: nn.Parameter) -> Tensor:
+    """A copy of all of a parameter's weights (under stage 3 collective over the ranks that share it)."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):  # does nothing at other stages
+        return parameter.detach().cpu().clone()
+
+
 def frozen_parameters(engine: Any, named: dict[str, nn.Parameter]) -> list[str]:
     """Names of this rank's parameters that belong to frozen experts."""
     heads = [
@@ -231,14 +253,14 @@ def run_distributed(case: Case) -> dict[str, Any]:
 
     for step in range(STEPS):
         act(engine, step)
-        still = {name: still.get(name, named[name].detach().clone()) for name in frozen_parameters(engine, named)}
+        still = {n: still[n] if n in still else weight(named[n]) for n in frozen_parameters(engine, named)}
         losses.append(global_step(engine, step, dtype, record if case.record else None))
-        moved |= {name for name, before in still.items() if not torch.equal(named[name], before)}
+        moved |= {name for name, before in still.items() if not torch.equal(weight(named[name]), before)}
         norms.append(float(engine.get_global_grad_norm()))
         sizes.append(engine.mocte.optimizer_bytes())
     modes = [[str(expert.mode) for expert in handle.experts] for handle in engine.mocte.blocks]
     masters = {n: safe_get_full_fp32_param(named[n]).cpu() for n in sorted(named) if named[n].requires_grad}
-    weights = {name: parameter.detach().cpu() for name, parameter in named.items()}
+    weights = {name: weight(parameter) for name, parameter in named.items()}
     result = {"losses": losses, "norms": norms, "bytes": sizes, "weights": weights, "masters": masters, "modes": modes}
     return {**result, "moved": sorted(moved), "gradients": gradients, "rate": engine.get_lr()}
 

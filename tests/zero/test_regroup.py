@@ -137,7 +137,7 @@ def refuse(section: str, changes: dict[str, Any]) -> str:
     [
         ("zero_optimization", {"contiguous_gradients": False}, "zero_optimization.contiguous_gradients = false"),
         ("zero_optimization", {"reduce_scatter": False}, "zero_optimization.reduce_scatter = false"),
-        ("zero_optimization", {"stage": 0}, "zero_optimization.stage = 0: use stage 1 or 2"),
+        ("zero_optimization", {"stage": 0}, "zero_optimization.stage = 0: use stage 1, 2 or 3"),
         ("optimizer", {"type": "Muon"}, "optimizer.type 'Muon'"),
     ],
 )

@@ -1,0 +1,86 @@
+"""Checkpoints under ZeRO stage 3: whole weights for those who read files, each rank's own parts for the run itself.
+
+DeepSpeed restores what trains from the optimizer's files and what is frozen from each rank's model file; in the places
+of weights it writes empty tensors. Exports and evaluation read weights, so these are put in, one module at a time.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mocte_ds.errors import CheckpointError
+from mocte_ds.zero.gather import whole
+
+_FILES = "zero_pp_rank_*_mp_rank_00_model_states.pt"
+
+
+@contextlib.contextmanager
+def weights_in_state_dicts(model: nn.Module) -> Iterator[None]:
+    """Within it state_dict() has whole weights, on the first of the ranks that share a parameter (collective).
+
+    They are gathered into CPU memory here: the dense ones on rank 0, each expert on the first rank that holds it.
+    """
+    copies: dict[nn.Parameter, Tensor] = {}
+    hooks, done = [], set()
+    for module in model.modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter not in done]
+        done.update(own)  # tied ones are gathered once, by all
+        with whole(own):
+            for parameter in own:
+                if dist.get_rank(parameter.ds_process_group) == 0:
+                    copies[parameter] = parameter.detach().to("cpu", copy=True)
+        names = {name: copies[p] for name, p in module.named_parameters(recurse=False) if p in copies}
+        if names:
+            hooks.append(module.register_state_dict_post_hook(_puts(names)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def without_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A checkpoint of DeepSpeed with empty tensors for all weights, as partitioned parameters are."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    module = {
+        name: torch.empty(0, dtype=parameters[name].dtype) if name in parameters else value
+        for name, value in checkpoint["module"].items()
+    }
+    return {**checkpoint, "module": module}
+
+
+def require_same_partition(folder: Path, stage: int, ranks: int) -> None:
+    """Refuse a checkpoint of another way to share weights out.
+
+    Args:
+        folder: of one tag.
+        stage: of this run.
+        ranks: of this run.
+
+    Raises:
+        CheckpointError: it is of stage 3 and the run is not, or the other way round, or of another number of ranks.
+    """
+    parts = len(list(folder.glob(_FILES)))
+    if (parts > 0) != (stage == 3):
+        saved = "3" if parts else "1 or 2"
+        raise CheckpointError(
+            f"the checkpoint {folder} was saved under ZeRO stage {saved} and cannot be loaded under stage {stage}; set "
+            "zero_optimization.stage back."
+        )
+    if parts and parts != ranks:
+        raise CheckpointError(
+            f"the checkpoint {folder} was saved by {parts} ranks under ZeRO stage 3, where DeepSpeed loads with the "
+            f"same number only; this run has {ranks}."
+        )
+
+
+def _puts(weights: dict[str, Tensor]) -> Any:
+    def put(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        state.update({prefix + name: weight for name, weight in weights.items()})
+
+    return put

@@ -1,0 +1,249 @@
+"""What is the same in the optimizers of all ZeRO stages: units that leave and enter, their rates, norm and buckets."""
+
+import contextlib
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
+from torch import Tensor, nn
+
+UnitState = dict[nn.Parameter, dict[str, Tensor]]
+"""fp32 `master` and optimizer state (`exp_avg`, ...; scalars such as `step` too) of each parameter, unpartitioned."""
+
+# A rebuild must neither start the search for fp16's loss scale anew nor forget who waits for a backward pass.
+_KEPT = ("loss_scaler", "dynamic_loss_scale", "custom_loss_scaler", "external_loss_scale", "_grad_acc_post_hooks")
+
+
+class UnitOptimizer(ZeROOptimizer):
+    """ZeRO over units: what leaves costs no optimizer memory and no gradient, and nothing else changes its state.
+
+    A class of a stage derives from this one first and DeepSpeed's class second. Differences from DeepSpeed's, each for
+    a reason:
+      - `regroup` rebuilds the partition around the units that stay; their master weights and moments are the same
+        before and after.
+      - The gradient norm is one all-reduce of the sum of squares over distinct parameters. DeepSpeed's takes one
+        all-reduce a group, which deadlocks when ranks hold different numbers of groups.
+      - Gradients of experts fill a bucket of their own. In a shared bucket, ranks that froze different experts flush
+        at different moments, one inside a dense all-reduce while another waits in an all-to-all.
+    """
+
+    optimizer: torch.optim.Optimizer
+    ipg_buckets: dict[torch.dtype, Any]
+    averaged_gradients: dict[int, list[Tensor] | None]
+    dp_process_group: Any
+    device: Any
+    reduce_bucket_size: int
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        """Start without a partition; the settings are kept, because `regroup` builds again with them."""
+        self._settings = settings
+        self._kept: dict[int, list[Tensor]] = {}
+        """By number of the group that is built: the master weights that it keeps."""
+        self._expert_buckets: dict[torch.dtype, Any] = {}
+        self._in_expert_bucket = False
+        self._unit_squares: tuple[list[str], Tensor] | None = None
+        self.rate_factors: dict[str, float] = {}
+        """Part of the learning rate that a unit gets; 1 for units that are not named."""
+        self.step_rates: dict[str, float] = {}
+        """Learning rate of each unit in the last step."""
+
+    def _construct(self, groups: Sequence[dict[str, Any]], *arguments: Any) -> None:
+        """Run DeepSpeed's constructor, at first and at every rebuild."""
+        self._expert_buckets = {}
+        kept = {name: getattr(self, name) for name in _KEPT if hasattr(self, name)}
+        size = min(self._settings["reduce_bucket_size"], _most_gradients(groups))
+        super().__init__(*arguments, **{**self._settings, "reduce_bucket_size": size})
+        for name, value in kept.items():
+            setattr(self, name, value)
+        self._expert_buckets = {dtype: type(bucket)() for dtype, bucket in self.ipg_buckets.items()}
+
+    # ---- what the class of a stage has to say ----------------------------------------------------------------------
+
+    @abstractmethod
+    def _build(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the partition of the optimizer's groups, with the masters in `_kept`."""
+
+    @abstractmethod
+    def _take_apart(self, stays: dict[int, int]) -> None:
+        """Free the partition but for what stays: numbers of new groups to numbers of old ones."""
+
+    @abstractmethod
+    def _masters_of(self, number: int) -> list[Tensor]:
+        """This rank's fp32 master weights of a group."""
+
+    @abstractmethod
+    def _gradients_of(self, number: int) -> list[Tensor]:
+        """This rank's partition of the gradients of a group, before the optimizer's step."""
+
+    @abstractmethod
+    def _fill(self, number: int, born: UnitState) -> None:
+        """Give a group that enters its starting master weights and moments."""
+
+    @abstractmethod
+    def unit_state(self, unit: str) -> UnitState:
+        """Unpartitioned fp32 master weights and optimizer state of a unit (collective over the ranks that share it)."""
+
+    def own_part(self, state: UnitState) -> UnitState:
+        """What `regroup` needs to have of the starting values of parameters: all of them, or less."""
+        return state
+
+    # ---- units leave and enter -------------------------------------------------------------------------------------
+
+    def changed_by(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether this rank has to call :meth:`regroup` for these groups; others may have to."""
+        return [_key(group) for group in groups] != [_key(group) for group in self.optimizer.param_groups]
+
+    def regroup(self, groups: Sequence[dict[str, Any]], born: UnitState | None = None) -> list[int]:
+        """Make ``groups`` the parameter groups; groups that were there before keep every byte of their state.
+
+        Must be called between two optimizer steps, with no gradient pending.
+
+        Args:
+            groups: parameter groups with "params" (model parameters), "unit" and "options" (see UnitRegistry).
+            born: starting values (see :meth:`own_part`) for parameters of groups that enter; without them the master
+                weights are the model's and the moments start anew. Emptied.
+
+        Returns:
+            For each new group the index of the old group whose learning rate it follows.
+        """
+        optimizer = self.optimizer
+        old_groups = list(optimizer.param_groups)
+        old_index = {_key(group): i for i, group in enumerate(old_groups)}
+        stays = {n: old_index[_key(group)] for n, group in enumerate(groups) if _key(group) in old_index}
+        sources = [stays[n] if n in stays else _source(group, old_groups) for n, group in enumerate(groups)]
+        self._kept = {n: self._masters_of(i) for n, i in stays.items()}
+        states = {n: [optimizer.state.get(master) for master in masters] for n, masters in self._kept.items()}
+        self._take_apart(stays)
+        optimizer.state = defaultdict(dict)
+        optimizer.param_groups[:] = [
+            {**_without_parameters(old_groups[sources[n]]), **({} if n in stays else group), "params": group["params"]}
+            for n, group in enumerate(groups)
+        ]
+        self._build(optimizer)
+        for number, kept in states.items():
+            for master, state in zip(self._masters_of(number), kept, strict=True):
+                if state is not None:
+                    optimizer.state[master] = state
+        for number in range(len(groups)):
+            if number not in stays and born:
+                self._fill(number, born)
+        self._kept = {}
+        return sources
+
+    # ---- rates -----------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Any = None) -> Any:
+        """DeepSpeed's step; units in `rate_factors` take a smaller one."""
+        slowed = [group for group in self.optimizer.param_groups if group["unit"] in self.rate_factors]
+        rates = [group["lr"] for group in slowed]
+        for group in slowed:
+            group["lr"] *= self.rate_factors[group["unit"]]
+        self.step_rates = {group["unit"]: group["lr"] for group in self.optimizer.param_groups}
+        try:
+            return super().step(closure)
+        finally:
+            # The scheduler may compute the next rate from this one.
+            for group, rate in zip(slowed, rates, strict=True):
+                group["lr"] = rate
+
+    # ---- what there is ---------------------------------------------------------------------------------------------
+
+    def masters(self) -> dict[str, list[Tensor]]:
+        """This rank's partitions of the fp32 master weights, by unit."""
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for number, group in enumerate(self.optimizer.param_groups):
+            found[group["unit"]] += [master.detach() for master in self._masters_of(number)]
+        return found
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of fp32 master weights and optimizer state on this rank."""
+        tensors = [master for masters in self.masters().values() for master in masters]
+        for values in self.optimizer.state.values():
+            tensors.extend(value for value in values.values() if torch.is_tensor(value))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def held_gradients(self) -> list[Tensor]:
+        """Gradients of this rank's partition, with its padding; there between the backward pass and the step only."""
+        return [gradient for group in self.averaged_gradients.values() for gradient in group or []]
+
+    @property
+    def unit_square_norms(self) -> dict[str, float]:
+        """Sum of squares of each unit's gradient at the last step, this rank's partition only."""
+        found: dict[str, float] = defaultdict(float)
+        if self._unit_squares is not None:
+            units, squares = self._unit_squares
+            for unit, value in zip(units, squares.tolist(), strict=True):
+                found[unit] += value
+        return found
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """L2 norm over all distinct trainable parameters, equal on all ranks and for every ep_size.
+
+        A parameter's gradient is partitioned over the ranks that share it and nobody else has it, so the sum of squares
+        over all ranks counts each element once.
+        """
+        if norm_type != 2:
+            raise ValueError(f"only the L2 norm is supported, not {norm_type}")
+        device = torch.device(get_accelerator().current_device_name())
+        groups = self.optimizer.param_groups
+        squares = torch.zeros(len(groups), dtype=torch.float32, device=device)
+        for number in range(len(groups)):
+            for gradient in self._gradients_of(number):
+                squares[number] += gradient.detach().float().square().sum().to(device)
+        self._unit_squares = ([group["unit"] for group in groups], squares)
+        total = squares.sum()
+        dist.all_reduce(total, group=self.dp_process_group)
+        norm = total.sqrt()
+        mask_nan_or_inf_with_val_inplace(norm, device=device)
+        # It scales the gradients, which CPU offload has elsewhere.
+        return norm.to(self.device)
+
+    # ---- buckets ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _expert_bucket(self) -> Iterator[None]:
+        """Within it DeepSpeed's methods fill, reduce and free the bucket of the experts."""
+        dense, self.ipg_buckets, self._in_expert_bucket = self.ipg_buckets, self._expert_buckets, True
+        try:
+            yield
+        finally:
+            self.ipg_buckets, self._in_expert_bucket = dense, False
+
+    def _bucket_of(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
+        """The bucket of a gradient's kind."""
+        return self._expert_bucket() if is_moe_param(parameter) else contextlib.nullcontext()
+
+
+def _key(group: dict[str, Any]) -> tuple[str, int]:
+    return group["unit"], group["options"]
+
+
+def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _source(group: dict[str, Any], old_groups: list[dict[str, Any]]) -> int:
+    """Old group whose learning rate an entering group follows: one with the same options, else the first."""
+    for number, old in enumerate(old_groups):
+        if old["options"] == group["options"]:
+            return number
+    return 0
+
+
+def _most_gradients(groups: Sequence[dict[str, Any]]) -> int:
+    """Elements of all dense gradients or of all expert gradients, whichever are more.
+
+    A bucket larger than that only wastes its buffer, and there are two of them.
+    """
+    totals = [0, 0]
+    for group in groups:
+        for parameter in group["params"]:
+            totals[is_moe_param(parameter)] += getattr(parameter, "ds_numel", parameter.numel())
+    return max(totals)
