@@ -49,6 +49,7 @@ class MocteEngine(UnitEngine):
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's backward; learned routers add their loss for even loads."""
+        self.mocte.mid_step = True
         auxiliary = self.mocte.auxiliary_loss()
         return super().backward(loss if auxiliary is None else loss + auxiliary.to(loss.dtype), *args, **kwargs)
 

@@ -6,17 +6,19 @@ from typing import Any
 
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import Manifest, problems_by_file
-from mocte_ds.checkpoints.names import EXPERT_NAME, MODEL_FILE, OPTIMIZER_NAME
+from mocte_ds.checkpoints.names import EXPERT_NAME, OPTIMIZER_NAME, model_file
 from mocte_ds.checkpoints.outline import Stored, mapped, read_outline
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
+from mocte_ds.checkpoints.plain import require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_NAME
-from mocte_ds.checkpoints.shards import Shard, is_vector
 from mocte_ds.checkpoints.written import Written
 from mocte_ds.errors import CheckpointError
 from mocte_ds.text_table import MISSING, brief, text_table
 
 SIZES = ("weights", "experts", "masters", "moments", "ours", "rest")
 """What the bytes of a checkpoint are: the last is file headers, DeepSpeed's facts and the run's identity."""
+
+_STAGES_1_2 = ("single_partition_of_fp32_groups", "base_optimizer_state")
 
 
 def checkpoint_facts(checkpoint: str | Path) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def checkpoint_facts(checkpoint: str | Path) -> dict[str, Any]:
     folder = find_tag(checkpoint)
     manifest = Manifest.read(folder)
     problems = problems_by_file(folder, manifest)
-    files = [
+    files: list[dict[str, Any]] = [
         {"name": name, "kind": _kind(name), "bytes": _size(folder / name), "problem": problem or None}
         for name, problem in problems.items()
     ]
@@ -54,7 +56,7 @@ def checkpoint_facts(checkpoint: str | Path) -> dict[str, Any]:
         "blocks": None,
     }
     sizes = dict.fromkeys(SIZES, 0)
-    if good >= {MODEL_FILE} and good >= {STATE_FILE} & manifest.files.keys():
+    if model_file(manifest.files) in good and good >= {STATE_FILE} & manifest.files.keys():
         facts.update(_told(Written(folder, manifest)))
     for entry in files:
         if entry["name"] in good:
@@ -114,32 +116,34 @@ def _told(written: Written) -> dict[str, Any]:
 
 def _add_sizes(sizes: dict[str, int], facts: dict[str, Any], path: Path, kind: str) -> None:
     """Count the tensors of a file."""
-    if kind == "optimizer":
-        try:
-            shard = Shard.read(path, 0)
-        except CheckpointError:  # of a stage that only DeepSpeed reads
-            return
-        facts["zero_stage"] = shard.common["optimizer_state_dict"]["zero_stage"]
-        for part in shard.parts.values():
-            sizes["masters"] += part.master.nbytes
-            sizes["moments"] += sum(value.nbytes for value in part.state.values() if is_vector(value))
-    elif kind in ("weights", "expert"):
-        content = read_outline(path)
-        found: dict[Stored, int] = {}
-        tensors = content["module"] if kind == "weights" else content
-        mapped(tensors, Stored, lambda stored: found.setdefault(stored, stored.nbytes))
-        sizes["weights" if kind == "weights" else "experts"] += sum(found.values())
-    elif kind == "ours":
+    if kind == "ours":
         sizes["ours"] += path.stat().st_size
+    elif kind == "expert":
+        sizes["experts"] += _bytes(read_outline(path))
+    elif kind == "weights":
+        sizes["weights"] += _bytes(require_keys(read_outline(path), ("module",), path)["module"])
+    elif kind == "optimizer":
+        state = require_keys(read_outline(path), ("optimizer_state_dict",), path)["optimizer_state_dict"]
+        masters, moments = ("fp32_flat_groups", "optimizer_state_dict") if "fp32_flat_groups" in state else _STAGES_1_2
+        facts["zero_stage"] = state.get("zero_stage")
+        sizes["masters"] += _bytes(state.get(masters))
+        sizes["moments"] += _bytes(state.get(moments))
+
+
+def _bytes(content: Any) -> int:
+    """Of all tensors in nested containers, each once."""
+    found: dict[Stored, int] = {}
+    mapped(content, Stored, lambda stored: found.setdefault(stored, stored.nbytes))
+    return sum(found.values())
 
 
 def _kind(name: str) -> str:
-    if name == MODEL_FILE:
-        return "weights"
     if EXPERT_NAME.fullmatch(name):
         return "expert"
     if OPTIMIZER_NAME.fullmatch(name):
         return "optimizer"
+    if name.endswith("_model_states.pt"):
+        return "weights"
     return "ours" if name == STATE_FILE or RANDOM_NAME.fullmatch(name) else "other"
 
 

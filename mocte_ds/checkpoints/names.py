@@ -1,6 +1,7 @@
 """Names of the files that DeepSpeed's engines write into a checkpoint."""
 
 import re
+from collections.abc import Container
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
 PARTITIONED_MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -19,3 +20,8 @@ EXPERT_PARAMETER = re.compile(r"(.+)\.banks\.(\d+)\.deepspeed_moe\.experts\.deep
 def expert_parameter(block: str, bank: int, number: int, name: str) -> str:
     """Path of an expert's parameter; what :data:`EXPERT_PARAMETER` takes apart."""
     return f"{block}.banks.{bank}.deepspeed_moe.experts.deepspeed_experts.{number}.{name}"
+
+
+def model_file(names: Container[str]) -> str:
+    """Name of the file of a checkpoint that holds everything but the experts, among the names of all."""
+    return PARTITIONED_MODEL_FILE if PARTITIONED_MODEL_FILE in names else MODEL_FILE

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import Manifest, require_whole
-from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE, PARTITIONED_MODEL_FILE, expert_parameter
+from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, model_file
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.plain import read_plain, require_keys
 from mocte_ds.config import MocteConfig
@@ -116,7 +116,7 @@ class StoredSource(Source):
         self.folder = folder = find_tag(checkpoint)
         manifest = Manifest.read(folder)
         require_whole(folder, model_files(manifest))
-        self._model_file = model_file(manifest)
+        self._model_file = model_file(manifest.files)
         path = folder / self._model_file
         shared = require_keys(read_plain(path, mmap=True), ("module", "global_steps"), path)
         has_blocks = STATE_FILE in manifest.files
@@ -202,15 +202,10 @@ class StoredSource(Source):
                 raise CheckpointError(f"{self.folder} does not fit its own model: {name} has another shape.")
 
 
-def model_file(manifest: Manifest) -> str:
-    """Name of the file of a checkpoint that holds everything but the experts."""
-    return PARTITIONED_MODEL_FILE if PARTITIONED_MODEL_FILE in manifest.files else MODEL_FILE
-
-
 def model_files(manifest: Manifest) -> list[str]:
     """Names of the files of a checkpoint that hold the model, and not the optimizer or random states."""
     experts = fnmatch.filter(manifest.files, EXPERT_FILE.format(layer="*", expert="*"))
-    return [model_file(manifest), *(name for name in (STATE_FILE,) if name in manifest.files), *experts]
+    return [model_file(manifest.files), *(name for name in (STATE_FILE,) if name in manifest.files), *experts]
 
 
 def empty_decoder(sizes: dict[str, Any], mocte: dict[str, Any] | None, path: Path) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 from mocte_ds.checkpoints.layout import Layout
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import Manifest
-from mocte_ds.checkpoints.names import EXPERT_NAME, MODEL_FILE, OPTIMIZER_FILE, OPTIMIZER_NAME
+from mocte_ds.checkpoints.names import EXPERT_NAME, MODEL_FILE, OPTIMIZER_FILE, OPTIMIZER_NAME, model_file
 from mocte_ds.checkpoints.outline import read_outline
 from mocte_ds.checkpoints.plain import require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME
@@ -47,7 +47,8 @@ class Written:
             CheckpointError: it cannot be read.
         """
         needed = ("module", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config")
-        return require_keys(read_outline(self.folder / MODEL_FILE), needed, self.folder / MODEL_FILE)
+        path = self.folder / model_file(self.manifest.files)
+        return require_keys(read_outline(path), needed, path)
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -59,8 +60,7 @@ class Written:
         ranks = self.manifest.world_size
         if self.state is None:
             return Layout(ranks)
-        config = self.state["mocte"]["config"]
-        ds_config = self.model["ds_config"] if MODEL_FILE in self.manifest.files else None  # ZeRO-3 has other files
+        config, ds_config = self.state["mocte"]["config"], self.model["ds_config"]
         first = isinstance(ds_config, dict) and bool(ds_config.get("use_data_before_expert_parallelism"))
         ep_size, experts = config["ep_size"], config["num_experts"]
         if not isinstance(ep_size, int) or ep_size < 1 or ranks % ep_size or experts % ep_size:
@@ -137,8 +137,8 @@ class Written:
                 )
             if not EXPERT_NAME.fullmatch(name) and not name.endswith(".json"):
                 raise CheckpointError(
-                    f"{self.folder / name} is of an architecture that is not supported: ZeRO stages 0 to 2 with data "
-                    "and expert parallelism are (no ZeRO-3, tensor or pipeline parallelism)."
+                    f"{self.folder / name} is of an architecture that is not supported: only ZeRO stages 0 to 2 with "
+                    "data and expert parallelism can be brought into another layout."
                 )
         for name in sorted(expected - self.manifest.files.keys()):
             raise CheckpointError(f"{self.folder / name} is missing: the checkpoint is incomplete.")

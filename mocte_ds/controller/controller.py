@@ -106,6 +106,7 @@ class Controller(ResumableRun):
 
     def emerge(self, block: int) -> None:
         """Turn a block's experts on now (collective, between two steps)."""
+        self._require_between_steps("emerge")
         handle = self._handle(block)
         if handle.mode is not BlockMode.WARMUP:
             raise MocteError(f"block {block} ({handle.name}) is {handle.mode}: its experts have emerged already.")
@@ -137,6 +138,7 @@ class Controller(ResumableRun):
         Raises:
             MocteError: another number, or a block in one of these layers has experts to train.
         """
+        self._require_between_steps("freeze_prefix")
         most = self.config.freeze.prefix.layers
         if not self.frozen_layers < layers <= most:
             raise MocteError(
@@ -192,7 +194,7 @@ class Controller(ResumableRun):
 
     def after_step(self, step: int, tokens: int) -> None:
         """Do what is due at the boundary behind optimizer step ``step``."""
-        self.step, self.tokens = step, tokens
+        self.step, self.tokens, self.mid_step = step, tokens, False
         self.proof.after_step(self)
         self.progress.probe.finish()
         if self._check is not None and (step >= self._check.step + self._delay or step == self.total_steps):
@@ -232,7 +234,7 @@ class Controller(ResumableRun):
                 changes.append(Change("emergence", handle.index, None, reason))
         decided = decide_freezing(self, check.share, check.step)
         changes += start_annealing(self.blocks, decided, self.config.freeze.anneal, self.share)
-        changes += decide_prefix(self, check.share)
+        changes += decide_prefix(self, check.share, changes)
         self._emit(check.event(self))
         if changes:
             self._apply(changes, check.readings)
@@ -244,6 +246,7 @@ class Controller(ResumableRun):
         require_same([str(change) for change in changes], f"plan of changes after step {self.step}")
         emerging = {change.block for change in changes if change.kind == "emergence"}
         self._emit_projections({i: reading for i, reading in readings.items() if i in emerging})
+        self.proof.require_frozen_unmoved(self)
         before = gather_objects(self.optimizer_bytes())
         facts = apply_changes(self, changes, readings)
         self.proof.begin(self)
@@ -277,7 +280,16 @@ class Controller(ResumableRun):
             raise MocteError(f"there is no block {block}: the model has blocks 0 to {len(self.blocks) - 1}.")
         return self.blocks[block]
 
+    def _require_between_steps(self, verb: str) -> None:
+        """A change of the partition in the middle of a step would lose the gradients that it holds."""
+        if self.mid_step:
+            raise MocteError(
+                f"{verb} was called between a backward pass and the optimizer's step; call it behind engine.step() of "
+                "the last micro-batch of a step."
+            )
+
     def _demand(self, block: int, expert: int, mode: ExpertMode, verb: str) -> None:
+        self._require_between_steps(verb)
         experts = self._handle(block).experts
         if not 0 <= expert < len(experts):
             raise MocteError(f"block {block} has no expert {expert}: it has experts 0 to {len(experts) - 1}.")

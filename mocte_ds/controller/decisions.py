@@ -1,5 +1,6 @@
 """From the numbers of a check to a plan that all ranks agree on, and from the plan to changed blocks."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,20 +109,22 @@ def start_annealing(handles: list[BlockHandle], changes: list[Change], anneal: f
     return found
 
 
-def decide_prefix(run: RunState, share: float) -> list[Change]:
+def decide_prefix(run: RunState, share: float, changes: list[Change]) -> list[Change]:
     """Layers of the front that are to freeze at this check, beside what the experts' policy decides.
 
     Args:
-        run: the run; experts' modes are those before this check's own changes.
+        run: the run, before this check's own changes.
         share: part of the budget that was done at the measurement.
+        changes: this check's own; a block that they open is not locked, one that they lock is so at the next check.
     """
     prefix, front = run.config.freeze.prefix, run.registry.front
     if front is None or share > run.config.freeze.until:
         return []
     layers, between = run.frozen_layers, prefix.end - prefix.start
+    opened = {run.blocks[c.block].name for c in changes if c.block is not None and c.kind in ("emergence", "thaw")}
     while layers < prefix.layers:
         due = prefix.start + between * layers / max(1, prefix.layers - 1)
-        if share < due - 1e-9 or unlocked_blocks(run, layers):
+        if share < due - 1e-9 or unlocked_blocks(run, layers, opened):
             break
         layers += 1
     if layers == run.frozen_layers:
@@ -130,24 +133,26 @@ def decide_prefix(run: RunState, share: float) -> list[Change]:
     return [Change("prefix", None, None, reason, layers)]
 
 
-def unlocked_blocks(run: RunState, layer: int) -> list[str]:
-    """Blocks in a layer of the front that still have something to train."""
+def unlocked_blocks(run: RunState, layer: int, opened: Collection[str] = ()) -> list[str]:
+    """Blocks in a layer of the front that still have something to train, or are among those that will."""
     front = run.registry.front
     assert front is not None
     return [
         handle.name
         for handle in run.blocks
-        if front.layer_of(handle.block) == layer and handle.mode is not BlockMode.LOCKED
+        if front.layer_of(handle.block) == layer and (handle.mode is not BlockMode.LOCKED or handle.name in opened)
     ]
 
 
 def apply_changes(run: RunState, changes: list[Change], readings: dict[int, BlockReading]) -> list[dict[str, Any]]:
-    """Change modes, routing and the optimizer's partition, in one rebuild (collective).
+    """Change modes, routing and the optimizer's partition (collective).
+
+    Each emergence rebuilds the partition for itself, so that the state of one dense FFN at a time is held whole;
+    everything else together does so once.
 
     Returns:
         Facts for the event of each change.
     """
-    born: UnitState = {}
     facts: list[dict[str, Any]] = []
     outputs_before = {}
     let_go(run.module)
@@ -166,11 +171,12 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
             else:
                 set_random_gate(block, run.config)
             outputs_before[change.block] = _output(run, handle, reading)
-            if block.kind == "ffn":
-                born.update(_give_dense_state(run, block))
+            born = _give_dense_state(run, block) if block.kind == "ffn" else {}
             for expert in handle.experts:
                 expert.mode, expert.changed_at = ExpertMode.TRAINING, run.step
             handle.born_share = run.share
+            handle.refresh_mode()
+            _rebuild_partition(run, born)
             facts.append({"gate": "clusters of the sampled features" if sampled else "random: no feature was seen yet"})
         else:
             expert = handle.experts[change.expert]
@@ -185,7 +191,7 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
             expert.thawed = expert.thawed or not frozen
             facts.append({})
         handle.refresh_mode()
-    _rebuild_partition(run, born)
+    _rebuild_partition(run, {})
     for change, fact in zip(changes, facts, strict=True):
         if change.kind == "emergence":
             reading, handle = readings[change.block], run.blocks[change.block]

@@ -70,7 +70,9 @@ def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[st
         return {}
     groups = _groups(run, probe.domain, means, stride)
     keys = [key for key in sorted(seen) if seen[key].output.requires_grad]
-    gradients = torch.autograd.grad(look.loss, [seen[key].output for key in keys], allow_unused=True)
+    outputs = [seen[key].output for key in keys]
+    # Behind a frozen front that holds all blocks nothing has a gradient.
+    gradients = torch.autograd.grad(look.loss, outputs, allow_unused=True) if outputs else ()
     let_go(run.module)
     own = {}
     found_gradients = dict(zip(keys, gradients, strict=True))

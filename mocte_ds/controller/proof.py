@@ -39,7 +39,7 @@ class Proof:
         self._live = {name: checksum(masters) for name, masters in run.optimizer.masters().items()}
         # Experts may go without tokens; anything else that had a gradient before the change has one behind it.
         experts = {f"{handle.name}.{k}" for handle in run.blocks for k in range(len(handle.experts))}
-        had = {name for name, square in run.optimizer.unit_square_norms.items() if square > 0}
+        had = _somewhere({name for name, square in run.optimizer.unit_square_norms.items() if square > 0})
         self._had_gradient = (had - experts) & set(self._live)
         self._squares, self._left = defaultdict(list), PROOF_STEPS
 
@@ -55,8 +55,8 @@ class Proof:
         problem = self._moved(run)
         for name, square in run.optimizer.unit_square_norms.items():
             self._squares[name].append(square if run.optimizer.step_rates[name] > 0 else 0.0)
-        if problem is None and not self._left:
-            problem = self._stuck(run)
+        if not self._left:
+            problem = self._stuck(run) or problem
         _raise_together(problem, run)
 
     def require_frozen_unmoved(self, run: RunState) -> None:
@@ -78,12 +78,14 @@ class Proof:
         return None
 
     def _stuck(self, run: RunState) -> str | None:
+        own = {name for name, squares in self._squares.items() if any(squares)}
+        found = _somewhere(own)  # a rank's part of a table may have no gradient for long
         for name, masters in run.optimizer.masters().items():
-            squares, before = self._squares.get(name, []), self._live.pop(name, None)
-            if not any(squares):
+            before = self._live.pop(name, None)
+            if name not in found:
                 if name in self._had_gradient and run.optimizer.step_rates[name] > 0:
                     return f"{name} trains, had a gradient before the last change of the partition and has none now"
-            elif before is not None and torch.equal(checksum(masters), before):
+            elif name in own and before is not None and torch.equal(checksum(masters), before):
                 return f"{name} trains and had a gradient, but {PROOF_STEPS} steps have not moved it"
         self._live = {}
         return None
@@ -101,6 +103,11 @@ def checksum(tensors: list[Tensor]) -> Tensor:
             place = torch.arange(start, start + chunk.numel(), device=chunk.device) % 65521 + 1
             total += torch.stack([chunk.sum(), (chunk * place).sum()]).cpu()
     return total
+
+
+def _somewhere(names: set[str]) -> set[str]:
+    """The names that some rank has (collective)."""
+    return {name for part in gather_objects(sorted(names)) for name in part}
 
 
 def _raise_together(problem: str | None, run: RunState) -> None:

@@ -29,6 +29,8 @@ class ResumableRun(RunState):
         """Steps before a check whose features it samples."""
         self.proof, self.progress = Proof(), Progress(config)
         self.rank = 0
+        self.mid_step = False
+        """Whether gradients wait for an optimizer step."""
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in self.blocks]
         self._check: Check | None = None
         """Measured, and not yet decided on."""
@@ -37,6 +39,7 @@ class ResumableRun(RunState):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, in plain values and tensors (collective)."""
+        self.proof.require_frozen_unmoved(self)
         # First: the end of a search changes what the blocks remember.
         check = self._check.state_dict(self) if self._check else None
         return {

@@ -61,6 +61,8 @@ class RunState:
         for handle in self.blocks:
             if handle.block.kind == "lora" and self.in_frozen_front(handle):
                 units.add(dense_unit(handle.block))
+            if handle.mode is BlockMode.LOCKED and router_unit(handle.block) in self.registry.units:
+                units.add(router_unit(handle.block))
         return units
 
     def trainable_units(self) -> set[str]:

@@ -45,6 +45,10 @@ def route_through(
         by_rank = counts.view(ep_size, local)
         arriving = exchange_counts(by_rank, group)
         send, receive = by_rank.sum(1).tolist(), arriving.sum(1).tolist()
+        if torch.is_grad_enabled() and not rows.requires_grad:
+            # Nothing below trains. Ranks whose experts are all frozen would build no graph, and the others' backward
+            # pass would wait for them.
+            rows = rows.detach().requires_grad_()
         arrived = exchange_rows(rows, send, receive, group)
         # Rows arrive by source rank, then expert; experts want them by expert, then source rank.
         chunk = torch.arange(ep_size * local, device=features.device).repeat_interleave(arriving.reshape(-1))

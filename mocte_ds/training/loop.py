@@ -137,7 +137,7 @@ class Trainer:
         engine, t = self.engine, self.run.training
         started, total = time.perf_counter(), 0.0
         rate = engine.optimizer.param_groups[0]["lr"]
-        turns = engine.gradient_accumulation_steps()
+        turns, (blocks, frozen) = engine.gradient_accumulation_steps(), self._modes()
         for turn in range(turns):
             batch = next(batches)
             if self.config:
@@ -154,7 +154,7 @@ class Trainer:
         norm = engine.get_global_grad_norm()
         if norm is not None:
             self._require_finite("gradient norm", float(norm), engine.global_steps)
-        load = self._count_flops()
+        load = self._count_flops(blocks, frozen)
         metrics = {
             "step": engine.global_steps,
             "tokens": engine.global_steps * t.batch_tokens,
@@ -169,15 +169,23 @@ class Trainer:
         }
         return metrics, bool(stops.any())
 
-    def _count_flops(self) -> list[list[int]] | None:
-        """Add a step to the ledger; the tokens of each expert of each block (collective)."""
-        loads = self.engine.mocte.expert_load() if self.config else []
+    def _modes(self) -> tuple[list[dict[str, Any]], int]:
+        """Layer and modes of every block, and the frozen layers of the front."""
         blocks = []
-        for handle, counts in zip(self.engine.mocte.blocks if self.config else [], loads, strict=True):
-            modes = [str(expert.mode) for expert in handle.experts]
+        for handle in self.engine.mocte.blocks if self.config else []:
             layer = int(handle.name.split(".")[2])  # model.layers.N.mlp
-            blocks.append({"layer": layer, "mode": str(handle.mode), "experts": modes, "load": counts})
-        frozen = self.engine.mocte.frozen_layers if self.config else 0
+            blocks.append({"layer": layer, "mode": str(handle.mode), "experts": [str(e.mode) for e in handle.experts]})
+        return blocks, self.engine.mocte.frozen_layers if self.config else 0
+
+    def _count_flops(self, blocks: list[dict[str, Any]], frozen: int) -> list[list[int]] | None:
+        """Add a step to the ledger; the tokens of each expert of each block (collective).
+
+        Args:
+            blocks: as the step found them, not as a check behind it has left them.
+            frozen: layers of the front, likewise.
+        """
+        loads = self.engine.mocte.expert_load() if self.config else []
+        blocks = [{**block, "load": counts} for block, counts in zip(blocks, loads, strict=True)]
         self.ledger.step(self.run.model, self.run.training.batch_tokens, self.run.context, self.config, blocks, frozen)
         return loads or None
 

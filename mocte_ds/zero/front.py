@@ -1,6 +1,7 @@
 """The front of a model, which can be frozen from below: its embeddings, then one layer after another."""
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,8 @@ class Front:
     layers: tuple[nn.Module, ...]
     """The layers."""
     _hooks: list[RemovableHandle] = field(default_factory=list, repr=False)
-    _without_graph: set[int] = field(default_factory=set, repr=False)
+    _without_graph: dict[int, Callable | None] = field(default_factory=dict, repr=False)
+    """Layers that run without a graph, and the forward function that the instance itself had."""
 
     def units(self, frozen: int = 0) -> list[str]:
         """Names of the units of the front but for those of the first ``frozen`` layers."""
@@ -50,10 +52,15 @@ class Front:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for i in range(frozen):
-            if i not in self._without_graph:
-                self.layers[i].forward = _without_graph(self.layers[i].forward)  # type: ignore[method-assign]
-                self._without_graph.add(i)
+        for i, layer in enumerate(self.layers):
+            if i < frozen and i not in self._without_graph:
+                self._without_graph[i] = vars(layer).get("forward")
+                layer.forward = types.MethodType(_without_graph(self._without_graph[i]), layer)  # type: ignore[method-assign]
+            elif i >= frozen and i in self._without_graph:  # a checkpoint of before the freeze was loaded
+                own = self._without_graph.pop(i)
+                del layer.forward
+                if own is not None:
+                    layer.forward = own  # type: ignore[method-assign]
         if frozen:
             names = {parameter: name for name, parameter in model.named_parameters()}
             check = functools.partial(_refuse_what_trains_below, names)
@@ -61,11 +68,11 @@ class Front:
             self._hooks.append(self.layers[frozen - 1].register_forward_hook(_start_of_graph))
 
 
-def _without_graph(run: Callable) -> Callable:
-    @functools.wraps(run)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+def _without_graph(own: Callable | None) -> Callable:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            return run(*args, **kwargs)
+            # Through the class, so that a copy of the layer runs with its own weights.
+            return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
 
     return forward
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+_NOT_BY_GROUP = ("_schedulers", "_milestones")  # of torch's SequentialLR
+
 
 def follow_groups(scheduler: Any, old_count: int, sources: Sequence[int]) -> None:
     """Rearrange every per-group list of a scheduler.
@@ -15,7 +17,7 @@ def follow_groups(scheduler: Any, old_count: int, sources: Sequence[int]) -> Non
     if scheduler is None:
         return
     for name, value in vars(scheduler).items():
-        if isinstance(value, list) and len(value) == old_count:
+        if isinstance(value, list) and len(value) == old_count and name not in _NOT_BY_GROUP:
             setattr(scheduler, name, [value[source] for source in sources])
     for inner in getattr(scheduler, "_schedulers", []):  # torch's SequentialLR and ChainedScheduler
         follow_groups(inner, old_count, sources)

@@ -123,7 +123,9 @@ class UnitOptimizer(ZeROOptimizer):
         self._take_apart(stays)
         optimizer.state = defaultdict(dict)
         optimizer.param_groups[:] = [
-            {**_without_parameters(old_groups[sources[n]]), **({} if n in stays else group), "params": group["params"]}
+            {**_without_parameters(old_groups[sources[n]]), "params": group["params"]}
+            if n in stays
+            else _following(group, old_groups[sources[n]])
             for n, group in enumerate(groups)
         ]
         self._build(optimizer)
@@ -227,6 +229,16 @@ def _key(group: dict[str, Any]) -> tuple[str, int]:
 
 def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def _following(group: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """A group that enters, with its own options and at that point of the schedule where another one is."""
+    new = {**_without_parameters(old), **group}
+    if group["options"] == old["options"]:
+        new["lr"] = old["lr"]
+    elif "lr" in group and old.get("initial_lr"):
+        new["lr"], new["initial_lr"] = group["lr"] * old["lr"] / old["initial_lr"], group["lr"]
+    return new
 
 
 def _source(group: dict[str, Any], old_groups: list[dict[str, Any]]) -> int:

@@ -68,11 +68,14 @@ class UnitRegistry:
         self.front = front
         placed: set[int] = set()
         for block in blocks:
-            self._add(dense_unit(block), block.dense.parameters(), None)
+            # What the user has frozen of an FFN stays so in the experts that are born as its copies.
+            fixed = {name for name, p in block.dense.named_parameters() if not p.requires_grad}
+            of_experts = fixed if block.kind == "ffn" else set()
+            self._add(dense_unit(block), _but(block.dense, fixed), None)
             for number, bank in enumerate(block.banks):
                 for local, expert in enumerate(bank.local_experts):
                     k = number * bank.num_experts + bank.first_local(ep_rank) + local
-                    self._add(expert_unit(block, k), expert.parameters(), bank.expert_group_name)
+                    self._add(expert_unit(block, k), _but(expert, of_experts), bank.expert_group_name)
             residuals = [bank.gate.cluster_residual for bank in block.banks if bank.gate.router.learn]
             if residuals:
                 self._add(router_unit(block), residuals, None)
@@ -86,6 +89,11 @@ class UnitRegistry:
         rest = [p for p in model.parameters() if id(p) not in placed and p.requires_grad]
         self.units = {TRUNK: Unit(TRUNK, tuple(rest), None), **self.units}
         self.options, self._option_of = _options(model, blocks, given)
+        if not self.groups_of(self.units[TRUNK]):
+            raise ConfigError(
+                "nothing outside of the blocks trains: ranks whose experts are all frozen would have no optimizer. Let "
+                "at least one parameter outside of mocte.modules train (and outside of mocte.freeze.prefix)."
+            )
         # What is left out of the trunk and of the front does not train.
         of_blocks = [unit for name, unit in self.units.items() if name != TRUNK and not name.startswith("front.")]
         missing = [unit.name for unit in of_blocks for p in unit.parameters if id(p) not in self._option_of]
@@ -116,6 +124,11 @@ class UnitRegistry:
 
     def _add(self, name: str, parameters: Iterable[nn.Parameter], process_group: str | None) -> None:
         self.units[name] = Unit(name, tuple(parameters), process_group)
+
+
+def _but(module: nn.Module, names: set[str]) -> list[nn.Parameter]:
+    """Parameters of a module except some."""
+    return [parameter for name, parameter in module.named_parameters() if name not in names]
 
 
 def _options(

@@ -48,7 +48,7 @@ def test_facts_are_those_of_the_files(written, name):
     assert sizes["weights"] == tensor_bytes(content[MODEL_FILE]["module"])
     assert sizes["experts"] == tensor_bytes([content[file] for file in content if file.startswith("layer_")])
     assert sizes["masters"] == tensor_bytes([shard["single_partition_of_fp32_groups"] for shard in shards])
-    assert sizes["moments"] == tensor_bytes([[state["exp_avg"], state["exp_avg_sq"]] for state in states])
+    assert sizes["moments"] == tensor_bytes(states)
     assert sum(sizes.values()) == sum(entry["bytes"] for entry in facts["files"])
     assert (facts["zero_stage"], facts["bf16"]) == (2, True)
     if name == "dense":

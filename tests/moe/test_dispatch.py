@@ -99,3 +99,17 @@ def test_frozen_experts_compute_no_weight_gradient() -> None:
     for frozen in ({1}, {0, 3}, set(range(EXPERTS))):
         saved = sum(2 * int(rows[k]) * WIDTH * WIDTH for k in frozen)
         assert products(set()) - products(frozen) == saved
+
+
+def with_frozen_experts_on_one_rank() -> list[bool]:
+    rank = torch.distributed.get_rank()
+    mine = make_experts()[2 * rank : 2 * rank + 2]
+    mine.requires_grad_(rank == 1)
+    features, index = tokens(rank, "mixed")  # nothing below trains: they need no gradient
+    outputs, _ = route_through(features, index, list(mine), EXPERTS, torch.distributed.group.WORLD, 2)
+    outputs.square().sum().backward()
+    return [p.grad is not None for p in mine.parameters()]
+
+
+def test_ranks_with_frozen_experts_do_not_keep_others_waiting() -> None:
+    assert spawn(with_frozen_experts_on_one_rank, 2, timeout=30) == [[False] * 4, [True] * 4]

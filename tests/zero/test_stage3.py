@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mocte_ds.checkpoints.source import PARTITIONED_MODEL_FILE
+from mocte_ds.checkpoints.names import PARTITIONED_MODEL_FILE
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.zero import let_go
 from mocte_ds.zero.partitioned_files import require_same_partition, weights_in_state_dicts
