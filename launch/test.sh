@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs lint, format and type checks, then all tests on the CPU (at most 15 minutes).
+# Sets up and runs lint, format and type checks, then all tests on the CPU (at most 45 minutes; about 20 on two cores).
 #
 #   bash launch/test.sh [options of pytest]
 set -euo pipefail
@@ -15,4 +15,4 @@ echo "checks: mypy"
 mypy
 echo "tests: pytest"
 # INT lets pytest print what hung and its closing line; a group that does not end is killed.
-exec timeout --signal=INT --kill-after=30 840 python -m pytest "$@"
+exec timeout --signal=INT --kill-after=30 2700 python -m pytest "$@"
