@@ -11,8 +11,8 @@ class DecoderConfig:
     """Size and style of a decoder."""
 
     style: Literal["llama", "gpt2"]
-    """`llama`: RMSNorm, RoPE, SwiGLU, no biases but `qkv_bias`; `gpt2`: LayerNorm, learned positions, GELU, biases, tied
-    output."""
+    """`llama`: RMSNorm, RoPE, SwiGLU, no biases but `qkv_bias`; `gpt2`: LayerNorm, learned positions, GELU, biases,
+    tied output."""
     vocab_size: int
     """V."""
     hidden_size: int
