@@ -9,7 +9,7 @@ import torch
 from mocte_ds.checkpoints.files import hash_file
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
-from mocte_ds.checkpoints.source import EXPERT_FILE, MODEL_FILE
+from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE
 from mocte_ds.config import MocteConfig
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, attach
