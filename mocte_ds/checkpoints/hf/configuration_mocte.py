@@ -81,7 +81,9 @@ class MocteLMConfig(PretrainedConfig):
         self.intermediate_size, self.num_hidden_layers = intermediate_size, num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        # None where the heads do not divide the features: refused below.
+        whole = head_dim is None and hidden_size % num_attention_heads == 0
+        self.head_dim = hidden_size // num_attention_heads if whole else head_dim
         self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
         self.max_position_embeddings, self.rope_theta, self.norm_eps = max_position_embeddings, rope_theta, norm_eps
         self.initializer_range, self.tie_word_embeddings = initializer_range, tie_word_embeddings
@@ -104,7 +106,7 @@ class MocteLMConfig(PretrainedConfig):
             raise ValueError(f"style = {self.style!r} is not one of 'llama', 'gpt2'.")
         if self.expert_kind not in ("ffn", "lora"):
             raise ValueError(f"expert_kind = {self.expert_kind!r} is not one of 'ffn', 'lora'.")
-        if self.head_dim < 1 or self.num_attention_heads % self.num_key_value_heads:
+        if not self.head_dim or self.head_dim < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"hidden_size = {self.hidden_size}, num_attention_heads = {self.num_attention_heads} and "
                 f"num_key_value_heads = {self.num_key_value_heads} do not divide each other."
