@@ -33,6 +33,10 @@ class RouterConfig:
     """Weight of the expert's output: 1, or the softmax probability of the chosen expert."""
     learn: bool = False
     """The router above as the birth of a trained one: its logits plus a residual W h from zero. Needs `softmax`."""
+    top_k: int = 1
+    """Experts that each token is sent to. More than one need `softmax`, and a kind with logits or `learn`."""
+    normalise: bool = False
+    """With top_k > 1: the weights of a token's experts are divided by their sum, as in Mixtral."""
     aux: float = 0.01
     """Weight of a learned router's loss for even loads, which the engine adds to the model's loss."""
 
@@ -264,6 +268,16 @@ class MocteConfig:
                 )
             if router.learn and router.weight != "softmax":
                 raise ConfigError(f"{where}.learn needs weight 'softmax': a weight of 1 gives the router no gradient.")
+            if not 1 <= router.top_k <= self.num_experts:
+                raise ConfigError(
+                    f"{where}.top_k = {router.top_k} must lie between 1 and mocte.num_experts = {self.num_experts}."
+                )
+            if router.top_k > 1 and router.weight != "softmax":
+                raise ConfigError(
+                    f"{where}.top_k = {router.top_k} needs weight 'softmax': several experts share a token."
+                )
+            if router.normalise and router.top_k == 1:
+                raise ConfigError(f"{where}.normalise is for top_k > 1; for one expert it is the weight 'hard'.")
             if router.aux < 0:
                 raise ConfigError(f"{where}.aux = {router.aux} must not be negative.")
 

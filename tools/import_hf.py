@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--context", type=int, default=256, help="tokens of a sequence of the corpus (default: %(default)s)"
     )
+    parser.add_argument("--fixed-router", action="store_true", help="routers of a mixture of experts do not train on")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     if args.config and not args.emerge:
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         args.emerge,
         _mocte_block(args.config) if args.config else None,
         args.context,
+        args.fixed_router,
         lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
     )
     if args.json:

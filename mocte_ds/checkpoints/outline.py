@@ -103,10 +103,11 @@ def read_outline(path: Path) -> Any:
         content = read_plain(path)
 
     def place(tensor: Tensor) -> Stored:
-        # torch says where the bytes lie: the documented way to load a checkpoint without its data.
-        start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
-        if not tensor.is_contiguous():
-            raise CheckpointError(f"{path} holds a tensor with gaps: it is no file of a checkpoint of mocte_ds.")
+        # torch says where the bytes of a storage lie; files of before torch 1.6 have no such place.
+        start = tensor.untyped_storage()._checkpoint_offset
+        if start is None or not tensor.is_contiguous():
+            raise CheckpointError(f"{path} holds a tensor in another form than ours: it is no file of a checkpoint.")
+        start += tensor.storage_offset() * tensor.dtype.itemsize
         pieces = (Piece(path, start, tensor.numel() * tensor.dtype.itemsize),)
         return Stored(tensor.dtype, tuple(tensor.shape), pieces)
 

@@ -1,58 +1,102 @@
-"""A checkpoint of weights alone, from any source: for export, evaluation and starts, without an optimizer's state."""
+"""A checkpoint of weights alone, written tensor by tensor: for export, evaluation and starts, without moments."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocte_ds.checkpoints.files import FileFacts, write_file
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE
+from mocte_ds.checkpoints.outline import Outline, Stored
 from mocte_ds.checkpoints.source import Source
+from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
 
 
-def write_weights(source: Source, folder: Path, run: str) -> None:
-    """Write every tensor of a source in the files in which a training would.
+@dataclass(frozen=True)
+class Made(Stored):
+    """A tensor that is made only while it is written."""
+
+    make: Callable[[], Tensor]
+
+    def read(self) -> Tensor:
+        """Make it.
+
+        Raises:
+            CheckpointError: another shape or dtype was promised.
+        """
+        tensor = self.make()
+        if tuple(tensor.shape) != self.shape or tensor.dtype is not self.dtype:
+            raise CheckpointError(
+                f"a tensor {tuple(tensor.shape)} {tensor.dtype} was promised as {self.shape} {self.dtype}."
+            )
+        return tensor
+
+    def blocks(self) -> Iterator[Any]:
+        """Its bytes; raises as :meth:`read` does."""
+        yield memoryview(self.read().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+Tensors = dict[str, Made | Tensor]
+"""Every tensor of a model by its name."""
+
+
+def tensors_of(source: Source) -> Tensors:
+    """The weights of a source, in the dtypes of a training: where it rounds to bf16, all but gates and integers."""
+    found: Tensors = {}
+    for name, like in source.model.state_dict().items():
+        narrow = source.dtype == "bf16" and like.is_floating_point() and ".gate." not in name
+        dtype = torch.bfloat16 if narrow else torch.float32 if like.is_floating_point() else like.dtype
+        found[name] = Made(dtype, tuple(like.shape), (), partial(_read, source, name, dtype))
+    return found
+
+
+def write_weights(folder: Path, run: str, model: nn.Module, tensors: Tensors, state: dict[str, Any]) -> None:
+    """Write every tensor in the files in which a training would.
 
     Args:
-        source: bf16 where it rounds to bf16; gates stay fp32.
         folder: of one checkpoint, empty.
         run: unique name of the run.
+        model: the decoder with its blocks in their modes; its weights are not looked at.
+        tensors: its weights.
+        state: as of :class:`mocte_ds.checkpoints.source.Source`.
 
     Raises:
         OSError: a file could not be written.
+        CheckpointError: a tensor cannot be made.
     """
-    state, files = source.state, {}
-    banks = [(m.name, b) for m in source.model.modules() if isinstance(m, Block) for b in range(len(m.banks))]
-    names: dict[str, list[str]] = {MODEL_FILE: []}
-    for name in source.shapes:
+    files: dict[str, FileFacts] = {}
+    banks = [(m.name, b) for m in model.modules() if isinstance(m, Block) for b in range(len(m.banks))]
+    contents: dict[str, dict[str, Any]] = {MODEL_FILE: {}}
+    for name, tensor in tensors.items():
         found = EXPERT_PARAMETER.fullmatch(name)
-        place = (banks.index((found[1], int(found[2]))), found[3]) if found else None
-        file = EXPERT_FILE.format(layer=place[0], expert=place[1]) if place else MODEL_FILE
-        names.setdefault(file, []).append(name)
+        file = MODEL_FILE
+        if found:
+            file = EXPERT_FILE.format(layer=banks.index((found[1], int(found[2]))), expert=found[3])
+        contents.setdefault(file, {})[name] = tensor
     client = {"model": state["model"], "tokenizer": state["tokenizer"], "tokens": state["tokens"]}
-    for file, members in names.items():
-        content: dict[str, Any] = {name: _stored(source, name) for name in members}
-        if file == MODEL_FILE:
-            content = {"module": content, "global_steps": state["step"], **(client if state["mocte"] is None else {})}
-        files[file] = _write(folder / file, content)
+    dense = client if state["mocte"] is None else {}
+    contents[MODEL_FILE] = {"module": contents[MODEL_FILE], "global_steps": state["step"], **dense}
+    for file, content in contents.items():
+        files[file] = _write(folder / file, Outline(content))
     if state["mocte"] is not None:
         mocte = {"config": {**state["mocte"], "ep_size": 1}, "blocks": state["blocks"], "tokens": state["tokens"]}
         files[STATE_FILE] = _write(folder / STATE_FILE, {"mocte": mocte, "client_state": client})
     Manifest(run, state["step"], 1, files).write(folder)
 
 
-def _write(path: Path, content: dict[str, Any]) -> FileFacts:
+def _write(path: Path, content: Any) -> FileFacts:
     try:
         return write_file(path, content)
     except RuntimeError as error:  # what torch.save makes of a full disk
         raise OSError(str(error)) from error
 
 
-def _stored(source: Source, name: str) -> Tensor:
-    tensor = source.read(name)
-    narrow = source.dtype == "bf16" and tensor.is_floating_point() and ".gate." not in name
-    return tensor.to(torch.bfloat16) if narrow else tensor
+def _read(source: Source, name: str, dtype: torch.dtype) -> Tensor:
+    return source.read(name).to(dtype)

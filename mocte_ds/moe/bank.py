@@ -1,4 +1,4 @@
-"""A set of experts, of which every token uses one: a DeepSpeed MoE layer with a cluster gate and dropless dispatch."""
+"""A set of experts, of which every token uses one or a few: DeepSpeed's MoE layer with a cluster gate, dropless."""
 
 import torch
 from deepspeed import comm as dist
@@ -24,7 +24,7 @@ class ClusterMOELayer(MOELayer):
         self.by_source: Tensor | None = None
         """(S, E) tokens of each source and expert while the controller samples."""
         self.recorded: Tensor | None = None
-        """(T,) experts of the last forward that was recorded."""
+        """(T,) best expert of each token of the last forward that was recorded."""
         self.recorded_groups: dict[int, Tensor] = {}
         """Global expert to the groups of the rows that it read in that forward."""
         self._counted_step = -1
@@ -39,8 +39,8 @@ class ClusterMOELayer(MOELayer):
         # A recomputation under activation checkpointing must not be counted a second time.
         first_time = self.training and self._counted_step != self.context.micro_step
         outputs, counts = route_through(
-            features,
-            index,
+            _for_each(features, index),
+            index.flatten(),
             list(self.experts.deepspeed_experts),
             self.routed.numel(),
             self.ep_group,
@@ -53,11 +53,13 @@ class ClusterMOELayer(MOELayer):
             if self.context.sampling:
                 self._count_sources(index)
         if self.context.recording:
-            self.recorded = index
-            if self.context.groups is not None and self.context.groups.numel() == index.numel():
+            self.recorded = index[:, 0]
+            if self.context.groups is not None and self.context.groups.numel() == len(index):
                 self._record_groups(index, self.context.groups.reshape(-1, 1).float())
         if weight is not None:
-            outputs = outputs * weight.to(outputs.dtype)[:, None]
+            outputs = outputs * weight.to(outputs.dtype).reshape(-1, 1)
+        if index.shape[1] > 1:
+            outputs = outputs.view(*index.shape, -1).sum(dim=1)
         self.exp_counts = counts
         return outputs.view_as(hidden)
 
@@ -73,7 +75,8 @@ class ClusterMOELayer(MOELayer):
         def keep(expert: int, rows: Tensor) -> None:
             self.recorded_groups[first + expert] = rows[:, 0].round().long().cpu()
 
-        route_through(groups, index, stand_ins, self.routed.numel(), self.ep_group, self.ep_size, keep)
+        groups = _for_each(groups, index)
+        route_through(groups, index.flatten(), stand_ins, self.routed.numel(), self.ep_group, self.ep_size, keep)
 
     def clear_samples(self) -> None:
         """Forget rows and sources, so that the next check sees today's weights."""
@@ -91,18 +94,18 @@ class ClusterMOELayer(MOELayer):
 
     def _count_sources(self, index: Tensor) -> None:
         domain, sources, experts = self.context.domain, self.context.sources, self.routed.numel()
-        if domain is None or not sources or index.numel() % domain.numel():
+        if domain is None or not sources or len(index) % domain.numel():
             return
-        source = domain.to(index.device).repeat_interleave(index.numel() // domain.numel())
+        source = domain.to(index.device).repeat_interleave(len(index) // domain.numel())
         known = (source >= 0) & (source < sources)
-        cells = torch.bincount(source[known] * experts + index[known], minlength=sources * experts)
+        cells = torch.bincount((source[known, None] * experts + index[known]).flatten(), minlength=sources * experts)
         table = cells.view(sources, experts).cpu()
         fits = self.by_source is not None and self.by_source.shape == table.shape
         self.by_source = self.by_source + table if fits else table
 
 
 class Bank(MoE):
-    """E experts, one a token; a block adds up its banks."""
+    """E experts, one or a few a token; a block adds up its banks."""
 
     def __init__(
         self,
@@ -142,3 +145,8 @@ class Bank(MoE):
     def first_local(self, ep_rank: int) -> int:
         """Global number of the first expert that expert-parallel rank ``ep_rank`` holds."""
         return ep_rank * self.num_local_experts
+
+
+def _for_each(rows: Tensor, index: Tensor) -> Tensor:
+    """(T k, ...) each of the rows (T, ...) once for each of its experts (T, k)."""
+    return rows if index.shape[1] == 1 else rows.repeat_interleave(index.shape[1], dim=0)

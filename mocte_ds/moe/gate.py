@@ -16,7 +16,7 @@ from mocte_ds.moe.keys import Key, LinearKey, make_key
 
 
 class ClusterGate(nn.Module):
-    """Chooses one expert a token. Shapes: T tokens, d features, E experts."""
+    """Chooses the experts of each token. Shapes: T tokens, d features, E experts, k experts a token."""
 
     def __init__(self, hidden_size: int, num_experts: int, router: RouterConfig, vocab_size: int | None) -> None:
         """Allocate an empty gate.
@@ -47,14 +47,14 @@ class ClusterGate(nn.Module):
             tokens: what else is known of them.
 
         Returns:
-            (T,) int64 expert of each token; its weight (T,), or None for the hard weight 1; and where the gate learns
-            the auxiliary loss (), else None.
+            (T, k) int64 experts of each token, the best first; their weights (T, k), or None for the hard weight 1;
+            and where the gate learns the auxiliary loss (), else None.
 
         Raises:
             MocteError: the key needs token ids and there are none.
         """
         if not self.soft:
-            return self.key.choose(features.detach().float(), tokens), None, None
+            return self.key.choose(features.detach().float(), tokens)[:, None], None, None
         learns = self.router.learn
         features = features.float()
         # Clusters' logits are sharp: through them the features would get gradients many times those of the loss.
@@ -62,9 +62,12 @@ class ClusterGate(nn.Module):
         logits = self.key.logits(features.detach() if of_clusters else features, tokens)
         if learns:
             logits = logits + F.linear(features, self.cluster_residual.float())
-        index = logits.argmax(dim=-1)
+        k = self.router.top_k
+        index = logits.argmax(dim=-1, keepdim=True) if k == 1 else logits.topk(k, dim=-1).indices
         probability = logits.softmax(dim=-1)
-        weight = probability.gather(1, index[:, None]).squeeze(1)
+        weight = probability.gather(1, index)
+        if self.router.normalise:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
         return index, weight, self._balance_loss(index, probability) if learns else None
 
     def linear(self) -> tuple[Tensor, Tensor]:
@@ -76,9 +79,9 @@ class ClusterGate(nn.Module):
         return weight, bias
 
     def _balance_loss(self, index: Tensor, probability: Tensor) -> Tensor:
-        """E * sum over experts of (share of tokens) * (mean probability): 1 when even (Fedus et al., Switch, 2021)."""
+        """E * sum over experts of (share of choices) * (mean probability): 1 when even (Fedus et al., Switch, 2021)."""
         experts = probability.shape[1]
-        share = torch.bincount(index, minlength=experts).float() / max(1, index.numel())
+        share = torch.bincount(index.flatten(), minlength=experts).float() / max(1, index.numel())
         return self.router.aux * experts * (share * probability.mean(dim=0)).sum()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ClusterGate":

@@ -1,6 +1,7 @@
 """Starts a run from an imported model or from another run (`model.init`): its weights and modes, no moments."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,15 +31,16 @@ class InitialWeights:
         self._blocks = {m.name: m for m in self._source.model.modules() if isinstance(m, Block)}
         self._emerged = [name for name, block in self._blocks.items() if block.mode is not BlockMode.WARMUP]
 
-    def require_fit(self, config: MocteConfig | None, model: nn.Module) -> None:
+    def require_fit(self, config: MocteConfig | None, model: nn.Module, stage: int) -> None:
         """Refuse a run whose experts are others than the checkpoint's.
 
         Args:
             config: the run's "mocte" block; None: a dense run.
             model: the run's, without blocks.
+            stage: of ZeRO; 3 cuts weights up before experts could take theirs.
 
         Raises:
-            ConfigError: names every key that differs.
+            ConfigError: names every key that differs, or ZeRO-3.
         """
         if not self._emerged:
             return
@@ -48,10 +50,16 @@ class InitialWeights:
                 f"model.init = {folder} has experts, and the run has none: give it the deepspeed.mocte block that "
                 "stands in import.json."
             )
+        if stage == 3:
+            raise ConfigError(
+                f"model.init = {folder} has experts, and zero_optimization.stage is 3: use stage 1 or 2, or a start "
+                "without experts."
+            )
         saved, settings = self._source.state["mocte"], config.to_dict()
-        keys = [key for key in _STRUCTURE if saved.get(key) != settings.get(key)]
+        before, now = (_structure(values) for values in (saved, settings))
+        keys = [key for key in now if before.get(key) != now[key]]
         if keys:
-            listed = "; ".join(f"mocte.{key}: start {saved.get(key)!r}, run {settings.get(key)!r}" for key in keys)
+            listed = "; ".join(f"mocte.{key}: start {before.get(key)!r}, run {now[key]!r}" for key in keys)
             raise ConfigError(f"model.init = {folder} has other experts than the run: {listed}. Use its values.")
         missing = sorted(set(self._emerged) - set(matching_modules(model, config.modules)))
         if missing:
@@ -96,3 +104,11 @@ class InitialWeights:
         # The optimizer's groups follow from the modes; master weights are made of the weights, moments start anew.
         apply_changes(run, [], {})
         run.proof.begin(run)
+
+
+def _structure(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of a "mocte" block decides which experts and gates there are, and what they compute."""
+    found = {key: settings.get(key) for key in _STRUCTURE}
+    if found["banks"] is None and found["router"]:
+        found["router"] = {key: value for key, value in found["router"].items() if key != "aux"}
+    return found

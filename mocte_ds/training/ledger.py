@@ -97,10 +97,14 @@ class Ledger:
             if block["mode"] == "warmup":
                 continue
             self.routing += 2.0 * config.num_experts * model.hidden_size * tokens * gates
-            if config.expert.kind == "lora":
-                self.forward += each * sum(block["load"])
-                self.dgrad += each * sum(block["load"])
-                self.wgrad += each * sum(block["load"])
+            # Beside one FFN a token, which the matrices above have.
+            added = each * sum(block["load"])
+            if config.expert.kind == "ffn":
+                several = any(router.top_k > 1 for router in config.routers)
+                added = added - 2.0 * ffn_parameters(model) * tokens if several else 0.0
+            self.forward += added
+            self.dgrad += added
+            self.wgrad += added
             frozen = sum(n for n, mode in zip(block["load"], block["experts"], strict=True) if mode == "frozen")
             self.wgrad -= each * frozen
             self.wgrad_saved += each * frozen

@@ -45,7 +45,7 @@ class Trainer:
         model, init = Decoder(self.run.model), None
         if self.run.init and not start.checkpoints:
             init = InitialWeights(self.run.init)
-            init.require_fit(self.config, model)
+            init.require_fit(self.config, model, (settings.get("zero_optimization") or {}).get("stage", 0))
             init.fill(model)
         self.engine = _engine(model, settings)
         if init and self.config:

@@ -24,6 +24,7 @@ from tests.checkpoints.damage import cut, digest, flip, plant, seal, swap
 
 FIRST, SECOND = (OPTIMIZER_FILE.format(precision="bf16_", rank=rank) for rank in range(2))
 EXPERT = EXPERT_FILE.format(layer=1, expert=2)
+OLD_FORM = {"_use_new_zipfile_serialization": False}
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "reshape.py"
 
 
@@ -123,6 +124,14 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     "code in our file": (
         lambda folder: plant(folder / STATE_FILE, folder.parent.parent / "made", as_zip=False),
         f"{STATE_FILE} cannot be read: UnpicklingError",
+    ),
+    "an old form": (
+        lambda folder: torch.save({"optimizer_state_dict": torch.ones(2)}, folder / SECOND, **OLD_FORM),
+        f"{SECOND} holds a tensor in another form than ours",
+    ),
+    "a transposed tensor": (
+        lambda folder: edit(folder / SECOND, lambda c: moments_of(c, 0).update(exp_avg=torch.ones(2, 3).T)),
+        f"{SECOND} holds a tensor in another form than ours",
     ),
     "no zip": (lambda folder: (folder / MODEL_FILE).write_bytes(b"x" * 999), f"{MODEL_FILE} cannot be read"),
     "tensor parallelism": (

@@ -91,7 +91,7 @@ def tokens_of_experts(model: nn.Module, input_ids: Tensor) -> dict[str, list[int
 
     def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-        index = block.banks[0].gate(rows, Tokens())[0]
+        index = block.banks[0].gate(rows, Tokens())[0].flatten()
         counts[block.name] = torch.bincount(index, minlength=EXPERTS).tolist()
 
     emerged = [m for m in model.modules() if isinstance(m, Block) and m.mode is not BlockMode.WARMUP]

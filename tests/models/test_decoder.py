@@ -153,9 +153,11 @@ def test_presets_have_the_size_that_their_docstring_says(name):
     assert parameters == PRESETS[name].num_params() == int(said.group(1).replace(",", ""))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_num_params_with_grouped_queries(tied):
-    config = replace(LLAMA, tie_embeddings=tied)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"head_dim": 12}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 6}]
+)
+def test_num_params_with_grouped_queries(changes):
+    config = replace(LLAMA, **changes)
     assert sum(p.numel() for p in Decoder(config).parameters()) == config.num_params()
 
 
@@ -168,6 +170,10 @@ def test_errors():
         preset("quickstart", num_kv_heads=3)
     with pytest.raises(ConfigError, match="must be even"):
         DecoderConfig("llama", 10, 9, 9, 1, 3)
+    with pytest.raises(ConfigError, match="qkv_bias and qk_norm are for the llama style"):
+        replace(GPT2, qkv_bias=True)
+    with pytest.raises(ConfigError, match="head_dim = 0 must be at least 1"):
+        replace(LLAMA, head_dim=0)
     with pytest.raises(ConfigError, match="num_layers = 0"):
         preset("quickstart", num_layers=0)
     with pytest.raises(ConfigError, match="longer than model.max_positions = 256"):

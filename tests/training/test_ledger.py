@@ -1,5 +1,7 @@
 """The ledger's formulas against torch's FlopCounterMode, which counts the real products of matrices."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.moe import BlockMode, attach, dispatch
+from mocte_ds.moe.birth import set_random_gate
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.training.ledger import Ledger
@@ -18,7 +22,7 @@ WARMUP = [{"mode": "warmup", "experts": ["dormant"] * 4, "load": [0] * 4}] * 2
 
 
 def counted(model: nn.Module, backward: bool) -> int:
-    ids = torch.zeros(TOKENS // CONTEXT, CONTEXT, dtype=torch.int64)
+    ids = torch.randint(96, (TOKENS // CONTEXT, CONTEXT), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
         loss = model(input_ids=ids, labels=ids)
         if backward:
@@ -106,3 +110,23 @@ def test_round_trip() -> None:
     other = Ledger()
     other.load(ledger.to_dict())
     assert other == ledger and other.to_dict()["total"] == ledger.total > 0
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_several_experts_a_token(top_k: int) -> None:
+    router = {"kind": "random", "weight": "softmax", "top_k": top_k}
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "router": router})
+    model = Decoder(LLAMA).to(torch.bfloat16)
+    for block in attach(model, config):
+        set_random_gate(block, config)
+        block.mode = BlockMode.SPECIALISING
+        for parameter in block.banks.parameters():
+            parameter.requires_grad_(True)
+    # Rows are padded on a CPU; the ledger counts tokens.
+    with patch.object(dispatch, "_CPU_ROW_MULTIPLE", 1):
+        found = counted(model, backward=True)
+    load = [TOKENS * top_k // 4] * 4
+    blocks = [{"layer": i, "mode": "specialising", "experts": ["training"] * 4, "load": load} for i in range(2)]
+    ledger = Ledger()
+    ledger.step(LLAMA, TOKENS, CONTEXT, config, blocks)
+    assert ledger.forward + ledger.dgrad + ledger.wgrad + ledger.routing == found

@@ -1,12 +1,15 @@
 """Run files: what they may say, what follows from them, and errors that name key, value and mend."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from mocte_ds.errors import ConfigError
+from mocte_ds.checkpoints.names import MODEL_FILE
+from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.models import preset
 from mocte_ds.training.run_config import RunConfig, read_run
 from mocte_ds.training.run_file import read_yaml
@@ -46,6 +49,26 @@ def test_completes_the_deepspeed_config(tmp_path: Path) -> None:
         settings["train_batch_size"]
         == settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * 2
     )
+
+
+def test_sizes_of_an_imported_start(tmp_path: Path) -> None:
+    """They come from the checkpoint; only what has no weights may differ."""
+    start, sizes = tmp_path / "start", asdict(preset("quickstart"))
+    (start / "step0").mkdir(parents=True)
+    (start / "latest").write_text("step0")
+    torch.save({"module": {}, "model": sizes}, start / "step0" / MODEL_FILE)
+    values = {**minimal(), "model": {"init": str(start), "max_positions": 128, "activation_checkpointing": True}}
+    run = read(tmp_path, values)
+    assert run.init == str(start) and run.identity()["model.init"] == str(start)
+    assert run.model == preset("quickstart", max_positions=128, activation_checkpointing=True)
+    assert read(tmp_path, minimal()).identity()["model.init"] is None
+    for change, told in (
+        ("model.num_layers=3", "model.num_layers = 3, but 4 in model.init"),
+        ("model.preset=quickstart", "model.preset and model.init both say"),
+        ("model.init=nowhere", "nowhere is no folder"),
+    ):
+        with pytest.raises(MocteError, match=told):
+            read(tmp_path, values, change)
 
 
 def test_own_scheduler_stays(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from mocte_ds.moe.keys import LinearKey
 
 # Largest accepted difference in fp32, relative to the largest value; sums are taken in another order.
 TOLERANCE = 1e-4
-# Tokens whose two best experts are closer than this, relative to |gate| |feature|, may go to either by rounding.
+# Tokens whose last chosen expert and the next one are closer than this, relative to |gate| |feature|, may go to either
+# by rounding.
 MARGIN = 2e-6
 
 
 def margins(block: Block, features: Tensor) -> Tensor:
-    """How much the best expert's logit exceeds the second's, relative to |gate| |feature|, at the block's closest bank.
+    """How far the last chosen expert's logit is above the next, relative to |gate| |feature|, in the closest bank.
 
     Args:
         block: with its weights; its context knows the token ids.
@@ -36,9 +37,12 @@ def margins(block: Block, features: Tensor) -> Tensor:
         if gate.router.learn:
             logits = logits + F.linear(rows, gate.cluster_residual.float())
             matrix = matrix + gate.cluster_residual.float()
-        best = logits.topk(2, dim=-1).values
+        k = gate.router.top_k
+        if k == logits.shape[1]:
+            continue  # every token goes to all of them
+        best = logits.topk(k + 1, dim=-1).values
         scale = matrix.norm(dim=1).max() * rows.norm(dim=-1)
-        least = torch.minimum(least, ((best[:, 0] - best[:, 1]) / scale.clamp(min=1e-30)).view(least.shape))
+        least = torch.minimum(least, ((best[:, k - 1] - best[:, k]) / scale.clamp(min=1e-30)).view(least.shape))
     return least
 
 

@@ -66,7 +66,8 @@ class MocteLMConfig(PretrainedConfig):
             num_experts: experts of one bank.
             expert_kind: `ffn` (experts instead of the FFN) or `lora` (experts beside it).
             expert_width: hidden units of one expert; None: the FFN's, shared out to the banks.
-            routers: one for each bank of experts: {"kind": one of KINDS, "weight": "hard" or "softmax", "learn": bool}.
+            routers: one for each bank of experts: {"kind": one of KINDS, "weight": "hard" or "softmax", "learn": bool,
+                "top_k": experts a token, "normalise": whether their weights are divided by their sum}.
             document_end_id: token that ends a document; routers start anew behind it.
             use_cache: whether generation keeps keys and values.
             bos_token_id: begins a text.
@@ -89,7 +90,8 @@ class MocteLMConfig(PretrainedConfig):
         self.initializer_range, self.tie_word_embeddings = initializer_range, tie_word_embeddings
         self.expert_layers = list(expert_layers or [])
         self.num_experts, self.expert_kind = num_experts, expert_kind
-        self.routers = [{"weight": "hard", "learn": False, **router} for router in routers or [{"kind": "token"}]]
+        usual = {"weight": "hard", "learn": False, "top_k": 1, "normalise": False}
+        self.routers = [{**usual, **router} for router in routers or [{"kind": "token"}]]
         self.expert_width = intermediate_size // len(self.routers) if expert_width is None else expert_width
         self.document_end_id, self.use_cache = document_end_id, use_cache
         self._require_known()
@@ -114,8 +116,10 @@ class MocteLMConfig(PretrainedConfig):
         for router in self.routers:
             if router.get("kind") not in KINDS or router["weight"] not in ("hard", "softmax"):
                 raise ValueError(f"the router {router} is none of the kinds {KINDS} with weight 'hard' or 'softmax'.")
-            if router["learn"] and router["weight"] != "softmax":
-                raise ValueError(f"the router {router} learns, which needs weight 'softmax'.")
+            if (router["learn"] or router["top_k"] > 1) and router["weight"] != "softmax":
+                raise ValueError(f"the router {router} learns or chooses several, which needs weight 'softmax'.")
+            if not 1 <= router["top_k"] <= self.num_experts:
+                raise ValueError(f"the router {router} cannot choose among {self.num_experts} experts.")
         strange = [number for number in self.expert_layers if not 0 <= number < self.num_hidden_layers]
         if strange:
             raise ValueError(f"expert_layers names layer {strange[0]}; there are {self.num_hidden_layers}.")

@@ -1,4 +1,4 @@
-"""Models with experts as transformers' Mixtral, Qwen2Moe and Glm4Moe."""
+"""Models with experts as transformers' Mixtral, Qwen2Moe, OLMoE and Glm4Moe."""
 
 import math
 from functools import partial
@@ -17,6 +17,7 @@ from mocte_ds.checkpoints.hf.dense import (
     stock_class,
 )
 from mocte_ds.checkpoints.source import Source
+from mocte_ds.config import RouterConfig
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
 
@@ -29,7 +30,7 @@ _EXPERT = "{block}.banks.0.deepspeed_moe.experts.deepspeed_experts.{k}.{part}.we
 
 
 def mixtral(source: Source, special: SpecialIds) -> Layout:
-    """Experts in every layer; the weight of top-1, divided by itself, is exactly 1."""
+    """Experts in every layer; weights are divided by their sum, so that the one of top-1 is exactly 1."""
     from transformers import MixtralConfig
 
     blocks = source.emerged
@@ -37,23 +38,57 @@ def mixtral(source: Source, special: SpecialIds) -> Layout:
 
     def ffn(layer: int) -> list[Stored]:
         prefix = f"model.layers.{layer}.block_sparse_moe"
-        return [_gate(blocks[layer], f"{prefix}.gate.weight"), *_experts(blocks[layer], f"{prefix}.experts", parts)]
+        gate = _gate(source, blocks[layer], f"{prefix}.gate.weight")
+        return [gate, *_experts(blocks[layer], f"{prefix}.experts", parts)]
 
     fields = llama_fields(source.config, special)
-    fields["intermediate_size"] = expert_width(blocks[0])
+    fields |= {"intermediate_size": expert_width(blocks[0]), "head_dim": source.config.head_size}
     config = MixtralConfig(
         **fields,
         num_local_experts=blocks[0].num_experts,
-        num_experts_per_tok=1,
+        num_experts_per_tok=_router(blocks).top_k,
         sliding_window=None,
-        head_dim=source.config.head_size,
     )
     stored, name = llama_stored(source, ffn), "MixtralForCausalLM"
     return Layout(name, stock_class(name), config, stored, "model.layers", llama_step, blocks=blocks)
 
 
-def qwen2moe(source: Source, special: SpecialIds, weight: str) -> Layout:
-    """Experts in any choice of layers; norm_topk_prob makes the weight 1, without it it is the softmax probability."""
+def olmoe(source: Source, special: SpecialIds) -> Layout:
+    """Experts in every layer, behind norms of all queries and all keys.
+
+    Raises:
+        CheckpointError: heads or biases that the class does not have.
+    """
+    from transformers import OlmoeConfig
+
+    config, blocks = source.config, source.emerged
+    if config.qkv_bias or config.query_size != config.hidden_size:
+        raise CheckpointError(
+            "OLMoE, the class for model.qk_norm, has heads of hidden_size / num_heads and no biases; export with "
+            "--class own."
+        )
+
+    def ffn(layer: int) -> list[Stored]:
+        prefix = f"model.layers.{layer}.mlp"
+        gate = _gate(source, blocks[layer], f"{prefix}.gate.weight")
+        return [gate, *_experts(blocks[layer], f"{prefix}.experts")]
+
+    fields = llama_fields(config, special)
+    fields["intermediate_size"] = expert_width(blocks[0])
+    target = OlmoeConfig(
+        **fields,
+        num_experts=blocks[0].num_experts,
+        num_experts_per_tok=_router(blocks).top_k,
+        norm_topk_prob=_is_normalised(blocks),
+        clip_qkv=None,
+        attention_bias=False,
+    )
+    stored, name = llama_stored(source, ffn), "OlmoeForCausalLM"
+    return Layout(name, stock_class(name), target, stored, "model.layers", llama_step, blocks=blocks)
+
+
+def qwen2moe(source: Source, special: SpecialIds) -> Layout:
+    """Experts in any choice of layers; norm_topk_prob divides the weights, softmax probabilities, by their sum."""
     from transformers import Qwen2MoeConfig
 
     config, blocks = source.config, source.emerged
@@ -66,7 +101,7 @@ def qwen2moe(source: Source, special: SpecialIds, weight: str) -> Layout:
         # The class insists on a shared expert; one hidden unit of zeros adds exactly nothing.
         shared = {"gate_proj": (1, d), "up_proj": (1, d), "down_proj": (d, 1)}
         return [
-            _gate(blocks[layer], f"{prefix}.gate.weight"),
+            _gate(source, blocks[layer], f"{prefix}.gate.weight"),
             *_experts(blocks[layer], f"{prefix}.experts"),
             *(_zeros(f"{prefix}.shared_expert.{name}.weight", shape) for name, shape in shared.items()),
             _zeros(f"{prefix}.shared_expert_gate.weight", (1, d)),
@@ -78,11 +113,11 @@ def qwen2moe(source: Source, special: SpecialIds, weight: str) -> Layout:
         moe_intermediate_size=expert_width(first),
         shared_expert_intermediate_size=1,
         num_experts=first.num_experts,
-        num_experts_per_tok=1,
-        norm_topk_prob=weight == "hard",
+        num_experts_per_tok=_router(blocks).top_k,
+        norm_topk_prob=_is_normalised(blocks),
         mlp_only_layers=dense,
         decoder_sparse_step=1,
-        qkv_bias=False,
+        qkv_bias=config.qkv_bias,
         use_sliding_window=False,
     )
     return Layout(
@@ -97,7 +132,7 @@ def qwen2moe(source: Source, special: SpecialIds, weight: str) -> Layout:
     )
 
 
-def glm4moe(source: Source, special: SpecialIds, weight: str) -> Layout:
+def glm4moe(source: Source, special: SpecialIds) -> Layout:
     """Dense layers in front, then a shared FFN beside narrow experts in every layer; weight 1 as in Mixtral.
 
     Raises:
@@ -112,7 +147,7 @@ def glm4moe(source: Source, special: SpecialIds, weight: str) -> Layout:
             "Glm4Moe, the class for experts of the kind 'lora', has dense layers in front only; to export, let "
             f"mocte.modules name all layers from {first} on, or use expert.kind 'ffn'."
         )
-    if weight != "hard":
+    if _router(source.emerged).weight != "hard":
         raise CheckpointError(
             "Glm4Moe, the class for experts of the kind 'lora', weighs by a sigmoid, not by a softmax; to export, "
             "train with router.weight 'hard'."
@@ -126,14 +161,14 @@ def glm4moe(source: Source, special: SpecialIds, weight: str) -> Layout:
         if layer not in blocks:
             return dense_ffn(source, layer)
         prefix, norm = f"model.layers.{layer}.mlp", f"model.layers.{layer}.post_attention_layernorm.weight"
-        gate = _gate(blocks[layer], f"{prefix}.gate.weight")
+        gate = _gate(source, blocks[layer], f"{prefix}.gate.weight")
 
         def scaled(norm_weight: Tensor, *parts: Tensor) -> Tensor:
             rows = gate.make(*parts)
             return rows * sigmoid_scale(rows, norm_weight)
 
         stored = [
-            Stored(gate.name, gate.shape, (norm, *gate.sources), scaled, exact=True),
+            Stored(gate.name, gate.shape, (norm, *gate.sources), scaled, exact=gate.exact),
             _zeros(f"{prefix}.gate.e_score_correction_bias", gate.shape[:1], buffer=True),
             *_experts(blocks[layer], f"{prefix}.experts"),
         ]
@@ -148,6 +183,7 @@ def glm4moe(source: Source, special: SpecialIds, weight: str) -> Layout:
 
     fields = llama_fields(config, special)
     fields["rope_parameters"]["partial_rotary_factor"] = 1.0
+    fields["head_dim"] = config.head_size
     target = Glm4MoeConfig(
         **fields,
         moe_intermediate_size=width,
@@ -159,9 +195,8 @@ def glm4moe(source: Source, special: SpecialIds, weight: str) -> Layout:
         n_group=1,
         topk_group=1,
         routed_scaling_factor=1.0,
-        head_dim=config.head_size,
         use_qk_norm=False,
-        attention_bias=False,
+        attention_bias=config.qkv_bias,
         num_nextn_predict_layers=0,
     )
     return Layout(
@@ -194,13 +229,29 @@ def expert_width(block: Block) -> int:
     return math.ceil(block.banks[0].local_experts[0].gate_proj.weight.shape[0] / UNITS) * UNITS
 
 
-def _gate(block: Block, name: str) -> Stored:
-    """The whole gate, prior and residual, (E, d)."""
+def _router(blocks: dict[int, Block]) -> RouterConfig:
+    """What the routers of all blocks have in common."""
+    return next(iter(blocks.values())).banks[0].gate.router
+
+
+def _is_normalised(blocks: dict[int, Block]) -> bool:
+    """Whether the weights of a token's experts add up to 1."""
+    return _router(blocks).weight == "hard" or _router(blocks).normalise
+
+
+def _gate(source: Source, block: Block, name: str) -> Stored:
+    """The whole gate, prior and residual, (E, d); in fp32, but where it came out of a model in bf16."""
     prefix = GATE.format(block=block.name)
     sources = [f"{prefix}key.cluster_weight"]
     if block.banks[0].gate.router.learn:
         sources.append(f"{prefix}cluster_residual")
-    return Stored(name, (block.num_experts, block.hidden_size), tuple(sources), lambda *parts: sum(parts), exact=True)
+    rows = _total(*(source.read(path) for path in sources))
+    exact = not torch.equal(rows.bfloat16().float(), rows)
+    return Stored(name, (block.num_experts, block.hidden_size), tuple(sources), _total, exact=exact)
+
+
+def _total(first: Tensor, *others: Tensor) -> Tensor:
+    return sum(others, first)
 
 
 def _experts(block: Block, prefix: str, parts: dict[str, str] | None = None) -> list[Stored]:

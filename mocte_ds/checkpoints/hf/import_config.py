@@ -2,26 +2,15 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.checkpoints.hf.import_keys import Foreign, Keys, llama_like, require_whole_attention
+from mocte_ds.checkpoints.hf.import_mixtures import glm4moe, mixtral, olmoe, qwen2moe
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.models import DecoderConfig
 
 CONFIG_FILE = "config.json"
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """What a folder's config says, in our terms."""
-
-    architecture: str
-    """Name of its class in transformers."""
-    decoder: DecoderConfig
-    """Sizes and style."""
-    mocte: dict[str, Any] | None = None
-    """"mocte" block that keeps its experts and routers; None for a dense model."""
 
 
 def read_config(folder: Path, max_positions: int | None = None, fixed_router: bool = False) -> Foreign:
@@ -50,36 +39,12 @@ def read_config(folder: Path, max_positions: int | None = None, fixed_router: bo
             f"{path}: the architecture {name} is not supported; these are: {', '.join(_READERS)}. What is exported as "
             "MocteForCausalLM comes from a checkpoint, which is the better start."
         )
-    keys = _Keys(path, _transformers_config(folder), max_positions, fixed_router)
+    keys = Keys(path, _transformers_config(folder), max_positions, fixed_router)
     keys.require("quantization_config", None, "take the folder without quantisation.")
     try:
         return _READERS[name](name, keys)
     except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} has sizes that no decoder of ours has: {error}") from error
-
-
-class _Keys:
-    """The keys of a config with transformers' defaults, and how they are refused."""
-
-    def __init__(self, path: Path, config: Any, max_positions: int | None, fixed_router: bool) -> None:
-        self.path, self.config, self.fixed_router = path, config, fixed_router
-        most = config.max_position_embeddings
-        if max_positions is not None and not 1 <= max_positions <= most:
-            raise CheckpointError(f"max_positions = {max_positions} must lie between 1 and the folder's {most}.")
-        self.max_positions = max_positions or most
-
-    def __getitem__(self, key: str) -> Any:
-        return getattr(self.config, key, None)
-
-    def require(self, key: str, wanted: Any, advice: str = "our decoders compute something else.") -> None:
-        """Refuse another value; a key that is not there has the wanted one."""
-        value = getattr(self.config, key, wanted)
-        if value != wanted:
-            self.refuse(key, value, f"{wanted!r} is supported; {advice}")
-
-    def refuse(self, key: str, value: Any, why: str) -> None:
-        """Raise CheckpointError for a key."""
-        raise CheckpointError(f"{self.path}: {key} = {value!r}: {why}")
 
 
 def _transformers_config(folder: Path) -> Any:
@@ -92,24 +57,24 @@ def _transformers_config(folder: Path) -> Any:
         raise CheckpointError(f"transformers cannot read {folder / CONFIG_FILE}: {text[0]}") from error
 
 
-def _llama(name: str, keys: _Keys) -> Foreign:
+def _llama(name: str, keys: Keys) -> Foreign:
     keys.require("attention_bias", False)
     keys.require("mlp_bias", False)
-    return Foreign(name, _llama_like(keys))
+    return Foreign(name, llama_like(keys))
 
 
-def _mistral(name: str, keys: _Keys) -> Foreign:
-    _require_whole_attention(keys, keys["sliding_window"])
-    return Foreign(name, _llama_like(keys))
+def _mistral(name: str, keys: Keys) -> Foreign:
+    require_whole_attention(keys, keys["sliding_window"])
+    return Foreign(name, llama_like(keys))
 
 
-def _qwen2(name: str, keys: _Keys) -> Foreign:
+def _qwen2(name: str, keys: Keys) -> Foreign:
     if "sliding_attention" in (keys["layer_types"] or []):
-        _require_whole_attention(keys, keys["sliding_window"])
-    return Foreign(name, _llama_like(keys, qkv_bias=True))
+        require_whole_attention(keys, keys["sliding_window"])
+    return Foreign(name, llama_like(keys, qkv_bias=True))
 
 
-def _gpt2(name: str, keys: _Keys) -> Foreign:
+def _gpt2(name: str, keys: Keys) -> Foreign:
     if keys["activation_function"] not in ("gelu_new", "gelu_pytorch_tanh"):
         keys.refuse("activation_function", keys["activation_function"], "'gelu_new' is supported.")
     for key, wanted in (
@@ -135,51 +100,13 @@ def _gpt2(name: str, keys: _Keys) -> Foreign:
     return Foreign(name, DecoderConfig("gpt2", **sizes))
 
 
-def _llama_like(keys: _Keys, intermediate_size: int | None = None, **more: Any) -> DecoderConfig:
-    """Sizes that all Llama-like configs share."""
-    keys.require("hidden_act", "silu")
-    rope = keys["rope_parameters"] or {}
-    if rope.get("rope_type", "default") != "default":
-        keys.refuse(
-            "rope_parameters.rope_type",
-            rope["rope_type"],
-            "scaled rotary positions are not supported; only where the folder's own shorter context is enough, remove "
-            "the key in a copy of the folder.",
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        keys.refuse("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], "1.0 is supported.")
-    heads, d = keys["num_attention_heads"], keys["hidden_size"]
-    head_dim = keys["head_dim"] or d // heads
-    return DecoderConfig(
-        "llama",
-        keys["vocab_size"],
-        d,
-        intermediate_size or keys["intermediate_size"],
-        keys["num_hidden_layers"],
-        heads,
-        keys["num_key_value_heads"],
-        None if head_dim * heads == d else head_dim,
-        max_positions=keys.max_positions,
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        norm_eps=keys["rms_norm_eps"],
-        tie_embeddings=bool(keys["tie_word_embeddings"]),
-        initializer_range=keys["initializer_range"],
-        **more,
-    )
-
-
-def _require_whole_attention(keys: _Keys, window: int | None) -> None:
-    if window is not None and window < keys.max_positions:
-        keys.refuse(
-            "sliding_window",
-            window,
-            f"our attention sees all {keys.max_positions} positions; with --max-positions {window} both are the same.",
-        )
-
-
-_READERS: dict[str, Callable[[str, _Keys], Foreign]] = {
+_READERS: dict[str, Callable[[str, Keys], Foreign]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "Qwen2ForCausalLM": _qwen2,
     "GPT2LMHeadModel": _gpt2,
+    "MixtralForCausalLM": mixtral,
+    "OlmoeForCausalLM": olmoe,
+    "Qwen2MoeForCausalLM": qwen2moe,
+    "Glm4MoeForCausalLM": glm4moe,
 }

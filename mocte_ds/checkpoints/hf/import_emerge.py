@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocte_ds.checkpoints.hf.import_write import made, start_modes
+from mocte_ds.checkpoints.hf.import_state import start_state
 from mocte_ds.checkpoints.names import EXPERT_PARAMETER
-from mocte_ds.checkpoints.outline import Stored
 from mocte_ds.checkpoints.source import Source, empty_decoder
+from mocte_ds.checkpoints.weights import Made, Tensors
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.state import RunState
@@ -90,17 +90,17 @@ class Emerged:
             reading = readings[handle.index]
             set_gate(handle.block, config, reading.sample())
             self.clusters[handle.name] = reading.found.detection.count if reading.found else None
-        self.mocte = start_modes(self.model, config.to_dict())
-        """What the checkpoint says of the blocks."""
+        self.state = start_state(source.config, config, names)
+        """Of a source of this model."""
         self._newest: tuple[tuple[str, int], dict[str, Tensor]] = (("", -1), {})
 
-    def tensors(self, dense: dict[str, Stored | Tensor]) -> dict[str, Stored | Tensor]:
+    def tensors(self, dense: Tensors) -> Tensors:
         """Every tensor of the model with experts.
 
         Args:
             dense: those of the dense model.
         """
-        found: dict[str, Stored | Tensor] = {}
+        found: Tensors = {}
         for name, like in self.model.state_dict().items():
             block = next((block for block in self.blocks if name.startswith(f"{block}.")), None)
             expert = EXPERT_PARAMETER.fullmatch(name)
@@ -110,8 +110,8 @@ class Emerged:
                 found[name] = dense[name.replace(f"{block}.dense.", f"{block}.", 1)]
             elif expert:
                 kind = dense[f"{block}.{expert[4]}"].dtype
-                blank = torch.empty(like.shape, dtype=kind, device="meta")
-                found[name] = made(blank, partial(self._expert, block, int(expert[2]), expert[4], kind))
+                make = partial(self._expert, block, int(expert[2]), expert[4], kind)
+                found[name] = Made(kind, tuple(like.shape), (), make)
             else:
                 found[name] = like
         return found

@@ -1,5 +1,6 @@
 """Imports a Hugging Face folder as the start of a run: exact, checked against transformers before it says done."""
 
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -10,30 +11,39 @@ import psutil
 import torch
 from torch import Tensor
 
+from mocte_ds.checkpoints.files import replace_text
 from mocte_ds.checkpoints.hf.compare import compare_function
 from mocte_ds.checkpoints.hf.dense import Layout, SpecialIds, gpt2, llama, stock_class
+from mocte_ds.checkpoints.hf.experts import glm4moe, mixtral, olmoe, qwen2moe
 from mocte_ds.checkpoints.hf.export import peak_bytes
 from mocte_ds.checkpoints.hf.folder import Folder
-from mocte_ds.checkpoints.hf.import_config import CONFIG_FILE, Foreign, read_config
+from mocte_ds.checkpoints.hf.import_config import CONFIG_FILE, read_config
 from mocte_ds.checkpoints.hf.import_emerge import Emerged
+from mocte_ds.checkpoints.hf.import_experts import plan_mixture
+from mocte_ds.checkpoints.hf.import_keys import Foreign
+from mocte_ds.checkpoints.hf.import_state import start_state
 from mocte_ds.checkpoints.hf.import_weights import Plan, plan_dense
-from mocte_ds.checkpoints.hf.import_write import TAG, Made, made, write_start
 from mocte_ds.checkpoints.hf.kept_tokenizer import KeptTokenizer
 from mocte_ds.checkpoints.hf.pieces import Pieces
 from mocte_ds.checkpoints.hf.whole import require_free, whole, write_json
-from mocte_ds.checkpoints.outline import Stored
 from mocte_ds.checkpoints.source import Source, StoredSource, empty_decoder
+from mocte_ds.checkpoints.weights import Made, Tensors, write_weights
 from mocte_ds.config import MocteConfig
 from mocte_ds.data.hf_tokenizer import HFTokenizer
 from mocte_ds.data.stored_tokenizer import keep_tokenizer, tokenizer_in
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.moe.attach import matching_modules
 
-FACTS_FILE = "import.json"
+FACTS_FILE, TAG = "import.json", "step0"
 _LAYOUTS: dict[str, Callable[[Source, SpecialIds], Layout]] = {
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": llama,
     "Qwen2ForCausalLM": llama,
     "GPT2LMHeadModel": gpt2,
+    "MixtralForCausalLM": mixtral,
+    "OlmoeForCausalLM": olmoe,
+    "Qwen2MoeForCausalLM": qwen2moe,
+    "Glm4MoeForCausalLM": glm4moe,
 }
 
 
@@ -46,12 +56,15 @@ class FolderSource(Source):
         Raises:
             CheckpointError: tensors are missing, left over or of another shape.
         """
-        model = empty_decoder(asdict(foreign.decoder), None, folder.folder / CONFIG_FILE)
-        super().__init__(model, {"mocte": None})
+        path, sizes = folder.folder / CONFIG_FILE, asdict(foreign.decoder)
+        model, state = empty_decoder(sizes, None, path), start_state(foreign.decoder)
+        if foreign.mocte:
+            config = MocteConfig.from_dict(foreign.mocte)
+            state = start_state(foreign.decoder, config, matching_modules(model, config.modules))
+            model = empty_decoder(sizes, {"config": state["mocte"], "blocks": state["blocks"]}, path)
+        super().__init__(model, state)
         self.folder, self.foreign = folder, foreign
-        self.mocte: dict[str, Any] | None = None
-        """What a checkpoint says of its blocks."""
-        self.plan: Plan = plan_dense(folder, model)
+        self.plan: Plan = plan_mixture(folder, foreign, model) if foreign.mocte else plan_dense(folder, model)
 
     def _stored(self, name: str) -> Tensor:
         return self.plan[name].tensor(self.folder)
@@ -70,6 +83,7 @@ def import_hf(
     corpus: str | Path | None = None,
     settings: dict[str, Any] | None = None,
     context: int = 256,
+    fixed_router: bool = False,
     tell: Callable[[str], None] = lambda _text: None,
 ) -> dict[str, Any]:
     """Write a folder that `model.init` of a run file names, and that tools/export_hf.py exports again.
@@ -77,20 +91,22 @@ def import_hf(
     Weights are read, written and compared one tensor or one layer at a time: the model may be larger than memory.
 
     Args:
-        folder: Llama, Mistral, Qwen2 or GPT-2 in Hugging Face format, with safetensors and a tokenizer.json; only
-            read, no code in it is run.
+        folder: a dense model or a mixture of experts in Hugging Face format (docs/huggingface.md), with safetensors
+            and a tokenizer.json; only read, no code in it is run. A mixture keeps its experts and routers.
         out: folder to write; appears as a whole at the end, never half. An earlier import there is replaced.
         max_positions: longest context of the run; None: the folder's.
         corpus: folder of texts that show the model's features, so that experts emerge at once; None: the run begins in
             warm-up.
         settings: "mocte" block of the experts; None: its defaults, in every layer.
         context: tokens of a sequence of the corpus; at most max_positions.
+        fixed_router: routers of a mixture do not train on.
         tell: called with a line for each stage.
 
     Returns:
-        Facts: architecture, parameters, weight_bytes (in the folder's files), start_bytes and peak_bytes (memory of
-        this process at the start, and at most so far), tensors_compared, logit_difference, model (sizes); and with a
-        corpus mocte (its complete block), clusters (found in the documents, by block) and tokens (looked at).
+        Facts: architecture, parameters (of the folder), weight_bytes (in its files), start_bytes and peak_bytes (memory
+        of this process at the start, and at most so far), tensors_compared, logit_difference, model (sizes); with
+        experts mocte (the complete block); with a corpus clusters (found in the documents, by block) and tokens (looked
+        at).
 
     Raises:
         CheckpointError: the folder is incomplete or damaged, or our decoders cannot compute what it does; names what.
@@ -100,10 +116,14 @@ def import_hf(
     folder, start = Path(folder), psutil.Process().memory_info().rss
     out = require_free(Path(out), folder, FACTS_FILE)
     tell(f"reading {folder}")
-    foreign = read_config(folder, max_positions)
+    foreign = read_config(folder, max_positions, fixed_router)
+    if foreign.mocte and corpus:
+        raise ConfigError(f"{folder} has experts already; leave the corpus out.")
     source = FolderSource(Folder(folder, foreign.architecture), foreign)
     KeptTokenizer(folder).require_fit(foreign.decoder.vocab_size)
     tokenizer = HFTokenizer(folder)
+    if foreign.mocte:
+        source.state["mocte"]["eod_id"] = tokenizer.eod_id
     config = emergence_config(settings, tokenizer.eod_id) if corpus else None
     tell("comparing our decoder with transformers")
     compared = compare_function(source, source.layout(), Pieces(folder, source.layout(), source.folder))
@@ -113,19 +133,22 @@ def import_hf(
     with whole(out) as pending:
         tell("writing")
         keep_tokenizer(tokenizer, pending)
-        tensors: dict[str, Stored | Tensor] = {
-            name: made(torch.empty(taken.shape, dtype=taken.dtype, device="meta"), partial(taken.tensor, source.folder))
+        tensors: Tensors = {
+            name: Made(taken.dtype, taken.shape, (), partial(taken.tensor, source.folder))
             for name, taken in source.plan.items()
         }
-        model, mocte = source.model, source.mocte
+        model, state = source.model, source.state
         if emerged:
-            model, mocte, tensors = emerged.model, emerged.mocte, emerged.tensors(tensors)
-        write_start(pending, model, tensors, mocte, tokenizer_in(out))
+            model, state, tensors = emerged.model, emerged.state, emerged.tensors(tensors)
+        (pending / TAG).mkdir()
+        state = {**state, "tokenizer": str(out / tokenizer_in(pending).name)}  # where it will lie
+        write_weights(pending / TAG, uuid.uuid4().hex, model, tensors, state)
+        replace_text(pending / "latest", TAG)
         tell("reading what was written")
         _require_same(StoredSource(pending / TAG), tensors)
         facts: dict[str, Any] = {
             "architecture": foreign.architecture,
-            "parameters": foreign.decoder.num_params(),
+            "parameters": sum(torch.Size(t.shape).numel() for t in source.plan.values() if t.sources),
             "weight_bytes": sum(taken.nbytes for taken in source.folder.blanks.values()),
             "start_bytes": start,
             "peak_bytes": peak_bytes(),
@@ -133,8 +156,8 @@ def import_hf(
             "logit_difference": compared["logit_difference"],
             "model": asdict(foreign.decoder),
         }
-        if mocte:
-            facts["mocte"] = mocte["config"]
+        if state["mocte"]:
+            facts["mocte"] = state["mocte"]
         if emerged:
             facts |= {"clusters": emerged.clusters, "tokens": emerged.tokens}
         write_json(pending / FACTS_FILE, facts)
@@ -152,10 +175,10 @@ def emergence_config(settings: dict[str, Any] | None, eod_id: int) -> MocteConfi
     return MocteConfig.from_dict({**block, "ep_size": 1})
 
 
-def _require_same(written: Source, tensors: dict[str, Stored | Tensor]) -> None:
+def _require_same(written: Source, tensors: Tensors) -> None:
     """Refuse a checkpoint that holds other numbers than those that were to be written."""
     for name, tensor in tensors.items():
-        wanted = tensor.make() if isinstance(tensor, Made) else tensor.read() if isinstance(tensor, Stored) else tensor
+        wanted = tensor.read() if isinstance(tensor, Made) else tensor
         found = written.read(name)
         if not torch.equal(found, wanted.to(found.dtype)):
             raise CheckpointError(f"the weight {name} was lost or changed on its way through the file.")

@@ -80,6 +80,34 @@ class Planner:
         self._used.update(sources)
         self.plan[name] = Taken(tuple(made.shape), made.dtype, sources, make)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor of ours."""
+        return self._shapes[name]
+
+    def zero(self, name: str, dtype: torch.dtype) -> None:
+        """Say that a tensor of ours holds zeros: the folder has nothing like it."""
+        shape = self._shapes[name]
+        self.plan[name] = Taken(shape, dtype, (), lambda: torch.zeros(shape, dtype=dtype))
+
+    def use_zeros(self, source: str) -> None:
+        """Take a tensor of the folder that has no place in our model, if it holds nothing.
+
+        Raises:
+            CheckpointError: it holds something.
+        """
+        if source in self.folder.blanks:
+            if self.folder.read(source).any():
+                raise CheckpointError(
+                    f"{self.folder.folder}: {source} belongs to a shared expert that our blocks do not have; only one "
+                    "of zeros can be left out."
+                )
+            self._used.add(source)
+
+    def use(self, source: str) -> None:
+        """Take a tensor of the folder that changes nothing."""
+        if source in self.folder.blanks:
+            self._used.add(source)
+
     def finish(self, tied: bool) -> Plan:
         """The plan, if nothing is missing and nothing is left.
 

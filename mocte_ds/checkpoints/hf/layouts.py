@@ -1,7 +1,7 @@
 """Which transformers class a trained model becomes: a stock one that computes the same exactly, else our own."""
 
 from mocte_ds.checkpoints.hf.dense import Layout, SpecialIds, gpt2, llama
-from mocte_ds.checkpoints.hf.experts import GATE, glm4moe, mixtral, qwen2moe
+from mocte_ds.checkpoints.hf.experts import GATE, glm4moe, mixtral, olmoe, qwen2moe
 from mocte_ds.checkpoints.hf.own import own
 from mocte_ds.checkpoints.source import Source
 from mocte_ds.errors import CheckpointError, ConfigError
@@ -38,8 +38,9 @@ def choose_layout(source: Source, special: SpecialIds, choice: str = "auto") -> 
 def stock_layout(source: Source, special: SpecialIds) -> Layout:
     """One of transformers' classes.
 
-    Llama or GPT-2 where no block has emerged. Else, for experts of the kind `ffn`, Mixtral (weight 1, experts in every
-    layer) or Qwen2Moe (any weight, any layers), and Glm4Moe for `lora` (docs/huggingface.md).
+    Llama, Qwen2 or GPT-2 where no block has emerged. Else, for experts of the kind `ffn`, Mixtral (weights that add up
+    to 1, experts in every layer), OLMoE (norms of queries and keys) or Qwen2Moe (any weight, any layers), and Glm4Moe
+    for `lora` (docs/huggingface.md).
 
     Raises:
         CheckpointError: none computes the same; says why.
@@ -52,13 +53,20 @@ def stock_layout(source: Source, special: SpecialIds) -> Layout:
     for block in emerged.values():
         _require_exportable(source, block)
     some = next(iter(emerged.values()))
-    weight = some.banks[0].gate.router.weight
+    router, everywhere = some.banks[0].gate.router, len(emerged) == source.config.num_layers
+    if source.config.qk_norm and (some.kind != "ffn" or not everywhere):
+        raise CheckpointError(
+            "OLMoE, the stock class for model.qk_norm, has experts of the kind 'ffn' in every layer; export with "
+            "--class own."
+        )
+    if source.config.qk_norm:
+        return olmoe(source, special)
     if some.kind == "lora":
-        return glm4moe(source, special, weight)
-    if weight == "hard" and len(emerged) == source.config.num_layers:
+        return glm4moe(source, special)
+    if (router.weight == "hard" or router.normalise) and everywhere and not source.config.qkv_bias:
         return mixtral(source, special)
     # A block in warm-up is a dense layer.
-    return qwen2moe(source, special, weight)
+    return qwen2moe(source, special)
 
 
 def _require_exportable(source: Source, block: Block) -> None:

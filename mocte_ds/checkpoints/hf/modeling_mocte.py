@@ -68,7 +68,7 @@ def _norm(config: MocteLMConfig) -> nn.Module:
 
 
 class MocteBank(nn.Module):
-    """Experts of which each token uses one."""
+    """Experts of which each token uses one or a few."""
 
     def __init__(self, config: MocteLMConfig, router: dict[str, Any], name: str) -> None:
         super().__init__()
@@ -79,9 +79,13 @@ class MocteBank(nn.Module):
         index, weight = self.router(x, tokens)
         index, output = index.to(x.device), torch.zeros_like(x)
         for k in index.unique().tolist():
-            chosen = index == k
-            output[chosen] = self.experts[k](x[chosen])
-        return output if weight is None else output * weight.to(output.dtype)[..., None]
+            places = index == k
+            chosen = places.any(dim=-1)
+            added = self.experts[k](x[chosen])
+            if weight is not None:
+                added = added * (weight.to(x.device) * places).sum(dim=-1)[chosen].to(added.dtype)[..., None]
+            output[chosen] = output[chosen] + added
+        return output
 
 
 class MocteExperts(nn.Module):

@@ -13,6 +13,7 @@ from mocte_ds.moe.experts import ffn_shape
 from mocte_ds.moe.keys import TABLES
 
 FILES = ("configuration_mocte.py", "modeling_mocte.py", "routing_mocte.py")
+_ROUTER = ("kind", "weight", "learn", "top_k", "normalise")
 _RENAMED = (
     (re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\."), ".experts."),
     (re.compile(r"\.deepspeed_moe\.gate\.key\.cluster_"), ".router."),
@@ -40,7 +41,7 @@ def own(source: Source, special: SpecialIds, reason: str | None = None) -> Layou
             "num_experts": block.banks[0].num_experts,
             "expert_kind": block.kind,
             "expert_width": _width(block),
-            "routers": [{"kind": r.kind, "weight": r.weight, "learn": r.learn} for r in routers],
+            "routers": [{name: getattr(router, name) for name in _ROUTER} for router in routers],
             "document_end_id": settings.get("eod_id"),
         }
     config = MocteLMConfig(

@@ -190,7 +190,7 @@ class Tokens:
 
 
 class MocteRouter(nn.Module):
-    """Chooses one expert of a bank for each token."""
+    """Chooses one or a few experts of a bank for each token."""
 
     def __init__(self, config: MocteLMConfig, router: dict[str, Any], name: str) -> None:
         """Allocate.
@@ -210,17 +210,17 @@ class MocteRouter(nn.Module):
             self.register_buffer("bias", torch.zeros(config.num_experts))
         if router["learn"]:
             self.residual = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        self.learns = bool(router["learn"])
+        self.learns, self.top_k, self.normalise = bool(router["learn"]), router["top_k"], router["normalise"]
 
     def forward(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """(B, T) expert of each token and (B, T) weight of its output, None for 1; features are (B, T, d)."""
+        """(B, T, k) experts of each token and weights of their outputs, None for 1; features are (B, T, d)."""
         features = features.float()
         index = None
         if self.kind in TABLES:
             ids = tokens.before() if self.kind == "previous" else tokens.ids
             index = self.table[ids.to(self.table.device)]
             if not self.soft:
-                return index, None
+                return index[..., None], None
             logits = TABLE_LOGIT * F.one_hot(index, self.num_experts).float()
         else:
             logits = F.linear(features if self.kind == "random" else features.detach(), self.weight, self.bias)
@@ -228,10 +228,11 @@ class MocteRouter(nn.Module):
                 logits = tokens.running_mean(self.name, logits)
         if self.learns:
             logits = logits + F.linear(features, self.residual.float())
-        index = logits.argmax(dim=-1)
         if not self.soft:
-            return index, None
-        return index, logits.softmax(dim=-1).gather(-1, index[..., None]).squeeze(-1)
+            return logits.argmax(dim=-1, keepdim=True), None
+        index = logits.argmax(dim=-1, keepdim=True) if self.top_k == 1 else logits.topk(self.top_k, dim=-1).indices
+        weight = logits.softmax(dim=-1).gather(-1, index)
+        return index, weight / weight.sum(dim=-1, keepdim=True) if self.normalise else weight
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "MocteRouter":
         """Moves with the model but stays in fp32: a boundary rounded to bf16 sends tokens elsewhere."""

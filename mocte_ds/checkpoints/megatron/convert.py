@@ -20,7 +20,7 @@ from mocte_ds.checkpoints.megatron.model import build, settings_of
 from mocte_ds.checkpoints.megatron.pairs import Pair, all_pairs
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import Source, StoredSource
-from mocte_ds.checkpoints.weights import write_weights
+from mocte_ds.checkpoints.weights import tensors_of, write_weights
 from mocte_ds.errors import CheckpointError, ConfigError
 
 _ROOM = 1 << 20  # bytes for lists and headers
@@ -101,7 +101,7 @@ def from_megatron(
             source.take(files.read(build(source.settings), found))
         tell(f"writing {tag}")
         (pending / tag).mkdir()
-        write_weights(source, pending / tag, source.manifest.run)
+        write_weights(pending / tag, source.manifest.run, source.model, tensors_of(source), source.state)
         replace_text(pending / "latest", tag)
         tell("comparing")
         written = StoredSource(pending / tag)

@@ -135,6 +135,8 @@ def _require_convertible(source: Source, block: Block) -> None:
     router = block.banks[0].gate.router
     if router.kind not in ("token", "random"):
         raise refuse(f"the router.kind '{router.kind}'")
+    if router.top_k != 1:
+        raise refuse(f"router.top_k {router.top_k}")
     # The same bias for all experts changes neither the choice nor the softmax.
     bias = source.read(f"{GATE.format(block=block.name)}key.cluster_bias")
     if (bias != bias[0]).any():

@@ -1,0 +1,146 @@
+"""Mixtures of experts in Hugging Face format as starts of a run: routers are kept, with one or several experts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+)
+
+from mocte_ds.checkpoints.hf.export import export
+from mocte_ds.checkpoints.model import load_model
+from mocte_ds.errors import MocteError
+from mocte_ds.moe.block import Block
+from tests.checkpoints.test_hf_import import HEADS, SIZES, VOCAB, fingerprint, setting, weights, write_folder
+from tools.import_hf import main
+
+COMMON = {**SIZES, **HEADS, "eos_token_id": 0}
+MIXTRAL = {"num_local_experts": 4, "sliding_window": None}
+# One hidden unit of zeros: the class insists on a shared expert.
+QWEN = {
+    "num_experts": 4,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 1,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+GLM = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 1,
+    "n_shared_experts": 3,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "head_dim": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+}
+# The config, and the router that the run gets: weight, top_k, normalise.
+CASES: dict[str, tuple[PreTrainedConfig, tuple[str, int, bool]]] = {
+    "mixtral, 1": (MixtralConfig(**COMMON, **MIXTRAL, num_experts_per_tok=1), ("hard", 1, False)),
+    "mixtral, 2": (MixtralConfig(**COMMON, **MIXTRAL, num_experts_per_tok=2), ("softmax", 2, True)),
+    "olmoe, 1": (OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=1), ("softmax", 1, False)),
+    "olmoe, 3": (OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=3), ("softmax", 3, False)),
+    "olmoe, all": (
+        OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=4, norm_topk_prob=True),
+        ("softmax", 4, True),
+    ),
+    "qwen2moe, 2": (Qwen2MoeConfig(**COMMON, **QWEN, num_experts_per_tok=2), ("softmax", 2, False)),
+    "qwen2moe, some layers": (
+        Qwen2MoeConfig(**COMMON, **{**QWEN, "mlp_only_layers": [0]}, num_experts_per_tok=2, qkv_bias=False),
+        ("softmax", 2, False),
+    ),
+    "glm4moe, 1": (Glm4MoeConfig(**COMMON, **GLM), ("hard", 1, False)),
+}
+
+
+def empty_shared_experts(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "shared_expert." in name or "shared_expert_gate" in name:
+            parameter.data.zero_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_function_and_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config, (weight, top_k, normalise) = CASES[name]
+    source = write_folder(tmp_path / "folder", config, change=empty_shared_experts, dtype=dtype)
+    before = fingerprint(source)
+    assert main([str(source), str(tmp_path / "start")]) == 0
+    assert fingerprint(source) == before
+    ids = torch.randint(1, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    ours, state = load_model(tmp_path / "start")
+    router = state["mocte"]["router"]
+    assert (router["weight"], router["top_k"], router["normalise"]) == (weight, top_k, normalise)
+    assert router["learn"] is (weight == "softmax")
+    blocks = [module for module in ours.modules() if isinstance(module, Block)]
+    choices: list[int] = []
+    for block in blocks:
+        hook = lambda _gate, _inputs, found: choices.append(found[0].shape[1])  # noqa: E731
+        block.banks[0].gate.register_forward_hook(hook)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    assert choices == [top_k] * len(blocks) and blocks
+    export(tmp_path / "start", tmp_path / "back", {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype])
+    found, expected = weights(tmp_path / "back"), weights(source)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        if "e_score_correction_bias" in key:
+            assert not found[key].any() and not tensor.any()
+            continue
+        if name.startswith("glm") and key.endswith("gate.weight"):
+            # Its sigmoid may be flat where ours chooses: the exporter scales, which changes no bit of the directions.
+            power = torch.log2(tensor[0, 0] / found[key][0, 0])
+            assert power == power.round()
+            tensor = tensor * 2.0**-power
+        assert found[key].dtype is tensor.dtype and torch.equal(found[key], tensor), key
+    stored = [json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back")]
+    assert stored[0]["architectures"] == stored[1]["architectures"]
+    keys = [key for key in stored[0] if "expert" in key or key in ("norm_topk_prob", "rope_parameters", "rms_norm_eps")]
+    assert {key: stored[0][key] for key in keys} == {key: stored[1].get(key) for key in keys}
+
+
+def test_the_own_class_chooses_several_too(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "folder", CASES["olmoe, 3"][0])
+    main([str(source), str(tmp_path / "start"), "--fixed-router"])
+    facts = export(tmp_path / "start", tmp_path / "own", choice="own")
+    assert facts["architecture"] == "MocteForCausalLM"
+    ids = torch.randint(1, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", trust_remote_code=True, dtype=torch.float32).eval()
+    assert all("residual" not in name for name in own.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(own(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def busy_shared_expert(folder: Path) -> None:
+    """The random one, as it was before it was emptied."""
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "told"),
+    [
+        ("glm4moe, 1", setting(num_experts_per_tok=2), "num_experts_per_tok = 2"),
+        ("glm4moe, 1", setting(routed_scaling_factor=2.5), "routed_scaling_factor"),
+        ("olmoe, 1", setting(clip_qkv=8.0), "clip_qkv"),
+        ("mixtral, 2", setting(sliding_window=16), "sliding_window"),
+        ("mixtral, 2", setting(num_local_experts=5), "moe.gate.weight has the shape"),
+        ("qwen2moe, some layers", setting(intermediate_size=64), "moe_intermediate_size"),
+        ("qwen2moe, 2", busy_shared_expert, "shared_expert"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(name: str, harm: Any, told: str, tmp_path: Path) -> None:
+    change = None if harm is busy_shared_expert else empty_shared_experts
+    source = write_folder(tmp_path / "folder", CASES[name][0], change=change)
+    harm(source)
+    with pytest.raises(MocteError) as caught:
+        main([str(source), str(tmp_path / "start")])
+    assert told in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]

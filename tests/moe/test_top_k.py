@@ -1,0 +1,107 @@
+"""Several experts a token: outputs, gradients, counts and the loss for even loads against sums over all experts."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.errors import ConfigError
+from mocte_ds.moe import Block, BlockMode, attach
+
+D, E, T = 16, 4, 30
+
+
+class FFN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = nn.Linear(D, 24), nn.Linear(24, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(torch.tanh(self.c_fc(x)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = FFN()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+
+def emerged(**router: Any) -> tuple[Model, Block]:
+    """A block whose experts, gate and residual are all random."""
+    settings = {"kind": "random", "weight": "softmax", "learn": True, **router}
+    config = MocteConfig.from_dict({"modules": "mlp", "num_experts": E, "router": settings})
+    torch.manual_seed(0)
+    model = Model()
+    (block,) = attach(model, config)
+    bank = block.banks[0]
+    bank.gate.key.set(torch.randn(E, D), torch.randn(E))
+    for parameter in bank.parameters():
+        nn.init.normal_(parameter.requires_grad_(True), std=0.4)
+    block.mode = BlockMode.SPECIALISING
+    return model, block
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("top_k", [2, 3, E])
+def test_outputs_and_gradients(top_k: int, normalise: bool) -> None:
+    model, block = emerged(top_k=top_k, normalise=normalise)
+    bank, features = block.banks[0], torch.randn(2, T // 2, D, requires_grad=True)
+    gate, parameters = bank.gate, list(bank.parameters())
+    block.context.domain, block.context.sources, block.context.sampling = torch.tensor([0, 1]), 2, True
+    output = model(features)
+    auxiliary = block.auxiliary_loss()
+    found = torch.autograd.grad(output.square().sum() + auxiliary, [features, *parameters])
+
+    rows = features.reshape(T, D)
+    logits = rows @ (gate.key.cluster_weight + gate.cluster_residual).T + gate.key.cluster_bias
+    probability = logits.softmax(-1)
+    # By the k-th largest probability, not by torch.topk.
+    chosen = probability >= probability.sort(dim=-1, descending=True).values[:, top_k - 1 : top_k]
+    weight = probability * chosen
+    if normalise:
+        weight = weight / weight.sum(-1, keepdim=True)
+    every = torch.stack([expert(rows) for expert in bank.local_experts], dim=1)
+    expected = (weight[..., None] * every).sum(1).view_as(features)
+    share = chosen.float().sum(0) / (T * top_k)
+    even = 0.01 * E * (share * probability.mean(0)).sum()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(auxiliary, even)
+    wanted = torch.autograd.grad(expected.square().sum() + even, [features, *parameters], allow_unused=True)
+    for mine, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+    layer = bank.deepspeed_moe
+    assert torch.equal(layer.routed, chosen.sum(0)) and int(layer.routed.sum()) == T * top_k
+    by_source = torch.stack([part.sum(0) for part in chosen.view(2, T // 2, E)])
+    assert torch.equal(layer.by_source, by_source)
+
+
+def test_what_is_recorded_is_the_best_expert() -> None:
+    model, block = emerged(top_k=2)
+    block.context.recording, block.context.groups = True, torch.arange(T).view(2, -1)
+    features = torch.randn(2, T // 2, D)
+    model.eval()(features)
+    layer, gate = block.banks[0].deepspeed_moe, block.banks[0].gate
+    weight, bias = gate.linear()
+    order = (features.reshape(T, D) @ weight.T + bias).argsort(dim=-1, descending=True)
+    assert torch.equal(layer.recorded, order[:, 0])
+    for k, rows in layer.recorded_groups.items():
+        assert sorted(rows.tolist()) == sorted((order[:, :2] == k).any(1).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("router", "told"),
+    [
+        ({"top_k": 2}, "top_k = 2 needs weight 'softmax'"),
+        ({"top_k": 5, "weight": "softmax"}, "top_k = 5 must lie between 1 and mocte.num_experts = 4"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"weight": "softmax", "normalise": True}, "normalise is for top_k > 1"),
+    ],
+)
+def test_settings_that_are_refused(router: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        MocteConfig.from_dict({"modules": "mlp", "num_experts": E, "router": router})
