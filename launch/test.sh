@@ -13,6 +13,8 @@ echo "checks: ruff format"
 ruff format --check .
 echo "checks: mypy"
 mypy
+# Before the tests, while the compiler has the machine's memory for itself.
+python -m mocte_ds.training.cpu_op cpu_adam fused_adam
 echo "tests: pytest"
 # INT lets pytest print what hung and its closing line; a group that does not end is killed.
 exec timeout --signal=INT --kill-after=30 2700 python -m pytest "$@"

@@ -60,14 +60,20 @@ def build_cpu_op(folder: str | Path | None = None, name: str = NAME) -> bool:
         print(f"set-up: compiling DeepSpeed's op {name} (about a minute)", file=sys.stderr, flush=True)
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
         environment["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{environment.get('PATH', '')}"
-        command = [sys.executable, "-c", _BUILD, BUILDERS[name]]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = _compile(name, environment)
+        if "Killed" in done.stdout + done.stderr:  # by a system short of memory: files one after another need less
+            done = _compile(name, {**environment, "MAX_JOBS": "1"})
         if done.returncode:
             raise MocteError(
                 f"DeepSpeed's op {name} could not be compiled:\n{done.stdout[-_TAIL:]}{done.stderr[-_TAIL:]}\nIt needs "
                 "g++, ninja and Python's headers (on Debian and Ubuntu: apt-get install g++ ninja-build python3-dev)."
             )
     return True
+
+
+def _compile(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", _BUILD, BUILDERS[name]]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def _remove_stale_lock(lock: Path, patience: float) -> None:
@@ -79,8 +85,9 @@ def _remove_stale_lock(lock: Path, patience: float) -> None:
 
 
 def main() -> None:
-    """Command line of launch/setup.sh."""
-    build_cpu_op()
+    """Command line of launch/setup.sh and launch/test.sh: the ops named, or the one that every start loads."""
+    for name in sys.argv[1:] or [NAME]:
+        build_cpu_op(name=name)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -51,3 +52,20 @@ def test_builders_wait_for_each_other(built: Path) -> None:
         assert other.is_alive()
     other.join(10)
     assert not other.is_alive()
+
+
+def test_a_compiler_that_the_system_killed_gets_another_try_file_by_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    jobs = []
+
+    def run(command: list[str], env: dict[str, str], **_options: object) -> subprocess.CompletedProcess:
+        jobs.append(env.get("MAX_JOBS"))
+        short = len(jobs) == 1
+        return subprocess.CompletedProcess(command, int(short), "c++: fatal error: Killed signal" if short else "", "")
+
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(cpu_op.subprocess, "run", run)
+    assert cpu_op.build_cpu_op() is True
+    assert jobs == [None, "1"]
