@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.config and not args.emerge:
         raise ConfigError("--config says which experts emerge; give a corpus with --emerge, or leave it out.")
-    from mocte_ds.checkpoints.hf.import_folder import import_hf
+    from mocte_ds.checkpoints.hf.imports.folder import import_hf
 
     facts = import_hf(
         args.folder,

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
 
-    from mocte_ds.checkpoints.reshape import reshape
+    from mocte_ds.checkpoints.reshaping.reshape import reshape
 
     facts = reshape(args.checkpoint, args.out, args.world_size, args.ep_size)
     if args.json:

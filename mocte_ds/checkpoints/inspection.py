@@ -11,7 +11,7 @@ from mocte_ds.checkpoints.outline import Stored, mapped, read_outline
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
 from mocte_ds.checkpoints.plain import require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_NAME
-from mocte_ds.checkpoints.written import Written
+from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.errors import CheckpointError
 from mocte_ds.text_table import MISSING, brief, text_table
 

@@ -11,14 +11,14 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from mocte_ds.checkpoints.layout import Layout
 from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.place import Place
 from mocte_ds.checkpoints.plain import from_plain, read_plain, to_plain
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
-from mocte_ds.checkpoints.reshaped import Reshaped
+from mocte_ds.checkpoints.reshaping.layout import Layout
+from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
+from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.checkpoints.save import Saver
-from mocte_ds.checkpoints.written import Written
 from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import CheckpointError, ConfigError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pytest import approx
 
-from mocte_ds.checkpoints.reshape import reshape
+from mocte_ds.checkpoints.reshaping.reshape import reshape
 from tests.e2e.conftest import Launcher, read_log
 
 # fp32, and a check that decides at once: what one has measured and not decided on stays behind.

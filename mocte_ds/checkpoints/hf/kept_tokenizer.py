@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from mocte_ds.checkpoints.hf.dense import SpecialIds
-from mocte_ds.checkpoints.hf.import_config import CONFIG_FILE
+from mocte_ds.checkpoints.hf.imports.config import CONFIG_FILE
 from mocte_ds.checkpoints.hf.tokenizer import SourceTokenizer
 from mocte_ds.data.hf_tokenizer import HFTokenizer
 from mocte_ds.data.stored_tokenizer import tokenizer_in

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mocte_ds.checkpoints.shards import Key
+from mocte_ds.checkpoints.reshaping.shards import Key
 
 
 def for_groups(state: Any, before: Sequence[Key], now: Sequence[Key]) -> Any:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from mocte_ds.checkpoints.layout import partition_size
 from mocte_ds.checkpoints.outline import Stored, filled, join
-from mocte_ds.checkpoints.shards import Part, is_vector
+from mocte_ds.checkpoints.reshaping.layout import partition_size
+from mocte_ds.checkpoints.reshaping.shards import Part, is_vector
 from mocte_ds.errors import CheckpointError
 
 

@@ -17,12 +17,12 @@ from mocte_ds.checkpoints.hf.dense import Layout, SpecialIds, gpt2, llama, stock
 from mocte_ds.checkpoints.hf.experts import glm4moe, mixtral, olmoe, qwen2moe
 from mocte_ds.checkpoints.hf.export import peak_bytes
 from mocte_ds.checkpoints.hf.folder import Folder
-from mocte_ds.checkpoints.hf.import_config import CONFIG_FILE, read_config
-from mocte_ds.checkpoints.hf.import_emerge import Emerged
-from mocte_ds.checkpoints.hf.import_experts import plan_mixture
-from mocte_ds.checkpoints.hf.import_keys import Foreign
-from mocte_ds.checkpoints.hf.import_state import start_state
-from mocte_ds.checkpoints.hf.import_weights import Plan, plan_dense
+from mocte_ds.checkpoints.hf.imports.config import CONFIG_FILE, read_config
+from mocte_ds.checkpoints.hf.imports.emerge import Emerged
+from mocte_ds.checkpoints.hf.imports.experts import plan_mixture
+from mocte_ds.checkpoints.hf.imports.keys import Foreign
+from mocte_ds.checkpoints.hf.imports.state import start_state
+from mocte_ds.checkpoints.hf.imports.weights import Plan, plan_dense
 from mocte_ds.checkpoints.hf.kept_tokenizer import KeptTokenizer
 from mocte_ds.checkpoints.hf.pieces import Pieces
 from mocte_ds.checkpoints.hf.whole import require_free, whole, write_json

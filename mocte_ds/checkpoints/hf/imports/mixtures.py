@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mocte_ds.checkpoints.hf.import_keys import Foreign, Keys, llama_like, require_whole_attention
+from mocte_ds.checkpoints.hf.imports.keys import Foreign, Keys, llama_like, require_whole_attention
 
 
 def mixtral(name: str, keys: Keys) -> Foreign:

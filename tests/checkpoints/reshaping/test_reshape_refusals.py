@@ -16,8 +16,8 @@ from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE, require_whole
 from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE, OPTIMIZER_FILE
 from mocte_ds.checkpoints.random_states import RANDOM_FILE
-from mocte_ds.checkpoints.reshape import reshape
-from mocte_ds.checkpoints.written import Written
+from mocte_ds.checkpoints.reshaping.reshape import reshape
+from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.errors import CheckpointError
 from tests.checkpoints.by_hand import sign
 from tests.checkpoints.damage import cut, digest, flip, plant, seal, swap
@@ -25,7 +25,7 @@ from tests.checkpoints.damage import cut, digest, flip, plant, seal, swap
 FIRST, SECOND = (OPTIMIZER_FILE.format(precision="bf16_", rank=rank) for rank in range(2))
 EXPERT = EXPERT_FILE.format(layer=1, expert=2)
 OLD_FORM = {"_use_new_zipfile_serialization": False}
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "reshape.py"
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "reshape.py"
 
 
 @fixture
@@ -297,7 +297,7 @@ def large(folder: Path, count: int, numel: int) -> None:
 
 MEASURE = """
 import resource, sys
-from mocte_ds.checkpoints.reshape import reshape
+from mocte_ds.checkpoints.reshaping.reshape import reshape
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 reshape(sys.argv[1], sys.argv[2], 2, 1)
 before = peak()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocte_ds.checkpoints.hf.import_state import start_state
+from mocte_ds.checkpoints.hf.imports.state import start_state
 from mocte_ds.checkpoints.names import EXPERT_PARAMETER
 from mocte_ds.checkpoints.source import Source, empty_decoder
 from mocte_ds.checkpoints.weights import Made, Tensors

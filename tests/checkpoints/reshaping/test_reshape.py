@@ -7,9 +7,9 @@ import torch
 from pytest import approx, fixture, mark
 
 from mocte_ds.checkpoints.manifest import Manifest, require_whole
-from mocte_ds.checkpoints.reshape import reshape
-from tests.checkpoints import travel
+from mocte_ds.checkpoints.reshaping.reshape import reshape
 from tests.checkpoints.damage import digest
+from tests.checkpoints.reshaping import travel
 from tests.spawn import spawn
 from tests.zero.small_run import FINAL_MODES, Case
 

@@ -4,13 +4,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.layout import Layout
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.names import EXPERT_NAME, MODEL_FILE, OPTIMIZER_FILE, OPTIMIZER_NAME, model_file
 from mocte_ds.checkpoints.outline import read_outline
 from mocte_ds.checkpoints.plain import require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME
+from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.errors import CheckpointError
 
 

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from mocte_ds.checkpoints.layout import Layout
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, OPTIMIZER_NAME
-from mocte_ds.checkpoints.optimizer import StoredOptimizer
 from mocte_ds.checkpoints.outline import Copy, Outline, filled, read_outline
 from mocte_ds.checkpoints.plain import read_plain
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME, generator_states
-from mocte_ds.checkpoints.schedules import for_groups
-from mocte_ds.checkpoints.shards import renumbered
-from mocte_ds.checkpoints.written import Written
+from mocte_ds.checkpoints.reshaping.layout import Layout
+from mocte_ds.checkpoints.reshaping.optimizer import StoredOptimizer
+from mocte_ds.checkpoints.reshaping.schedules import for_groups
+from mocte_ds.checkpoints.reshaping.shards import renumbered
+from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.errors import CheckpointError
 
 

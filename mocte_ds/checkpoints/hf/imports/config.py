@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.hf.import_keys import Foreign, Keys, llama_like, require_whole_attention
-from mocte_ds.checkpoints.hf.import_mixtures import glm4moe, mixtral, olmoe, qwen2moe
+from mocte_ds.checkpoints.hf.imports.keys import Foreign, Keys, llama_like, require_whole_attention
+from mocte_ds.checkpoints.hf.imports.mixtures import glm4moe, mixtral, olmoe, qwen2moe
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.models import DecoderConfig
 

@@ -4,12 +4,12 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.layout import Layout
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
-from mocte_ds.checkpoints.reshaped import Reshaped
+from mocte_ds.checkpoints.reshaping.layout import Layout
+from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
+from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.checkpoints.save import Saver
-from mocte_ds.checkpoints.written import Written
 from mocte_ds.errors import CheckpointError
 
 

@@ -19,7 +19,7 @@ from mocte_ds.checkpoints.hf.export import export
 from mocte_ds.checkpoints.model import load_model
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
-from tests.checkpoints.test_hf_import import HEADS, SIZES, VOCAB, fingerprint, setting, weights, write_folder
+from tests.checkpoints.hf.test_import import HEADS, SIZES, VOCAB, fingerprint, setting, weights, write_folder
 from tools.import_hf import main
 
 COMMON = {**SIZES, **HEADS, "eos_token_id": 0}

@@ -21,7 +21,7 @@ from tests.checkpoints import runs
 from tests.checkpoints.by_hand import sign
 from tools import export_hf
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PLACES = {
     "ffn": "model.layers.{}.block_sparse_moe.experts.{}.w{}.weight",
     "lora": "model.layers.{}.mlp.experts.{}.{}_proj.weight",

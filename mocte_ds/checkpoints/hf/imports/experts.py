@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.checkpoints.hf.folder import Folder
-from mocte_ds.checkpoints.hf.import_keys import Foreign
-from mocte_ds.checkpoints.hf.import_weights import EMBEDDING, Plan, Planner
+from mocte_ds.checkpoints.hf.imports.keys import Foreign
+from mocte_ds.checkpoints.hf.imports.weights import EMBEDDING, Plan, Planner
 from mocte_ds.checkpoints.names import EXPERT_PARAMETER
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block

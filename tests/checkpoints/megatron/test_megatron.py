@@ -21,12 +21,12 @@ from mocte_ds.checkpoints.source import StoredSource
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.models import DecoderConfig
 from tests.checkpoints.by_hand import sign, write_random
-from tests.checkpoints.in_megatron import PADDED, look
-from tests.checkpoints.test_hf_export import digest
+from tests.checkpoints.hf.test_export import digest
+from tests.checkpoints.megatron.in_megatron import PADDED, look
 from tests.spawn import spawn
 from tools import to_megatron as tool
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ALL, VOCAB = "model.layers.*.mlp", 96
 SOFTMAX = {"bias": False, "weight": "softmax"}
 

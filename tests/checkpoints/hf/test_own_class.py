@@ -16,7 +16,7 @@ from mocte_ds.moe import Block
 from tests.checkpoints import tiny
 from tests.checkpoints.held import facts_of, stored
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ALL, OUTER = "model.layers.*.mlp", ["model.layers.0.mlp", "model.layers.2.mlp"]
 LORA = {"kind": "lora", "width": 12}
 EOD = 7

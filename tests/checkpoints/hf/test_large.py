@@ -18,7 +18,7 @@ from mocte_ds.errors import CheckpointError
 from mocte_ds.models import DecoderConfig
 from tests.checkpoints.by_hand import write_random
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ALL = "model.layers.*.mlp"
 # What the export of a checkpoint adds to the memory of a process that has imported everything.
 MEASURE = """

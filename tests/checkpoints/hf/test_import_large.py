@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from mocte_ds.checkpoints.hf.shards import Entry, write_shards
-from tests.checkpoints.test_hf_import import VOCAB, write_folder
+from tests.checkpoints.hf.test_import import VOCAB, write_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # What the import adds to the memory of a process that has imported everything.
 MEASURE = """
 import sys
-from mocte_ds.checkpoints.hf.import_folder import import_hf
+from mocte_ds.checkpoints.hf.imports.folder import import_hf
 folder = sys.argv[1]
 import_hf(folder + "/small", folder + "/small start")
 facts = import_hf(folder + "/large", folder + "/large start")
