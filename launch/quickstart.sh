@@ -22,21 +22,8 @@ while [ $# -gt 0 ]; do
 done
 
 . launch/setup.sh
-
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-gpus=$(python -c 'import torch; print(min(2, torch.cuda.device_count()))')
-if [ "$gpus" -gt 0 ]; then
-  processes=$gpus
-  [ "$gpus" = 2 ] || options+=(--set deepspeed.mocte.ep_size=1)
-else
-  processes=2 cores=$(nproc)
-  export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$((cores > 3 ? cores / 2 : 1))
-fi
-on_ranks() {
-  local port
-  port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-  deepspeed --log_level error --master_port "$port" --num_accelerators "$processes" "$@"
-}
+. launch/ranks.sh
+[ "$processes" -gt 1 ] || options+=(--set deepspeed.mocte.ep_size=1)
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 
 started=$SECONDS

@@ -48,9 +48,10 @@ def test_continuous_integration_runs_the_command_of_the_readme() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_quickstart_help() -> None:
-    code, output = bash("launch/quickstart.sh", "--help")
-    assert code == 0 and "--fresh" in output and "launch/quickstart.sh [" in output
+@pytest.mark.parametrize("name", ["quickstart", "smollm2"])
+def test_help(name: str) -> None:
+    code, output = bash(f"launch/{name}.sh", "--help")
+    assert code == 0 and "--out DIR" in output and "EVAL_LIMIT" in output and f"launch/{name}.sh [" in output
 
 
 def test_fresh_removes_only_runs(tmp_path: Path) -> None:
