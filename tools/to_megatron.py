@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,17 +23,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--back", action="store_true", help="from megatron-core to a checkpoint of weights alone")
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="with --back, for what a training with megatron-core wrote: the folder of this tool that it began with",
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="weights (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    if args.settings and not args.back:
+        raise ConfigError("--settings belongs to the way back; give --back too, or leave it out.")
     # Whatever an import prints must not stand in front of the JSON.
     with contextlib.redirect_stdout(sys.stderr):
         from mocte_ds.checkpoints.megatron.convert import from_megatron, to_megatron
 
-        convert = from_megatron if args.back else to_megatron
-        facts = convert(
-            args.source, args.out, args.dtype, lambda text: print(f"{text} ...", file=sys.stderr, flush=True)
-        )
+        def tell(text: str) -> None:
+            print(f"{text} ...", file=sys.stderr, flush=True)
+
+        if args.back:
+            facts = from_megatron(args.source, args.out, args.dtype, tell, args.settings)
+        else:
+            facts = to_megatron(args.source, args.out, args.dtype, tell)
     if args.json:
         print(json.dumps({"path": str(args.out), **facts}))
     elif args.back:

@@ -67,16 +67,20 @@ def to_megatron(
 
 
 def from_megatron(
-    folder: str | Path, out: str | Path, dtype: str = "fp32", tell: Callable[[str], None] = lambda _text: None
+    folder: str | Path,
+    out: str | Path,
+    dtype: str = "fp32",
+    tell: Callable[[str], None] = lambda _text: None,
+    settings: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint of weights alone, which the other tools read.
 
     Args:
-        folder: that :func:`to_megatron` wrote, or that a training with megatron-core wrote, with the folder
-            `mocte_ds` of the former copied into it; only read.
+        folder: that :func:`to_megatron` or a training with megatron-core wrote; only read.
         out: folder of checkpoints to write; must not exist.
         dtype: `fp32` or `bf16` weights; routers are stored in fp32 always.
         tell: called with a line for each stage.
+        settings: the folder that :func:`to_megatron` wrote, if ``folder`` is of the training that began with it.
 
     Returns:
         Facts: tag, dtype, step (of the checkpoint that was converted once), tensors_compared.
@@ -93,7 +97,7 @@ def from_megatron(
     tell(f"reading {found}")
     if (found / MANIFEST_FILE).is_file():  # a training with megatron-core writes none
         require_whole(found, Manifest.read(found).files)
-    source = own.MegatronSource(found, dtype)
+    source = own.MegatronSource(Path(settings).absolute() if settings else found, dtype)
     tag = f"step{source.state['step']}"
     _require_room(target, _size(source))
     with whole(target) as pending:

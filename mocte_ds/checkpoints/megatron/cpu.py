@@ -33,6 +33,20 @@ def on_cpu() -> Iterator[None]:
                 yield
         finally:
             random.initialize_rng_tracker(force_reset=True)
+            _end_queue()
+
+
+def _end_queue() -> None:
+    """End the process behind the queue that megatron-core 0.16 makes at the first save.
+
+    It would outlive a process that ends without Python's own clean-up (a rank that is killed, or leaves by os._exit).
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    queue = filesystem_async._results_queue
+    if queue is not None:
+        filesystem_async._results_queue = None
+        queue._manager.shutdown()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mocte_ds.errors import CheckpointError
 
 METADATA_FILE = ".metadata"
+_WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 _NORM, _ROUTER = "pre_mlp_layernorm.weight", "mlp.router.weight"
 _DTYPES = (
     "float64",
@@ -96,8 +98,11 @@ def read(model: nn.Module, folder: Path) -> dict[str, Tensor]:
         for name, value in tensors.items():
             if value.key not in there and _with_engine(value.key) in there:
                 tensors[name] = replace(value, key=_with_engine(value.key))
+        _require_known(there, {value.key for value in tensors.values()}, folder)
         rows = there["embedding.word_embeddings.weight"].global_shape[0]
         found = dist_checkpointing.load({"model": tensors}, str(folder))["model"]
+    except CheckpointError:
+        raise
     except (Exception, CheckpointException) as error:  # torch and megatron-core raise many types
         text = str(error).strip().splitlines() or ["damaged"]
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {text[0]}") from error
@@ -105,6 +110,16 @@ def read(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     if rows < model.vocab_size:
         raise CheckpointError(f"{folder} has {rows} tokens in its vocabulary, the run {model.vocab_size}.")
     return found
+
+
+def _require_known(there: Iterable[str], wanted: set[str], folder: Path) -> None:
+    """Refuse weights that the model has no place for, such as layers too many; states of an optimizer are none."""
+    known = wanted | {_with_engine(key) for key in wanted}
+    if extra := sorted(key for key in there if key.startswith(_WEIGHTS) and key not in known):
+        raise CheckpointError(
+            f"{folder} holds {extra[0]}, for which the run's model has no place ({len(extra)} such tensors); name the "
+            "settings of the model that was trained."
+        )
 
 
 def _with_engine(key: str) -> str:

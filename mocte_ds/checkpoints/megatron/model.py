@@ -66,12 +66,14 @@ def settings_of(source: Source) -> Settings:
     scale = 1.0
     if blocks:
         first = next(iter(blocks.values()))
-        scale = _HARD if first.banks[0].gate.router.weight == "hard" else 1.0
+        router = first.banks[0].gate.router
+        scale = _HARD if router.weight == "hard" else 1.0
         transformer |= {
             "num_moe_experts": first.num_experts,
             "moe_ffn_hidden_size": config.intermediate_size,
-            "moe_router_topk": 1,
-            "moe_router_pre_softmax": True,
+            "moe_router_topk": router.top_k,
+            # A softmax over the chosen alone is that over all, divided by the sum of the chosen.
+            "moe_router_pre_softmax": not router.normalise,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
         }
@@ -124,7 +126,7 @@ def run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def _require_convertible(source: Source, block: Block) -> None:
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(
-            f"{block.name} has {what}, which megatron-core's top-1 router and experts do not have; for a conversion, "
+            f"{block.name} has {what}, which megatron-core's router and experts do not have; for a conversion, "
             "train with experts of the kind 'ffn', one bank, router.kind 'token' or 'random', and router.bias false."
         )
 
@@ -135,8 +137,6 @@ def _require_convertible(source: Source, block: Block) -> None:
     router = block.banks[0].gate.router
     if router.kind not in ("token", "random"):
         raise refuse(f"the router.kind '{router.kind}'")
-    if router.top_k != 1:
-        raise refuse(f"router.top_k {router.top_k}")
     # The same bias for all experts changes neither the choice nor the softmax.
     bias = source.read(f"{GATE.format(block=block.name)}key.cluster_bias")
     if (bias != bias[0]).any():

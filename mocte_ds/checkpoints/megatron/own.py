@@ -70,7 +70,7 @@ class MegatronSource(Source):
         """Read everything but the weights.
 
         Args:
-            folder: of the whole.
+            folder: that :func:`write` wrote into.
             dtype: as of :class:`Source`.
 
         Raises:
@@ -80,8 +80,8 @@ class MegatronSource(Source):
         own = folder / OWN_FOLDER
         if not own.is_dir():
             raise CheckpointError(
-                f"{own} is missing, and with it the run's settings: copy it from the folder that tools/to_megatron.py "
-                "wrote for megatron-core."
+                f"{own} is missing, and with it the run's settings: name the folder that tools/to_megatron.py wrote "
+                "for megatron-core with --settings."
             )
         self.manifest = require_whole(own)
         values = _read_state(own / _STATE_FILE)

@@ -1,6 +1,7 @@
 """Loads folders with megatron-core alone, as a training script of it would, on several ranks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,18 @@ def _save_doubled(model: nn.Module, folder: str) -> None:
         Path(folder).mkdir()
     torch.distributed.barrier()
     dist_checkpointing.save({"model": model.sharded_state_dict(), "iteration": 9}, folder)
+
+
+def save_surplus(folder: str, out: str) -> None:
+    """Save a folder's model and an optimizer's state again, with one weight more."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    with on_cpu():
+        parallel_state.initialize_model_parallel()
+        model = _load(folder, {})
+        weights = model.sharded_state_dict()
+        like = weights["decoder.final_layernorm.weight"]
+        surplus = {name: replace(like, key=name) for name in ("decoder.layers.mlp.surplus", "optimizer.state.exp_avg")}
+        Path(out).mkdir()
+        dist_checkpointing.save({"model": weights, **surplus, "iteration": 9}, out)
+        parallel_state.destroy_model_parallel()

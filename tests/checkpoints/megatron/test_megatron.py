@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import torch
 from pytest import fixture, mark, raises
 from torch import distributed
@@ -22,7 +23,7 @@ from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.models import DecoderConfig
 from tests.checkpoints.by_hand import sign, write_random
 from tests.checkpoints.hf.test_export import digest
-from tests.checkpoints.megatron.in_megatron import PADDED, look
+from tests.checkpoints.megatron.in_megatron import PADDED, look, save_surplus
 from tests.spawn import spawn
 from tools import to_megatron as tool
 
@@ -38,6 +39,8 @@ CASES = {
     "a block in warm-up, all kv heads": ({"num_kv_heads": 4}, {"modules": ALL, "router": {"bias": False}}, (0,)),
     "biases of queries, wide heads": ({"qkv_bias": True, "head_dim": 12}, {"modules": ALL, "router": SOFTMAX}, ()),
     "learned": ({}, {"modules": ALL, "router": {"kind": "random", "weight": "softmax", "learn": True}}, ()),
+    "two a token": ({}, {"modules": ALL, "router": {**SOFTMAX, "top_k": 2}}, ()),
+    "two as in Mixtral": ({}, {"modules": ALL, "router": {**SOFTMAX, "top_k": 2, "normalise": True}}, ()),
     "dense": ({}, {"modules": ALL, "router": {"kind": "type"}}, (0, 1, 2)),
 }
 
@@ -183,11 +186,12 @@ def test_bf16_halves_the_files_and_keeps_the_router(converted, tmp_path):
 
 def test_what_megatron_trained_on_comes_back(converted, tmp_path):
     """Saved by two expert-parallel ranks of megatron-core, whose folder has nothing of ours in it."""
-    with raises(CheckpointError, match="mocte_ds is missing.*copy it from the folder"):
+    with raises(CheckpointError, match="mocte_ds is missing.*with --settings"):
         from_megatron(converted.doubled, tmp_path / "back")
-    shutil.copytree(converted.doubled, tmp_path / "doubled")
-    shutil.copytree(converted.folders["softmax"] / "mocte_ds", tmp_path / "doubled" / "mocte_ds")
-    from_megatron(tmp_path / "doubled", tmp_path / "back")
+    started = converted.folders["softmax"]
+    assert tool.main([str(converted.doubled), str(tmp_path / "back"), "--back", "--settings", str(started)]) == 0
+    with raises(ConfigError, match="--settings belongs to the way back"):
+        tool.main([str(converted.checkpoints["softmax"]), str(tmp_path / "out"), "--settings", str(started)])
     old, new = tensors(converted.checkpoints["softmax"]), tensors(tmp_path / "back")
     for name, value in old.items():
         dormant = ".mlp.dense." in name or name.endswith("cluster_bias")
@@ -303,11 +307,26 @@ def test_folders_that_are_damaged_are_refused(converted, tmp_path):
     refused("state.json has format 2; this version reads format 1")
     shutil.rmtree(folder / "mocte_ds")
     shutil.copytree(converted.folders["a block in warm-up, all kv heads"] / "mocte_ds", folder / "mocte_ds")
-    refused("folder cannot be read: ")
+    refused(r"holds decoder.layers.mlp.experts.experts.linear_fc1.weight, for which .* no place \(8 such")
     state["state"]["model"]["vocab_size"], state["gpt_model"]["vocab_size"] = VOCAB + 1, VOCAB + 1
     (folder / "mocte_ds" / "state.json").write_text(json.dumps(state))
     sign(folder / "mocte_ds")
     refused(f"has {VOCAB} tokens in its vocabulary, the run {VOCAB + 1}")
+
+
+@mark.parametrize("wrong", ["dense", "some layers, tied", "hard"])
+def test_settings_of_another_model_are_refused(converted, tmp_path, wrong):
+    """No weight is left out in silence."""
+    places = {
+        "dense": r"decoder.layers.mlp.experts.experts.linear_fc1.weight, for which.*\(3 such",
+        "some layers, tied": r"decoder.layers.mlp.experts.experts.linear_fc1.weight, for which.*\(9 such",
+    }
+    with raises(CheckpointError, match=places.get(wrong, "decoder.layers.mlp.surplus, for which .* has no place")):
+        if wrong == "hard":
+            spawn(save_surplus, 1, str(converted.folders["hard"]), str(tmp_path / "more"), timeout=60)
+            from_megatron(tmp_path / "more", tmp_path / "back", settings=converted.folders["hard"])
+        from_megatron(converted.folders["hard"], tmp_path / "back", settings=converted.folders[wrong])
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_changed_weight_is_not_taken_for_done(checkpoint, tmp_path, monkeypatch):
@@ -333,6 +352,26 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path):
     assert done.returncode == 2 and not done.stdout
     assert "error: could not write" in done.stderr and "MB are free there" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not any((tmp_path / "out").iterdir())
+
+
+def test_no_process_is_left_behind(checkpoint, tmp_path, monkeypatch):
+    before = set(psutil.Process().children(recursive=True))
+
+    def look(*_args):
+        nonlocal during
+        during |= set(psutil.Process().children(recursive=True))
+        raise CheckpointError("stopped")
+
+    during: set[psutil.Process] = set()
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "compare", look)
+        with raises(CheckpointError, match="stopped"):
+            to_megatron(checkpoint, tmp_path / "out")
+    assert during > before, "megatron-core starts one for its queue"
+    assert set(psutil.Process().children(recursive=True)) <= before
+    to_megatron(checkpoint, tmp_path / "out")
+    from_megatron(tmp_path / "out", tmp_path / "back")
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_command_line(checkpoint, tmp_path, capsys):
