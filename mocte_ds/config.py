@@ -29,14 +29,18 @@ class RouterConfig:
     directions of the feature (with `learn`: the router of Switch and of sparse upcycling)."""
     bias: bool = True
     """False: a gate without bias, from directions orthogonal to the mean (stock Mixtral has none)."""
-    weight: Literal["hard", "softmax"] = "hard"
-    """Weight of the expert's output: 1, or the softmax probability of the chosen expert."""
+    weight: Literal["hard", "softmax", "sigmoid"] = "hard"
+    """Weight of the expert's output: 1, or the softmax probability of the chosen expert, or the sigmoid of its logit.
+    `sigmoid` is the router of DeepSeek-V3 and Glm4Moe, for kind `random`: a fixed number for each expert is added to
+    the sigmoids before the choice, not to the weights."""
     learn: bool = False
-    """The router above as the birth of a trained one: its logits plus a residual W h from zero. Needs `softmax`."""
+    """The router above as the birth of a trained one: its logits plus a residual W h from zero. Not with `hard`."""
     top_k: int = 1
-    """Experts that each token is sent to. More than one need `softmax`, and a kind with logits or `learn`."""
+    """Experts that each token is sent to. More than one not with `hard`, and need a kind with logits or `learn`."""
     normalise: bool = False
-    """With top_k > 1: the weights of a token's experts are divided by their sum, as in Mixtral."""
+    """The weights of a token's experts are divided by their sum, as in Mixtral."""
+    scale: float = 1.0
+    """With `sigmoid`: factor of all weights."""
     aux: float = 0.01
     """Weight of a learned router's loss for even loads, which the engine adds to the model's loss."""
 
@@ -266,17 +270,23 @@ class MocteConfig:
                     f"{where}.weight 'softmax' needs logits, which kind '{router.kind}' does not have; use kind "
                     "'token', 'prefix' or 'random', weight 'hard', or learn true."
                 )
-            if router.learn and router.weight != "softmax":
-                raise ConfigError(f"{where}.learn needs weight 'softmax': a weight of 1 gives the router no gradient.")
+            if router.weight == "sigmoid" and router.kind != "random":
+                raise ConfigError(f"{where}.weight 'sigmoid' is for kind 'random', not for '{router.kind}'.")
+            if router.scale != 1.0 and router.weight != "sigmoid" or router.scale <= 0:
+                raise ConfigError(f"{where}.scale = {router.scale} must be positive, and 1 without weight 'sigmoid'.")
+            if router.learn and router.weight == "hard":
+                raise ConfigError(
+                    f"{where}.learn needs weight 'softmax' or 'sigmoid': a weight of 1 gives the router no gradient."
+                )
             if not 1 <= router.top_k <= self.num_experts:
                 raise ConfigError(
                     f"{where}.top_k = {router.top_k} must lie between 1 and mocte.num_experts = {self.num_experts}."
                 )
-            if router.top_k > 1 and router.weight != "softmax":
+            if router.top_k > 1 and router.weight == "hard":
                 raise ConfigError(
-                    f"{where}.top_k = {router.top_k} needs weight 'softmax': several experts share a token."
+                    f"{where}.top_k = {router.top_k} needs weight 'softmax' or 'sigmoid': experts share a token."
                 )
-            if router.normalise and router.top_k == 1:
+            if router.normalise and router.top_k == 1 and router.weight != "sigmoid":
                 raise ConfigError(f"{where}.normalise is for top_k > 1; for one expert it is the weight 'hard'.")
             if router.aux < 0:
                 raise ConfigError(f"{where}.aux = {router.aux} must not be negative.")

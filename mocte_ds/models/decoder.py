@@ -23,7 +23,7 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.style == "gpt2":
             self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_layers)])
+        self.layers = nn.ModuleList([Layer(config, number) for number in range(config.num_layers)])
         self.norm = make_norm(config)
 
     def forward(self, input_ids: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from mocte_ds.config import RouterConfig
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.keys import Key, LinearKey, make_key
 
+_TINY = 1e-20
+
 
 class ClusterGate(nn.Module):
     """Chooses the experts of each token. Shapes: T tokens, d features, E experts, k experts a token."""
@@ -30,14 +32,16 @@ class ClusterGate(nn.Module):
         super().__init__()
         self.router = router
         self.key: Key = make_key(router.kind, hidden_size, num_experts, vocab_size)
+        if router.weight == "sigmoid":
+            self.register_buffer("cluster_correction", torch.zeros(num_experts))
         if router.learn:
             # DeepSpeed takes names with "expert" in them for expert parameters and drops them from checkpoints.
             self.cluster_residual = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
     @property
     def soft(self) -> bool:
-        """Whether the expert's output is weighted by its probability."""
-        return self.router.weight == "softmax"
+        """Whether the expert's output is weighted."""
+        return self.router.weight != "hard"
 
     def forward(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Choose.
@@ -62,13 +66,23 @@ class ClusterGate(nn.Module):
         logits = self.key.logits(features.detach() if of_clusters else features, tokens)
         if learns:
             logits = logits + F.linear(features, self.cluster_residual.float())
-        k = self.router.top_k
-        index = logits.argmax(dim=-1, keepdim=True) if k == 1 else logits.topk(k, dim=-1).indices
-        probability = logits.softmax(dim=-1)
-        weight = probability.gather(1, index)
+        k, sigmoid = self.router.top_k, self.router.weight == "sigmoid"
+        scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
+        order = self.order(logits)
+        index = order.argmax(dim=-1, keepdim=True) if k == 1 else order.topk(k, dim=-1).indices
+        weight = scores.gather(1, index)
         if self.router.normalise:
-            weight = weight / weight.sum(dim=-1, keepdim=True)
-        return index, weight, self._balance_loss(index, probability) if learns else None
+            # Sigmoids may all be zero.
+            weight = weight / (weight.sum(dim=-1, keepdim=True) + (_TINY if sigmoid else 0.0))
+        if sigmoid:
+            weight = weight * self.router.scale
+        return index, weight, self._balance_loss(index, scores) if learns else None
+
+    def order(self, logits: Tensor) -> Tensor:
+        """(T, E) of which the largest are chosen: the logits, or their sigmoids and what is added to them."""
+        if self.router.weight != "sigmoid":
+            return logits
+        return logits.detach().sigmoid() + self.cluster_correction
 
     def linear(self) -> tuple[Tensor, Tensor]:
         """(E, d) and (E,) of the whole gate, prior and residual, in fp32; for linear keys only."""
@@ -78,18 +92,26 @@ class ClusterGate(nn.Module):
             weight = weight + self.cluster_residual.detach().float()
         return weight, bias
 
-    def _balance_loss(self, index: Tensor, probability: Tensor) -> Tensor:
-        """E * sum over experts of (share of choices) * (mean probability): 1 when even (Fedus et al., Switch, 2021)."""
-        experts = probability.shape[1]
+    def _balance_loss(self, index: Tensor, scores: Tensor) -> Tensor:
+        """E * sum over experts of (share of choices) * (mean probability): 1 when even (Fedus et al., Switch, 2021).
+
+        Sigmoids are divided by their sum first (DeepSeek-V3, 2024).
+        """
+        experts = scores.shape[1]
+        probability = scores
+        if self.router.weight == "sigmoid":
+            probability = scores / (scores.sum(dim=-1, keepdim=True) + _TINY)
         share = torch.bincount(index.flatten(), minlength=experts).float() / max(1, index.numel())
         return self.router.aux * experts * (share * probability.mean(dim=0)).sum()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ClusterGate":
         """Moves with the model but keeps its precision: a boundary rounded to bf16 sends tokens elsewhere."""
-        kept = dict(self.key._buffers)
+        kept = [
+            (module._buffers, name, buffer) for module in (self, self.key) for name, buffer in module._buffers.items()
+        ]
         super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            self.key._buffers[name] = buffer.to(self.key._buffers[name].device)
+        for buffers, name, buffer in kept:
+            buffers[name] = buffer.to(buffers[name].device)
         return self
 
     def _set_ep_group(self, _group: object) -> None:

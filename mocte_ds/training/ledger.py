@@ -86,22 +86,18 @@ class Ledger:
         self.wgrad += matrices
         if config is None:
             return
-        banks = len(config.routers)
         # Matrices of a gate: a linear prior, and forward, input and weight gradient of a learned residual.
         gates = sum((router.kind in ("token", "prefix", "random")) + 3 * router.learn for router in config.routers)
-        each = 2.0 * ffn_parameters(model) / banks
-        if config.expert.kind == "lora":
-            width = config.expert.width or max(1, model.intermediate_size // config.num_experts // banks)
-            each = 2.0 * ffn_parameters(model) * width / model.intermediate_size
         for block in blocks:
             if block["mode"] == "warmup":
                 continue
+            each = expert_flops(model, config, block["layer"])
             self.routing += 2.0 * config.num_experts * model.hidden_size * tokens * gates
             # Beside one FFN a token, which the matrices above have.
             added = each * sum(block["load"])
             if config.expert.kind == "ffn":
                 several = any(router.top_k > 1 for router in config.routers)
-                added = added - 2.0 * ffn_parameters(model) * tokens if several else 0.0
+                added = added - 2.0 * ffn_parameters(model, block["layer"]) * tokens if several else 0.0
             self.forward += added
             self.dgrad += added
             self.wgrad += added
@@ -110,7 +106,7 @@ class Ledger:
             self.wgrad_saved += each * frozen
         self.sampling += 2.0 * model.hidden_size * tokens * len(blocks)
         if frozen_layers:
-            self._freeze_front(model, tokens, context, config, blocks, frozen_layers, each)
+            self._freeze_front(model, tokens, context, config, blocks, frozen_layers)
 
     def _freeze_front(
         self,
@@ -120,18 +116,17 @@ class Ledger:
         config: MocteConfig,
         blocks: Sequence[dict[str, Any]],
         layers: int,
-        each: float,
     ) -> None:
         """Take back what :meth:`step` has counted of the backward pass below the first layer that trains."""
         loads = {b["layer"]: sum(b["load"]) for b in blocks if b["layer"] < layers and b["mode"] != "warmup"}
-        routed = each * sum(loads.values())
-        ffn = 2.0 * ffn_parameters(model) * tokens
-        matrices = layers * (layer_parameters(model) * 2.0 * tokens)
+        routed = sum(expert_flops(model, config, layer) * load for layer, load in loads.items())
+        ffns = sum(2.0 * ffn_parameters(model, layer) * tokens for layer in loads)
+        matrices = sum(layer_parameters(model, layer) for layer in range(layers)) * 2.0 * tokens
         scores = 2 * 4.0 * context * model.query_size * layers * tokens
         lora = config.expert.kind == "lora"
         dgrad = matrices + scores + (routed if lora else 0.0)
         # All experts of these layers are frozen, and their weight gradients are saved already.
-        wgrad = matrices - (0.0 if lora else ffn * len(loads))
+        wgrad = matrices - (0.0 if lora else ffns)
         if model.tied:
             wgrad += 2.0 * model.vocab_size * model.hidden_size * tokens
         self.dgrad -= dgrad
@@ -140,9 +135,7 @@ class Ledger:
 
     def check(self, model: DecoderConfig, config: MocteConfig, event: dict[str, Any], context: int) -> None:
         """Add one check, from the sizes in its event."""
-        d, f = model.hidden_size, model.intermediate_size / len(config.routers)
-        if config.expert.kind == "lora":
-            f = config.expert.width or max(1, int(f) // config.num_experts)
+        d = model.hidden_size
         probe = event["probe"]
         self.progress += probe["passes"] * probe["tokens"] * forward_flops(model, context)
         q = config.spectrum.rank + 8
@@ -152,6 +145,7 @@ class Ledger:
                 self.spectrum += 4.0 * rows * d * q * (1 + 1) + 4.0 * rows * d * q * (3 + 1)
             m, r = block["documents"], config.spectrum.rank
             self.clusters += 3.0 * m * m * r + 20 * 2.0 * m * config.num_experts * r
+            f = expert_width(model, config, int(block["name"].split(".")[2]))  # model.layers.N.mlp
             for expert in block["experts"]:
                 n = expert["rows"]
                 # One forward and X X^T, then per iteration: v W2, back through W2, and two (n, n) x (n, f) products.
@@ -169,16 +163,30 @@ def forward_flops(model: DecoderConfig, context: int) -> float:
     return 2.0 * matmul_parameters(model) + 4.0 * context * model.query_size * model.num_layers
 
 
-def ffn_parameters(model: DecoderConfig) -> int:
-    """Parameters of the matrices of one FFN."""
-    return (3 if model.style == "llama" else 2) * model.hidden_size * model.intermediate_size
+def expert_width(model: DecoderConfig, config: MocteConfig, layer: int) -> float:
+    """Hidden units of one expert of a layer."""
+    size, banks = model.ffn_size(layer), len(config.routers)
+    if config.expert.kind == "lora":
+        return config.expert.width or max(1, size // config.num_experts // banks)
+    return size / banks
 
 
-def layer_parameters(model: DecoderConfig) -> int:
-    """Parameters of the matrices of one layer."""
-    return 2 * model.hidden_size * (model.query_size + model.kv_size) + ffn_parameters(model)
+def expert_flops(model: DecoderConfig, config: MocteConfig, layer: int) -> float:
+    """FLOPs of the forward pass of one expert, a token."""
+    return 2.0 * ffn_parameters(model, layer) * expert_width(model, config, layer) / model.ffn_size(layer)
+
+
+def ffn_parameters(model: DecoderConfig, layer: int) -> int:
+    """Parameters of the matrices of a layer's FFN."""
+    return (3 if model.style == "llama" else 2) * model.hidden_size * model.ffn_size(layer)
+
+
+def layer_parameters(model: DecoderConfig, layer: int) -> int:
+    """Parameters of the matrices of a layer."""
+    return 2 * model.hidden_size * (model.query_size + model.kv_size) + ffn_parameters(model, layer)
 
 
 def matmul_parameters(model: DecoderConfig) -> int:
     """Parameters that every token is multiplied with: all matrices, the output matrix too, no embedding lookup."""
-    return model.num_layers * layer_parameters(model) + model.vocab_size * model.hidden_size
+    layers = sum(layer_parameters(model, layer) for layer in range(model.num_layers))
+    return layers + model.vocab_size * model.hidden_size

@@ -154,7 +154,15 @@ def test_presets_have_the_size_that_their_docstring_says(name):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_embeddings": True}, {"head_dim": 12}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 6}]
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"head_dim": 12},
+        {"qkv_bias": True},
+        {"qk_norm": True, "head_dim": 6},
+        {"head_norm": True, "ffn_sizes": [8] * (LLAMA.num_layers - 1) + [24]},
+    ],
 )
 def test_num_params_with_grouped_queries(changes):
     config = replace(LLAMA, **changes)
@@ -170,7 +178,7 @@ def test_errors():
         preset("quickstart", num_kv_heads=3)
     with pytest.raises(ConfigError, match="must be even"):
         DecoderConfig("llama", 10, 9, 9, 1, 3)
-    with pytest.raises(ConfigError, match="qkv_bias and qk_norm are for the llama style"):
+    with pytest.raises(ConfigError, match="qkv_bias is for the llama style"):
         replace(GPT2, qkv_bias=True)
     with pytest.raises(ConfigError, match="head_dim = 0 must be at least 1"):
         replace(LLAMA, head_dim=0)

@@ -40,16 +40,22 @@ def emerged(**router: Any) -> tuple[Model, Block]:
     (block,) = attach(model, config)
     bank = block.banks[0]
     bank.gate.key.set(torch.randn(E, D), torch.randn(E))
+    if bank.gate.router.weight == "sigmoid":
+        bank.gate.cluster_correction.copy_(torch.randn(E))
     for parameter in bank.parameters():
         nn.init.normal_(parameter.requires_grad_(True), std=0.4)
     block.mode = BlockMode.SPECIALISING
     return model, block
 
 
+@pytest.mark.parametrize("weighing", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("top_k", [2, 3, E])
-def test_outputs_and_gradients(top_k: int, normalise: bool) -> None:
-    model, block = emerged(top_k=top_k, normalise=normalise)
+@pytest.mark.parametrize("top_k", [1, 2, 3, E])
+def test_outputs_and_gradients(top_k: int, normalise: bool, weighing: str) -> None:
+    if normalise and top_k == 1:
+        return  # the weight is 1, or the scale
+    scale = 2.5 if weighing == "sigmoid" else 1.0
+    model, block = emerged(top_k=top_k, normalise=normalise, weight=weighing, scale=scale)
     bank, features = block.banks[0], torch.randn(2, T // 2, D, requires_grad=True)
     gate, parameters = bank.gate, list(bank.parameters())
     block.context.domain, block.context.sources, block.context.sampling = torch.tensor([0, 1]), 2, True
@@ -59,12 +65,14 @@ def test_outputs_and_gradients(top_k: int, normalise: bool) -> None:
 
     rows = features.reshape(T, D)
     logits = rows @ (gate.key.cluster_weight + gate.cluster_residual).T + gate.key.cluster_bias
-    probability = logits.softmax(-1)
-    # By the k-th largest probability, not by torch.topk.
-    chosen = probability >= probability.sort(dim=-1, descending=True).values[:, top_k - 1 : top_k]
-    weight = probability * chosen
+    scores = logits.softmax(-1) if weighing == "softmax" else 1 / (1 + (-logits).exp())
+    order = scores.detach() + (gate.cluster_correction if weighing == "sigmoid" else 0)
+    # By the k-th largest, not by torch.topk.
+    chosen = order >= order.sort(dim=-1, descending=True).values[:, top_k - 1 : top_k]
+    weight = scores * chosen
     if normalise:
         weight = weight / weight.sum(-1, keepdim=True)
+    weight, probability = weight * scale, scores / scores.sum(-1, keepdim=True)
     every = torch.stack([expert(rows) for expert in bank.local_experts], dim=1)
     expected = (weight[..., None] * every).sum(1).view_as(features)
     share = chosen.float().sum(0) / (T * top_k)
@@ -73,7 +81,7 @@ def test_outputs_and_gradients(top_k: int, normalise: bool) -> None:
     torch.testing.assert_close(auxiliary, even)
     wanted = torch.autograd.grad(expected.square().sum() + even, [features, *parameters], allow_unused=True)
     for mine, plain in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
     layer = bank.deepspeed_moe
     assert torch.equal(layer.routed, chosen.sum(0)) and int(layer.routed.sum()) == T * top_k
     by_source = torch.stack([part.sum(0) for part in chosen.view(2, T // 2, E)])
@@ -100,6 +108,8 @@ def test_what_is_recorded_is_the_best_expert() -> None:
         ({"top_k": 5, "weight": "softmax"}, "top_k = 5 must lie between 1 and mocte.num_experts = 4"),
         ({"top_k": 0}, "top_k = 0"),
         ({"weight": "softmax", "normalise": True}, "normalise is for top_k > 1"),
+        ({"weight": "sigmoid"}, "'sigmoid' is for kind 'random', not for 'token'"),
+        ({"kind": "random", "weight": "softmax", "scale": 2.0}, "scale = 2.0 must be positive, and 1 without"),
     ],
 )
 def test_settings_that_are_refused(router: dict[str, Any], told: str) -> None:

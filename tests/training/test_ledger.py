@@ -18,7 +18,7 @@ from mocte_ds.training.ledger import Ledger
 LLAMA = DecoderConfig("llama", 96, 32, 48, 2, 4, 2, max_positions=64)
 GPT2 = DecoderConfig("gpt2", 96, 32, 64, 2, 4, max_positions=64)
 TOKENS, CONTEXT = 128, 64
-WARMUP = [{"mode": "warmup", "experts": ["dormant"] * 4, "load": [0] * 4}] * 2
+WARMUP = [{"layer": 0, "mode": "warmup", "experts": ["dormant"] * 4, "load": [0] * 4}] * 2
 
 
 def counted(model: nn.Module, backward: bool) -> int:
@@ -47,7 +47,7 @@ def test_what_freezing_saves() -> None:
         parameter.requires_grad_(False)
     saved = everything - counted(model, backward=True)
     # A block whose four experts, all frozen, share the tokens costs what the frozen FFN costs, and its gate.
-    blocks = [WARMUP[0], {"mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]}]
+    blocks = [WARMUP[0], {"layer": 1, "mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]}]
     ledger = Ledger()
     ledger.step(LLAMA, TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks)
     assert ledger.wgrad_saved == saved
@@ -56,7 +56,7 @@ def test_what_freezing_saves() -> None:
 
 
 def test_one_frozen_expert_saves_its_tokens() -> None:
-    blocks = [{"mode": "specialising", "experts": ["training", "frozen"], "load": [100, 28]}] * 2
+    blocks = [{"layer": 0, "mode": "specialising", "experts": ["training", "frozen"], "load": [100, 28]}] * 2
     some, none = Ledger(), Ledger()
     config = MocteConfig(modules="x", num_experts=2)
     some.step(LLAMA, TOKENS, CONTEXT, config, blocks)
@@ -75,7 +75,7 @@ def test_what_a_frozen_front_saves(config: DecoderConfig, layers: int, locked: b
     for module in frozen:
         module.requires_grad_(False)
     rest = counted(model, backward=True)
-    block = {"mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]} if locked else WARMUP[0]
+    block = {"layer": 0, "mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]} if locked else WARMUP[0]
     blocks = [{**block, "layer": i} for i in range(layers)]
     ledger = Ledger()
     ledger.step(config, TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks, layers)
@@ -90,14 +90,18 @@ def test_gate() -> None:
         gate(torch.zeros(TOKENS, 32), Tokens())
     ledger, config = Ledger(), MocteConfig(modules="x", num_experts=4)
     ledger.step(
-        LLAMA, TOKENS, CONTEXT, config, [{"mode": "specialising", "experts": ["training"] * 4, "load": [32] * 4}]
+        LLAMA,
+        TOKENS,
+        CONTEXT,
+        config,
+        [{"layer": 0, "mode": "specialising", "experts": ["training"] * 4, "load": [32] * 4}],
     )
     assert ledger.routing == counter.get_total_flops()
 
 
 def test_lora_experts_come_on_top() -> None:
     config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "expert": {"kind": "lora", "width": 12}})
-    blocks = [{"mode": "specialising", "experts": ["training"] * 4, "load": [32] * 4}] * 2
+    blocks = [{"layer": 0, "mode": "specialising", "experts": ["training"] * 4, "load": [32] * 4}] * 2
     dense, lora = Ledger(), Ledger()
     dense.step(LLAMA, TOKENS, CONTEXT, config, WARMUP)
     lora.step(LLAMA, TOKENS, CONTEXT, config, blocks)

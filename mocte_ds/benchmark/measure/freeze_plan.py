@@ -189,7 +189,9 @@ def step_flops(sizes: FreezeSizes, percent: int, load: list[list[int]]) -> Ledge
     """
     frozen = sizes.frozen_experts(percent)
     modes = ["frozen" if k in frozen else "training" for k in range(sizes.experts)]
-    blocks = [{"mode": "specialising", "experts": modes, "load": tokens} for tokens in load]
+    blocks = [
+        {"layer": layer, "mode": "specialising", "experts": modes, "load": tokens} for layer, tokens in enumerate(load)
+    ]
     ledger = Ledger()
     block = MocteConfig.from_dict(sizes.config()["mocte"])
     ledger.step(sizes.model, sizes.tokens * sizes.ranks, sizes.context, block, blocks)

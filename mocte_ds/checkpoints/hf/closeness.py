@@ -40,8 +40,10 @@ def margins(block: Block, features: Tensor) -> Tensor:
         k = gate.router.top_k
         if k == logits.shape[1]:
             continue  # every token goes to all of them
-        best = logits.topk(k + 1, dim=-1).values
+        best = gate.order(logits).topk(k + 1, dim=-1).values
         scale = matrix.norm(dim=1).max() * rows.norm(dim=-1)
+        if gate.router.weight == "sigmoid":
+            scale = scale.clamp(min=1.0)  # sigmoids are rounded themselves
         least = torch.minimum(least, ((best[:, k - 1] - best[:, k]) / scale.clamp(min=1e-30)).view(least.shape))
     return least
 

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 KINDS = ("token", "type", "prefix", "previous", "hash", "random")
+WEIGHTS = ("hard", "softmax", "sigmoid")
 TABLES = ("type", "previous", "hash")
 """Kinds that look a token id up in a table."""
 
@@ -27,8 +28,13 @@ class MocteLMConfig(PretrainedConfig):
         head_dim: int | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = False,
+        head_norm: bool = False,
         max_position_embeddings: int = 2048,
         rope_theta: float = 10000.0,
+        stretched_rope: dict[str, Any] | None = None,
+        rotary_share: float = 1.0,
+        attention_window: int | None = None,
+        ffn_sizes: list[int] | None = None,
         norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
@@ -57,8 +63,13 @@ class MocteLMConfig(PretrainedConfig):
             head_dim: features a head; None: hidden_size / num_attention_heads.
             qkv_bias: biases of queries, keys and values in the llama style; the gpt2 style always has them.
             qk_norm: RMSNorm of a token's queries and of its keys, in the llama style.
+            head_norm: RMSNorm of each head's queries and keys, in the llama style.
             max_position_embeddings: longest context in training.
             rope_theta: base of the rotary frequencies.
+            stretched_rope: rotary positions for longer contexts, rope_type "linear" or "llama3"; None: as they are.
+            rotary_share: share of a head's features that rotary positions turn.
+            attention_window: tokens that each token sees, itself included; None: all before it.
+            ffn_sizes: hidden units of each layer's dense FFN; None: intermediate_size.
             norm_eps: added to the variance in norms.
             initializer_range: standard deviation of fresh weights.
             tie_word_embeddings: the output matrix is the token embedding.
@@ -66,8 +77,9 @@ class MocteLMConfig(PretrainedConfig):
             num_experts: experts of one bank.
             expert_kind: `ffn` (experts instead of the FFN) or `lora` (experts beside it).
             expert_width: hidden units of one expert; None: the FFN's, shared out to the banks.
-            routers: one for each bank of experts: {"kind": one of KINDS, "weight": "hard" or "softmax", "learn": bool,
-                "top_k": experts a token, "normalise": whether their weights are divided by their sum}.
+            routers: one for each bank of experts: {"kind": one of KINDS, "weight": "hard", "softmax" or "sigmoid",
+                "learn": bool, "top_k": experts a token, "normalise": whether their weights are divided by their sum,
+                "scale": factor of the weights}.
             document_end_id: token that ends a document; routers start anew behind it.
             use_cache: whether generation keeps keys and values.
             bos_token_id: begins a text.
@@ -85,12 +97,14 @@ class MocteLMConfig(PretrainedConfig):
         # None where the heads do not divide the features: refused below.
         whole = head_dim is None and hidden_size % num_attention_heads == 0
         self.head_dim = hidden_size // num_attention_heads if whole else head_dim
-        self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
+        self.qkv_bias, self.qk_norm, self.head_norm = qkv_bias, qk_norm, head_norm
+        self.stretched_rope, self.rotary_share = stretched_rope, rotary_share
+        self.attention_window, self.ffn_sizes = attention_window, ffn_sizes
         self.max_position_embeddings, self.rope_theta, self.norm_eps = max_position_embeddings, rope_theta, norm_eps
         self.initializer_range, self.tie_word_embeddings = initializer_range, tie_word_embeddings
         self.expert_layers = list(expert_layers or [])
         self.num_experts, self.expert_kind = num_experts, expert_kind
-        usual = {"weight": "hard", "learn": False, "top_k": 1, "normalise": False}
+        usual = {"weight": "hard", "learn": False, "top_k": 1, "normalise": False, "scale": 1.0}
         self.routers = [{**usual, **router} for router in routers or [{"kind": "token"}]]
         self.expert_width = intermediate_size // len(self.routers) if expert_width is None else expert_width
         self.document_end_id, self.use_cache = document_end_id, use_cache
@@ -103,6 +117,10 @@ class MocteLMConfig(PretrainedConfig):
             **kwargs,
         )
 
+    def ffn_size(self, layer: int) -> int:
+        """Hidden units of a layer's dense FFN."""
+        return self.ffn_sizes[layer] if self.ffn_sizes else self.intermediate_size
+
     def _require_known(self) -> None:
         if self.style not in ("llama", "gpt2"):
             raise ValueError(f"style = {self.style!r} is not one of 'llama', 'gpt2'.")
@@ -114,12 +132,16 @@ class MocteLMConfig(PretrainedConfig):
                 f"num_key_value_heads = {self.num_key_value_heads} do not divide each other."
             )
         for router in self.routers:
-            if router.get("kind") not in KINDS or router["weight"] not in ("hard", "softmax"):
-                raise ValueError(f"the router {router} is none of the kinds {KINDS} with weight 'hard' or 'softmax'.")
-            if (router["learn"] or router["top_k"] > 1) and router["weight"] != "softmax":
+            if router.get("kind") not in KINDS or router["weight"] not in WEIGHTS:
+                raise ValueError(f"the router {router} is none of the kinds {KINDS} with a weight of {WEIGHTS}.")
+            if (router["learn"] or router["top_k"] > 1) and router["weight"] == "hard":
                 raise ValueError(f"the router {router} learns or chooses several, which needs weight 'softmax'.")
             if not 1 <= router["top_k"] <= self.num_experts:
                 raise ValueError(f"the router {router} cannot choose among {self.num_experts} experts.")
+        if self.stretched_rope and self.stretched_rope.get("rope_type") not in ("linear", "llama3"):
+            raise ValueError(f"stretched_rope = {self.stretched_rope} is of no type that this model has.")
+        if self.ffn_sizes and len(self.ffn_sizes) != self.num_hidden_layers:
+            raise ValueError(f"ffn_sizes = {self.ffn_sizes} must have {self.num_hidden_layers} numbers.")
         strange = [number for number in self.expert_layers if not 0 <= number < self.num_hidden_layers]
         if strange:
             raise ValueError(f"expert_layers names layer {strange[0]}; there are {self.num_hidden_layers}.")

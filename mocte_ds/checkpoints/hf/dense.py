@@ -1,4 +1,4 @@
-"""Models without experts as transformers' Llama, Qwen2 and GPT-2, and what all exported classes have in common."""
+"""Models without experts as transformers' Llama, Mistral, Qwen2, Qwen3 and GPT-2; what all exported classes share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -101,7 +101,7 @@ def llama_fields(config: DecoderConfig, special: SpecialIds) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta, **(config.rope_scaling or {})},
         **special.fields(),
     }
 
@@ -136,9 +136,12 @@ def dense_ffn(source: Source, layer: int) -> list[Stored]:
 
 def llama_step(model: nn.Module, features: Tensor, _ids: Tensor) -> Tensor:
     """The first layer of a Llama-like model."""
-    positions = torch.arange(features.shape[1])[None]
-    rotation = model.model.rotary_emb(features, position_ids=positions)
-    return model.model.layers[0](features, position_embeddings=rotation, attention_mask=None)
+    length, window = features.shape[1], getattr(model.config, "sliding_window", None)  # Qwen2Moe has 0 for none
+    rotation = model.model.rotary_emb(features, position_ids=torch.arange(length)[None])
+    mask = None
+    if window and window < length:
+        mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)[None, None]
+    return model.model.layers[0](features, position_embeddings=rotation, attention_mask=mask)
 
 
 def stock_class(name: str) -> Callable[[], Any]:
@@ -153,18 +156,33 @@ def stock_class(name: str) -> Callable[[], Any]:
 
 
 def llama(source: Source, special: SpecialIds) -> Layout:
-    """A dense model of the llama style; with biases of queries, keys and values Qwen2.
+    """A dense model of the llama style.
+
+    Mistral with a window, or where it came from one; Qwen2 with biases of queries, keys and values; Qwen3 with norms of
+    heads; else Llama.
 
     Raises:
-        CheckpointError: norms of queries and keys, which no dense class has in this place.
+        CheckpointError: none of them has all of its settings.
     """
-    from transformers import LlamaConfig, Qwen2Config
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-    fields = llama_fields(source.config, special)
-    if source.config.qk_norm:
-        raise CheckpointError("no dense stock class has model.qk_norm; export with --class own.")
-    if source.config.qkv_bias:
+    ours, fields = source.config, llama_fields(source.config, special)
+    for setting, usual in (("qk_norm", False), ("rotary_share", 1.0), ("ffn_sizes", None)):
+        if getattr(ours, setting) != usual:
+            raise CheckpointError(f"no dense stock class has model.{setting}; export with --class own.")
+    windowed = ours.sliding_window is not None
+    if windowed + ours.qkv_bias + ours.head_norm > 1:
+        raise CheckpointError(
+            "no dense stock class has more than one of model.sliding_window, qkv_bias and head_norm; export with "
+            "--class own."
+        )
+    if ours.head_norm:
+        fields["head_dim"] = ours.head_size
+        name, config = "Qwen3ForCausalLM", Qwen3Config(**fields, attention_bias=False, use_sliding_window=False)
+    elif ours.qkv_bias:
         name, config = "Qwen2ForCausalLM", Qwen2Config(**fields, use_sliding_window=False)
+    elif windowed or ours.origin == "MistralForCausalLM":
+        name, config = "MistralForCausalLM", MistralConfig(**fields, sliding_window=ours.sliding_window)
     else:
         name, config = "LlamaForCausalLM", LlamaConfig(**fields, attention_bias=False, mlp_bias=False)
     stored = llama_stored(source, lambda layer: dense_ffn(source, layer))
@@ -187,7 +205,7 @@ def gpt2(source: Source, special: SpecialIds) -> Layout:
     target = GPT2Config(
         vocab_size=config.vocab_size,
         n_embd=config.hidden_size,
-        n_inner=config.intermediate_size,
+        n_inner=None if config.intermediate_size == 4 * config.hidden_size else config.intermediate_size,
         n_layer=config.num_layers,
         n_head=config.num_heads,
         n_positions=config.max_positions,

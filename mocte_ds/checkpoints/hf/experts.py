@@ -1,6 +1,7 @@
 """Models with experts as transformers' Mixtral, Qwen2Moe, OLMoE and Glm4Moe."""
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -21,8 +22,8 @@ from mocte_ds.config import RouterConfig
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
 
-# transformers' grouped matrix product wants rows of a multiple of 16 bytes, in bf16 too; units of zeros fill them up.
-UNITS = 8
+# transformers' grouped matrix product wants rows of a multiple of 16 bytes; units of zeros fill them up.
+UNITS = {"fp32": 4, "bf16": 8}
 GATE = "{block}.banks.0.deepspeed_moe.gate."
 _EXPERT = "{block}.banks.0.deepspeed_moe.experts.deepspeed_experts.{k}.{part}.weight"
 
@@ -39,15 +40,15 @@ def mixtral(source: Source, special: SpecialIds) -> Layout:
     def ffn(layer: int) -> list[Stored]:
         prefix = f"model.layers.{layer}.block_sparse_moe"
         gate = _gate(source, blocks[layer], f"{prefix}.gate.weight")
-        return [gate, *_experts(blocks[layer], f"{prefix}.experts", parts)]
+        return [gate, *_experts(source, blocks[layer], f"{prefix}.experts", parts)]
 
     fields = llama_fields(source.config, special)
-    fields |= {"intermediate_size": expert_width(blocks[0]), "head_dim": source.config.head_size}
+    fields["intermediate_size"] = expert_width(source, blocks[0])
     config = MixtralConfig(
         **fields,
         num_local_experts=blocks[0].num_experts,
         num_experts_per_tok=_router(blocks).top_k,
-        sliding_window=None,
+        sliding_window=source.config.sliding_window,
     )
     stored, name = llama_stored(source, ffn), "MixtralForCausalLM"
     return Layout(name, stock_class(name), config, stored, "model.layers", llama_step, blocks=blocks)
@@ -71,10 +72,10 @@ def olmoe(source: Source, special: SpecialIds) -> Layout:
     def ffn(layer: int) -> list[Stored]:
         prefix = f"model.layers.{layer}.mlp"
         gate = _gate(source, blocks[layer], f"{prefix}.gate.weight")
-        return [gate, *_experts(blocks[layer], f"{prefix}.experts")]
+        return [gate, *_experts(source, blocks[layer], f"{prefix}.experts")]
 
     fields = llama_fields(config, special)
-    fields["intermediate_size"] = expert_width(blocks[0])
+    fields["intermediate_size"] = expert_width(source, blocks[0])
     target = OlmoeConfig(
         **fields,
         num_experts=blocks[0].num_experts,
@@ -102,15 +103,18 @@ def qwen2moe(source: Source, special: SpecialIds) -> Layout:
         shared = {"gate_proj": (1, d), "up_proj": (1, d), "down_proj": (d, 1)}
         return [
             _gate(source, blocks[layer], f"{prefix}.gate.weight"),
-            *_experts(blocks[layer], f"{prefix}.experts"),
+            *_experts(source, blocks[layer], f"{prefix}.experts"),
             *(_zeros(f"{prefix}.shared_expert.{name}.weight", shape) for name, shape in shared.items()),
             _zeros(f"{prefix}.shared_expert_gate.weight", (1, d)),
         ]
 
     dense = [i for i in range(config.num_layers) if i not in blocks]
+    fields = llama_fields(config, special)
+    fields["intermediate_size"] = _one_size(source, dense) if dense else config.intermediate_size
+    _one_size(source, blocks)
     target = Qwen2MoeConfig(
-        **llama_fields(config, special),
-        moe_intermediate_size=expert_width(first),
+        **fields,
+        moe_intermediate_size=expert_width(source, first),
         shared_expert_intermediate_size=1,
         num_experts=first.num_experts,
         num_experts_per_tok=_router(blocks).top_k,
@@ -133,45 +137,51 @@ def qwen2moe(source: Source, special: SpecialIds) -> Layout:
 
 
 def glm4moe(source: Source, special: SpecialIds) -> Layout:
-    """Dense layers in front, then a shared FFN beside narrow experts in every layer; weight 1 as in Mixtral.
+    """Dense layers in front, then a shared FFN beside narrow experts in every layer; weights 1 or sigmoids.
 
     Raises:
-        CheckpointError: a dense layer behind the first block, or a weight other than 1.
+        CheckpointError: a dense layer behind the first block, FFNs of other widths, or softmax weights.
     """
     from transformers import Glm4MoeConfig
 
     config, blocks = source.config, source.blocks
-    first = min(source.emerged)
+    first, router = min(source.emerged), _router(source.emerged)
+    kept = router.weight == "sigmoid"
     if not set(blocks) >= set(range(first, config.num_layers)):
         raise CheckpointError(
             "Glm4Moe, the class for experts of the kind 'lora', has dense layers in front only; to export, let "
             f"mocte.modules name all layers from {first} on, or use expert.kind 'ffn'."
         )
-    if _router(source.emerged).weight != "hard":
+    if router.weight == "softmax":
         raise CheckpointError(
             "Glm4Moe, the class for experts of the kind 'lora', weighs by a sigmoid, not by a softmax; to export, "
-            "train with router.weight 'hard'."
+            "train with router.weight 'hard' or 'sigmoid'."
         )
     # A block in warm-up behind the first: its experts are born as zero and add exactly nothing.
     blocks = {i: blocks[i] for i in range(first, config.num_layers)}
-    width = expert_width(blocks[first])
-    shared = math.ceil(config.intermediate_size / width)
+    width = expert_width(source, blocks[first])
+    shared = math.ceil(_one_size(source, blocks) / width)
 
     def ffn(layer: int) -> list[Stored]:
         if layer not in blocks:
             return dense_ffn(source, layer)
         prefix, norm = f"model.layers.{layer}.mlp", f"model.layers.{layer}.post_attention_layernorm.weight"
         gate = _gate(source, blocks[layer], f"{prefix}.gate.weight")
+        correction = f"{prefix}.gate.e_score_correction_bias"
 
         def scaled(norm_weight: Tensor, *parts: Tensor) -> Tensor:
             rows = gate.make(*parts)
             return rows * sigmoid_scale(rows, norm_weight)
 
-        stored = [
-            Stored(gate.name, gate.shape, (norm, *gate.sources), scaled, exact=gate.exact),
-            _zeros(f"{prefix}.gate.e_score_correction_bias", gate.shape[:1], buffer=True),
-            *_experts(blocks[layer], f"{prefix}.experts"),
-        ]
+        if kept:
+            ours = f"{GATE.format(block=blocks[layer].name)}cluster_correction"
+            stored = [gate, Stored(correction, gate.shape[:1], (ours,), exact=gate.exact, buffer=True)]
+        else:
+            stored = [
+                Stored(gate.name, gate.shape, (norm, *gate.sources), scaled, exact=gate.exact),
+                _zeros(correction, gate.shape[:1], buffer=True),
+            ]
+        stored += _experts(source, blocks[layer], f"{prefix}.experts")
         for part in ("gate_proj", "up_proj", "down_proj"):
             # The class counts the shared FFN in experts; hidden units of zeros fill it up.
             name, axis = f"{prefix}.dense.{part}.weight", 1 if part == "down_proj" else 0
@@ -182,20 +192,22 @@ def glm4moe(source: Source, special: SpecialIds) -> Layout:
         return stored
 
     fields = llama_fields(config, special)
-    fields["rope_parameters"]["partial_rotary_factor"] = 1.0
+    fields["rope_parameters"]["partial_rotary_factor"] = config.rotary_share
     fields["head_dim"] = config.head_size
+    if first:
+        fields["intermediate_size"] = _one_size(source, range(first))
     target = Glm4MoeConfig(
         **fields,
         moe_intermediate_size=width,
         n_shared_experts=shared,
         n_routed_experts=blocks[first].num_experts,
-        num_experts_per_tok=1,
+        num_experts_per_tok=router.top_k,
         first_k_dense_replace=first,
-        norm_topk_prob=True,
+        norm_topk_prob=router.normalise or not kept,
         n_group=1,
         topk_group=1,
-        routed_scaling_factor=1.0,
-        use_qk_norm=False,
+        routed_scaling_factor=router.scale,
+        use_qk_norm=config.head_norm,
         attention_bias=config.qkv_bias,
         num_nextn_predict_layers=0,
     )
@@ -224,9 +236,22 @@ def sigmoid_scale(gate: Tensor, norm_weight: Tensor) -> float:
     return 2.0 ** -math.ceil(math.log2(largest)) if largest > 0 else 1.0
 
 
-def expert_width(block: Block) -> int:
+def expert_width(source: Source, block: Block) -> int:
     """Hidden units of an expert in the export."""
-    return math.ceil(block.banks[0].local_experts[0].gate_proj.weight.shape[0] / UNITS) * UNITS
+    units = UNITS[source.dtype]
+    return math.ceil(block.banks[0].local_experts[0].gate_proj.weight.shape[0] / units) * units
+
+
+def _one_size(source: Source, layers: Iterable[int]) -> int:
+    """Hidden units of the FFNs of some layers.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    sizes = sorted({source.config.ffn_size(layer) for layer in layers})
+    if len(sizes) > 1:
+        raise CheckpointError(f"stock classes have FFNs of one width, the run of {sizes}; export with --class own.")
+    return sizes[0]
 
 
 def _router(blocks: dict[int, Block]) -> RouterConfig:
@@ -254,16 +279,16 @@ def _total(first: Tensor, *others: Tensor) -> Tensor:
     return sum(others, first)
 
 
-def _experts(block: Block, prefix: str, parts: dict[str, str] | None = None) -> list[Stored]:
+def _experts(source: Source, block: Block, prefix: str, parts: dict[str, str] | None = None) -> list[Stored]:
     """The matrices of a layer's experts, one tensor each, filled up to :func:`expert_width`."""
-    width, d = expert_width(block), block.hidden_size
+    width, d = expert_width(source, block), block.hidden_size
     stored = []
     for k in range(block.num_experts):
         for part in ("gate_proj", "up_proj", "down_proj"):
             axis, shape = (1, (d, width)) if part == "down_proj" else (0, (width, d))
-            source = _EXPERT.format(block=block.name, k=k, part=part)
+            ours = _EXPERT.format(block=block.name, k=k, part=part)
             name = f"{prefix}.{k}.{parts[part] if parts else part}.weight"
-            stored.append(Stored(name, shape, (source,), partial(_padded, axis=axis, size=width)))
+            stored.append(Stored(name, shape, (ours,), partial(_padded, axis=axis, size=width)))
     return stored
 
 

@@ -4,6 +4,7 @@ from mocte_ds.checkpoints.hf.dense import Layout, SpecialIds, gpt2, llama
 from mocte_ds.checkpoints.hf.experts import GATE, glm4moe, mixtral, olmoe, qwen2moe
 from mocte_ds.checkpoints.hf.own import own
 from mocte_ds.checkpoints.source import Source
+from mocte_ds.config import RouterConfig
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.block import Block
 
@@ -59,14 +60,34 @@ def stock_layout(source: Source, special: SpecialIds) -> Layout:
             "OLMoE, the stock class for model.qk_norm, has experts of the kind 'ffn' in every layer; export with "
             "--class own."
         )
+    sigmoid = router.weight == "sigmoid"
+    if sigmoid and some.kind != "lora":
+        raise CheckpointError(
+            "Glm4Moe, the stock class for router.weight 'sigmoid', has experts of the kind 'lora'; export with "
+            "--class own."
+        )
+    glm = some.kind == "lora" and not source.config.qk_norm
+    for name, usual, fits in (
+        ("head_norm", False, glm),
+        ("rotary_share", 1.0, glm),
+        ("sliding_window", None, some.kind == "ffn" and everywhere and not source.config.qk_norm),
+    ):
+        if getattr(source.config, name) != usual and not fits:
+            raise CheckpointError(f"no stock class with such experts has model.{name}; export with --class own.")
     if source.config.qk_norm:
         return olmoe(source, special)
     if some.kind == "lora":
         return glm4moe(source, special)
-    if (router.weight == "hard" or router.normalise) and everywhere and not source.config.qkv_bias:
+    if source.config.sliding_window is not None and (source.config.qkv_bias or not _adds_up_to_one(router)):
+        raise CheckpointError("Mixtral alone has model.sliding_window, and no biases; export with --class own.")
+    if _adds_up_to_one(router) and everywhere and not source.config.qkv_bias and source.config.ffn_sizes is None:
         return mixtral(source, special)
     # A block in warm-up is a dense layer.
     return qwen2moe(source, special)
+
+
+def _adds_up_to_one(router: RouterConfig) -> bool:
+    return router.weight == "hard" or router.normalise
 
 
 def _require_exportable(source: Source, block: Block) -> None:

@@ -1,5 +1,6 @@
 """An exported MO-CTE model as transformers loads and runs it; needs torch and transformers alone."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -94,7 +95,7 @@ class MocteExperts(nn.Module):
     def __init__(self, config: MocteLMConfig, layer: int) -> None:
         super().__init__()
         if config.expert_kind == "lora":
-            self.dense = _ffn(config, config.intermediate_size)
+            self.dense = _ffn(config, config.ffn_size(layer))
         self.has_dense = config.expert_kind == "lora"
         self.banks = nn.ModuleList([MocteBank(config, r, f"{layer}.{b}") for b, r in enumerate(config.routers)])
 
@@ -111,20 +112,26 @@ class MocteAttention(nn.Module):
 
     def __init__(self, config: MocteLMConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.by_head = layer, config.head_dim, config.head_norm
         d, kv, biases = config.hidden_size, config.num_key_value_heads * config.head_dim, config.style == "gpt2"
         queries = config.num_attention_heads * config.head_dim
         self.q_proj = nn.Linear(d, queries, bias=biases or config.qkv_bias)
         self.k_proj = nn.Linear(d, kv, bias=biases or config.qkv_bias)
         self.v_proj = nn.Linear(d, kv, bias=biases or config.qkv_bias)
         self.o_proj = nn.Linear(queries, d, bias=biases)
-        self.q_norm = MocteRMSNorm(queries, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = MocteRMSNorm(kv, config.norm_eps) if config.qk_norm else nn.Identity()
+        normed = (config.head_dim, config.head_dim) if config.head_norm else (queries, kv)
+        has_norm = config.qk_norm or config.head_norm
+        self.q_norm, self.k_norm = (MocteRMSNorm(n, config.norm_eps) if has_norm else nn.Identity() for n in normed)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Any) -> Tensor:
         batch, length, _ = x.shape
-        projected = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
-        q, k, v = (rows.view(batch, length, -1, self.head_dim).transpose(1, 2) for rows in projected)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if not self.by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (rows.view(batch, length, -1, self.head_dim) for rows in (q, k, v))
+        if self.by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
         if rotation is not None:
             q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         if cache is not None:
@@ -142,7 +149,7 @@ class MocteLayer(nn.Module):
         super().__init__()
         self.self_attn = MocteAttention(config, layer)
         self.has_experts = layer in config.expert_layers
-        self.mlp = MocteExperts(config, layer) if self.has_experts else _ffn(config, config.intermediate_size)
+        self.mlp = MocteExperts(config, layer) if self.has_experts else _ffn(config, config.ffn_size(layer))
         self.input_layernorm, self.post_attention_layernorm = _norm(config), _norm(config)
 
     def forward(
@@ -161,7 +168,7 @@ class MoctePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MocteLayer"]  # noqa: RUF012  transformers want lists, and pass over tuples
     _supports_sdpa = True
     # Not tables, whose integers would become floats.
-    _keep_in_fp32_modules_strict = ["router.weight", "router.bias", "router.residual"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["router.weight", "router.bias", "router.correction", "router.residual"]  # noqa: RUF012
 
 
 class MocteModel(MoctePreTrainedModel):
@@ -216,7 +223,7 @@ class MocteModel(MoctePreTrainedModel):
             x = x + self.embed_positions(positions)
         else:
             rotation = rotary_angles(self.config, positions, x)
-        mask = _attention_mask(x, attention_mask, past)
+        mask = seen_keys(x, attention_mask, past, self.config.attention_window)
         tokens = Tokens.read(self.config, x, input_ids, attention_mask, cache)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x]
@@ -286,14 +293,17 @@ def _positions(x: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:].to(x.device)
 
 
-def _attention_mask(x: Tensor, attention_mask: Tensor | None, past: int) -> Tensor | None:
+def seen_keys(x: Tensor, attention_mask: Tensor | None, past: int, window: int | None) -> Tensor | None:
     """(B, 1, T, S) which keys each query sees; None: all before it, which the attention then knows by itself."""
     length = x.shape[1]
     padded = attention_mask is not None and not bool(attention_mask.all())
-    if not padded and (past == 0 or length == 1):
+    near = window is not None and past + length > window
+    if not padded and not near and (past == 0 or length == 1):
         return None
     query, key = (torch.arange(start, past + length, device=x.device) for start in (past, 0))
     seen = (key <= query[:, None])[None, None]
+    if near:
+        seen = seen & (key > query[:, None] - window)
     if padded:
         # A padded query sees itself, so that no row of the softmax is empty.
         seen = seen & attention_mask[:, None, None, :].to(x.device).bool() | (key == query[:, None])
@@ -301,13 +311,30 @@ def _attention_mask(x: Tensor, attention_mask: Tensor | None, past: int) -> Tens
 
 
 def rotary_angles(config: MocteLMConfig, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (B or 1, 1, T, h), halves layout."""
-    exponent = torch.arange(0, config.head_dim, 2, device=like.device).float() / config.head_dim
-    angle = positions[:, None, :, None].float() * (1.0 / config.rope_theta**exponent)
+    """cos and sin (B or 1, 1, T, turned features of a head), halves layout."""
+    size = int(config.head_dim * config.rotary_share)
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, device=like.device).float() / size)
+    if config.stretched_rope:
+        frequency = _stretched(frequency, config.stretched_rope)
+    angle = positions[:, None, :, None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
+def _stretched(frequency: Tensor, rope: dict[str, Any]) -> Tensor:
+    """Frequencies (h / 2,) for a longer context: all of them slower, or those with long waves (Llama 3.1)."""
+    slow = frequency / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return slow
+    context, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    length = 2 * math.pi / frequency
+    share = (context / length - low) / (high - low)
+    mixed = torch.where(length > context / low, slow, (1 - share) * slow + share * frequency)
+    return torch.where(length < context / high, frequency, mixed)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    size = cos.shape[-1]
+    turned, kept = x[..., :size], x[..., size:]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, kept], dim=-1)

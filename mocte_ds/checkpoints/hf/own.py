@@ -13,7 +13,7 @@ from mocte_ds.moe.experts import ffn_shape
 from mocte_ds.moe.keys import TABLES
 
 FILES = ("configuration_mocte.py", "modeling_mocte.py", "routing_mocte.py")
-_ROUTER = ("kind", "weight", "learn", "top_k", "normalise")
+_ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale")
 _RENAMED = (
     (re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\."), ".experts."),
     (re.compile(r"\.deepspeed_moe\.gate\.key\.cluster_"), ".router."),
@@ -55,8 +55,13 @@ def own(source: Source, special: SpecialIds, reason: str | None = None) -> Layou
         head_dim=model.head_size,
         qkv_bias=model.qkv_bias,
         qk_norm=model.qk_norm,
+        head_norm=model.head_norm,
         max_position_embeddings=model.max_positions,
         rope_theta=model.rope_theta,
+        stretched_rope=model.rope_scaling,
+        rotary_share=model.rotary_share,
+        attention_window=model.sliding_window,
+        ffn_sizes=model.ffn_sizes,
         norm_eps=model.norm_eps,
         initializer_range=model.initializer_range,
         tie_word_embeddings=model.tied,
@@ -75,7 +80,10 @@ def own(source: Source, special: SpecialIds, reason: str | None = None) -> Layou
         [entry for entry in stored if entry is not None],
         "model.layers",
         own_step,
-        lambda layer: {"expert_layers": [0] if layer in emerged else []},
+        lambda layer: {
+            "expert_layers": [0] if layer in emerged else [],
+            "ffn_sizes": [model.ffn_size(layer)] if model.ffn_sizes else None,
+        },
         model.vocab_size if any(router["kind"] in TABLES for router in config.routers) else 1,
         emerged,
         FILES,
@@ -85,13 +93,14 @@ def own(source: Source, special: SpecialIds, reason: str | None = None) -> Layou
 
 def own_step(model: nn.Module, features: Tensor, ids: Tensor) -> Tensor:
     """The first layer of the own class; learned positions are in the features already."""
-    from mocte_ds.checkpoints.hf.modeling_mocte import rotary_angles
+    from mocte_ds.checkpoints.hf.modeling_mocte import rotary_angles, seen_keys
     from mocte_ds.checkpoints.hf.routing_mocte import Tokens
 
     rotation = None
     if model.config.style == "llama":
         rotation = rotary_angles(model.config, torch.arange(features.shape[1])[None], features)
-    return model.model.layers[0](features, Tokens.read(model.config, features, ids, None, None), rotation, None, None)
+    mask = seen_keys(features, None, 0, model.config.attention_window)
+    return model.model.layers[0](features, Tokens.read(model.config, features, ids, None, None), rotation, mask, None)
 
 
 def _own_class() -> Any:

@@ -201,13 +201,16 @@ class MocteRouter(nn.Module):
             name: what its state is kept under.
         """
         super().__init__()
-        self.kind, self.soft, self.name = router["kind"], router["weight"] == "softmax", name
+        self.kind, self.weighing, self.name = router["kind"], router["weight"], name
+        self.soft, self.scale = router["weight"] != "hard", router["scale"]
         self.num_experts = config.num_experts
         if self.kind in TABLES:
             self.register_buffer("table", torch.zeros(config.vocab_size, dtype=torch.int64))
         else:
             self.register_buffer("weight", torch.zeros(config.num_experts, config.hidden_size))
             self.register_buffer("bias", torch.zeros(config.num_experts))
+        if self.weighing == "sigmoid":
+            self.register_buffer("correction", torch.zeros(config.num_experts))
         if router["learn"]:
             self.residual = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
         self.learns, self.top_k, self.normalise = bool(router["learn"]), router["top_k"], router["normalise"]
@@ -230,9 +233,15 @@ class MocteRouter(nn.Module):
             logits = logits + F.linear(features, self.residual.float())
         if not self.soft:
             return logits.argmax(dim=-1, keepdim=True), None
-        index = logits.argmax(dim=-1, keepdim=True) if self.top_k == 1 else logits.topk(self.top_k, dim=-1).indices
-        weight = logits.softmax(dim=-1).gather(-1, index)
-        return index, weight / weight.sum(dim=-1, keepdim=True) if self.normalise else weight
+        sigmoid = self.weighing == "sigmoid"
+        scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
+        order = scores + self.correction if sigmoid else logits
+        index = order.argmax(dim=-1, keepdim=True) if self.top_k == 1 else order.topk(self.top_k, dim=-1).indices
+        weight = scores.gather(-1, index)
+        if self.normalise:
+            # Sigmoids may all be zero.
+            weight = weight / (weight.sum(dim=-1, keepdim=True) + (1e-20 if sigmoid else 0.0))
+        return index, weight * self.scale
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "MocteRouter":
         """Moves with the model but stays in fp32: a boundary rounded to bf16 sends tokens elsewhere."""

@@ -44,8 +44,10 @@ def settings_of(source: Source) -> Settings:
         raise CheckpointError(
             f"model.style '{config.style}' cannot be converted to megatron-core; only 'llama' can be."
         )
-    if config.qk_norm:
-        raise CheckpointError("megatron-core norms queries and keys head by head; model.qk_norm cannot be converted.")
+    usual = {"qk_norm": False, "head_norm": False, "rotary_share": 1.0, "rope_scaling": None, "ffn_sizes": None}
+    for name, value in {**usual, "sliding_window": None}.items():
+        if getattr(config, name) != value:
+            raise CheckpointError(f"model.{name} = {getattr(config, name)!r} cannot be converted to megatron-core.")
     for block in blocks.values():
         _require_convertible(source, block)
     transformer = {
@@ -137,6 +139,8 @@ def _require_convertible(source: Source, block: Block) -> None:
     router = block.banks[0].gate.router
     if router.kind not in ("token", "random"):
         raise refuse(f"the router.kind '{router.kind}'")
+    if router.weight == "sigmoid":
+        raise refuse("the router.weight 'sigmoid'")
     # The same bias for all experts changes neither the choice nor the softmax.
     bias = source.read(f"{GATE.format(block=block.name)}key.cluster_bias")
     if (bias != bias[0]).any():

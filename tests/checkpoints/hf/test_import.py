@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from mocte_ds.checkpoints.hf.export import export
@@ -34,8 +36,26 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **HEADS, eos_token_id=0),
     "tied": LlamaConfig(**SIZES, **HEADS, eos_token_id=0, tie_word_embeddings=True, rms_norm_eps=1e-5),
     "wide heads": LlamaConfig(**SIZES, **HEADS, eos_token_id=0, head_dim=16),
+    "positions of llama 3": LlamaConfig(
+        **SIZES,
+        **HEADS,
+        eos_token_id=0,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "linear positions": LlamaConfig(
+        **SIZES, **HEADS, eos_token_id=0, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
     "mistral": MistralConfig(**SIZES, **HEADS, eos_token_id=0, sliding_window=None),
+    "mistral, short window": MistralConfig(**SIZES, **HEADS, eos_token_id=0, sliding_window=12),
     "qwen2": Qwen2Config(**SIZES, **HEADS, eos_token_id=0),
+    "qwen3": Qwen3Config(**SIZES, **HEADS, eos_token_id=0, head_dim=12),
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0
     ),
@@ -89,6 +109,26 @@ def test_function_and_round_trip(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / "back" / file).read_text()) == json.loads((source / file).read_text())
+    old, new = (AutoConfig.from_pretrained(folder).to_dict() for folder in (source, tmp_path / "back"))
+    different = {key for key in old if old[key] != new.get(key)}
+    # Dropout is none of a decoder's.
+    passed = {"_name_or_path", "transformers_version", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+    assert not different - passed, {key: (old[key], new.get(key)) for key in different}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_own_class_computes_it_too(name: str, tmp_path: Path) -> None:
+    """In one pass and token by token."""
+    source = write_folder(tmp_path / "folder", CONFIGS[name])
+    main([str(source), str(tmp_path / "start")])
+    export(tmp_path / "start", tmp_path / "own", choice="own")
+    ids = torch.randint(1, VOCAB, (2, 30), generator=torch.Generator().manual_seed(1))
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(own(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    made = [model.generate(ids[:, :20], max_new_tokens=20, do_sample=False) for model in (own, theirs)]
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

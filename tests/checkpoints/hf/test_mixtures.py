@@ -32,14 +32,17 @@ QWEN = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-GLM = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 1,
-    "n_shared_experts": 3,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-    "head_dim": 8,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+GLM = {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+# Stock: half of a head's features turn. Nothing is left at its usual value.
+GLM_ALL = {
+    **GLM,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "head_dim": 12,
+    "use_qk_norm": True,
+    "attention_bias": True,
+    "routed_scaling_factor": 2.5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5},
 }
 # The config, and the router that the run gets: weight, top_k, normalise.
 CASES: dict[str, tuple[PreTrainedConfig, tuple[str, int, bool]]] = {
@@ -56,11 +59,31 @@ CASES: dict[str, tuple[PreTrainedConfig, tuple[str, int, bool]]] = {
         Qwen2MoeConfig(**COMMON, **{**QWEN, "mlp_only_layers": [0]}, num_experts_per_tok=2, qkv_bias=False),
         ("softmax", 2, False),
     ),
-    "glm4moe, 1": (Glm4MoeConfig(**COMMON, **GLM), ("hard", 1, False)),
+    "qwen2moe, other widths": (
+        Qwen2MoeConfig(
+            **COMMON, **{**QWEN, "mlp_only_layers": [1], "moe_intermediate_size": 24}, num_experts_per_tok=1
+        ),
+        ("softmax", 1, False),
+    ),
+    "mixtral, a window": (
+        MixtralConfig(**COMMON, **{**MIXTRAL, "sliding_window": 16}, num_experts_per_tok=2),
+        ("softmax", 2, True),
+    ),
+    "glm4moe, 1": (Glm4MoeConfig(**COMMON, **GLM, num_experts_per_tok=1), ("sigmoid", 1, True)),
+    "glm4moe, 2": (Glm4MoeConfig(**COMMON, **GLM, num_experts_per_tok=2), ("sigmoid", 2, True)),
+    "glm4moe, 3": (Glm4MoeConfig(**COMMON, **GLM_ALL, num_experts_per_tok=3), ("sigmoid", 3, True)),
+    "glm4moe, sigmoids": (
+        Glm4MoeConfig(**COMMON, **{**GLM, "first_k_dense_replace": 0}, num_experts_per_tok=2, norm_topk_prob=False),
+        ("sigmoid", 2, False),
+    ),
 }
 
 
 def empty_shared_experts(model: torch.nn.Module) -> None:
+    """And, where the choice is corrected, numbers that correct it."""
+    for name, buffer in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            buffer.copy_(0.3 * torch.randn(buffer.shape))
     for name, parameter in model.named_parameters():
         if "shared_expert." in name or "shared_expert_gate" in name:
             parameter.data.zero_()
@@ -79,7 +102,7 @@ def test_function_and_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) 
     ours, state = load_model(tmp_path / "start")
     router = state["mocte"]["router"]
     assert (router["weight"], router["top_k"], router["normalise"]) == (weight, top_k, normalise)
-    assert router["learn"] is (weight == "softmax")
+    assert router["learn"] is (weight != "hard" and not (weight == "sigmoid" and top_k == 1 and normalise))
     blocks = [module for module in ours.modules() if isinstance(module, Block)]
     choices: list[int] = []
     for block in blocks:
@@ -92,23 +115,28 @@ def test_function_and_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) 
     found, expected = weights(tmp_path / "back"), weights(source)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        if "e_score_correction_bias" in key:
-            assert not found[key].any() and not tensor.any()
-            continue
-        if name.startswith("glm") and key.endswith("gate.weight"):
-            # Its sigmoid may be flat where ours chooses: the exporter scales, which changes no bit of the directions.
-            power = torch.log2(tensor[0, 0] / found[key][0, 0])
-            assert power == power.round()
-            tensor = tensor * 2.0**-power
         assert found[key].dtype is tensor.dtype and torch.equal(found[key], tensor), key
     stored = [json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back")]
     assert stored[0]["architectures"] == stored[1]["architectures"]
-    keys = [key for key in stored[0] if "expert" in key or key in ("norm_topk_prob", "rope_parameters", "rms_norm_eps")]
-    assert {key: stored[0][key] for key in keys} == {key: stored[1].get(key) for key in keys}
+    different = {key for key in stored[0] if stored[0][key] != stored[1].get(key)}
+    # A layer that guesses further tokens, which no class of transformers has.
+    assert not different - {"transformers_version", "num_nextn_predict_layers"}, {
+        key: (stored[0][key], stored[1].get(key)) for key in different
+    }
 
 
-def test_the_own_class_chooses_several_too(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "folder", CASES["olmoe, 3"][0])
+def test_narrow_experts_in_fp32_are_not_filled_up(tmp_path: Path) -> None:
+    values = {**GLM, "moe_intermediate_size": 12}
+    source = write_folder(tmp_path / "folder", Glm4MoeConfig(**COMMON, **values, num_experts_per_tok=2))
+    main([str(source), str(tmp_path / "start"), "--fixed-router"])
+    export(tmp_path / "start", tmp_path / "back")
+    found, expected = weights(tmp_path / "back"), weights(source)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["olmoe, 3", "mixtral, a window", "qwen2moe, other widths", "glm4moe, 3"])
+def test_the_own_class_chooses_several_too(name: str, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "folder", CASES[name][0], change=empty_shared_experts)
     main([str(source), str(tmp_path / "start"), "--fixed-router"])
     facts = export(tmp_path / "start", tmp_path / "own", choice="own")
     assert facts["architecture"] == "MocteForCausalLM"
@@ -127,12 +155,11 @@ def busy_shared_expert(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "harm", "told"),
     [
-        ("glm4moe, 1", setting(num_experts_per_tok=2), "num_experts_per_tok = 2"),
-        ("glm4moe, 1", setting(routed_scaling_factor=2.5), "routed_scaling_factor"),
+        ("glm4moe, 2", setting(n_group=2), "n_group = 2"),
+        ("glm4moe, 2", setting(n_shared_experts=2), "shared_experts"),
         ("olmoe, 1", setting(clip_qkv=8.0), "clip_qkv"),
-        ("mixtral, 2", setting(sliding_window=16), "sliding_window"),
         ("mixtral, 2", setting(num_local_experts=5), "moe.gate.weight has the shape"),
-        ("qwen2moe, some layers", setting(intermediate_size=64), "moe_intermediate_size"),
+        ("qwen2moe, some layers", setting(intermediate_size=64), "layers.0.mlp"),
         ("qwen2moe, 2", busy_shared_expert, "shared_expert"),
     ],
 )

@@ -64,14 +64,20 @@ def _llama(name: str, keys: Keys) -> Foreign:
 
 
 def _mistral(name: str, keys: Keys) -> Foreign:
-    require_whole_attention(keys, keys["sliding_window"])
-    return Foreign(name, llama_like(keys))
+    return Foreign(name, llama_like(keys, sliding_window=keys["sliding_window"], origin=name))
 
 
 def _qwen2(name: str, keys: Keys) -> Foreign:
     if "sliding_attention" in (keys["layer_types"] or []):
         require_whole_attention(keys, keys["sliding_window"])
     return Foreign(name, llama_like(keys, qkv_bias=True))
+
+
+def _qwen3(name: str, keys: Keys) -> Foreign:
+    keys.require("attention_bias", False)
+    if "sliding_attention" in (keys["layer_types"] or []):
+        require_whole_attention(keys, keys["sliding_window"])
+    return Foreign(name, llama_like(keys, head_norm=True))
 
 
 def _gpt2(name: str, keys: Keys) -> Foreign:
@@ -104,6 +110,7 @@ _READERS: dict[str, Callable[[str, Keys], Foreign]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
     "GPT2LMHeadModel": _gpt2,
     "MixtralForCausalLM": mixtral,
     "OlmoeForCausalLM": olmoe,

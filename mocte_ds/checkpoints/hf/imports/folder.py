@@ -39,6 +39,7 @@ _LAYOUTS: dict[str, Callable[[Source, SpecialIds], Layout]] = {
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": llama,
     "Qwen2ForCausalLM": llama,
+    "Qwen3ForCausalLM": llama,
     "GPT2LMHeadModel": gpt2,
     "MixtralForCausalLM": mixtral,
     "OlmoeForCausalLM": olmoe,

@@ -18,8 +18,6 @@ class Foreign:
     """Sizes and style."""
     mocte: dict[str, Any] | None = None
     """"mocte" block that keeps its experts and routers; None for a dense model."""
-    shared_units: int = 0
-    """Hidden units of what is stored as shared experts beside the others; 0: there are none."""
 
 
 class Keys:
@@ -46,19 +44,30 @@ class Keys:
         raise CheckpointError(f"{self.path}: {key} = {value!r}: {why}")
 
 
-def llama_like(keys: Keys, intermediate_size: int | None = None, **more: Any) -> DecoderConfig:
-    """Sizes that all Llama-like configs share."""
+def llama_like(keys: Keys, intermediate_size: int | None = None, partial: bool = False, **more: Any) -> DecoderConfig:
+    """Sizes that all Llama-like configs share.
+
+    Args:
+        keys: of the config.
+        intermediate_size: instead of the config's.
+        partial: whether the class turns the configured share of a head's features.
+        **more: other fields of the result.
+
+    Raises:
+        CheckpointError: a value that our decoders do not compute.
+    """
     keys.require("hidden_act", "silu")
-    rope = keys["rope_parameters"] or {}
-    if rope.get("rope_type", "default") != "default":
+    rope = dict(keys["rope_parameters"] or {})
+    theta, share = rope.pop("rope_theta", 10000.0), rope.pop("partial_rotary_factor", 1.0)
+    if (kind := rope.pop("rope_type", "default")) not in ("default", "linear", "llama3"):
         keys.refuse(
             "rope_parameters.rope_type",
-            rope["rope_type"],
-            "scaled rotary positions are not supported; only where the folder's own shorter context is enough, remove "
-            "the key in a copy of the folder.",
+            kind,
+            "'default', 'linear' and 'llama3' are supported; only where the folder's own shorter context is enough, "
+            "remove the key in a copy of the folder.",
         )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        keys.refuse("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], "1.0 is supported.")
+    if share != 1.0 and not partial:
+        keys.refuse("rope_parameters.partial_rotary_factor", share, "1.0 is supported.")
     heads, d = keys["num_attention_heads"], keys["hidden_size"]
     head_dim = keys["head_dim"] or d // heads
     return DecoderConfig(
@@ -71,7 +80,9 @@ def llama_like(keys: Keys, intermediate_size: int | None = None, **more: Any) ->
         keys["num_key_value_heads"],
         None if head_dim * heads == d else head_dim,
         max_positions=keys.max_positions,
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_theta=float(theta),
+        rope_scaling=None if kind == "default" else {"rope_type": kind, **rope},
+        rotary_share=float(share),
         norm_eps=keys["rms_norm_eps"],
         tie_embeddings=bool(keys["tie_word_embeddings"]),
         initializer_range=keys["initializer_range"],

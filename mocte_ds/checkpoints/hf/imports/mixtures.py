@@ -7,8 +7,8 @@ from mocte_ds.checkpoints.hf.imports.keys import Foreign, Keys, llama_like, requ
 
 def mixtral(name: str, keys: Keys) -> Foreign:
     """Experts in every layer, whose weights add up to 1."""
-    require_whole_attention(keys, keys["sliding_window"])
-    return Foreign(name, llama_like(keys), _kept(keys, keys["num_local_experts"], True))
+    decoder = llama_like(keys, sliding_window=keys["sliding_window"])
+    return Foreign(name, decoder, _kept(keys, keys["num_local_experts"], True))
 
 
 def olmoe(name: str, keys: Keys) -> Foreign:
@@ -25,39 +25,34 @@ def qwen2moe(name: str, keys: Keys) -> Foreign:
         require_whole_attention(keys, keys["sliding_window"])
     every, dense = keys["decoder_sparse_step"], keys["mlp_only_layers"] or []
     layers = [i for i in range(keys["num_hidden_layers"]) if i not in dense and (i + 1) % every == 0]
-    width = keys["moe_intermediate_size"]
-    if len(layers) < keys["num_hidden_layers"] and width != keys["intermediate_size"]:
-        keys.refuse(
-            "moe_intermediate_size",
-            width,
-            f"our experts are as wide as the dense layers, which are {keys['intermediate_size']} wide here.",
-        )
-    decoder = llama_like(keys, width, qkv_bias=bool(keys["qkv_bias"]))
+    sizes = _ffn_sizes(keys, layers, keys["moe_intermediate_size"])
+    decoder = llama_like(keys, qkv_bias=bool(keys["qkv_bias"]), ffn_sizes=sizes)
     mocte = _kept(keys, keys["num_experts"], bool(keys["norm_topk_prob"]), layers)
-    return Foreign(name, decoder, mocte, keys["shared_expert_intermediate_size"])
+    return Foreign(name, decoder, mocte)
 
 
 def glm4moe(name: str, keys: Keys) -> Foreign:
     """Narrow experts beside a shared FFN, behind dense layers."""
-    if keys["num_experts_per_tok"] != 1:
-        keys.refuse(
-            "num_experts_per_tok",
-            keys["num_experts_per_tok"],
-            "1 is supported: several experts are weighed by a sigmoid in Glm4Moe, and by a softmax in our routers.",
-        )
-    for key, wanted in (
-        ("norm_topk_prob", True),
-        ("n_group", 1),
-        ("topk_group", 1),
-        ("routed_scaling_factor", 1.0),
-        ("use_qk_norm", False),
-    ):
-        keys.require(key, wanted)
+    for key in ("n_group", "topk_group"):
+        keys.require(key, 1, "our routers choose among all experts.")
     layers = list(range(keys["first_k_dense_replace"], keys["num_hidden_layers"]))
-    mocte = _kept(keys, keys["n_routed_experts"], True, layers)
-    mocte["expert"] = {"kind": "lora", "width": keys["moe_intermediate_size"]}
-    decoder = llama_like(keys, qkv_bias=bool(keys["attention_bias"]))
-    return Foreign(name, decoder, mocte, keys["n_shared_experts"] * keys["moe_intermediate_size"])
+    normalised, width = bool(keys["norm_topk_prob"]), keys["moe_intermediate_size"]
+    mocte = _kept(keys, keys["n_routed_experts"], normalised, layers)
+    mocte["expert"] = {"kind": "lora", "width": width}
+    # A single weight that is divided by itself gives a router no gradient.
+    learn = not keys.fixed_router and not (keys["num_experts_per_tok"] == 1 and normalised)
+    scale = float(keys["routed_scaling_factor"])
+    mocte["router"] |= {"weight": "sigmoid", "learn": learn, "normalise": normalised, "scale": scale}
+    sizes = _ffn_sizes(keys, layers, keys["n_shared_experts"] * width)
+    norm, bias = bool(keys["use_qk_norm"]), bool(keys["attention_bias"])
+    return Foreign(name, llama_like(keys, partial=True, qkv_bias=bias, head_norm=norm, ffn_sizes=sizes), mocte)
+
+
+def _ffn_sizes(keys: Keys, layers: list[int], width: int) -> list[int] | None:
+    """Hidden units of each layer's FFN, if those of the layers with experts are others."""
+    if width == keys["intermediate_size"]:
+        return None
+    return [width if i in layers else keys["intermediate_size"] for i in range(keys["num_hidden_layers"])]
 
 
 def _kept(keys: Keys, experts: int, normalised: bool, layers: list[int] | None = None) -> dict[str, Any]:
