@@ -6,7 +6,7 @@ from typing import Any
 
 from mocte_ds.checkpoints.plain import read_plain, require_keys
 from mocte_ds.config import MocteConfig
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, ConfigError
 
 STATE_FILE = "mocte_state.pt"
 # What decides which tensors a checkpoint holds; thresholds and cadence may change between two runs.
@@ -34,7 +34,8 @@ def read_state(
     """
     path = Path(load_dir) / tag / STATE_FILE
     state = require_keys(read(path), ("mocte", "client_state"), path)
-    require_keys(state["mocte"], ("config", "blocks", "tokens"), path)
+    mocte = require_keys(state["mocte"], ("config", "blocks", "tokens"), path)
+    state["mocte"] = {**mocte, "config": _completed(mocte["config"], path)}
     if config is not None:
         saved, now = _flat(state["mocte"]["config"]), _flat(config.to_dict())
         differing = [key for key in now if key.startswith(_STRUCTURE) and saved.get(key) != now[key]]
@@ -48,6 +49,18 @@ def read_state(
                 f"the checkpoint {load_dir}/{tag} has the blocks {saved_names}, the model has {names}; use its config."
             )
     return state
+
+
+def _completed(values: Any, path: Path) -> dict[str, Any]:
+    """A stored "mocte" block with the defaults of keys that came after the version which wrote it.
+
+    Raises:
+        CheckpointError: it has keys or values that this version does not know.
+    """
+    try:
+        return MocteConfig.from_dict(values).to_dict()
+    except ConfigError as error:
+        raise CheckpointError(f"{path} was written by another version of mocte_ds: {error}") from error
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

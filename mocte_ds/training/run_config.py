@@ -173,6 +173,14 @@ class RunConfig:
         return {**model, "model.init": self.init, "data.weights": self.data.weights, **training, **deepspeed}
 
 
+def identity_defaults() -> dict[str, Any]:
+    """Values of :meth:`RunConfig.identity` where nothing is said, key by key; keys that must be given are not there."""
+    usual: dict[str, Any] = {"model.init": None, "data.weights": None}
+    for section, cls in (("model", DecoderConfig), ("training", TrainingSection)):
+        usual |= {f"{section}.{f.name}": f.default for f in fields(cls) if f.default is not MISSING}
+    return usual
+
+
 def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """Read and check a run file.
 
@@ -245,9 +253,10 @@ def _started(section: dict[str, Any], init: str) -> DecoderConfig:
     sizes = stored_sizes(init)
     config = parse_section(DecoderConfig, {**sizes, **section}, "model")
     free = ("activation_checkpointing", *(("max_positions",) if config.style == "llama" else ()))
+    stored = asdict(parse_section(DecoderConfig, sizes, "model"))  # of an older version: with today's defaults
     for key, value in section.items():
-        if key not in free and value != sizes.get(key):
-            raise ConfigError(f"model.{key} = {value!r}, but {sizes.get(key)!r} in model.init = {init}; remove it.")
+        if key not in free and value != stored[key]:
+            raise ConfigError(f"model.{key} = {value!r}, but {stored[key]!r} in model.init = {init}; remove it.")
     return config
 
 

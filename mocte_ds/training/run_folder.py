@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,12 @@ def checkpoint_step(tag: str) -> int | None:
     return int(digits) if digits != tag and digits.isdigit() else None
 
 
-def require_same_run(identity: dict[str, Any], folder: Path) -> None:
+def require_same_run(identity: dict[str, Any], folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
     """Refuse to go on from a checkpoint of another run, before anything is built.
 
     Args:
         identity: what must not change, flat.
+        defaults: of keys that came after the version which wrote the checkpoint.
         folder: the checkpoint (one tag).
 
     Raises:
@@ -68,7 +70,8 @@ def require_same_run(identity: dict[str, Any], folder: Path) -> None:
             f"{folder / IDENTITY_FILE} cannot be read ({error}): no whole checkpoint of launch/pretrain.py. Put the "
             f"name of another checkpoint into {folder.parent / 'latest'}, or start anew in another --out."
         ) from error
-    now = json.loads(json.dumps(identity))
+    now, usual = (json.loads(json.dumps(values)) for values in (identity, dict(defaults or {})))
+    before = {**{key: value for key, value in usual.items() if key in now}, **before}
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if keys:
         listed = "; ".join(f"{key}: checkpoint {before.get(key)!r}, run {now.get(key)!r}" for key in keys)

@@ -7,7 +7,7 @@ from typing import Any
 from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
-from mocte_ds.training.run_config import RunConfig
+from mocte_ds.training.run_config import RunConfig, identity_defaults
 from mocte_ds.training.run_folder import checkpoint_step, require_same_run, resume_folder
 
 
@@ -66,5 +66,5 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int) -> Start
     checkpoints = resume_folder(out, resume)
     tag = resolve_tag(checkpoints) if checkpoints else None
     if checkpoints and tag:
-        require_same_run(identity, checkpoints / tag)
+        require_same_run(identity, checkpoints / tag, identity_defaults())
     return Start(run, out, prepared, manifest, settings, identity, checkpoints, tag)

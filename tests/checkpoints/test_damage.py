@@ -220,3 +220,13 @@ def test_code_in_a_checkpoint_is_not_executed(written, tmp_path):
     assert not made.exists()
     torch.load(path, weights_only=False)
     assert made.exists(), "the attack must work where nobody looks"
+
+
+def test_a_newer_version_is_refused_by_the_key_that_is_not_known(fresh):
+    path = fresh / "mocte_state.pt"
+    state = torch.load(path, weights_only=True)
+    state["mocte"]["config"]["router"]["temperature"] = 0.5
+    torch.save(state, path)
+    seal(fresh)
+    with raises(CheckpointError, match="was written by another version of mocte_ds: .*mocte.router.temperature"):
+        load_model(fresh)

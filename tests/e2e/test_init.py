@@ -45,7 +45,7 @@ def first_loss(folder: Path, data: Path) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral, 2"])
+@pytest.mark.parametrize("name", ["llama", "mixtral, 2", "glm4moe, 2"])
 def test_training_from_an_import(
     name: str, launch: Launcher, prepared: Path, run_file: Callable[[bool], Path], tmp_path: Path
 ) -> None:
@@ -55,7 +55,7 @@ def test_training_from_an_import(
     data, out = tmp_path / "data", tmp_path / "run"
     corpus = prepared.parent / "corpus"
     prepare(corpus, data, tmp_path / "start" / "tokenizer", validation_share=0.2, workers=1, progress=False)
-    kept = {key: facts["mocte"][key] for key in ("num_experts", "expert", "router")} if mixture else {}
+    kept = {key: facts["mocte"][key] for key in ("modules", "num_experts", "expert", "router")} if mixture else {}
     run = write_run(tmp_path / "run.yaml", tmp_path / "start", data, run_file, kept)
     code, output = launch.pretrain(run, out, "--stop-after", 5)
     assert code == 0, output
@@ -71,7 +71,7 @@ def test_training_from_an_import(
     else:
         assert log[0]["expert_load"] == [[0] * 4] * 2 and any(event["event"] == "emergence" for event in events)
     exported = export(out / "checkpoints", tmp_path / "back")
-    assert exported["architecture"] == "MixtralForCausalLM"
+    assert exported["architecture"] == ("Glm4MoeForCausalLM" if "glm" in name else "MixtralForCausalLM")
     stored = json.loads((tmp_path / "back" / "config.json").read_text())
     assert stored["num_experts_per_tok"] == (2 if mixture else 1)
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()

@@ -1,11 +1,17 @@
 """A run of launch/pretrain.py that goes on with another number of ranks and another ep_size learns the same."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from pytest import approx
 
+from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.reshaping.reshape import reshape
+from mocte_ds.training.run_folder import IDENTITY_FILE
+from tests.checkpoints.damage import seal
 from tests.e2e.conftest import Launcher, read_log
 
 # fp32, and a check that decides at once: what one has measured and not decided on stays behind.
@@ -32,3 +38,35 @@ def test_four_ranks_then_two(launch: Launcher, run_file: Callable[[bool], Path],
     (resume,) = [event for event in read_log(parts, "events") if event["event"] == "resume"]
     assert resume["position"] == 10 * 16 and "brought to 2 ranks" in resume["note"]
     assert any(sum(load) for row in expected[:10] for load in row["expert_load"]), "experts had emerged by then"
+
+
+def rewrite(folder: Path, change: Callable[[dict, dict, dict], None]) -> None:
+    """Change what a checkpoint says of its "mocte" block, its decoder and its run, and let its manifest agree."""
+    state, path = torch.load(folder / STATE_FILE, weights_only=True), folder / IDENTITY_FILE
+    identity = json.loads(path.read_text())
+    change(state["mocte"]["config"], state["client_state"]["model"], identity)
+    torch.save(state, folder / STATE_FILE)
+    path.write_text(json.dumps(identity))
+    seal(folder)
+
+
+def older(mocte: dict, model: dict, identity: dict) -> None:
+    """As before several experts a token, stretched positions and FFNs of different sizes were known."""
+    for key in ("top_k", "normalise", "scale"):
+        del mocte["router"][key]
+    for key in ("head_norm", "rope_scaling", "rotary_share", "ffn_sizes", "sliding_window", "origin"):
+        del model[key], identity[f"model.{key}"]
+    del identity["model.init"]
+
+
+def test_a_checkpoint_of_an_older_version(launch: Launcher, run_file: Callable[[bool], Path], tmp_path: Path) -> None:
+    """What it does not say is as it was then."""
+    run, whole, parts = run_file(True), tmp_path / "whole", tmp_path / "parts"
+    code, output = launch.pretrain(run, whole, *SETTINGS, "--stop-after", 10)
+    assert code == 0, output
+    shutil.copytree(whole, parts)
+    rewrite(parts / "checkpoints" / "step10", older)
+    for folder in (whole, parts):
+        code, output = launch.pretrain(run, folder, *SETTINGS, "--stop-after", 12)
+        assert code == 0, output
+    assert [row["loss"] for row in read_log(parts)] == [row["loss"] for row in read_log(whole)]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.training.run_config import identity_defaults
 from mocte_ds.training.run_folder import (
     IDENTITY_FILE,
     checkpoint_step,
@@ -51,6 +52,17 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     other = {**identity, "model.hidden_size": 256, "ranks": 4}
     with pytest.raises(CheckpointError, match=r"hidden_size: checkpoint 128, run 256; ranks: checkpoint 2, run 4"):
         require_same_run(other, tmp_path)
+
+
+def test_what_an_older_version_did_not_say_is_as_usual(tmp_path: Path) -> None:
+    (tmp_path / IDENTITY_FILE).write_text(json.dumps({"model.hidden_size": 128}), encoding="utf-8")
+    usual = identity_defaults()
+    assert usual["model.rotary_share"] == 1.0 and "model.hidden_size" not in usual
+    require_same_run({"model.hidden_size": 128, "model.rotary_share": 1.0}, tmp_path, usual)
+    with pytest.raises(CheckpointError, match=r"another configuration: model.rotary_share: checkpoint 1.0, run 0.5\."):
+        require_same_run({"model.hidden_size": 128, "model.rotary_share": 0.5}, tmp_path, usual)
+    with pytest.raises(CheckpointError, match="hidden_size: checkpoint 128, run None"):
+        require_same_run({}, tmp_path, usual)
 
 
 def test_pruning_keeps_the_last_good_one(tmp_path: Path) -> None:
