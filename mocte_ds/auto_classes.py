@@ -57,6 +57,10 @@ def _register_models(module: Any) -> None:
 
     module.AutoModel.register(MocteLMConfig, MocteModel, exist_ok=True)
     module.AutoModelForCausalLM.register(MocteLMConfig, MocteForCausalLM, exist_ok=True)
+    # So that save_pretrained copies the code, which is not part of transformers.
+    MocteLMConfig.register_for_auto_class()
+    MocteModel.register_for_auto_class("AutoModel")
+    MocteForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 _MODULES: dict[str, Callable[[Any], None]] = {

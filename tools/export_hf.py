@@ -13,7 +13,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a run's checkpoints folder, or one tag in it")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="weights (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default=None,
+        help="weights (default: fp32; an import without any training as it came)",
+    )
     parser.add_argument(
         "--tokenizer",
         type=Path,

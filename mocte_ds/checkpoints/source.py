@@ -20,6 +20,8 @@ from mocte_ds.moe.attach import attach
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.sections import parse_section
 
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What weights can be rounded to."""
 # A mapped file's pages count as used memory once they were read, until the mapping goes.
 REMAP_BYTES = 1 << 24
 
@@ -33,7 +35,7 @@ class Source:
         Args:
             model: a Decoder with its blocks in their modes, all experts local; its weights are not looked at.
             state: "step", "tokens", "model", "mocte" (None for a dense run), "blocks", "tokenizer".
-            dtype: `fp32`, or `bf16`: weights are rounded to it; gates keep their precision.
+            dtype: `fp32`, or one of NARROW: weights are rounded to it; gates keep their precision.
         """
         self.model, self.state, self.dtype = model, state, dtype
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -47,8 +49,8 @@ class Source:
         tensor = self._stored(name)
         if not tensor.is_floating_point():
             return tensor.clone()
-        if self.dtype == "bf16" and ".gate." not in name:
-            tensor = tensor.bfloat16()
+        if self.dtype in NARROW and ".gate." not in name:
+            tensor = tensor.to(NARROW[self.dtype])
         return tensor.to(torch.float32, copy=True)
 
     def _stored(self, name: str) -> Tensor:
@@ -140,6 +142,13 @@ class StoredSource(Source):
         self._require_fit(shared["module"])
         self._open: tuple[str, dict[str, Tensor]] = ("", {})
         self._read_bytes = 0
+
+    @property
+    def kept_dtype(self) -> str:
+        """What an export of it is stored as if nothing is said: an imported model as it came, a trained one in fp32."""
+        stored = self._stored("model.embed_tokens.weight").dtype
+        names = [name for name, dtype in NARROW.items() if dtype is stored]
+        return names[0] if names and self.state["step"] == 0 else "fp32"
 
     @property
     def checkpoint_bytes(self) -> int:

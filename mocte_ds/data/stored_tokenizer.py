@@ -7,7 +7,7 @@ from mocte_ds.data.hf_tokenizer import MAIN_FILE, HFTokenizer
 from mocte_ds.data.tokenizer import Tokenizer
 
 AnyTokenizer = Tokenizer | HFTokenizer
-_FILE, _FOLDER = "tokenizer.model", "tokenizer"
+_FILE, FOLDER = "tokenizer.model", "tokenizer"
 
 
 def open_tokenizer(path: str | Path) -> AnyTokenizer:
@@ -27,7 +27,7 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
 
 def tokenizer_in(folder: Path) -> Path:
     """Where the tokenizer of prepared data, of a run or of an imported model lies: `tokenizer` or `tokenizer.model`."""
-    return folder / _FOLDER if (folder / _FOLDER).is_dir() else folder / _FILE
+    return folder / FOLDER if (folder / FOLDER).is_dir() else folder / _FILE
 
 
 def keep_tokenizer(tokenizer: AnyTokenizer, folder: Path) -> None:
@@ -40,12 +40,12 @@ def keep_tokenizer(tokenizer: AnyTokenizer, folder: Path) -> None:
     if isinstance(tokenizer, Tokenizer):
         shutil.copyfile(tokenizer.path, folder / _FILE)
         return
-    (folder / _FOLDER).mkdir()
+    (folder / FOLDER).mkdir()
     for path in tokenizer.files():
-        shutil.copyfile(path, folder / _FOLDER / path.name)
+        shutil.copyfile(path, folder / FOLDER / path.name)
 
 
 def remove_tokenizer(folder: Path) -> None:
     """Remove the tokenizer of a folder, if there is one."""
     (folder / _FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)

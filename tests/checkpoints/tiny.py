@@ -55,6 +55,8 @@ def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ..
             router = bank.gate.router
             if router.kind in ("token", "prefix"):
                 bank.gate.key.set(*cluster_gate(number + 10 * bank_number, directions=not router.bias))
+            if router.weight == "sigmoid":
+                bank.gate.cluster_correction.copy_(torch.linspace(-0.3, 0.3, EXPERTS))
             if router.learn:
                 randomise(bank.gate, 1000 * bank_number + 100 * number)
     return blocks

@@ -76,12 +76,16 @@ def compare_function(source: Source, layout: Layout, pieces: Pieces) -> dict[str
     """
     run = _begin(source)
     experts, first = 0, run.ours
-    for layer in range(source.config.num_layers):
-        experts += _step(source, layout, pieces, run, layer)
-        gc.collect()  # models of transformers hold themselves by cycles
-        if layer == 0:
-            first = run.ours.clone()
-            decided = run.decided.clone()
+    gc.freeze()  # what is there already need not be looked through once a layer
+    try:
+        for layer in range(source.config.num_layers):
+            experts += _step(source, layout, pieces, run, layer)
+            gc.collect()  # models of transformers hold themselves by cycles
+            if layer == 0:
+                first = run.ours.clone()
+                decided = run.decided.clone()
+    finally:
+        gc.unfreeze()
     if run.decided.float().mean() < 0.25:
         raise CheckpointError(
             "some gate has experts with the same row, between which rounding decides; such a model cannot be compared."

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocte_ds.checkpoints.source import Source
+from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.errors import CheckpointError
 from mocte_ds.models import DecoderConfig
 from mocte_ds.moe.block import Block
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,10 @@ class Stored:
     """No parameter of the class."""
 
     def kind(self, dtype: str) -> torch.dtype:
-        """In the file, of an export as `fp32` or `bf16`."""
+        """In the file, of an export as `fp32`, `bf16` or `fp16`."""
         if self.integer:
             return torch.int64
-        return torch.float32 if self.exact else _DTYPES[dtype]
+        return torch.float32 if self.exact else NARROW.get(dtype, torch.float32)
 
     def tensor(self, source: Source) -> Tensor:
         """As it is to be stored."""

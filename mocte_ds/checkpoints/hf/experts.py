@@ -17,13 +17,13 @@ from mocte_ds.checkpoints.hf.dense import (
     llama_stored,
     stock_class,
 )
-from mocte_ds.checkpoints.source import Source
+from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.config import RouterConfig
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
 
 # transformers' grouped matrix product wants rows of a multiple of 16 bytes; units of zeros fill them up.
-UNITS = {"fp32": 4, "bf16": 8}
+UNITS = {"fp32": 4, "bf16": 8, "fp16": 8}
 GATE = "{block}.banks.0.deepspeed_moe.gate."
 _EXPERT = "{block}.banks.0.deepspeed_moe.experts.deepspeed_experts.{k}.{part}.weight"
 
@@ -265,13 +265,13 @@ def _is_normalised(blocks: dict[int, Block]) -> bool:
 
 
 def _gate(source: Source, block: Block, name: str) -> Stored:
-    """The whole gate, prior and residual, (E, d); in fp32, but where it came out of a model in bf16."""
+    """The whole gate, prior and residual, (E, d); in fp32, but where it came out of a model in the export's dtype."""
     prefix = GATE.format(block=block.name)
     sources = [f"{prefix}key.cluster_weight"]
     if block.banks[0].gate.router.learn:
         sources.append(f"{prefix}cluster_residual")
     rows = _total(*(source.read(path) for path in sources))
-    exact = not torch.equal(rows.bfloat16().float(), rows)
+    exact = not torch.equal(rows.to(NARROW.get(source.dtype, torch.float32)).float(), rows)
     return Stored(name, (block.num_experts, block.hidden_size), tuple(sources), _total, exact=exact)
 
 

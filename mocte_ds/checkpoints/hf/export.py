@@ -14,19 +14,19 @@ from mocte_ds.checkpoints.hf.compare import compare
 from mocte_ds.checkpoints.hf.dense import Layout
 from mocte_ds.checkpoints.hf.kept_tokenizer import run_tokenizer
 from mocte_ds.checkpoints.hf.layouts import choose_layout
-from mocte_ds.checkpoints.hf.shards import SHARD_BYTES, Entry, write_shards
-from mocte_ds.checkpoints.hf.whole import require_free, whole, write_json
+from mocte_ds.checkpoints.hf.shards import CHECKSUMS_FILE, SHARD_BYTES, Entry, write_shards
+from mocte_ds.checkpoints.hf.whole import require_free, require_room, whole, write_json
 from mocte_ds.checkpoints.place import find_tag
-from mocte_ds.checkpoints.source import Source, StoredSource
+from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
 from mocte_ds.errors import ConfigError
 
-_FACTS_FILE, _CHECKSUMS_FILE = "export.json", "checksums.json"
+_FACTS_FILE = "export.json"
 
 
 def export(
     checkpoint: str | Path,
     out: str | Path,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     tokenizer_path: str | Path | None = None,
     tell: Callable[[str], None] = lambda _text: None,
     choice: str = "auto",
@@ -39,8 +39,9 @@ def export(
     Args:
         checkpoint: folder of checkpoints or of one tag; only read.
         out: folder to write; appears as a whole at the end, never half. An earlier export there is replaced.
-        dtype: `fp32` or `bf16` weights; gates are stored in fp32 always. Computing in bf16 sends the few tokens near a
-            boundary to another expert; loaded with dtype=torch.float32, either export routes as the trained model.
+        dtype: `fp32`, `bf16` or `fp16` weights; gates that were trained are stored in fp32 always. Computing in bf16
+            sends the few tokens near a boundary to another expert; loaded with dtype=torch.float32, either export
+            routes as the trained model. None: fp32, and an import without any training as it came.
         tokenizer_path: sentencepiece model, or a folder with a tokenizer.json; None: the one of the run.
         tell: called with a line for each stage.
         choice: `stock`, `own` or `auto`: see :func:`mocte_ds.checkpoints.hf.layouts.choose_layout`.
@@ -56,27 +57,29 @@ def export(
             differs; the folder cannot be written.
         ConfigError: an unknown dtype or choice, or an ``out`` that holds something else.
     """
-    if dtype not in ("fp32", "bf16"):
-        raise ConfigError(f"dtype = {dtype!r} is not one of ['fp32', 'bf16'].")
+    if dtype not in (None, "fp32", *NARROW):
+        raise ConfigError(f"dtype = {dtype!r} is not one of {['fp32', *NARROW]}.")
     start = psutil.Process().memory_info().rss
     folder = find_tag(checkpoint)
     out = require_free(Path(out), folder, _FACTS_FILE)
     tell(f"reading {folder}")
-    source = StoredSource(folder, dtype)
+    source = StoredSource(folder, dtype or "fp32")
+    source.dtype = dtype or source.kept_dtype
     tokenizer = run_tokenizer(tokenizer_path, source.state["tokenizer"], folder)
     tokenizer.require_fit(source.config.vocab_size)
     layout = choose_layout(source, tokenizer.special, choice)
+    require_room(out, sum(entry.nbytes for entry in _entries(source, layout)))
     with whole(out) as pending:
         tell(f"writing {layout.name}")
         parameters = write_model(source, layout, pending, shard_bytes)
         tokenizer.write(pending, source.config.max_positions)
         tell("comparing with the trained model")
         facts: dict[str, Any] = {"architecture": layout.name, "reason": layout.reason, "parameters": parameters}
-        facts |= {"dtype": dtype, "checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
+        facts |= {"dtype": source.dtype, "checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
         compared, checksums = compare(source, layout, pending)
         facts |= compared
         facts["peak_bytes"] = peak_bytes()
-        write_json(pending / _CHECKSUMS_FILE, checksums)
+        write_json(pending / CHECKSUMS_FILE, checksums)
         (pending / "README.md").write_text(model_card(source.state, facts), encoding="utf-8")
         write_json(pending / _FACTS_FILE, {**facts, "step": source.state["step"]})
     return facts
@@ -95,15 +98,18 @@ def write_model(source: Source, layout: Layout, folder: Path, shard_bytes: int =
 
     config = layout.config
     config.architectures = [layout.name]
-    config.dtype = {"fp32": "float32", "bf16": "bfloat16"}[source.dtype]
+    config.dtype = NARROW.get(source.dtype, torch.float32)
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     for name in layout.files:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     stored = {entry.name: entry for entry in layout.stored}
-    entries = [Entry(entry.name, entry.shape, entry.kind(source.dtype)) for entry in layout.stored]
-    write_shards(folder, entries, lambda name: stored[name].tensor(source), shard_bytes)
+    write_shards(folder, _entries(source, layout), lambda name: stored[name].tensor(source), shard_bytes)
     return sum(torch.Size(entry.shape).numel() for entry in layout.stored if not entry.buffer)
+
+
+def _entries(source: Source, layout: Layout) -> list[Entry]:
+    return [Entry(stored.name, stored.shape, stored.kind(source.dtype)) for stored in layout.stored]
 
 
 def peak_bytes() -> int:

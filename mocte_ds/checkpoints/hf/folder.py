@@ -1,12 +1,13 @@
 """The weights of a Hugging Face folder under the names of its class; read one at a time, never pickles."""
 
+import json
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mocte_ds.checkpoints.hf.shards import INDEX_FILE, SINGLE_FILE, Shards
+from mocte_ds.checkpoints.hf.shards import CHECKSUMS_FILE, INDEX_FILE, SINGLE_FILE, Shards, checksum
 from mocte_ds.errors import CheckpointError
 
 # What files of older versions hold beside the weights: tables that are computed anew.
@@ -62,6 +63,26 @@ class Folder:
             CheckpointError: its file is damaged.
         """
         return self._shards.read(self._stored[name])
+
+    def require_checksums(self) -> None:
+        """Compare every tensor with what an export said of it, if the folder is one.
+
+        Raises:
+            CheckpointError: one was changed since.
+        """
+        path = self.folder / CHECKSUMS_FILE
+        if not path.is_file():
+            return
+        try:
+            sums = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+        for name in self.files:
+            if name in sums and checksum(self.read(name)) != sums[name]:
+                raise CheckpointError(
+                    f"{self.folder / self.files[name]}: {name} is not what {CHECKSUMS_FILE} says; if it was trained on "
+                    f"since the export, remove {CHECKSUMS_FILE}."
+                )
 
     def forget(self, name: str) -> None:
         """Leave a tensor out: another one stands for it."""

@@ -7,13 +7,18 @@ from pathlib import Path
 from mocte_ds.checkpoints.hf.dense import SpecialIds
 from mocte_ds.checkpoints.hf.imports.config import CONFIG_FILE
 from mocte_ds.checkpoints.hf.tokenizer import SourceTokenizer
-from mocte_ds.data.hf_tokenizer import HFTokenizer
-from mocte_ds.data.stored_tokenizer import tokenizer_in
+from mocte_ds.data.hf_tokenizer import FILES, HFTokenizer
+from mocte_ds.data.stored_tokenizer import FOLDER, tokenizer_in
 from mocte_ds.errors import CheckpointError
+
+_TOKENIZERS = [name for name in FILES if name not in (CONFIG_FILE, "generation_config.json")]
 
 
 class KeptTokenizer:
-    """The files of a Hugging Face tokenizer; the same interface as :class:`SourceTokenizer`."""
+    """The files of a Hugging Face tokenizer; the same interface as :class:`SourceTokenizer`.
+
+    A folder without any has the ids of special tokens in the model's config, and nothing else.
+    """
 
     def __init__(self, path: Path) -> None:
         """Load it.
@@ -21,20 +26,22 @@ class KeptTokenizer:
         Raises:
             DataError: it is damaged or incomplete.
         """
-        self.path, self._tokenizer = path, HFTokenizer(path)
+        self.path = path
+        self.tokenizer = HFTokenizer(path) if any((path / name).is_file() for name in _TOKENIZERS) else None
+        """None: there is none."""
 
     @property
     def special(self) -> SpecialIds:
         """Ids as the model's config has them, else as the tokenizer's."""
-        file, found = self.path / CONFIG_FILE, self._tokenizer.special
+        file, found = self.path / CONFIG_FILE, self.tokenizer.special if self.tokenizer else {}
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return SpecialIds(**{name: values.get(f"{name}_token_id", found[name]) for name in ("bos", "eos", "pad")})
+        return SpecialIds(**{name: values.get(f"{name}_token_id", found.get(name)) for name in ("bos", "eos", "pad")})
 
     def require_fit(self, vocab_size: int) -> None:
         """Raise CheckpointError where the model has no embedding for some token."""
-        if self._tokenizer.vocab_size > vocab_size:
+        if self.tokenizer and self.tokenizer.vocab_size > vocab_size:
             raise CheckpointError(
-                f"the tokenizer {self.path} has {self._tokenizer.vocab_size} tokens, the model only {vocab_size} "
+                f"the tokenizer {self.path} has {self.tokenizer.vocab_size} tokens, the model only {vocab_size} "
                 "embeddings: it belongs to another model."
             )
 
@@ -48,11 +55,31 @@ class KeptTokenizer:
             CheckpointError: a file cannot be written.
         """
         try:
-            for path in self._tokenizer.files():
+            for path in self._files():
                 if path.name != CONFIG_FILE:
                     shutil.copyfile(path, out / path.name)
         except OSError as error:
             raise CheckpointError(f"could not write the tokenizer to {out}: {error}.") from error
+
+    def keep(self, start: Path) -> Path:
+        """Copy its files into an imported model.
+
+        Returns:
+            Their folder.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        folder = start / FOLDER
+        folder.mkdir()
+        for path in self._files():
+            shutil.copyfile(path, folder / path.name)
+        return folder
+
+    def _files(self) -> list[Path]:
+        if self.tokenizer:
+            return self.tokenizer.files()
+        return [self.path / name for name in (CONFIG_FILE, "generation_config.json") if (self.path / name).is_file()]
 
 
 def run_tokenizer(named: str | Path | None, trained: str | None, folder: Path) -> SourceTokenizer | KeptTokenizer:

@@ -17,7 +17,9 @@ from mocte_ds.errors import CheckpointError
 SHARD_BYTES = 2_000_000_000
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+CHECKSUMS_FILE = "checksums.json"
+"""What an export says of each of its tensors."""
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ class Shards:
         self._open: tuple[str, Any] = ("", None)
         self._read_bytes = 0
         path, self.files = folder / INDEX_FILE, {}
+        if path.is_file() and (folder / SINGLE_FILE).is_file():
+            raise CheckpointError(
+                f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}, two models or one twice; remove one of them."
+            )
         if not path.is_file():
             self.files = dict.fromkeys(self._names(SINGLE_FILE), SINGLE_FILE)
             return

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 
 from mocte_ds.errors import CheckpointError, ConfigError
 
+_ROOM = 1 << 20  # bytes for lists and headers
+
 
 def require_free(out: Path, source: Path, mark: str) -> Path:
     """``out`` as a full path, if nothing but an earlier result is there.
@@ -38,6 +40,21 @@ def require_free(out: Path, source: Path, mark: str) -> Path:
     if taken:
         raise ConfigError(f"{out} holds something else than this tool writes (no {mark}); name another folder.")
     return out
+
+
+def require_room(out: Path, needed: int) -> None:
+    """Refuse a disk with less room than a number of bytes, before anything is written.
+
+    Raises:
+        CheckpointError: says how much is needed and how much there is.
+    """
+    there = next(folder for folder in out.absolute().parents if folder.is_dir())
+    needed, free = needed + _ROOM, shutil.disk_usage(there).free
+    if needed > free:
+        raise CheckpointError(
+            f"{out} needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free there. Nothing was written; make room "
+            "or name a folder elsewhere."
+        )
 
 
 @contextlib.contextmanager

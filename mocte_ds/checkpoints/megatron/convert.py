@@ -1,7 +1,6 @@
 """Converts a checkpoint to megatron-core's distributed format and back; a folder appears whole and checked, or not."""
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from mocte_ds.checkpoints.files import replace_text
-from mocte_ds.checkpoints.hf.whole import whole
+from mocte_ds.checkpoints.hf.whole import require_room, whole
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest, require_whole
 from mocte_ds.checkpoints.megatron import folder as files
 from mocte_ds.checkpoints.megatron import own
@@ -22,8 +21,6 @@ from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import Source, StoredSource
 from mocte_ds.checkpoints.weights import tensors_of, write_weights
 from mocte_ds.errors import CheckpointError, ConfigError
-
-_ROOM = 1 << 20  # bytes for lists and headers
 
 
 def to_megatron(
@@ -51,7 +48,7 @@ def to_megatron(
     source = StoredSource(found, dtype)
     settings = settings_of(source)
     pairs, manifest = all_pairs(source, settings), Manifest.read(found)
-    _require_room(target, _size(source))
+    require_room(target, _size(source))
     with whole(target) as pending, one_process():
         tell("writing for megatron-core")
         # Not kept: the next model needs the memory.
@@ -99,7 +96,7 @@ def from_megatron(
         require_whole(found, Manifest.read(found).files)
     source = own.MegatronSource(Path(settings).absolute() if settings else found, dtype)
     tag = f"step{source.state['step']}"
-    _require_room(target, _size(source))
+    require_room(target, _size(source))
     with whole(target) as pending:
         with one_process():
             source.take(files.read(build(source.settings), found))
@@ -137,14 +134,3 @@ def _require_new(out: Path, source: Path, dtype: str) -> Path:
     if source.resolve() in out.parents:
         raise ConfigError(f"{out} lies in {source}, which is only read; name a folder elsewhere.")
     return out
-
-
-def _require_room(out: Path, needed: int) -> None:
-    """Refuse a disk with less room than a number of bytes."""
-    there = next(folder for folder in out.parents if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if needed + _ROOM > free:
-        raise CheckpointError(
-            f"{out} needs {(needed + _ROOM) / 1e6:.0f} MB and {free / 1e6:.0f} MB are free there. Nothing was "
-            "written; make room or name a folder elsewhere."
-        )

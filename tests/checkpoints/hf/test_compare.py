@@ -103,8 +103,8 @@ def test_mistakes_of_our_own_builders(tmp_path, monkeypatch, wrong):
     """The file holds what the layout says, but the layout is wrong."""
     right = builders._experts
 
-    def experts(block, prefix: str, parts=None) -> list:
-        entries = right(block, prefix, parts)
+    def experts(source, block, prefix: str, parts=None) -> list:
+        entries = right(source, block, prefix, parts)
         if not prefix.startswith("model.layers.2"):
             return entries
         order = list(range(len(entries)))

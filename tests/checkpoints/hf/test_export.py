@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from pytest import fixture, mark, raises
@@ -296,6 +297,13 @@ def test_a_full_disk_leaves_nothing_behind(fresh, tmp_path):
     assert done.returncode == 2 and not done.stdout
     assert "error: could not write" in done.stderr and "Traceback" not in done.stderr
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_too_little_room_is_said_before_anything_is_written(fresh, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with raises(CheckpointError, match=r"export needs 1 MB and 0 MB are free there\. Nothing was written"):
+        export(fresh, tmp_path / "out" / "export")
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_line(fresh, tmp_path, capsys):

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -91,9 +93,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_function_and_round_trip(name: str, tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "folder", CONFIGS[name])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in CONFIGS] + [("gpt2", torch.bfloat16), ("llama", torch.float16)],
+)
+def test_function_and_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "folder", CONFIGS[name], dtype=dtype)
     before = fingerprint(source)
     assert main([str(source), str(tmp_path / "start")]) == 0
     assert fingerprint(source) == before
@@ -106,7 +111,7 @@ def test_function_and_round_trip(name: str, tmp_path: Path) -> None:
     export(tmp_path / "start", tmp_path / "back")
     found, expected = weights(tmp_path / "back"), weights(source)
     assert set(found) == set(expected)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(found[key].dtype is dtype and torch.equal(found[key], expected[key]) for key in expected)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / "back" / file).read_text()) == json.loads((source / file).read_text())
     old, new = (AutoConfig.from_pretrained(folder).to_dict() for folder in (source, tmp_path / "back"))
@@ -129,6 +134,38 @@ def test_the_own_class_computes_it_too(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(own(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
     made = [model.generate(ids[:, :20], max_new_tokens=20, do_sample=False) for model in (own, theirs)]
     assert torch.equal(*made)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As save_pretrained of a model alone leaves it."""
+    source = write_folder(tmp_path / "folder", CONFIGS["llama"])
+    for path in source.glob("*token*"):
+        path.unlink()
+    with pytest.raises(MocteError, match="has no tokenizer, and .* holds texts"):
+        main([str(source), str(tmp_path / "start"), "--emerge", str(tmp_path)])
+    assert main([str(source), str(tmp_path / "start")]) == 0
+    assert "has no tokenizer: weights alone" in capsys.readouterr().err
+    export(tmp_path / "start", tmp_path / "back")
+    found, expected = weights(tmp_path / "back"), weights(source)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert not list((tmp_path / "back").glob("*token*"))
+    old, new = (json.loads((folder / "generation_config.json").read_text()) for folder in (source, tmp_path / "back"))
+    assert old == new and new["eos_token_id"] == 0
+
+
+def test_an_export_that_was_changed_is_refused(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "folder", CONFIGS["llama"])
+    main([str(source), str(tmp_path / "start")])
+    export(tmp_path / "start", tmp_path / "back")
+    assert main([str(tmp_path / "back"), str(tmp_path / "again")]) == 0
+    path = tmp_path / "back" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-3
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(MocteError, match="model.layers.1.mlp.up_proj.weight is not what checksums.json says"):
+        main([str(tmp_path / "back"), str(tmp_path / "more")])
+    (tmp_path / "back" / "checksums.json").unlink()
+    assert main([str(tmp_path / "back"), str(tmp_path / "more")]) == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -171,6 +208,14 @@ def missing(folder: Path) -> None:
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
 
 
+def twice(folder: Path) -> None:
+    shutil.copyfile(sorted(folder.glob("model-*.safetensors"))[0], folder / "model.safetensors")
+
+
+def no_room(folder: Path) -> None:
+    """A folder whose weights are larger than any disk: what the disk says is changed by the test."""
+
+
 def truncated(folder: Path) -> None:
     path = sorted(folder.glob("model-*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-7])
@@ -205,6 +250,8 @@ def setting(**values: Any) -> Any:
     ("harm", "told"),
     [
         (missing, "model-00002-of"),
+        (twice, "holds both model.safetensors and model.safetensors.index.json"),
+        (no_room, "MB are free there. Nothing was written"),
         (truncated, "model-00002-of"),
         (swapped, "model-0000"),
         (pickled, "safetensors"),
@@ -217,9 +264,13 @@ def setting(**values: Any) -> Any:
     ],
     ids=lambda value: getattr(value, "__name__", None) if callable(value) else value,
 )
-def test_what_does_not_fit_is_refused_by_name(harm: Any, told: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_by_name(
+    harm: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_folder(tmp_path / "folder", CONFIGS["llama"])
     harm(source)
+    if harm is no_room:
+        monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1_000_000))
     before = fingerprint(source)
     with pytest.raises(MocteError) as caught:
         main([str(source), str(tmp_path / "start")])

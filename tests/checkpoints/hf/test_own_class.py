@@ -48,6 +48,21 @@ CASES = {
     ),
     "lora, banks": ({}, {"modules": ALL, "expert": LORA, "banks": [{"kind": "hash"}, {"kind": "token", **LEARNED}]}),
     "a block in warm-up": ({"tie_embeddings": True}, {"modules": ALL, "warmup": (1,), "router": {"kind": "prefix"}}),
+    "sigmoids of several": (
+        {"head_norm": True, "rotary_share": 0.5, "sliding_window": 11},
+        {
+            "modules": ALL,
+            "expert": LORA,
+            "router": {
+                "kind": "random",
+                "weight": "sigmoid",
+                "learn": True,
+                "top_k": 2,
+                "normalise": True,
+                "scale": 2.5,
+            },
+        },
+    ),
     "dense": ({"style": "gpt2"}, None),
 }
 # Those whose routers remember something.
@@ -100,6 +115,31 @@ def test_one_pass_token_by_token_and_generation(name, tmp_path):
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, use_cache=use_cache
         )
         assert torch.equal(found, continued)
+
+
+def test_what_save_pretrained_writes_loads_where_nothing_of_ours_is(tmp_path):
+    """The code goes along, although the class was registered by this package."""
+    _, theirs = exported("prefix, documents", tmp_path / "export")
+    theirs.save_pretrained(tmp_path / "saved")
+    command = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()\n"
+        "assert 'mocte_ds' not in sys.modules\n"
+        "torch.save(model(torch.arange(1, 20)[None]).logits.detach(), sys.argv[2])\n"
+    )
+    run = [sys.executable, "-c", command, str(tmp_path / "saved"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(
+        run,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.no_grad():
+        expected = theirs(torch.arange(1, 20)[None]).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
 
 
 @mark.parametrize("name", CASES)

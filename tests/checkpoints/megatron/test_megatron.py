@@ -255,7 +255,7 @@ def test_places_that_are_taken_are_refused(checkpoint, converted, tmp_path, monk
         with raises(CheckpointError, match="could not write"):
             convert_to(source, tmp_path / "file" / "below")
         with monkeypatch.context() as patch:
-            patch.setattr(convert.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+            patch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
             with raises(CheckpointError, match="out needs 1 MB and 0 MB are free"):
                 convert_to(source, tmp_path / "out")
     assert digest(tmp_path) == before and not (tmp_path / "out").exists()

@@ -25,12 +25,10 @@ from mocte_ds.checkpoints.hf.imports.state import start_state
 from mocte_ds.checkpoints.hf.imports.weights import Plan, plan_dense
 from mocte_ds.checkpoints.hf.kept_tokenizer import KeptTokenizer
 from mocte_ds.checkpoints.hf.pieces import Pieces
-from mocte_ds.checkpoints.hf.whole import require_free, whole, write_json
+from mocte_ds.checkpoints.hf.whole import require_free, require_room, whole, write_json
 from mocte_ds.checkpoints.source import Source, StoredSource, empty_decoder
 from mocte_ds.checkpoints.weights import Made, Tensors, write_weights
 from mocte_ds.config import MocteConfig
-from mocte_ds.data.hf_tokenizer import HFTokenizer
-from mocte_ds.data.stored_tokenizer import keep_tokenizer, tokenizer_in
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import matching_modules
 
@@ -93,7 +91,8 @@ def import_hf(
 
     Args:
         folder: a dense model or a mixture of experts in Hugging Face format (docs/huggingface.md), with safetensors
-            and a tokenizer.json; only read, no code in it is run. A mixture keeps its experts and routers.
+            and, if it is to be trained on, a tokenizer.json; only read, no code in it is run. A mixture keeps its
+            experts and routers.
         out: folder to write; appears as a whole at the end, never half. An earlier import there is replaced.
         max_positions: longest context of the run; None: the folder's.
         corpus: folder of texts that show the model's features, so that experts emerge at once; None: the run begins in
@@ -121,19 +120,26 @@ def import_hf(
     if foreign.mocte and corpus:
         raise ConfigError(f"{folder} has experts already; leave the corpus out.")
     source = FolderSource(Folder(folder, foreign.architecture), foreign)
-    KeptTokenizer(folder).require_fit(foreign.decoder.vocab_size)
-    tokenizer = HFTokenizer(folder)
-    if foreign.mocte:
+    kept = KeptTokenizer(folder)
+    kept.require_fit(foreign.decoder.vocab_size)
+    tokenizer = kept.tokenizer
+    if tokenizer is None:
+        tell(f"{folder} has no tokenizer: weights alone are imported, and training needs data with ids that fit them")
+    if foreign.mocte and tokenizer:
         source.state["mocte"]["eod_id"] = tokenizer.eod_id
-    config = emergence_config(settings, tokenizer.eod_id) if corpus else None
+    if corpus and tokenizer is None:
+        raise ConfigError(f"{folder} has no tokenizer, and {corpus} holds texts; add one, or leave the corpus out.")
+    config = emergence_config(settings, tokenizer.eod_id) if corpus and tokenizer else None
+    require_room(out, sum(taken.nbytes for taken in source.folder.blanks.values()))
+    source.folder.require_checksums()
     tell("comparing our decoder with transformers")
     compared = compare_function(source, source.layout(), Pieces(folder, source.layout(), source.folder))
     emerged = None
-    if config and corpus:
+    if config and corpus and tokenizer:
         emerged = Emerged(source, config, tokenizer, corpus, min(context, foreign.decoder.max_positions), tell)
     with whole(out) as pending:
         tell("writing")
-        keep_tokenizer(tokenizer, pending)
+        tokens = kept.keep(pending)
         tensors: Tensors = {
             name: Made(taken.dtype, taken.shape, (), partial(taken.tensor, source.folder))
             for name, taken in source.plan.items()
@@ -142,7 +148,7 @@ def import_hf(
         if emerged:
             model, state, tensors = emerged.model, emerged.state, emerged.tensors(tensors)
         (pending / TAG).mkdir()
-        state = {**state, "tokenizer": str(out / tokenizer_in(pending).name)}  # where it will lie
+        state = {**state, "tokenizer": str(out / tokens.name)}  # where it will lie
         write_weights(pending / TAG, uuid.uuid4().hex, model, tensors, state)
         replace_text(pending / "latest", TAG)
         tell("reading what was written")
