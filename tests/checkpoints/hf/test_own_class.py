@@ -22,6 +22,7 @@ LORA = {"kind": "lora", "width": 12}
 EOD = 7
 SOFT = {"weight": "softmax"}
 LEARNED = {"weight": "softmax", "learn": True}
+SIGMOID = {"kind": "random", "weight": "sigmoid", "learn": True, "top_k": 2, "normalise": True, "scale": 2.5}
 
 # Name: decoder, blocks.
 CASES = {
@@ -53,14 +54,7 @@ CASES = {
         {
             "modules": ALL,
             "expert": LORA,
-            "router": {
-                "kind": "random",
-                "weight": "sigmoid",
-                "learn": True,
-                "top_k": 2,
-                "normalise": True,
-                "scale": 2.5,
-            },
+            "router": SIGMOID,
         },
     ),
     "dense": ({"style": "gpt2"}, None),
@@ -124,7 +118,8 @@ def test_what_save_pretrained_writes_loads_where_nothing_of_ours_is(tmp_path):
     command = (
         "import sys, torch\n"
         "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()\n"
+        "how = {'trust_remote_code': True, 'dtype': torch.float32}\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **how).eval()\n"
         "assert 'mocte_ds' not in sys.modules\n"
         "torch.save(model(torch.arange(1, 20)[None]).logits.detach(), sys.argv[2])\n"
     )

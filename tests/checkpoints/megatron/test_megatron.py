@@ -207,7 +207,7 @@ def test_what_megatron_trained_on_comes_back(converted, tmp_path):
         ("llama", {"expert": {"kind": "lora", "width": 12}, "router": {"bias": False}}, "experts of the kind 'lora'"),
         ("llama", {"banks": [{"kind": "token"}, {"kind": "hash"}]}, "2 banks of experts"),
         ("gpt2", {"router": {"bias": False}}, "style 'gpt2' cannot be converted"),
-        ("qk_norm", {"router": {"bias": False}}, "model.qk_norm cannot be converted"),
+        ("qk_norm", {"router": {"bias": False}}, "model.qk_norm = True cannot be converted"),
     ],
 )
 def test_what_megatron_does_not_compute_is_refused(style, block, message, tmp_path):
