@@ -28,6 +28,7 @@ _METHODS = (
     "initialize_optimizer_states",
     "_configure_moe_settings",
     "_link_all_hp_params",
+    "_lazy_init_hp_params_optimizer_state",
     "reduce_independent_p_g_buckets_and_remove_grads",
     "reduce_ipg_grads",
     "setup_buckets",
@@ -36,6 +37,7 @@ _METHODS = (
 )
 _ATTRIBUTES = (
     "single_partition_of_fp32_groups",
+    "bit16_groups",
     "bit16_groups_flat",
     "round_robin_bit16_groups",
     "round_robin_bit16_offsets",
@@ -55,7 +57,6 @@ _ATTRIBUTES = (
     "cpu_offload_pin_memory",
     "dp_process_group",
     "overflow",
-    "_hp_optimizer_states_linked",
 )
 
 _METHODS_3 = (

@@ -4,13 +4,14 @@ Everything here relies on private parts of DeepSpeed; mocte_ds/zero/conformance.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
 
 from mocte_ds.dist.collectives import gather_rows
@@ -29,6 +30,8 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
         self._begin({"param_names": param_names, **settings})
         self._kept_flats: dict[int, Tensor] = {}
         self._expert_large: dict[torch.dtype, nn.Parameter] = {}
+        self._linked: set[int] = set()
+        """Numbers of the groups whose moments the parameters know."""
         self._build(init_optimizer)
 
     def _build(self, optimizer: torch.optim.Optimizer) -> None:
@@ -38,7 +41,33 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
 
     def _take_apart(self, stays: dict[int, int]) -> None:
         self._kept_flats = {number: self.bit16_groups_flat[old] for number, old in stays.items()}
+        leave = set(range(len(self.bit16_groups))) - set(stays.values())
+        left = [parameter for number in sorted(leave) for parameter in self.bit16_groups[number]]
         self.destroy()
+        for parameter in left:
+            # deepspeed.utils.safe_get_full_* would give zeros for what no partition has; without it they give None.
+            del parameter._hp_mapping
+
+    def regroup(self, groups: Sequence[dict[str, Any]], born: UnitState | None = None) -> list[int]:
+        """As of :class:`UnitOptimizer`."""
+        sources = super().regroup(groups, born)
+        self._lazy_init_hp_params_optimizer_state()
+        return sources
+
+    def _link_all_hp_params(self) -> None:
+        super()._link_all_hp_params()
+        self._linked = set()
+
+    def _lazy_init_hp_params_optimizer_state(self) -> None:
+        """Let deepspeed.utils.safe_get_full_optimizer_state find the moments, group by group as they come to be.
+
+        DeepSpeed links all groups once, behind the step of the first one; moments that start anew are made by each
+        group's own first step.
+        """
+        for number, master in enumerate(self.single_partition_of_fp32_groups):
+            if number not in self._linked and self.optimizer.state.get(master):
+                lazy_init_hp_params_optimizer_state(self.bit16_groups[number], master, self.optimizer.state)
+                self._linked.add(number)
 
     def _masters_of(self, number: int) -> list[Tensor]:
         return [self.single_partition_of_fp32_groups[number]]
