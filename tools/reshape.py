@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from mocte_ds.checkpoints.reshaping.reshape import reshape
 
-    facts = reshape(args.checkpoint, args.out, args.world_size, args.ep_size)
+    print(f"checking {args.checkpoint} ...", file=sys.stderr, flush=True)
+    facts = reshape(args.checkpoint, args.out, args.world_size, args.ep_size, progress=True)
     if args.json:
         print(json.dumps(facts))
     else:
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"done: {facts['path']}, step {facts['step']}, from {facts['before']} to {facts['after']}; "
             f"{facts['files']} files, {facts['bytes'] / 1e6:,.1f} MB"
         )
+        if facts["open_check"]:
+            print("a check had measured and not decided; it is left out, the next one decides")
     return 0
 
 

@@ -85,6 +85,11 @@ class Saver:
         if not asynchronous:
             self.wait()
 
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread is still writing."""
+        return self._under_way is not None and self._under_way.is_alive()
+
     def look(self) -> None:
         """See what became of an asynchronous save, without waiting (collective).
 

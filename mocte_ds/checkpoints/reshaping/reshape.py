@@ -1,8 +1,11 @@
 """Writes a checkpoint as another number of ranks, or another spread of the experts, would have written it."""
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
@@ -13,7 +16,9 @@ from mocte_ds.checkpoints.save import Saver
 from mocte_ds.errors import CheckpointError
 
 
-def reshape(checkpoint: str | Path, out: str | Path, world_size: int, ep_size: int) -> dict[str, Any]:
+def reshape(
+    checkpoint: str | Path, out: str | Path, world_size: int, ep_size: int, progress: bool = False
+) -> dict[str, Any]:
     """Write a checkpoint in another layout, a tensor's piece at a time.
 
     Args:
@@ -21,9 +26,11 @@ def reshape(checkpoint: str | Path, out: str | Path, world_size: int, ep_size: i
         out: folder of checkpoints, which gets this one under its own name and as `latest`.
         world_size: data-parallel ranks.
         ep_size: ranks that share the experts of a block; 1 for a run without blocks.
+        progress: show a bar of the files that are written.
 
     Returns:
-        "path", "step", "before" and "after" (layouts in words), "files", "bytes".
+        "path", "step", "before" and "after" (layouts in words), "files", "bytes", "open_check" (whether a check that
+        has measured and not decided was left out).
 
     Raises:
         CheckpointError: before anything is written: a damaged, mixed-up or unsupported checkpoint, a layout that does
@@ -46,7 +53,14 @@ def reshape(checkpoint: str | Path, out: str | Path, world_size: int, ep_size: i
     saver = Saver()
     saver.run = manifest.run
     try:
-        saver.save(root, folder.name, files, manifest.step, ranks=world_size)
+        # The thread takes each file out of the list when it writes it.
+        saver.save(root, folder.name, files, manifest.step, asynchronous=True, ranks=world_size)
+        with tqdm(total=count, desc="writing", unit="file", disable=not progress) as bar:
+            while saver.busy:
+                bar.update(count - len(files) - bar.n)
+                time.sleep(0.05)
+            bar.update(count - bar.n)
+        saver.wait()
     except CheckpointError:
         if is_new:
             with contextlib.suppress(OSError):
@@ -54,4 +68,5 @@ def reshape(checkpoint: str | Path, out: str | Path, world_size: int, ep_size: i
         raise
     size = sum(path.stat().st_size for path in target.iterdir())
     facts = {"path": str(target), "step": manifest.step, "files": count, "bytes": size}
-    return {**facts, "before": str(written.layout), "after": str(layout)}
+    left_out = reshaped.changed and written.has_open_check
+    return {**facts, "before": str(written.layout), "after": str(layout), "open_check": left_out}

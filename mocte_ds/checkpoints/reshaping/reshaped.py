@@ -57,8 +57,14 @@ class Reshaped:
             return None
         other = written.batch is not None and written.batch != batch
         batches = f" Its global batch was {written.batch} sequences, the run's is {batch}." if other else ""
+        left = (
+            " It holds a check that has measured and not decided, which is left out: the next one decides."
+            if written.has_open_check
+            else ""
+        )
         return (
-            f"the checkpoint {written.folder} was written by {written.layout}; it is brought to {self.layout}.{batches}"
+            f"the checkpoint {written.folder} was written by {written.layout}; it is brought to {self.layout}."
+            f"{left}{batches}"
         )
 
     def names(self) -> list[str]:

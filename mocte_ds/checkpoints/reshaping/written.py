@@ -86,6 +86,11 @@ class Written:
         return self.state["mocte"]["blocks"] if self.state else []
 
     @property
+    def has_open_check(self) -> bool:
+        """Whether a check has measured, and not decided yet."""
+        return bool(self.state and self.state["mocte"].get("check"))
+
+    @property
     def num_experts(self) -> int:
         """Experts of a bank; 1 where there are none."""
         return self.state["mocte"]["config"]["num_experts"] if self.state else 1
