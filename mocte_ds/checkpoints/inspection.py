@@ -29,7 +29,8 @@ def checkpoint_facts(checkpoint: str | Path) -> dict[str, Any]:
 
     Returns:
         "path", "latest", "run", "step", "world_size", "whole", "files" (name, kind, bytes, problem), "sizes" in bytes;
-        and where the files that tell are whole "ep_size", "zero_stage", "bf16", "tokens", "blocks" (else None).
+        and where the files that tell are whole "ep_size", "zero_stage", "bf16", "tokens", "blocks" (else None), and
+        "weights_alone" (no engine has written it: an import).
 
     Raises:
         CheckpointError: no checkpoint there, or its manifest is missing or damaged.
@@ -52,6 +53,7 @@ def checkpoint_facts(checkpoint: str | Path) -> dict[str, Any]:
         "ep_size": None,
         "zero_stage": None,
         "bf16": None,
+        "weights_alone": False,
         "tokens": None,
         "blocks": None,
     }
@@ -70,13 +72,18 @@ def checkpoint_text(facts: dict[str, Any]) -> str:
     damaged = [entry for entry in facts["files"] if entry["problem"]]
     total = sum(entry["bytes"] for entry in facts["files"])
     precision = {True: "bf16", False: "fp32 or fp16", None: MISSING}[facts["bf16"]]
+    how = [
+        ("ranks", f"{facts['world_size']}, ep_size {brief(facts['ep_size'])}"),
+        ("optimizer", f"ZeRO stage {brief(facts['zero_stage'])}, {precision}"),
+    ]
+    if facts["weights_alone"]:
+        how = [("optimizer", "none: weights alone, for model.init")]
     head = [
         ("checkpoint", facts["path"] + (" (latest)" if facts["latest"] else "")),
         ("run", facts["run"]),
         ("step", brief(facts["step"])),
         ("tokens", brief(facts["tokens"])),
-        ("ranks", f"{facts['world_size']}, ep_size {brief(facts['ep_size'])}"),
-        ("optimizer", f"ZeRO stage {brief(facts['zero_stage'])}, {precision}"),
+        *how,
         ("whole", f"no: {len(damaged)} of {len(facts['files'])} files" if damaged else "yes: every hash agrees"),
     ]
     parts = [text_table(head[0], head[1:], left=head[0])]
@@ -109,7 +116,10 @@ def _told(written: Written) -> dict[str, Any]:
         {"name": block["name"], "mode": block["mode"], "experts": dict(Counter(block["experts"]))}
         for block in written.blocks
     ]
-    tokens = mocte["tokens"] if mocte else written.model.get("tokens")
+    alone = written.weights_alone
+    tokens = mocte["tokens"] if mocte else (alone or written.model).get("tokens")
+    if alone is not None:
+        return {"weights_alone": True, "tokens": tokens, "blocks": blocks}
     bf16 = None if written.precision is None else bool(written.precision)
     return {"ep_size": written.layout.ep_size, "bf16": bf16, "tokens": tokens, "blocks": blocks}
 

@@ -40,15 +40,30 @@ class Written:
         """`bf16_` or nothing: how the names of the optimizer's files start; None where it has no files of its own."""
 
     @functools.cached_property
+    def weights_alone(self) -> dict[str, Any] | None:
+        """Content of the file with the weights, if no engine has written it; else None."""
+        content = read_outline(self.folder / model_file(self.manifest.files))
+        known = isinstance(content, dict) and {"module", "global_steps"} <= content.keys()
+        return content if self.precision is None and known and "ds_config" not in content else None
+
+    @functools.cached_property
     def model(self) -> dict[str, Any]:
         """Content of the file with the weights outside of the experts.
 
         Raises:
             CheckpointError: it cannot be read.
         """
+        self._require_engine()
         needed = ("module", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config")
         path = self.folder / model_file(self.manifest.files)
         return require_keys(read_outline(path), needed, path)
+
+    def _require_engine(self) -> None:
+        if self.weights_alone is not None:
+            raise CheckpointError(
+                f"{self.folder} holds weights alone, as tools/import_hf.py writes them: name it as model.init of a "
+                "run, with any number of ranks."
+            )
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -130,6 +145,7 @@ class Written:
         Raises:
             CheckpointError: files are missing or too many, of an architecture that is not supported, or mixed up.
         """
+        self._require_engine()
         ranks, kinds = self.manifest.world_size, (EXPERT_NAME, OPTIMIZER_NAME, RANDOM_NAME)
         expected = {MODEL_FILE, *(RANDOM_FILE.format(rank=rank) for rank in range(ranks))}
         if self.precision is not None:

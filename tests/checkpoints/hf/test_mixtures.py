@@ -19,7 +19,8 @@ from mocte_ds.checkpoints.hf.export import export
 from mocte_ds.checkpoints.model import load_model
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
-from tests.checkpoints.hf.test_import import HEADS, SIZES, VOCAB, fingerprint, setting, weights, write_folder
+from tests.checkpoints.hf.test_import import CONFIGS, HEADS, SIZES, VOCAB, fingerprint, setting, weights, write_folder
+from tools import inspect_checkpoint, reshape
 from tools.import_hf import main
 
 COMMON = {**SIZES, **HEADS, "eos_token_id": 0}
@@ -132,6 +133,22 @@ def test_narrow_experts_in_fp32_are_not_filled_up(tmp_path: Path) -> None:
     export(tmp_path / "start", tmp_path / "back")
     found, expected = weights(tmp_path / "back"), weights(source)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["mixtral, 2", "dense"])
+def test_other_tools_on_weights_alone(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are looked at, and not taken for what a run could go on from."""
+    source = write_folder(tmp_path / "folder", CONFIGS["llama"] if name == "dense" else CASES[name][0])
+    main([str(source), str(tmp_path / "start")])
+    assert inspect_checkpoint.main([str(tmp_path / "start"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["whole"] and facts["weights_alone"] and facts["step"] == 0 and facts["tokens"] == 0
+    assert len(facts["blocks"]) == (0 if name == "dense" else 2) and not facts["sizes"]["moments"]
+    assert inspect_checkpoint.main([str(tmp_path / "start")]) == 0
+    assert "none: weights alone, for model.init" in capsys.readouterr().out
+    with pytest.raises(MocteError, match="holds weights alone.*name it as model.init"):
+        reshape.main([str(tmp_path / "start"), str(tmp_path / "out"), "--world-size", "2"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["olmoe, 3", "mixtral, a window", "qwen2moe, other widths", "glm4moe, 3"])
