@@ -76,6 +76,7 @@ def compare_function(source: Source, layout: Layout, pieces: Pieces) -> dict[str
     """
     run = _begin(source)
     experts, first = 0, run.ours
+    gc.collect()
     gc.freeze()  # what is there already need not be looked through once a layer
     try:
         for layer in range(source.config.num_layers):

@@ -57,7 +57,7 @@ def test_memory_stays_far_below_the_size_of_the_model(written, tmp_path, dtype, 
     added = int(peak) - int(start)
     print(f"{name}: {added / 1e6:.0f} MB added for {in_fp32 / 1e6:.0f} MB of fp32")
     # A layer of each side takes 40 MB; the rest is the allocator's and what oneDNN keeps of its bf16 products.
-    assert added < 0.5 * in_fp32
+    assert added < 0.6 * in_fp32
     index = json.loads((tmp_path / "large out" / INDEX_FILE).read_text())
     files = {path.name: path.stat().st_size for path in (tmp_path / "large out").glob("*.safetensors")}
     assert len(files) > 3 and set(index["weight_map"].values()) == files.keys()
