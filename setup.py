@@ -29,6 +29,7 @@ setup(
         "scikit-learn>=1.5",
         "datasets>=4.0",
         "numpy>=1.26",
+        "psutil>=5.9",
         "pyyaml>=6",
         "tqdm>=4.66",
         "safetensors>=0.4",

@@ -41,11 +41,9 @@ def config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def run(settings: dict[str, Any], first: int, last: int, load: str | None, save: str | None) -> dict[str, Any]:
-    """Steps ``first`` to ``last`` - 1, after loading and before saving where asked."""
+def model() -> torch.nn.Module:
+    """The tiny Llama, the same on every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    import mocte_ds
 
     torch.manual_seed(0)
     llama = LlamaConfig(
@@ -56,7 +54,14 @@ def run(settings: dict[str, Any], first: int, last: int, load: str | None, save:
         num_attention_heads=2,
         use_cache=False,
     )
-    engine, *_ = mocte_ds.initialize(model=LlamaForCausalLM(llama), config=settings)
+    return LlamaForCausalLM(llama)
+
+
+def run(settings: dict[str, Any], first: int, last: int, load: str | None, save: str | None) -> dict[str, Any]:
+    """Steps ``first`` to ``last`` - 1, after loading and before saving where asked."""
+    import mocte_ds
+
+    engine, *_ = mocte_ds.initialize(model=model(), config=settings)
     events: list[dict] = []
     engine.mocte.on_event(events.append)
     client = engine.load_checkpoint(load)[1] if load else {}
