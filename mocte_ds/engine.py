@@ -23,6 +23,7 @@ from mocte_ds.controller import Controller
 from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import attach
+from mocte_ds.moe.balance import watched
 from mocte_ds.zero import UnitRegistry, find_front, require_conformance, require_stage3_settings
 from mocte_ds.zero.checkpoint_files import own_files
 from mocte_ds.zero.engine import UnitEngine
@@ -38,28 +39,45 @@ class MocteEngine(UnitEngine):
     mocte: Controller
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's forward; tells the blocks where in the run this micro-batch stands."""
-        if self.module.training:  # engine.eval() sets the module only
-            micro = self.train_micro_batch_size_per_gpu()
-            accumulation = self.micro_steps % self.gradient_accumulation_steps()
-            place = (accumulation * self.dp_world_size + dist.get_rank(group=self.data_parallel_group)) * micro
-            self.mocte.before_micro_batch(self.global_samples, place, self.micro_steps, inputs, kwargs)
-            self._count_tokens(inputs, kwargs)
-        return super().forward(*inputs, **kwargs)
+        """DeepSpeed's forward; tells the blocks where in the run a pass that trains stands."""
+        if not (self.module.training and torch.is_grad_enabled()):  # engine.eval() sets the module only
+            return super().forward(*inputs, **kwargs)
+        micro, rank = self.train_micro_batch_size_per_gpu(), dist.get_rank(group=self.data_parallel_group)
+        self.mocte.before_micro_batch(rank, self.dp_world_size, micro, inputs, kwargs)
+        try:
+            return super().forward(*inputs, **kwargs)
+        finally:
+            self.mocte.context.unannounce()
 
-    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's backward; learned routers add their loss for even loads."""
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
+        """DeepSpeed's backward; every forward pass that it goes through adds its routers' loss for even loads.
+
+        Without ``scale_wrt_gas`` the loss has been divided by what all micro-batches hold; theirs has not.
+        """
         self.mocte.mid_step = True
-        auxiliary = self.mocte.auxiliary_loss()
-        return super().backward(loss if auxiliary is None else loss + auxiliary.to(loss.dtype), *args, **kwargs)
+        context = self.mocte.context
+        loss = watched(loss, context, 1.0 if scale_wrt_gas else 1.0 / self.gradient_accumulation_steps())
+        try:
+            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        finally:
+            context.loss_scale = None
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """DeepSpeed's scale, for a loss whose own ``backward()`` is called."""
+        return super().scale(watched(loss, self.mocte.context))
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's step; at the boundary of an optimizer step the controller does what is due."""
-        boundary = self.is_gradient_accumulation_boundary()
+        """DeepSpeed's step; after an optimizer step the controller does what is due."""
+        before = self.global_steps
         super().step(*args, **kwargs)
-        if boundary:
-            self.mocte.after_step(self.global_steps, self.tokens_seen)
+        if self.global_steps != before:
+            self.mocte.after_step(self.global_steps)
             self.checkpoint_engine.saver.look()
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that the run has trained on up to the last optimizer step, all ranks together; no padding."""
+        return self.mocte.tokens
 
     def save_checkpoint(
         self,
@@ -139,15 +157,10 @@ class MocteEngine(UnitEngine):
             path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
             if path is None:
                 raise CheckpointError(f"the checkpoint {folder} has no model states of DeepSpeed: incomplete.")
-            self.tokens_seen = int(client_state.pop("tokens_seen"))
+            client_state.pop("tokens_seen")  # the controller has them too
             self.mocte.proof.begin(self.mocte)
             self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, read))
         return path, client_state
-
-    def _count_tokens(self, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
-        ids = kwargs.get("input_ids", inputs[0] if inputs else None)
-        count = ids.shape[0] * (ids.shape[1] if ids.dim() > 1 else 1) if isinstance(ids, torch.Tensor) else 0
-        self.tokens_seen += count * self.dp_world_size
 
 
 def initialize(
@@ -227,7 +240,7 @@ def initialize(
         # Stage 3 is for models that do not fit on a device: it moves one parameter at a time.
         dont_change_device=resolved.zero_config.stage == 3,
     )
-    engine.mocte, engine.tokens_seen = controller, 0
+    engine.mocte = controller
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

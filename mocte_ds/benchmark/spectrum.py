@@ -17,7 +17,7 @@ from mocte_ds.benchmark.measure.parts import Part, parts_table
 from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, require_at_least, shares, shares_text
 from mocte_ds.benchmark.measure.spectrum_work import FORMULAS, SpectrumSizes, peak_bytes, spectrum_work
 from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
-from mocte_ds.moe.context import BatchContext
+from mocte_ds.moe.forward import ForwardState
 from mocte_ds.spectrum import Subspace, sampled_svd, split_half_angles
 from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
 
@@ -223,11 +223,10 @@ def _time_sampling(sizes: SpectrumSizes, clock: Clock, part: Any) -> None:
     def see() -> None:
         stream = SampleStream(sizes.rows, sizes.documents, 0, None, sizes.doublings)
         collectors = [FeatureCollector(sizes.d, stream) for _ in range(blocks)]
-        context = BatchContext()
         for turn in range(turns):
-            context.first_sequence = turn * sizes.sequences
+            state = ForwardState(first_sequence=turn * sizes.sequences)
             for collector in collectors:
-                collector.see(features, context)
+                collector.see(features, state)
 
     share = turns * batch * blocks / (sizes.offered * sizes.layers)
     what = f"in forward passes, timed on {turns} micro-batches of {blocks} blocks"

@@ -1,7 +1,6 @@
 """What happens at a check, top to bottom: spectrum -> clusters -> emergence -> trainability -> freezing."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +50,12 @@ class Controller(ResumableRun):
         """
         super().__init__(config, blocks, registry, ep_rank, total_steps)
         for block, collector in zip(blocks, self.collectors, strict=True):
-            block.observe = partial(collector.see, context=self.context)
+            block.observe = collector.see
+        # What some blocks have seen of a pass that was not completed, others have not.
+        self.context.on_abandoned = self.forget_samples
         self._listeners: list[EventListener] = []
+        self._domain: Tensor | None = None
+        """Of the next forward pass."""
         self._sampled_step = -1
         """Steps done before the one that was sampled last."""
 
@@ -70,14 +73,13 @@ class Controller(ResumableRun):
     # ---- for users -------------------------------------------------------------------------------------------------
 
     def annotate(self, domain: Tensor | None, names: list[str]) -> None:
-        """Say where the next micro-batch comes from, so that checks can compare clusters with sources.
+        """Say where the next forward pass's batch comes from, so that checks can compare clusters with sources.
 
         Args:
             domain: (B,) index into ``names``, or None.
             names: names of the sources.
         """
-        self.context.domain, self.domain_names = domain, list(names)
-        self.context.sources = len(names)
+        self._domain, self.domain_names = domain, list(names)
 
     def set_probe(self, input_ids: Tensor, domain: Tensor | None = None) -> None:
         """Look at these sequences at every check; without them, at some of the first step's.
@@ -155,7 +157,10 @@ class Controller(ResumableRun):
         return self.optimizer.optimizer_bytes()
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Sum of the last forward's losses for even loads of learned routers, for the engine to add to the model's."""
+        """What backward will add for even loads of learned routers, without a graph; None for nothing.
+
+        The sum over forward passes whose graphs wait for a backward pass; one whose graph is never run adds nothing.
+        """
         losses = [loss for handle in self.blocks if (loss := handle.block.auxiliary_loss()) is not None]
         return sum(losses[1:], losses[0]) if losses else None
 
@@ -169,19 +174,24 @@ class Controller(ResumableRun):
 
     # ---- called by the engine --------------------------------------------------------------------------------------
 
-    def before_micro_batch(self, step_start: int, place: int, micro_step: int, args: tuple, kwargs: dict) -> None:
-        """Tell the blocks where in the run the next micro-batch stands.
+    def before_micro_batch(self, rank: int, ranks: int, micro: int, args: tuple, kwargs: dict) -> None:
+        """Tell the blocks where in the run the next pass that trains stands.
+
+        Passes are counted, not the engine's steps: DeepSpeed counts no steps within `no_sync`, or where a loop calls
+        `step` once for several passes.
 
         Args:
-            step_start: sequences before this optimizer step.
-            place: sequences of the step before this micro-batch.
-            micro_step: counts micro-batches.
+            rank: of this process among those that share the data.
+            ranks: how many these are.
+            micro: sequences of a micro-batch.
             args: of the model's call.
             kwargs: of the model's call.
         """
-        self.context.first_sequence, self.context.micro_step = step_start + place, micro_step
+        place = (self.passes * ranks + rank) * micro
+        self.passes, self.pass_sequences = self.passes + 1, ranks * micro
+        domain, self._domain = self._domain, None
         if self.progress.active and not self.progress.probe.complete:
-            self.progress.probe.offer(args, kwargs, place, self.sequences_per_step, self.context.domain)
+            self.progress.probe.offer(args, kwargs, place, self.sequences_per_step, domain)
         left = self.interval - self.step % self.interval
         for_check = self.config.auto and left <= self.window
         # A check wants the rows of its window. What it has read stays until the next window, for emerge(); without
@@ -190,11 +200,18 @@ class Controller(ResumableRun):
             self.forget_samples()
         self._sampled_step = self.step
         warming_up = any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
-        self.context.sampling = for_check or (warming_up and not self.config.auto)
+        self.context.announce(
+            first_sequence=self.sequences + place,
+            micro_batch=micro,
+            domain=domain,
+            sources=len(self.domain_names),
+            sampling=for_check or (warming_up and not self.config.auto),
+        )
 
-    def after_step(self, step: int, tokens: int) -> None:
-        """Do what is due at the boundary behind optimizer step ``step``."""
-        self.step, self.tokens, self.mid_step = step, tokens, False
+    def after_step(self, step: int) -> None:
+        """Do what is due after optimizer step ``step``."""
+        self.step, self.mid_step = step, False
+        self.close_step()
         self.proof.after_step(self)
         self.progress.probe.finish()
         if self._check is not None and (step >= self._check.step + self._delay or step == self.total_steps):

@@ -14,6 +14,7 @@ from mocte_ds.dist.collectives import max_over_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.birth import copy_dense_weights, inherit, set_gate, set_random_gate
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
+from mocte_ds.moe.forward import ForwardState
 from mocte_ds.trainability.policy import make_policy
 from mocte_ds.zero import UnitState, dense_unit, follow_groups, let_go, on_its_own, whole
 
@@ -235,17 +236,13 @@ def _output(run: RunState, handle: BlockHandle, reading: BlockReading) -> torch.
     features, ids, _ = reading.tokens
     if reading.rows < 2 or reading.mean is None:
         return None
-    block, context = handle.block, run.context
-    kept = context.token_ids
-    context.token_ids = ids
-    training = block.training
+    block, training = handle.block, handle.block.training
     block.eval()
     try:
         like = next(block.dense.parameters())
-        with on_its_own(block):
+        with on_its_own(block), run.context.running(ForwardState(ids)):
             return block(features.to(like.device, like.dtype)).float()
     finally:
-        context.token_ids = kept
         block.train(training)
 
 

@@ -58,7 +58,8 @@ def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[st
     means: dict[int, Tensor] = {}
     stride = int(max_over_ranks(torch.tensor(len(probe.domain))))
     hooks = [module.register_forward_hook(_keep(seen, key)) for key, module in modules.items()]
-    hooks += [block.register_forward_hook(_keep_mean(means, i, len(probe.domain))) for i, block in enumerate(blocks)]
+    real = probe.real if probe.complete else None
+    hooks += [block.register_forward_hook(_keep_mean(means, i, real)) for i, block in enumerate(blocks)]
     try:
         device = next(run.module.parameters()).device
         look = probe.read_gradient(run.module, blocks, device, world()[0] * stride)
@@ -124,9 +125,15 @@ def _keep(seen: dict[tuple[int, int], _Seen], key: tuple[int, int]) -> Any:
     return hook
 
 
-def _keep_mean(means: dict[int, Tensor], block: int, sequences: int) -> Any:
+def _keep_mean(means: dict[int, Tensor], block: int, real: Tensor | None) -> Any:
+    """Means of the sequences' tokens (S, T) that count, or of all where a sequence has none."""
+
     def hook(_module: nn.Module, args: tuple, _output: Any) -> None:
-        means[block] = args[0].detach().float().reshape(sequences, -1, args[0].shape[-1]).mean(dim=1)
+        assert real is not None
+        rows = args[0].detach().float().reshape(len(real), -1, args[0].shape[-1])
+        counts = real[:, : rows.shape[1]].to(rows.device)
+        counts = torch.where(counts.any(dim=1, keepdim=True), counts, True)[..., None]
+        means[block] = torch.where(counts, rows, 0.0).sum(dim=1) / counts.sum(dim=1)
 
     return hook
 

@@ -5,7 +5,7 @@ global numbers, so that they are the same however many ranks there are.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mocte_ds.controller.probe_batches import Call, alike, ids_of, joined, labelled
 from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks, world
 from mocte_ds.moe.block import Block
+from mocte_ds.moe.forward import ForwardState, Look
 from mocte_ds.zero import exchanged, forward_pass, held
 
 # Shapes: S sequences of this rank, T tokens.
@@ -29,12 +31,12 @@ class ProbeReading:
     """What one pass over the probe set gave on this rank."""
 
     losses: Tensor | None
-    """(S, T) fp64 loss in nats of the token after each, NaN where there is none or it is of another document; None
+    """(S, T) fp64 loss in nats of the token after each, NaN where none counts (:attr:`ProbeSet.targets`); None
     where the model gives no logits."""
     routes: dict[tuple[int, int], Tensor]
     """(block, bank) to (S, T) int64 experts."""
     valid: Tensor
-    """(S,) False for a sequence that only keeps the rank company."""
+    """(S, T) False for padding, and for a sequence that only keeps the rank company."""
 
 
 @dataclass
@@ -59,9 +61,10 @@ class ProbeSet:
             eod_id: token that ends a document; the one after it is not counted.
         """
         self._wanted, self._eod_id = tokens, eod_id
-        self._parts: list[tuple[Sequence[Any], dict[str, Any]]] = []
+        self._parts: list[Call] = []
         self._valid: list[Tensor] = []
         self._domain: list[Tensor] = []
+        self._labelled: list[Tensor] = []
         self.complete = False
 
     def offer(
@@ -98,6 +101,8 @@ class ProbeSet:
             fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == ids.shape[0]
             return value.detach()[chosen.to(value.device)].cpu() if fits else value
 
+        labels = kwargs.get("labels")
+        self._labelled.append(labelled(ids.cpu(), None if labels is None else labels.cpu())[chosen])
         given = {name: value for name, value in kwargs.items() if name != "labels"}
         self._parts.append(([cut(value) for value in args], {name: cut(value) for name, value in given.items()}))
 
@@ -116,20 +121,22 @@ class ProbeSet:
         if not len(mine):  # company, see below
             mine, self._valid = chosen[:1], [torch.zeros(1, dtype=torch.bool)]
         self._parts, self._domain = [((), {"input_ids": ids[mine].cpu()})], [known[mine]]
+        self._labelled = [torch.ones(ids[mine].shape, dtype=torch.bool)]
         self.complete = True
 
     def finish(self) -> None:
-        """The first step is over: the set is what was taken, but for micro-batches of another length than the first."""
+        """The first step is over: the set is what was taken, but for micro-batches that cannot be joined to the first.
+
+        These have another length, or other arguments; what is not a row a sequence must be equal.
+        """
         if self.complete or not self._parts:
             return
         first = self._parts[0]
-        ids = self._ids(first)
-        same = [i for i, part in enumerate(self._parts) if self._ids(part).shape[1] == ids.shape[1]]
+        same = [i for i, part in enumerate(self._parts) if alike(first, part)]
         parts = [self._parts[i] for i in same]
-        args = [_joined([part[0][i] for part in parts]) for i in range(len(first[0]))]
-        kwargs = {name: _joined([part[1][name] for part in parts]) for name in first[1]}
-        self._parts, self._valid = [(args, kwargs)], [torch.cat([self._valid[i] for i in same])]
+        self._parts, self._valid = [joined(parts)], [torch.cat([self._valid[i] for i in same])]
         self._domain = [torch.cat([self._domain[i] for i in same])]
+        self._labelled = [torch.cat([self._labelled[i] for i in same])]
         self.complete = True
 
     def read(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeReading | None:
@@ -137,20 +144,43 @@ class ProbeSet:
         if not self._everywhere():
             return None
         shape = self._ids(self._parts[0]).shape
-        with torch.no_grad(), self._looking(module, blocks):
+        with torch.no_grad(), _looking(module, blocks) as look:
             output = self._forward(module, device)
-            routes = {
-                (i, j): bank.deepspeed_moe.recorded.view(shape).cpu()
-                for i, block in enumerate(blocks)
-                for j, bank in enumerate(block.banks)
-                if bank.deepspeed_moe.recorded is not None and bank.deepspeed_moe.recorded.numel() == shape.numel()
-            }
-            return ProbeReading(self._losses(output, self._ids(self._parts[0])), routes, self._valid[0])
+        routes = {
+            (i, j): look.routes[bank.deepspeed_moe].view(shape).cpu()
+            for i, block in enumerate(blocks)
+            for j, bank in enumerate(block.banks)
+            if bank.deepspeed_moe in look.routes and look.routes[bank.deepspeed_moe].numel() == shape.numel()
+        }
+        return ProbeReading(self._losses(output, self._ids(self._parts[0])), routes, self.real)
 
     @property
     def domain(self) -> Tensor:
         """(S,) source of each of this rank's sequences, -1 where unknown or where it only keeps company."""
         return torch.where(self._valid[0], self._domain[0], -1) if self.complete else torch.empty(0, dtype=torch.int64)
+
+    @property
+    def real(self) -> Tensor:
+        """(S, T) bool: tokens that count; neither padding nor sequences that only keep company."""
+        ids = self._ids(self._parts[0])
+        real = self._state().counted((*ids.shape, 1))
+        valid = self._valid[0][:, None].expand(ids.shape)
+        return valid if real is None else valid & real
+
+    @property
+    def targets(self) -> Tensor:
+        """(S, T) bool: places whose loss, of the token after, counts.
+
+        That token is real, of the same document, and its label was not -100.
+        """
+        real, counts = self.real, torch.zeros_like(self.real)
+        inside = ~self._state().tokens((*real.shape, 1)).starts(real.device)[:, 1:]
+        counts[:, :-1] = real[:, :-1] & real[:, 1:] & inside & self._labelled[0][:, 1:]
+        return counts
+
+    def _state(self) -> ForwardState:
+        args, kwargs = self._parts[0]
+        return ForwardState.of_call(dict(kwargs), args[0] if args else None, self._eod_id)
 
     def read_gradient(
         self, module: nn.Module, blocks: list[Block], device: torch.device, first: int
@@ -174,24 +204,21 @@ class ProbeSet:
 
         part = ([cut(value) for value in args], {name: cut(value) for name, value in kwargs.items()})
         ids = self._ids(part)
-        # Rows of sequences that only keep company do not count, nor does the sequence's last token.
-        number = torch.where(self._valid[0], first + torch.arange(len(ids)), -1)[:, None].expand_as(ids)
-        with torch.enable_grad(), self._looking(module, blocks):
-            blocks[0].context.groups = number.to(device)
+        # Neither rows of padding nor those of sequences that only keep company count, nor does a sequence's last token.
+        number = (first + torch.arange(len(ids)))[:, None].expand_as(ids)
+        number = torch.where(self.real[:, :GRADIENT_TOKENS], number, -1)
+        with torch.enable_grad(), _looking(module, blocks, number.to(device)) as look:
             logits = _logits(self._forward(module, device, part), ids)
             if logits is None:
                 return None
-            target = ids.clone()
-            target[:, :-1], target[:, -1] = ids[:, 1:], -100
-            target[~self._valid[0]] = -100
-            if self._eod_id is not None:
-                target[ids == self._eod_id] = -100
+            target = torch.full_like(ids, -100)
+            target[:, :-1] = torch.where(self.targets[:, : ids.shape[1] - 1], ids[:, 1:], -100)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten().to(logits.device), reduction="sum")
             sequence = {}
             for i, block in enumerate(blocks):
                 sequence[i, -1] = number.flatten()
                 for place, bank in enumerate(block.banks):
-                    found = bank.deepspeed_moe.recorded_groups
+                    found = look.rows.get(bank.deepspeed_moe, {})
                     sequence.update({(i, place * bank.num_experts + k): rows for k, rows in found.items()})
             return ProbeGradient(loss, sequence)
 
@@ -204,42 +231,26 @@ class ProbeSet:
     def _everywhere(self) -> bool:
         return not int(max_over_ranks(torch.tensor(0 if self.complete else 1)))
 
-    def _forward(
-        self, module: nn.Module, device: torch.device, part: tuple[Sequence[Any], dict[str, Any]] | None = None
-    ) -> Any:
+    def _forward(self, module: nn.Module, device: torch.device, part: Call | None = None) -> Any:
         args, kwargs = part or self._parts[0]
         with forward_pass(module):
             return module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
-
-    @staticmethod
-    @contextmanager
-    def _looking(module: nn.Module, blocks: list[Block]) -> Iterator[None]:
-        """Evaluation mode with routes recorded; afterwards everything is as it was."""
-        context, training = blocks[0].context, module.training
-        kept = context.token_ids
-        module.eval()
-        context.recording = True
-        try:
-            yield
-        finally:
-            module.train(training)
-            context.token_ids, context.recording, context.groups = kept, False, None
-            for block in blocks:
-                for bank in block.banks:
-                    bank.deepspeed_moe.forget()
 
     def state_dict(self) -> dict[str, Any] | None:
         """Plain values of this rank; None where nothing was collected."""
         if not self.complete:
             return None
         args, kwargs = self._parts[0]
-        return {"args": list(args), "kwargs": dict(kwargs), "valid": self._valid[0], "domain": self._domain[0]}
+        facts = {"valid": self._valid[0], "domain": self._domain[0], "labelled": self._labelled[0]}
+        return {"args": list(args), "kwargs": dict(kwargs), **facts}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take over what :meth:`state_dict` returned."""
         if state is not None:
             self._parts, self._valid = [(list(state["args"]), dict(state["kwargs"]))], [state["valid"]]
             self._domain = [state["domain"]]
+            every = torch.ones(self._ids(self._parts[0]).shape, dtype=torch.bool)
+            self._labelled = [state.get("labelled", every)]  # older checkpoints have none
             self.complete = True
 
     def _losses(self, output: Any, ids: Tensor) -> Tensor | None:
@@ -250,13 +261,24 @@ class ProbeSet:
         for row in range(ids.shape[0]):  # one sequence's logits in fp32 at a time
             target = ids[row, 1:].to(logits.device)
             losses[row, :-1] = F.cross_entropy(logits[row, :-1].float(), target, reduction="none").double().cpu()
-        if self._eod_id is not None:
-            losses[ids == self._eod_id] = math.nan
+        losses[~self.targets] = math.nan
         return losses
 
     @staticmethod
-    def _ids(part: tuple[Sequence[Any], dict[str, Any]]) -> Tensor:
-        return part[1].get("input_ids", part[0][0] if part[0] else None)
+    def _ids(part: Call) -> Tensor:
+        return ids_of(part)
+
+
+@contextmanager
+def _looking(module: nn.Module, blocks: list[Block], groups: Tensor | None = None) -> Iterator[Look]:
+    """Evaluation mode with routes recorded; afterwards everything is as it was."""
+    training = module.training
+    module.eval()
+    try:
+        with blocks[0].context.looking(groups) as look:
+            yield look
+    finally:
+        module.train(training)
 
 
 class Snapshots:
@@ -301,10 +323,6 @@ def _logits(output: Any, ids: Tensor) -> Tensor | None:
     """(S, T, V) of a model's output; None where it has none."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     return logits if isinstance(logits, Tensor) and logits.shape[:2] == ids.shape else None
-
-
-def _joined(values: list[Any]) -> Any:
-    return torch.cat(values) if all(isinstance(value, Tensor) for value in values) else values[0]
 
 
 def _to(value: Any, device: torch.device) -> Any:

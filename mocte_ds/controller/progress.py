@@ -105,7 +105,7 @@ class Progress:
             changed, counted, loads = [], [], []
             for number, bank in enumerate(handle.block.banks):
                 route, born = now.routes[handle.index, number], self._born.get((handle.index, number))
-                valid = now.valid[:, None].expand_as(route)
+                valid = now.valid
                 loads.append(torch.bincount(route[valid], minlength=bank.num_experts))
                 same_set = born is not None and born.shape == route.shape
                 changed.append(((route != born) & valid).sum() if same_set else torch.tensor(0))
@@ -123,7 +123,7 @@ class Progress:
         """Share the difference of the losses out to the experts that the tokens go to today."""
         assert before is not None and before.losses is not None and now.losses is not None
         gain = before.losses - now.losses
-        counted = torch.isfinite(gain) & now.valid[:, None]
+        counted = torch.isfinite(gain) & now.valid
         total = float(sum_over_ranks(counted.sum()))
         for handle in run.blocks:
             if handle.mode is BlockMode.WARMUP or not total:

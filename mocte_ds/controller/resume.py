@@ -28,6 +28,14 @@ class ResumableRun(RunState):
         self.window = self.interval
         """Steps before a check whose features it samples."""
         self.proof, self.progress = Proof(), Progress(config)
+        self.sequences = 0
+        """Sequences of all passes up to the last optimizer step; the next one's numbers begin here."""
+        self.passes = 0
+        """Passes of this rank in the optimizer step that goes on."""
+        self.sequences_per_step = 0
+        """The global batch."""
+        self.pass_sequences = 0
+        """Sequences of a pass, all ranks together."""
         self.rank = 0
         self.mid_step = False
         """Whether gradients wait for an optimizer step."""
@@ -46,6 +54,9 @@ class ResumableRun(RunState):
             "config": self.config.to_dict(),
             "step": self.step,
             "tokens": self.tokens,
+            "sequences": self.sequences,
+            "usual_tokens": self.context.usual_tokens,
+            "shares": [bank.deepspeed_moe.share for handle in self.blocks for bank in handle.block.banks],
             "total_steps": self.total_steps,
             "frozen_layers": self.frozen_layers,
             "blocks": [handle.state_dict() for handle in self.blocks],
@@ -102,6 +113,14 @@ class ResumableRun(RunState):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state: modes, then the partition that follows from them (before weights are loaded)."""
         self.step, self.tokens, self.frozen_layers = state["step"], state["tokens"], state["frozen_layers"]
+        # Checkpoints of older versions have no balance of loads: it begins even, as at a birth.
+        self.sequences = state.get("sequences", self.step * self.sequences_per_step)
+        self.passes, self.context.step_tokens = 0, 0
+        self.context.usual_tokens = state.get("usual_tokens")
+        layers = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
+        for layer, share in zip(layers, state.get("shares") or [layer.share for layer in layers], strict=True):
+            layer.share = share.to(layer.share.device)
+            layer.step_load.zero_()
         for handle, saved in zip(self.blocks, state["blocks"], strict=True):
             handle.load_state_dict(saved)
         for handle, routed in zip(self.blocks, state["routed"], strict=True):
@@ -113,6 +132,27 @@ class ResumableRun(RunState):
         self._check, self._check_state = None, state.get("check")
         apply_changes(self, [], {})
         self.set_rates()
+
+    def close_step(self) -> None:
+        """Sum the step's tokens and loads over the ranks, once for all blocks (collective).
+
+        Integers, so that the sums depend neither on the number of ranks nor on how the batch was split.
+        """
+        layers = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
+        layers = [layer for layer in layers if layer.gate.balanced]
+        own = [int(self.context.step_tokens), self.passes]
+        parts = [torch.tensor(own), *[layer.step_load for layer in layers]]
+        summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+        tokens, passes = summed[0].tolist()
+        self.tokens += tokens
+        self.sequences += self.passes * self.pass_sequences
+        if tokens and passes:
+            self.context.usual_tokens = tokens / passes
+        for layer, load in zip(layers, summed[1:], strict=True):
+            if int(load.sum()):
+                layer.share = (load.double() / load.sum()).float().to(layer.share.device)
+            layer.step_load.zero_()
+        self.context.step_tokens, self.passes, self.context.loss_scale = 0, 0, None
 
     def forget_samples(self) -> None:
         """Old rows keep the lowest hashes, so a sample must start anew to show the features of today's weights."""

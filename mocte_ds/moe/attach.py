@@ -28,7 +28,7 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
     """
     names = matching_modules(model, config.modules)
     context = BatchContext(config.eod_id)
-    context.follow(model)
+    context.follow(model, names)
     tables = any(router.kind in TABLES for router in config.routers)
     vocab_size = _vocab_size(model) if tables else None
     blocks = []

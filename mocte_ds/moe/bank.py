@@ -7,7 +7,8 @@ from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig, RouterConfig
-from mocte_ds.moe.context import BatchContext
+from mocte_ds.moe.balance import Balance, with_loss
+from mocte_ds.moe.context import BatchContext, ForwardState, Look
 from mocte_ds.moe.dispatch import route_through
 from mocte_ds.moe.gate import ClusterGate
 
@@ -20,24 +21,33 @@ class ClusterMOELayer(MOELayer):
         self.context, self.keep_rows = context, keep_rows
         num_experts = stock.ep_size * stock.num_local_experts
         self.routed = torch.zeros(num_experts, dtype=torch.int64)
+        self.step_load = torch.zeros(num_experts, dtype=torch.int64)
+        """(E,) of :attr:`routed`, what the optimizer step that goes on has added on this rank."""
+        self.share = torch.full((num_experts,), 1.0 / num_experts)
+        """(E,) share of the tokens that each expert got in the last optimizer step, all ranks together."""
         self.rows: list[Tensor | None] = [None] * stock.num_local_experts
         self.by_source: Tensor | None = None
         """(S, E) tokens of each source and expert while the controller samples."""
-        self.recorded: Tensor | None = None
-        """(T,) best expert of each token of the last forward that was recorded."""
-        self.recorded_groups: dict[int, Tensor] = {}
-        """Global expert to the groups of the rows that it read in that forward."""
-        self._counted_step = -1
-        self.l_aux: Tensor | None = None
         self.exp_counts: Tensor | None = None
+        """(E,) rows that the last forward pass sent to each expert, padding and all."""
 
-    def forward(self, hidden: Tensor, _used_token: Tensor | None = None) -> Tensor:
-        """Features (..., d) to outputs (..., d)."""
+    def forward(self, hidden: Tensor, state: ForwardState, again: bool = False) -> Tensor:
+        """Features (..., d) to outputs (..., d).
+
+        Args:
+            hidden: features.
+            state: of the pass that they belong to.
+            again: whether this is a recomputation, whose tokens have been counted already.
+        """
         features = hidden.reshape(-1, hidden.shape[-1])
-        index, weight, loss = self.gate(features, self.context.tokens(hidden.shape, self.gate))
-        self.l_aux = features.new_zeros(()) if loss is None else loss
-        # A recomputation under activation checkpointing must not be counted a second time.
-        first_time = self.training and self._counted_step != self.context.micro_step
+        counted = state.counted(hidden.shape)
+        tokens = state.tokens(hidden.shape, self.gate.key.remembers)
+        index, weight, loss = self.gate(features, tokens, self._balance(state, counted))
+        if loss is not None and weight is not None and self.gate.balanced and self.training:
+            weight = with_loss(weight, loss, state, self, self.context)
+            if not again:
+                state.losses[self] = state.losses.get(self, 0.0) + loss.detach()
+        counts_now = state.counting and not again
         outputs, counts = route_through(
             _for_each(features, index),
             index.flatten(),
@@ -45,17 +55,12 @@ class ClusterMOELayer(MOELayer):
             self.routed.numel(),
             self.ep_group,
             self.ep_size,
-            self._keep if first_time and self.context.sampling else None,
+            self._keep if counts_now and state.sampling else None,
         )
-        if first_time:
-            self._counted_step = self.context.micro_step
-            self.routed += counts.to(self.routed.device)
-            if self.context.sampling:
-                self._count_sources(index)
-        if self.context.recording:
-            self.recorded = index[:, 0]
-            if self.context.groups is not None and self.context.groups.numel() == len(index):
-                self._record_groups(index, self.context.groups.reshape(-1, 1).float())
+        if counts_now:
+            self._count(index, counts, counted, state)
+        if state.look is not None and not again:
+            self._record(index, state.look)
         if weight is not None:
             outputs = outputs * weight.to(outputs.dtype).reshape(-1, 1)
         if index.shape[1] > 1:
@@ -63,20 +68,51 @@ class ClusterMOELayer(MOELayer):
         self.exp_counts = counts
         return outputs.view_as(hidden)
 
-    def forget(self) -> None:
-        """Drop what was recorded."""
-        self.recorded, self.recorded_groups = None, {}
+    def _balance(self, state: ForwardState, counted: Tensor | None) -> Balance | None:
+        if not self.gate.balanced:
+            return None
+        return Balance(state.shares.setdefault(self, self.share), counted, state.usual_tokens)
 
-    def _record_groups(self, index: Tensor, groups: Tensor) -> None:
-        """Send the tokens' groups the way that their features took."""
+    def _count(self, index: Tensor, counts: Tensor, counted: Tensor | None, state: ForwardState) -> None:
+        """Tokens of each expert, and of each source where it is known; padding is left out."""
+        experts = self.routed.numel()
+        real = None if counted is None else counted.reshape(-1, 1).expand_as(index).to(index.device)
+        if real is not None:
+            counts = torch.bincount(index[real], minlength=experts)
+        table, domain = None, state.domain
+        if state.sampling and domain is not None and state.sources and len(index) % domain.numel() == 0:
+            source = domain.to(index.device).repeat_interleave(len(index) // domain.numel())[:, None].expand_as(index)
+            known = (source >= 0) & (source < state.sources)
+            known = known if real is None else known & real
+            cells = torch.bincount(source[known] * experts + index[known], minlength=state.sources * experts)
+            table = cells.view(state.sources, experts)
+        state.count(self, counts, table)
+
+    def add_counts(self, counts: Tensor, table: Tensor | None) -> None:
+        """Take what a pass has counted: (E,) tokens of each expert, (S, E) by source."""
+        self.routed += counts.to(self.routed.device)
+        self.step_load += counts.to(self.step_load.device)
+        if table is not None:
+            fits = self.by_source is not None and self.by_source.shape == table.shape
+            self.by_source = table.cpu() + (self.by_source if fits else 0)
+
+    def _record(self, index: Tensor, look: Look) -> None:
+        look.routes[self] = index[:, 0]
+        if look.groups is not None and look.groups.numel() == len(index):
+            look.rows[self] = self._record_groups(index, look.groups.reshape(-1, 1).float())
+
+    def _record_groups(self, index: Tensor, groups: Tensor) -> dict[int, Tensor]:
+        """Send the tokens' groups the way that their features took; by global expert those of its rows."""
         first = self.num_local_experts * dist.get_rank(group=self.ep_group) if self.ep_size > 1 else 0
         stand_ins = [nn.Identity() for _ in range(self.num_local_experts)]
+        found: dict[int, Tensor] = {}
 
         def keep(expert: int, rows: Tensor) -> None:
-            self.recorded_groups[first + expert] = rows[:, 0].round().long().cpu()
+            found[first + expert] = rows[:, 0].round().long().cpu()
 
         groups = _for_each(groups, index)
         route_through(groups, index.flatten(), stand_ins, self.routed.numel(), self.ep_group, self.ep_size, keep)
+        return found
 
     def clear_samples(self) -> None:
         """Forget rows and sources, so that the next check sees today's weights."""
@@ -91,17 +127,6 @@ class ClusterMOELayer(MOELayer):
         new = rows.detach()[::step][: self.keep_rows].clone()
         old = self.rows[expert]
         self.rows[expert] = new if old is None else torch.cat([new, old])[: self.keep_rows]
-
-    def _count_sources(self, index: Tensor) -> None:
-        domain, sources, experts = self.context.domain, self.context.sources, self.routed.numel()
-        if domain is None or not sources or len(index) % domain.numel():
-            return
-        source = domain.to(index.device).repeat_interleave(len(index) // domain.numel())
-        known = (source >= 0) & (source < sources)
-        cells = torch.bincount((source[known, None] * experts + index[known]).flatten(), minlength=sources * experts)
-        table = cells.view(sources, experts).cpu()
-        fits = self.by_source is not None and self.by_source.shape == table.shape
-        self.by_source = self.by_source + table if fits else table
 
 
 class Bank(MoE):
@@ -131,6 +156,10 @@ class Bank(MoE):
         self.deepspeed_moe = ClusterMOELayer(gate, self.deepspeed_moe, context, config.freeze.rows)
         for parameter in self.parameters():
             parameter.requires_grad_(False)  # dormant until emergence
+
+    def forward(self, hidden: Tensor, state: ForwardState, again: bool = False) -> Tensor:
+        """See :meth:`ClusterMOELayer.forward`."""
+        return self.deepspeed_moe(hidden, state, again)
 
     @property
     def gate(self) -> ClusterGate:

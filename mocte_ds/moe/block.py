@@ -6,10 +6,10 @@ from enum import StrEnum
 from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
-from mocte_ds.moe.context import BatchContext
+from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.experts import Part, feature_size, make_expert
+from mocte_ds.moe.graph import tag_made, tag_read
 
 
 class BlockMode(StrEnum):
@@ -61,8 +61,9 @@ class Block(nn.Module):
             part = Part(number, len(routers))
             expert = make_expert(ffn, config.expert.kind, config.expert.width, config.num_experts, name, part)
             self.banks.append(Bank(self.hidden_size, expert, config, router, context, vocab_size))
-        self.observe: Callable[[Tensor], None] | None = None
-        self._observed_step = -1
+            self.banks[number].gate.key.name = f"{name}.{number}"
+        self.observe: Callable[[Tensor, ForwardState], None] | None = None
+        """Called with the features (B, T, d) and the state of every pass that is sampled."""
 
     @property
     def num_experts(self) -> int:
@@ -71,37 +72,40 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Features (..., d) to outputs (..., d)."""
-        if self.observe is not None and self.training and self.context.sampling:
-            if self._observed_step != self.context.micro_step:
-                self._observed_step = self.context.micro_step
-                self.observe(hidden.detach())
+        with self.context.block_runs(self, self.name) as (state, again):
+            # The recomputation of what lies around the block finds the state by these tags.
+            tag_read(hidden, state)
+            hidden = hidden.view_as(hidden)
+            tag_made(hidden, state)
+            if not again:
+                self._see(hidden.detach(), state)
+            output = self._output(hidden, state, again)
+            tag_made(output, state)
+        return output
+
+    def _see(self, hidden: Tensor, state: ForwardState) -> None:
+        state.see_features(hidden)
+        if self.observe is not None and state.sampling and state.first_visit(self):
+            self.observe(hidden, state)
+
+    def _output(self, hidden: Tensor, state: ForwardState, again: bool) -> Tensor:
         if self.mode is BlockMode.WARMUP:
             return self.dense(hidden)
         output = self.dense(hidden) if self.kind == "lora" else None
         for bank in self.banks:
-            added = bank(hidden)[0]
+            added = bank(hidden, state, again)
             output = added if output is None else output + added
+        assert output is not None
         return output
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Loss of the last forward for even loads of learned routers; None where none learns.
+        """What the next backward pass adds for even loads of learned routers, without a graph; None for nothing.
 
-        Raises:
-            MocteError: the loss has no gradient although the router trains.
+        Each forward pass carries its loss in its own graph, and brings it into the backward pass that runs through it.
         """
-        if self.mode is BlockMode.WARMUP:
-            return None
-        losses = []
-        for bank in self.banks:
-            if bank.gate.router.learn and bank.gate.router.aux:
-                loss = bank.deepspeed_moe.l_aux
-                if bank.gate.cluster_residual.requires_grad and not loss.requires_grad:
-                    raise MocteError(
-                        f"the loss for even loads of the learned router in {self.name} has no gradient: its forward "
-                        "pass ran without a graph, as reentrant activation checkpointing does. Checkpoint with "
-                        "use_reentrant=False."
-                    )
-                losses.append(loss)
+        layers = [bank.deepspeed_moe for bank in self.banks]
+        pending = self.context.pending()
+        losses = [state.losses[layer] for state in pending for layer in layers if layer in state.losses]
         return sum(losses[1:], losses[0]) if losses else None
 
     def extra_repr(self) -> str:

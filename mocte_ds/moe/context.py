@@ -1,90 +1,225 @@
-"""What the blocks of a model must know of the current batch besides the features: token ids, documents, positions."""
+"""Which forward pass a block runs in: that of the model's call around it, or the one whose part is recomputed."""
 
-from dataclasses import dataclass, field
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.checkpoints.hf.tokens_mocte import Tokens
+from mocte_ds.errors import MocteError
+from mocte_ds.moe.forward import ForwardState, Look, require_domain
+from mocte_ds.moe.graph import backward_task, recomputed_state, tag_made, tag_read
 
-@dataclass
-class Tokens:
-    """What a gate may know of the tokens whose features it routes; B sequences of T tokens."""
-
-    ids: Tensor | None = None
-    """(B, T) or (n,) token ids."""
-    document: Tensor | None = None
-    """(B, T) number of the document each token belongs to, ascending in a sequence; None: every row stands alone."""
-    eod_id: int | None = None
-    """Token id that ends a document."""
-    memory: dict[str, Any] | None = None
-    """In generation, what this gate keeps from call to call; None: nothing is carried on."""
-    continues: bool = False
-    """Whether these tokens follow on those of the last call (generation with a cache)."""
+__all__ = ["BatchContext", "ForwardState", "Look", "Tokens"]
 
 
-@dataclass
+class _Running:
+    """A forward pass that has begun and not ended."""
+
+    def __init__(self, state: ForwardState, task: int, again: bool) -> None:
+        self.state, self.task, self.again = state, task, again
+
+
 class BatchContext:
-    """The current micro-batch; one object is shared by all blocks of a model."""
+    """Knows the forward passes of a model; one object is shared by all of its blocks.
 
-    eod_id: int | None = None
-    """Token id that ends a document; None: every sequence is one document."""
-    token_ids: Tensor | None = None
-    """(B, T) ids, or None where the model is not called with `input_ids`."""
-    domain: Tensor | None = None
-    """(B,) index of the source of each sequence, for reports only."""
-    sources: int = 0
-    """Number of sources that ``domain`` counts."""
-    first_sequence: int = 0
-    """Number of this micro-batch's first sequence in the run, the same however many ranks there are."""
-    micro_step: int = 0
-    """Counts micro-batches; tells a block that a forward is a recomputation of one it has already seen."""
-    sampling: bool = False
-    """True while the controller wants features."""
-    recording: bool = False
-    """True while the controller wants to know which expert each token takes."""
-    groups: Tensor | None = None
-    """(B, T) number of a group for each token, whose way to the experts is recorded too; None: nobody asks."""
-    continues: bool = False
-    """True in a call that goes on with cached keys and values."""
-    memories: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What each gate keeps from call to call in generation."""
+    A hook on the model makes a :class:`ForwardState` for every call and ends it, also where an exception ends the call.
+    """
 
-    def follow(self, model: nn.Module) -> None:
-        """Take `input_ids` from every call of ``model`` (keyword, or first positional integer tensor)."""
+    def __init__(self, eod_id: int | None = None) -> None:
+        """No pass runs.
 
-        def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            usable = isinstance(ids, Tensor) and ids.dim() == 2 and not torch.is_floating_point(ids)
-            self.token_ids = ids if usable else None
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # "cache" from transformers 5.24 on
-            self.continues = not module.training and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
-            if not self.continues:
-                self.memories = {}
-
-        model.register_forward_pre_hook(read, with_kwargs=True)
-
-    def tokens(self, shape: torch.Size, gate: nn.Module) -> Tokens:
-        """What is known of features (B, T, d) or (n, d) of this batch that ``gate`` is about to route."""
-        ids = self.token_ids
-        if len(shape) != 3:
-            return Tokens(ids, None, self.eod_id)
-        if ids is not None and ids.shape != shape[:2]:
-            ids = None
-        device = ids.device if ids is not None else torch.device("cpu")
-        document = self.documents(self.eod_id, shape[0], shape[1], device)
-        memory = None if gate.training else self.memories.setdefault(id(gate), {})
-        return Tokens(ids, document, self.eod_id, memory, self.continues)
-
-    def documents(self, eod_id: int | None, batch: int, length: int, device: torch.device) -> Tensor:
-        """(B, T) number of the document each token belongs to, counted over the micro-batch.
-
-        A document ends with ``eod_id``; without token ids or ``eod_id`` every sequence is one document.
+        Args:
+            eod_id: token id that ends a document; None: every sequence is one document.
         """
-        rows = torch.arange(batch, device=device)[:, None]
-        if eod_id is None or self.token_ids is None or self.token_ids.shape != (batch, length):
-            return rows.expand(batch, length)
-        ends = (self.token_ids == eod_id).to(torch.int64)
-        within = ends.cumsum(dim=1) - ends  # the end token belongs to the document that it ends
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64, device=device), within[:, -1].add(1).cumsum(0)[:-1]])
-        return within + starts[:, None]
+        self.eod_id = eod_id
+        self.usual_tokens: float | None = None
+        """See :class:`ForwardState`."""
+        self.step_tokens: Tensor | int = 0
+        """Tokens of this rank's training passes that count, in this optimizer step."""
+        self.loss_scale: Tensor | float | None = None
+        """Gradient of the model's loss in the backward pass that runs; None: 1."""
+        self.on_abandoned: Callable[[], None] | None = None
+        """Called where a pass that was sampled ended with an exception: some blocks have its features, others not."""
+        self._next: dict[str, Any] = {}
+        self._look: Look | None = None
+        self._passes: list[_Running] = []
+        self._alive: weakref.WeakSet[ForwardState] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled model begins without passes, and no controller watches it.
+        return {"eod_id": self.eod_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["eod_id"])  # type: ignore[misc]
+
+    # ---- the model's calls -----------------------------------------------------------------------------------------
+
+    def follow(self, model: nn.Module, blocks: Iterable[str]) -> None:
+        """Make a state for every call of ``model``, and tag what the modules around its blocks read.
+
+        Args:
+            model: any model.
+            blocks: names of its blocks.
+        """
+        # No closures: a copied model's hooks must tell the copied context.
+        begin = partial(self._begin, list(inspect.signature(model.forward).parameters))
+        model.register_forward_pre_hook(begin, with_kwargs=True)
+        model.register_forward_hook(self._complete)
+        model.register_forward_hook(self._end, always_call=True)
+        around = {name[:i] for name in blocks for i, letter in enumerate(name) if letter == "."}
+        for name in sorted(around):
+            model.get_submodule(name).register_forward_pre_hook(self._tag_input, with_kwargs=True)
+
+    def announce(self, **facts: Any) -> None:
+        """Say what the next call of the model is: fields of its :class:`ForwardState`. It counts as training."""
+        self._next = {**facts, "counting": True}
+
+    def unannounce(self) -> None:
+        """No call came."""
+        self._next = {}
+
+    def _begin(self, names: list[str], module: nn.Module, args: tuple, kwargs: dict) -> None:
+        facts, self._next = self._next, {}
+        given, first = _by_name(names, args, kwargs), args[0] if args else None
+        state, task, again = ForwardState.of_call(given, first, self.eod_id), backward_task(), False
+        if task != -1:
+            # All of the model is checkpointed, or a hook calls it for something else.
+            found = recomputed_state("the model")
+            again = found is not None and found.ids is not None and _same(found.ids, state.ids)
+            state = found if again and found is not None else state
+        else:
+            state.counting = module.training and torch.is_grad_enabled()
+        self._push(state, task, again)
+        if not again:
+            for name, value in facts.items():
+                setattr(state, name, value)
+            require_domain(state.domain, None if state.ids is None else len(state.ids))
+
+    def _push(self, state: ForwardState, task: int = -1, again: bool = False) -> None:
+        if not again:
+            state.usual_tokens, state.look = self.usual_tokens, self._look
+            self._alive.add(state)
+        self._passes.append(_Running(state, task, again))
+
+    def _complete(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        running = self._passes[-1]
+        if running.again:
+            return
+        state = running.state
+        cache = getattr(output, "cache", None)
+        state.leave(getattr(output, "past_key_values", None) if cache is None else cache)
+        tag_made(output, state)
+        self._commit(state)
+        state.sampling = False
+
+    def _end(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
+        if not self._passes:
+            return
+        running = self._passes.pop()
+        running.state.cache = None  # its keys and values have the graph that holds the state
+        if running.state.sampling and not running.again and self.on_abandoned is not None:
+            self.on_abandoned()
+
+    def _commit(self, state: ForwardState) -> None:
+        state.commit()
+        if state.counting and state.token_count is not None:
+            self.step_tokens = self.step_tokens + state.token_count
+            state.counting = False
+
+    def _tag_input(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        state = self._running()
+        if state is None:
+            return
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                tag_read(value, state)
+
+    # ---- the blocks' questions -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def block_runs(self, block: nn.Module, name: str) -> Iterator[tuple[ForwardState, bool]]:
+        """The state of the pass that a block runs in, and whether this is a recomputation.
+
+        A block that is called outside of the model's calls runs in a pass of its own, of which nothing is known.
+
+        Raises:
+            MocteError: a recomputation whose pass is not to be found.
+        """
+        task = backward_task()
+        if self._passes and self._passes[-1].task == task:
+            yield self._passes[-1].state, self._passes[-1].again
+        elif task != -1:
+            yield self._recomputed(name), True
+        else:
+            state = ForwardState(end_id=self.eod_id, counting=block.training)
+            self._push(state)
+            try:
+                yield state, False
+                self._commit(state)
+            finally:
+                self._passes.pop()
+
+    def current(self) -> ForwardState:
+        """The state of the pass that runs; outside of one, that of a pass of which nothing is known."""
+        return self._running() or ForwardState(end_id=self.eod_id)
+
+    def _running(self) -> ForwardState | None:
+        task = backward_task()
+        if self._passes and self._passes[-1].task == task:
+            return self._passes[-1].state
+        return None if task == -1 else recomputed_state()
+
+    def _recomputed(self, name: str) -> ForwardState:
+        found = recomputed_state(name)
+        if found is not None:
+            return found
+        alive = list(self._alive)
+        if len(alive) == 1:
+            return alive[0]
+        raise MocteError(
+            f"{name} runs inside of a backward pass, and the forward pass that it belongs to cannot be found: "
+            f"{len(alive)} passes are waiting for theirs, and the features that the block reads have no gradient. Run "
+            "each pass's backward before the next forward, or do not checkpoint layers below which nothing trains."
+        )
+
+    @contextmanager
+    def running(self, state: ForwardState) -> Iterator[ForwardState]:
+        """Within it blocks that are called by themselves run in this pass."""
+        self._push(state, backward_task())
+        try:
+            yield state
+            self._commit(state)
+        finally:
+            self._passes.pop()
+
+    @contextmanager
+    def looking(self, groups: Tensor | None = None) -> Iterator[Look]:
+        """Record the way of the tokens of the passes that begin within it; see :class:`Look`."""
+        look, before = Look(groups), self._look
+        self._look = look
+        try:
+            yield look
+        finally:
+            self._look = before
+
+    def pending(self) -> list[ForwardState]:
+        """Passes whose graphs are there and whose balance losses no backward pass has brought in yet."""
+        return [state for state in self._alive if state.losses]
+
+
+def _by_name(names: list[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name; a batch that is handed over as one mapping is opened."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) == 1 and isinstance(args[0], Mapping):
+        given = {**args[0], **kwargs}
+    return given
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and one.data_ptr() == other.data_ptr()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mocte_ds.checkpoints.hf.tokens_mocte import Tokens
 from mocte_ds.config import RouterConfig
-from mocte_ds.moe.context import Tokens
+from mocte_ds.moe.balance import Balance, balance_loss
 from mocte_ds.moe.keys import Key, LinearKey, make_key
 
 _TINY = 1e-20
@@ -43,12 +44,20 @@ class ClusterGate(nn.Module):
         """Whether the expert's output is weighted."""
         return self.router.weight != "hard"
 
-    def forward(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    @property
+    def balanced(self) -> bool:
+        """Whether the gate learns and has a loss for even loads."""
+        return self.router.learn and self.router.aux > 0
+
+    def forward(
+        self, features: Tensor, tokens: Tokens, balance: Balance | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Choose.
 
         Args:
             features: (T, d).
             tokens: what else is known of them.
+            balance: what the auxiliary loss is made with; None: even loads, every token counts.
 
         Returns:
             (T, k) int64 experts of each token, the best first; their weights (T, k), or None for the hard weight 1;
@@ -57,6 +66,13 @@ class ClusterGate(nn.Module):
         Raises:
             MocteError: the key needs token ids and there are none.
         """
+        # Never in autocast: logits that are rounded to bf16 send tokens elsewhere.
+        with torch.autocast(features.device.type, enabled=False):
+            return self._choose(features, tokens, balance)
+
+    def _choose(
+        self, features: Tensor, tokens: Tokens, balance: Balance | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if not self.soft:
             return self.key.choose(features.detach().float(), tokens)[:, None], None, None
         learns = self.router.learn
@@ -76,7 +92,10 @@ class ClusterGate(nn.Module):
             weight = weight / (weight.sum(dim=-1, keepdim=True) + (_TINY if sigmoid else 0.0))
         if sigmoid:
             weight = weight * self.router.scale
-        return index, weight, self._balance_loss(index, scores) if learns else None
+        if not learns:
+            return index, weight, None
+        balance = balance or Balance(scores.new_full((scores.shape[1],), 1.0 / scores.shape[1]))
+        return index, weight, self.router.aux * balance_loss(scores, balance, normalised=not sigmoid)
 
     def order(self, logits: Tensor) -> Tensor:
         """(T, E) of which the largest are chosen: the logits, or their sigmoids and what is added to them."""
@@ -91,18 +110,6 @@ class ClusterGate(nn.Module):
         if self.router.learn:
             weight = weight + self.cluster_residual.detach().float()
         return weight, bias
-
-    def _balance_loss(self, index: Tensor, scores: Tensor) -> Tensor:
-        """E * sum over experts of (share of choices) * (mean probability): 1 when even (Fedus et al., Switch, 2021).
-
-        Sigmoids are divided by their sum first (DeepSeek-V3, 2024).
-        """
-        experts = scores.shape[1]
-        probability = scores
-        if self.router.weight == "sigmoid":
-            probability = scores / (scores.sum(dim=-1, keepdim=True) + _TINY)
-        share = torch.bincount(index.flatten(), minlength=experts).float() / max(1, index.numel())
-        return self.router.aux * experts * (share * probability.mean(dim=0)).sum()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ClusterGate":
         """Moves with the model but keeps its precision: a boundary rounded to bf16 sends tokens elsewhere."""

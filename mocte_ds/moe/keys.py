@@ -16,6 +16,11 @@ TABLE_LOGIT = 4.0
 class Key(nn.Module):
     """A routing key: token ids, features and documents in, a choice or logits out. Nothing in it is trained."""
 
+    remembers = False
+    """Whether it keeps something from pass to pass in generation."""
+    name = ""
+    """What that is kept under; no two keys of a model share one."""
+
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
         """(n,) int64 expert of each token.
 
@@ -47,56 +52,25 @@ class LinearKey(Key):
         self.cluster_bias.copy_(bias)
 
     def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
-        return F.linear(features, self.cluster_weight, self.cluster_bias)
+        # Never in autocast: logits that are rounded to bf16 send tokens elsewhere.
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.float(), self.cluster_weight, self.cluster_bias)
 
 
 class PrefixKey(LinearKey):
     """`prefix`: the nearest cluster of the document's mean feature up to and with this token.
 
     The mean of linear logits is the logit of the mean, so E running sums a sequence are all the state: causal, the same
-    in one pass or token by token, and each document of a packed sequence starts anew.
+    in one pass or token by token, and each document of a packed sequence starts anew. Padding is left out.
     """
+
+    remembers = True
 
     def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
         own = super().logits(features, tokens)
-        if tokens.document is None:
-            return own
-        batch, length = tokens.document.shape
-        own = own.view(batch, length, -1)
-        document = tokens.document.to(own.device)
-        # Sums from the start of the sequence, less what stood there when the token's document began. In fp64: the
-        # difference of two long sums must not depend on how far away the start is.
-        sums = own.double().cumsum(dim=1)
-        count = torch.arange(1, length + 1, device=own.device, dtype=torch.float64).expand(batch, length)
-        first = torch.ones_like(document, dtype=torch.bool)
-        first[:, 1:] = document[:, 1:] != document[:, :-1]
-        place = torch.arange(length, device=own.device).expand(batch, length)
-        start = torch.where(first, place, 0).cummax(dim=1).values
-        padded = F.pad(sums, (0, 0, 1, 0))
-        sums = sums - padded.gather(1, start[..., None].expand_as(sums))
-        count = count - start
-        if tokens.memory is not None:
-            sums, count = self._carried(sums, count, start == 0, tokens)
-        return (sums / count[..., None]).float().view(batch * length, -1)
-
-    @staticmethod
-    def _carried(sums: Tensor, count: Tensor, in_first: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Add what the last call left to each sequence's first document, and keep what this one leaves."""
-        memory = tokens.memory
-        if tokens.continues and "sums" in memory:
-            if memory["sums"].shape[0] != sums.shape[0]:
-                raise MocteError(
-                    f"router.kind 'prefix' keeps a state for each of the {memory['sums'].shape[0]} sequences; "
-                    f"generation went on with {sums.shape[0]}. Use greedy search or sampling, not beams."
-                )
-            going_on = in_first & ~memory["ended"][:, None]
-            sums = sums + going_on[..., None] * memory["sums"][:, None]
-            count = count + going_on * memory["count"][:, None]
-        ended = torch.zeros(sums.shape[0], dtype=torch.bool, device=sums.device)
-        if tokens.ids is not None and tokens.eod_id is not None:
-            ended = tokens.ids[:, -1].to(sums.device) == tokens.eod_id
-        memory.update(sums=sums[:, -1], count=count[:, -1], ended=ended)
-        return sums, count
+        if tokens.begins is None:
+            return own  # single rows
+        return tokens.running_mean(self.name, own.view(*tokens.begins.shape, -1)).view_as(own)
 
 
 class TableKey(Key):
@@ -124,18 +98,12 @@ class TableKey(Key):
 class PreviousKey(TableKey):
     """`previous`: a random table from the id of the token before; the first token of a document counts its own id."""
 
+    remembers = True
+
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
-        ids = tokens.ids
-        if ids is None or tokens.document is None or ids.shape != tokens.document.shape:
-            return super().choose(features, tokens)  # single rows: there is no token before
-        before = torch.cat([ids[:, :1], ids[:, :-1]], dim=1)
-        if tokens.continues and tokens.memory and "last" in tokens.memory:
-            before = torch.cat([tokens.memory["last"][:, None], ids[:, :-1]], dim=1)
-        if tokens.memory is not None:
-            tokens.memory["last"] = ids[:, -1]
-        if tokens.eod_id is not None:
-            before = torch.where(before == tokens.eod_id, ids, before)
-        return self.cluster_table[before.reshape(-1).to(self.cluster_table.device)]
+        if tokens.ids is None or tokens.ids.numel() != features.shape[0]:
+            return super().choose(features, tokens)
+        return self.cluster_table[tokens.before().reshape(-1).to(self.cluster_table.device)]
 
 
 KINDS = ("token", "type", "prefix", "previous", "hash", "random")

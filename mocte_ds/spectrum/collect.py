@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mocte_ds.dist.collectives import world
 from mocte_ds.errors import MocteError
-from mocte_ds.moe.context import BatchContext
+from mocte_ds.moe.forward import ForwardState, documents_of
 from mocte_ds.spectrum.sample import Reservoir, Selection, Update, hash_keys
 
 # A shorter stretch of a document says more about its last words than about its source.
@@ -21,12 +21,14 @@ _POSITIONS = 1 << 24
 
 @dataclass(frozen=True)
 class _Batch:
-    """What of a micro-batch belongs to the sample; the same for all blocks."""
+    """What of a micro-batch belongs to the sample; the same for all blocks. Padding does not."""
 
+    real: Tensor | None
+    """(B * T,) bool, False for padding; None: there is none. Rows below are those of real tokens."""
     tokens: Update | None
     documents: Update | None
     document: Tensor
-    """(B * T,) number of each token's document in the micro-batch."""
+    """(rows,) number of each token's document in the micro-batch."""
     lengths: Tensor
     """(D,) tokens of each document."""
 
@@ -61,14 +63,14 @@ class SampleStream:
         self._batch: _Batch | None = None
 
     @torch.no_grad()
-    def batch(self, version: int, context: BatchContext, shape: tuple[int, int], device: torch.device) -> _Batch:
+    def batch(self, version: int, state: ForwardState, shape: tuple[int, int], device: torch.device) -> _Batch:
         """The micro-batch that a block which has taken ``version`` of them is to take now.
 
         Raises:
             MocteError: the block left one out, so that its rows would not be those of the other blocks.
         """
         if version == self.version:
-            self._batch = self._choose(context, *shape, device)
+            self._batch = self._choose(state, *shape, device)
             self.version += 1
         if self._batch is None or version != self.version - 1:
             raise MocteError(
@@ -84,31 +86,33 @@ class SampleStream:
         self.document_facts.clear()
         self.version, self._batch = 0, None
 
-    def _choose(self, context: BatchContext, batch: int, length: int, device: torch.device) -> _Batch:
-        sequence = context.first_sequence + torch.arange(batch, device=device)
-        position = torch.arange(length, device=device)
-        keys = hash_keys(sequence[:, None].expand(batch, length), position.expand(batch, length), self._seed)
-        ids = context.token_ids if context.token_ids is not None else torch.full((batch, length), -1)
-        domain = context.domain if context.domain is not None else torch.full((batch,), -1)
-        domain = domain.to(device)
-        tokens = self.tokens.offer(keys.reshape(-1))
+    def _choose(self, state: ForwardState, batch: int, length: int, device: torch.device) -> _Batch:
+        known = state.tokens((batch, length, 1))
+        real = state.counted((batch, length, 1))
+        real = None if real is None else real.to(device)
+        sequence = state.sequences(batch, device)[:, None].expand(batch, length)
+        # Places among real tokens: how far a sequence is padded depends on what it is batched with.
+        place = torch.arange(length, device=device).expand(batch, length) if real is None else real.cumsum(dim=1) - 1
+        ids = known.ids.to(device) if known.ids is not None else torch.full((batch, length), -1, device=device)
+        domain = state.domain.to(device) if state.domain is not None else torch.full((batch,), -1, device=device)
         source = domain[:, None].expand(batch, length)
-        self.token_facts.apply(torch.stack([ids.to(device).reshape(-1), source.reshape(-1)], dim=1), tokens)
+        document = documents_of(known, real, device)
+        within = document - document[:, :1]
+        flat = [sequence, place, ids, source, document, within]
+        rows = [t.reshape(-1) for t in flat] if real is None else [t[real] for t in flat]
+        sequence, place, ids, source, document, within = rows
+        tokens = self.tokens.offer(hash_keys(sequence, place, self._seed))
+        self.token_facts.apply(torch.stack([ids, source], dim=1), tokens)
 
-        document = context.documents(self._eod_id, batch, length, device).reshape(-1)
-        count = int(document[-1]) + 1
-        lengths = torch.bincount(document, minlength=count)
-        owner = torch.zeros(count, dtype=torch.int64, device=device)
-        owner[document] = torch.arange(batch, device=device).repeat_interleave(length)
-        place = torch.arange(count, device=device)
-        first = torch.full((batch,), count, device=device).scatter_reduce(0, owner, place, "amin")
-        keys = hash_keys(sequence[owner], _POSITIONS + place - first[owner], self._seed)
+        # Some numbers may have no token: those of sequences that are padding alone.
+        number, row, lengths = _first_of_each(document)
+        keys = hash_keys(sequence[row], _POSITIONS + within[row], self._seed)
         enough = (lengths >= MIN_DOCUMENT_TOKENS).nonzero()[:, 0]
         documents = self.documents.offer(keys[enough])
         if documents is not None:
             documents = Update(enough[documents.take], documents.slots)
-        self.document_facts.apply(domain[owner][:, None], documents)
-        return _Batch(tokens, documents, document, lengths)
+        self.document_facts.apply(source[row][:, None], documents)
+        return _Batch(None if real is None else real.reshape(-1), tokens, documents, number, lengths)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values of this rank, for a checkpoint between two checks."""
@@ -127,6 +131,16 @@ class SampleStream:
             getattr(self, name).load_state_dict(state[name])
 
 
+def _first_of_each(document: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n,) document of each row, counted without gaps; (D,) first row and (D,) rows of each."""
+    if not len(document):
+        return document, document, document
+    change = torch.ones_like(document, dtype=torch.bool)
+    change[1:] = document[1:] != document[:-1]
+    number = change.long().cumsum(0) - 1
+    return number, change.nonzero()[:, 0], torch.bincount(number)
+
+
 class FeatureCollector:
     """The sampled features of one block on this rank, the same rows however many ranks share the batch."""
 
@@ -142,18 +156,22 @@ class FeatureCollector:
         self._documents = Reservoir(1, hidden_size, 0, selection=stream.documents)
 
     @torch.no_grad()
-    def see(self, features: Tensor, context: BatchContext) -> None:
+    def see(self, features: Tensor, state: ForwardState) -> None:
         """Take what the sample wants of one micro-batch.
 
         Args:
             features: (B, T, d), or (T, d) for one sequence.
-            context: token ids, sources and place of the micro-batch in the run.
+            state: of the pass: token ids, padding, sources and place in the run.
         """
-        features = features[None] if features.dim() == 2 else features
+        if features.dim() == 2:
+            known = state.ids is not None and state.ids.dim() == 2 and state.ids.numel() == len(features)
+            features = features.view(*state.ids.shape if known else (1, len(features)), -1)
         batch, length, width = features.shape
-        wanted = self._stream.batch(self._version, context, (batch, length), features.device)
+        wanted = self._stream.batch(self._version, state, (batch, length), features.device)
         self._version += 1
         flat = features.reshape(-1, width)
+        if wanted.real is not None:
+            flat = flat[wanted.real]
         self._tokens.apply(flat, wanted.tokens)
         if wanted.documents is not None:
             sums = torch.zeros(len(wanted.lengths), width, device=flat.device)

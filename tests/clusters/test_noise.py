@@ -4,8 +4,6 @@ The whole path of a check but the ranks: a decoder's forward passes, the collect
 centred directions, detection.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
@@ -66,15 +64,14 @@ def coordinates(style: str, steps: int, seed: int, source: Source) -> list[tuple
         model(ids[:, :-1], ids[:, 1:]).backward()
         optimizer.step()
     blocks = attach(model, MocteConfig.from_dict({"modules": "model.layers.*.mlp", "eod_id": EOD}))
-    context, collectors, stream = blocks[0].context, [], SampleStream(64, DOCUMENTS, seed, EOD)
+    collectors, stream = [], SampleStream(64, DOCUMENTS, seed, EOD)
     for block in blocks:
         collectors.append(FeatureCollector(HIDDEN, stream))
-        block.observe = partial(collectors[-1].see, context=context)
-    context.sampling = True
+        block.observe = collectors[-1].see
     with torch.no_grad():
         for step in range(DOCUMENTS // BATCH):
-            ids, context.domain = source.batch()
-            context.first_sequence, context.micro_step = step * BATCH, step
+            ids, domain = source.batch()
+            blocks[0].context.announce(first_sequence=step * BATCH, domain=domain, sampling=True)
             model(ids[:, :-1])
     found = []
     for collector in collectors:

@@ -9,6 +9,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.birth import copy_dense_weights
+from mocte_ds.moe.forward import ForwardState, documents_of
 
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -118,7 +119,9 @@ def test_documents_of_a_packed_batch():
     (block,) = attach(model, MocteConfig.from_dict({"modules": "model.layers.0.mlp"}))
     assert isinstance(block, Block)
     ids = torch.tensor([[5, 0, 7, 8, 0], [1, 2, 3, 4, 5]])
+    shape, states = (2, 5, 1), []
+    block.register_forward_pre_hook(lambda *_: states.append(block.context.current()))
     model(input_ids=ids)
-    found = block.context.documents(0, 2, 5, ids.device)
-    assert found.tolist() == [[0, 0, 1, 1, 1], [2, 2, 2, 2, 2]]
-    assert block.context.documents(None, 2, 5, ids.device).tolist() == [[0] * 5, [1] * 5]
+    assert torch.equal(states[0].ids, ids)
+    found = [documents_of(ForwardState(ids, end).tokens(shape), None, ids.device).tolist() for end in (0, None)]
+    assert found == [[[0, 0, 1, 1, 1], [2, 2, 2, 2, 2]], [[0] * 5, [1] * 5]]

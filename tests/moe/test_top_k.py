@@ -58,7 +58,8 @@ def test_outputs_and_gradients(top_k: int, normalise: bool, weighing: str) -> No
     model, block = emerged(top_k=top_k, normalise=normalise, weight=weighing, scale=scale)
     bank, features = block.banks[0], torch.randn(2, T // 2, D, requires_grad=True)
     gate, parameters = bank.gate, list(bank.parameters())
-    block.context.domain, block.context.sources, block.context.sampling = torch.tensor([0, 1]), 2, True
+    share = bank.deepspeed_moe.share = torch.rand(E)
+    block.context.announce(domain=torch.tensor([0, 1]), sources=2, sampling=True)
     output = model(features)
     auxiliary = block.auxiliary_loss()
     found = torch.autograd.grad(output.square().sum() + auxiliary, [features, *parameters])
@@ -75,7 +76,6 @@ def test_outputs_and_gradients(top_k: int, normalise: bool, weighing: str) -> No
     weight, probability = weight * scale, scores / scores.sum(-1, keepdim=True)
     every = torch.stack([expert(rows) for expert in bank.local_experts], dim=1)
     expected = (weight[..., None] * every).sum(1).view_as(features)
-    share = chosen.float().sum(0) / (T * top_k)
     even = 0.01 * E * (share * probability.mean(0)).sum()
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(auxiliary, even)
@@ -90,14 +90,14 @@ def test_outputs_and_gradients(top_k: int, normalise: bool, weighing: str) -> No
 
 def test_what_is_recorded_is_the_best_expert() -> None:
     model, block = emerged(top_k=2)
-    block.context.recording, block.context.groups = True, torch.arange(T).view(2, -1)
     features = torch.randn(2, T // 2, D)
-    model.eval()(features)
+    with block.context.looking(torch.arange(T).view(2, -1)) as look:
+        model.eval()(features)
     layer, gate = block.banks[0].deepspeed_moe, block.banks[0].gate
     weight, bias = gate.linear()
     order = (features.reshape(T, D) @ weight.T + bias).argsort(dim=-1, descending=True)
-    assert torch.equal(layer.recorded, order[:, 0])
-    for k, rows in layer.recorded_groups.items():
+    assert torch.equal(look.routes[layer], order[:, 0])
+    for k, rows in look.rows[layer].items():
         assert sorted(rows.tolist()) == sorted((order[:, :2] == k).any(1).nonzero()[:, 0].tolist())
 
 

@@ -67,6 +67,9 @@ def reference(kind: str) -> dict[str, Any]:
     torch.manual_seed(0)
     net = Net()
     experts: list[list[FFN]] = []
+    # Of the last step's global batch; even before the first.
+    shares = [torch.full((EXPERTS,), 1 / EXPERTS) for _ in range(2)]
+    loads = [torch.zeros(EXPERTS, dtype=torch.int64) for _ in range(2)]
     routers: list[torch.nn.Parameter] = []
     optimizers: dict[torch.nn.Parameter, torch.optim.AdamW] = {}
 
@@ -86,8 +89,8 @@ def reference(kind: str) -> dict[str, Any]:
             prior = (x if kind == "random" else x.detach()) @ gate_weight(i).T
             probability = (prior + x @ routers[i].T).softmax(1)
             index = probability.argmax(1)
-            share = torch.bincount(index, minlength=EXPERTS) / len(x)
-            even = even + AUX * EXPERTS * (share * probability.mean(0)).sum()
+            loads[i] += torch.bincount(index, minlength=EXPERTS)
+            even = even + AUX * EXPERTS * (shares[i] * probability.mean(0)).sum()
             outputs = torch.stack([expert(x) for expert in experts[i]], dim=1)
             rows = torch.arange(len(x))
             x = x + outputs[rows, index] * probability[rows, index, None]
@@ -116,6 +119,9 @@ def reference(kind: str) -> dict[str, Any]:
             ((loss + even) / PARTS).backward()
             total += loss.item() / PARTS
         clipped_step(optimizers, CLIP)
+        for i, load in enumerate(loads):
+            shares[i] = load / load.sum() if load.any() else shares[i]
+            load.zero_()
         losses.append(total)
     return {"losses": losses, "routers": [router.detach() for router in routers]}
 

@@ -19,7 +19,7 @@ def margins(block: Block, features: Tensor) -> Tensor:
     """How far the last chosen expert's logit is above the next, relative to |gate| |feature|, in the closest bank.
 
     Args:
-        block: with its weights; its context knows the token ids.
+        block: with its weights; the pass that it runs in knows the token ids.
         features: (B, T, d).
 
     Returns:
@@ -32,7 +32,7 @@ def margins(block: Block, features: Tensor) -> Tensor:
         linear = isinstance(gate.key, LinearKey)
         if not linear and not gate.router.learn:
             continue
-        logits = gate.key.logits(rows, block.context.tokens(features.shape, gate))
+        logits = gate.key.logits(rows, block.context.current().tokens(features.shape))
         matrix = gate.key.cluster_weight if linear else torch.zeros(1)
         if gate.router.learn:
             logits = logits + F.linear(rows, gate.cluster_residual.float())

@@ -3,6 +3,7 @@
 Layer by layer, both sides beside each other, so that neither model is ever in memory as a whole.
 """
 
+import contextlib
 import gc
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from mocte_ds.checkpoints.source import Source
 from mocte_ds.errors import CheckpointError
 from mocte_ds.models.layers import rotary_angles
 from mocte_ds.moe.block import Block
+from mocte_ds.moe.forward import ForwardState
 
 PROBE = (4, 64)
 
@@ -118,6 +120,13 @@ def _begin(source: Source) -> _Run:
     return _Run(ids, x, x, x.bfloat16() if source.dtype == "bf16" else None, torch.ones(ids.shape, dtype=torch.bool))
 
 
+def _pass_of(layer: nn.Module, ids: Tensor) -> Any:
+    """A forward pass for a layer that is called by itself."""
+    if not isinstance(layer.mlp, Block):
+        return contextlib.nullcontext()
+    return layer.mlp.context.running(ForwardState(ids, layer.mlp.context.eod_id))
+
+
 @torch.no_grad()
 def _step(source: Source, layout: Layout, pieces: Pieces, run: _Run, number: int) -> int:
     """One layer of all; the number of experts that were compared."""
@@ -126,7 +135,6 @@ def _step(source: Source, layout: Layout, pieces: Pieces, run: _Run, number: int
     if number in source.emerged or number in layout.blocks:
         count = compare_experts(source.blocks[number], layer.mlp, theirs, pieces)
     if isinstance(layer.mlp, Block):
-        layer.mlp.context.token_ids = run.ids
 
         def look(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             run.decided &= margins(block, inputs[0]) > MARGIN
@@ -135,7 +143,8 @@ def _step(source: Source, layout: Layout, pieces: Pieces, run: _Run, number: int
     rotation = None
     if source.config.style == "llama":
         rotation = rotary_angles(source.config, run.ids.shape[1], run.ours)
-    run.ours = layer(run.ours, rotation)
+    with _pass_of(layer, run.ids):
+        run.ours = layer(run.ours, rotation)
     # Attention carries a token's other expert to all positions behind it.
     run.decided = run.decided.cummin(dim=1).values
     del layer

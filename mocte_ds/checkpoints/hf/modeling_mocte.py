@@ -12,7 +12,8 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_mocte import MocteLMConfig
-from .routing_mocte import MocteRouter, Tokens
+from .routing_mocte import MocteRouter, read_tokens
+from .tokens_mocte import Tokens
 
 # Shapes: B sequences, T tokens of this call, S with those in the cache, d features, h features a head.
 
@@ -193,9 +194,12 @@ class MocteModel(MoctePreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cache: Any = None,
-        **_kwargs: Any,
+        **packing: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, d); arguments as in every model of transformers (``cache`` is ``past_key_values``).
+
+        Where a document begins, routers start anew: after ``document_end_id``, where position_ids begin at 0 again, and
+        as transformers' `cu_seq_lens_q` or `seq_idx` say. Attention does not read these.
 
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds, a mask of other than two dimensions, a static
@@ -224,7 +228,8 @@ class MocteModel(MoctePreTrainedModel):
         else:
             rotation = rotary_angles(self.config, positions, x)
         mask = seen_keys(x, attention_mask, past, self.config.attention_window)
-        tokens = Tokens.read(self.config, x, input_ids, attention_mask, cache)
+        given = {**packing, "attention_mask": attention_mask, "position_ids": position_ids}
+        tokens = read_tokens(self.config, x, input_ids, given, cache)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x]
         for layer in self.layers:
@@ -273,6 +278,7 @@ class MocteForCausalLM(MoctePreTrainedModel, GenerationMixin):
             use_cache,
             output_hidden_states,
             cache,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])

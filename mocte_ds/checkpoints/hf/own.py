@@ -12,7 +12,7 @@ from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import ffn_shape
 from mocte_ds.moe.keys import TABLES
 
-FILES = ("configuration_mocte.py", "modeling_mocte.py", "routing_mocte.py")
+FILES = ("configuration_mocte.py", "modeling_mocte.py", "routing_mocte.py", "tokens_mocte.py")
 _ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale")
 _RENAMED = (
     (re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\."), ".experts."),
@@ -94,13 +94,13 @@ def own(source: Source, special: SpecialIds, reason: str | None = None) -> Layou
 def own_step(model: nn.Module, features: Tensor, ids: Tensor) -> Tensor:
     """The first layer of the own class; learned positions are in the features already."""
     from mocte_ds.checkpoints.hf.modeling_mocte import rotary_angles, seen_keys
-    from mocte_ds.checkpoints.hf.routing_mocte import Tokens
+    from mocte_ds.checkpoints.hf.routing_mocte import read_tokens
 
     rotation = None
     if model.config.style == "llama":
         rotation = rotary_angles(model.config, torch.arange(features.shape[1])[None], features)
     mask = seen_keys(features, None, 0, model.config.attention_window)
-    return model.model.layers[0](features, Tokens.read(model.config, features, ids, None, None), rotation, mask, None)
+    return model.model.layers[0](features, read_tokens(model.config, features, ids), rotation, mask, None)
 
 
 def _own_class() -> Any:

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from mocte_ds.checkpoints.hf.closeness import MARGIN, margins, require_close
 from mocte_ds.checkpoints.hf.pieces import Pieces
-from mocte_ds.checkpoints.hf.routing_mocte import Tokens
+from mocte_ds.checkpoints.hf.routing_mocte import read_tokens
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
+from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.keys import LinearKey
 
 _GATED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -58,13 +59,14 @@ def _compare_function(block: Block, mlp: nn.Module, model: nn.Module, pieces: Pi
     features = near.repeat_interleave(8, dim=0)
     features = (features + 0.3 * torch.randn(features.shape, generator=generator))[None]
     ids = torch.randint(pieces.layout.config.vocab_size, features.shape[:2], generator=generator)
-    block.context.token_ids = ids
-    clear = margins(block, features) > MARGIN
+    known = ForwardState(ids, block.context.eod_id)
+    with block.context.running(known):
+        clear, expected = margins(block, features) > MARGIN, block(features)
     if not clear.any():
         return  # a gate of equal rows, which the logits will show
-    inputs = (features, Tokens.read(model.config, features, ids, None, None)) if hasattr(mlp, "banks") else (features,)
+    inputs = (features, read_tokens(model.config, features, ids)) if hasattr(mlp, "banks") else (features,)
     output = pieces.run(mlp, *inputs)
-    require_close(output[clear], block(features)[clear], f"{pieces.folder}: the outputs of {block.name}")
+    require_close(output[clear], expected[clear], f"{pieces.folder}: the outputs of {block.name}")
 
 
 def _own(mlp: nn.Module) -> list[dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from mocte_ds.checkpoints.source import Source
 from mocte_ds.errors import CheckpointError
 from mocte_ds.models.layers import rotary_angles
 from mocte_ds.moe.block import Block
+from mocte_ds.moe.forward import ForwardState
 
 _ROWS = 16  # features that an expert is compared at
 
@@ -65,14 +66,14 @@ def _ours(source: Source, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor
     for i in range(source.config.num_layers):
         layer = source.part(f"model.layers.{i}")
         if isinstance(layer.mlp, Block):
-            layer.mlp.context.token_ids = ids
             features: list[Tensor] = []
             hook = layer.mlp.register_forward_pre_hook(
                 lambda _block, inputs, features=features: features.extend(inputs)
             )
-            x = layer(x, rotation)
-            hook.remove()
-            decided &= margins(layer.mlp, features[0]) > MARGIN
+            with layer.mlp.context.running(ForwardState(ids, layer.mlp.context.eod_id)):
+                x = layer(x, rotation)
+                hook.remove()
+                decided &= margins(layer.mlp, features[0]) > MARGIN
             experts += _compare_experts(layer.mlp, model.decoder.layers[i].mlp.experts.local_experts)
         else:
             x = layer(x, rotation)

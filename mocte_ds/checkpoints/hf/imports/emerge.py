@@ -25,6 +25,7 @@ from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.birth import set_gate
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import Part, make_expert
+from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.zero import UnitRegistry
 
@@ -119,8 +120,8 @@ class Emerged:
     @torch.no_grad()
     def _collect(self, run: RunState, ids: Tensor, domain: Tensor, tell: Callable[[str], None]) -> None:
         """Hand the features in front of every block to its collector."""
-        config, context = self.source.config, run.context
-        context.token_ids, context.domain, context.sources = ids, domain, len(run.domain_names)
+        config = self.source.config
+        state = ForwardState(ids, run.context.eod_id, domain=domain, sources=len(run.domain_names))
         x = self.source.read("model.embed_tokens.weight")[ids]
         if config.style == "gpt2":
             x = x + self.source.read("model.embed_positions.weight")[: ids.shape[1]]
@@ -134,7 +135,7 @@ class Emerged:
             collector = collectors.get(f"model.layers.{number}.mlp")
             if collector is not None:
                 # All sequences as one micro-batch: blocks take turns, and the next one comes a layer later.
-                collector.see(torch.cat(seen), context)
+                collector.see(torch.cat(seen), state)
             tell(f"features of layer {number + 1} of {config.num_layers}")
 
     def _expert(self, block: str, bank: int, name: str, kind: torch.dtype) -> Tensor:

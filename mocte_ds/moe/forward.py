@@ -1,0 +1,238 @@
+"""What belongs to one forward pass: its tokens, its place in the run, and what the blocks found on the way."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mocte_ds.checkpoints.hf.tokens_mocte import RoutingState, Tokens, given_tokens, state_in
+from mocte_ds.errors import MocteError
+
+if TYPE_CHECKING:
+    from mocte_ds.moe.bank import ClusterMOELayer
+
+# Shapes: B sequences of T tokens, n = B T rows, E experts, S sources.
+
+_IGNORED = -100
+# Sequences of a forward pass beyond the micro-batch's size (two texts a sample, for example) are numbered from here on.
+_BEYOND = 1 << 40
+
+
+@dataclass(eq=False)
+class Look:
+    """Which way the tokens of a forward pass took, by layer of experts."""
+
+    groups: Tensor | None = None
+    """(B, T) number of a group for each token, whose way to the experts is recorded too; None: nobody asks."""
+    routes: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
+    """(n,) best expert of each token."""
+    rows: dict["ClusterMOELayer", dict[int, Tensor]] = field(default_factory=dict)
+    """By global expert the groups of the rows that it read."""
+
+
+@dataclass(eq=False)
+class ForwardState:
+    """One forward pass. It lives as long as its graph, where its recomputation finds it again.
+
+    It holds no tensor that has a graph: the graph holds the state, and nothing would ever free the circle.
+    """
+
+    ids: Tensor | None = None
+    """(B, T) or (n,) token ids; None where the model is not called with `input_ids`."""
+    end_id: int | None = None
+    """Token id that ends a document; None: every sequence is one document."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the call that tell of padding and packing, and its labels."""
+    domain: Tensor | None = None
+    """(B,) index of the source of each sequence, for reports only."""
+    sources: int = 0
+    """Number of sources that ``domain`` counts."""
+    first_sequence: int = 0
+    """Number of the first sequence in the run, the same however many ranks there are."""
+    micro_batch: int | None = None
+    """Sequences that have numbers of their own in a row; None: all."""
+    sampling: bool = False
+    """Whether the controller wants features."""
+    counting: bool = False
+    """Whether this pass trains: its tokens count."""
+    look: Look | None = None
+    """Where to record the tokens' way; None: nobody asks."""
+    cache: Any = None
+    """Of keys and values in generation; what routers remember travels with it."""
+    cached: int = 0
+    """Tokens in it before this pass."""
+    shares: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
+    """Loads that the balance loss of this pass was made with, for its recomputation."""
+    usual_tokens: float | None = None
+    """Tokens of a forward pass in the last optimizer step, which the balance loss is divided by; None: this one's."""
+    losses: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
+    """() balance losses, without a graph, that no backward pass has brought in yet."""
+    token_count: Tensor | int | None = None
+    """Tokens of this pass that count; None before the first block."""
+    _tokens: dict[tuple[int, ...], Tokens] = field(default_factory=dict)
+    _counts: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
+    _tables: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
+    _seen: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of_call(cls, given: dict[str, Any], first: Any, end_id: int | None) -> "ForwardState":
+        """From the arguments of a model's call.
+
+        Args:
+            given: by name.
+            first: the first argument, which counts as token ids where it can and nothing is called `input_ids`.
+            end_id: token that ends a document.
+        """
+        ids = given.get("input_ids", first)
+        usable = isinstance(ids, Tensor) and ids.dim() == 2 and not torch.is_floating_point(ids)
+        cache = cache_of(given.get("cache", given.get("past_key_values")))  # "cache" from transformers 5.24 on
+        named = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seqlens", "seq_idx", "labels")
+        told = {name: given[name] for name in named if isinstance(given.get(name), Tensor)}
+        cached = int(cache.get_seq_length()) if cache is not None else 0
+        return cls(ids if usable else None, end_id, told, cache=cache, cached=cached)
+
+    def tokens(self, shape: torch.Size | tuple[int, ...], remembers: bool = False) -> Tokens:
+        """What is known of features (B, T, d) or (n, d) of this pass; the same object for all blocks.
+
+        Args:
+            shape: of the features.
+            remembers: whether a router asks that keeps something from pass to pass.
+
+        Raises:
+            MocteError: it does, and the cache is one that it cannot keep it in, or holds tokens it has not seen.
+        """
+        place = tuple(shape[:-1])
+        found = self._tokens.get(place)
+        if found is None:
+            found = self._tokens[place] = self._read(place)
+        if remembers and self.cache is not None and found.begins is not None and found.state is None:
+            found.state = self._remembered()
+        return found
+
+    def _read(self, place: tuple[int, ...]) -> Tokens:
+        ids, count = self.ids, 1
+        for size in place:
+            count *= size
+        if len(place) != 2:
+            if ids is not None and ids.numel() != count:
+                ids = None
+            real = None
+            if self.ids is not None and ids is not None and ids.dim() == 2:
+                real = given_tokens((ids.shape[0], ids.shape[1]), dict(self.given))[0]
+            return Tokens(ids, None if real is None else real.reshape(place))
+        if ids is not None and tuple(ids.shape) != place:
+            ids = None
+        return Tokens.of((place[0], place[1]), ids, self.end_id, dict(self.given))
+
+    def _remembered(self) -> RoutingState | None:
+        if getattr(self.cache, "is_compileable", False):
+            raise MocteError(
+                "routers of the kinds 'previous' and 'prefix' cannot keep their state in a static cache; generate with "
+                "cache_implementation 'dynamic'."
+            )
+        try:
+            return state_in(self.cache, self.cached)
+        except ValueError as error:
+            raise MocteError(f"generation with routers of the kinds 'previous' and 'prefix': {error}") from None
+
+    def leave(self, cache: Any) -> None:
+        """Put what routers remember into the cache that the pass has used, if there is one."""
+        cache = cache_of(cache) if self.cache is None else self.cache
+        for tokens in self._tokens.values():
+            if cache is not None and hasattr(cache, "layers"):
+                tokens.leave(cache)
+            tokens.kept = {}
+        self.cache = None  # its keys and values have the graph that holds this state
+
+    def counted(self, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
+        """(...,) bool of features (..., d): False for padding; None where every token counts.
+
+        Without an attention mask, tokens at the end of a sequence are padding if there are two or more of them, all
+        with one id and the label -100. A prompt that has the label -100 is text, and counts.
+        """
+        tokens = self.tokens(shape)
+        if tokens.real is not None:
+            return tokens.real
+        ids, labels = tokens.ids, self.given.get("labels")
+        if ids is None or labels is None or labels.shape != ids.shape or ids.dim() != 2:
+            return None
+        same = (labels.to(ids.device) == _IGNORED) & (ids == ids[:, -1:])
+        run = same.flip(1).long().cumprod(dim=1).flip(1)
+        return (run == 0) | (run.sum(dim=1, keepdim=True) < 2)
+
+    def sequences(self, batch: int, device: torch.device) -> Tensor:
+        """(B,) int64 number of each sequence in the run."""
+        place = torch.arange(batch, device=device)
+        if self.micro_batch:
+            place = place % self.micro_batch + place // self.micro_batch * _BEYOND
+        return self.first_sequence + place
+
+    def first_visit(self, block: object) -> bool:
+        """Whether a block runs for the first time in this pass."""
+        known = id(block) in self._seen
+        self._seen.add(id(block))
+        return not known
+
+    def see_features(self, features: Tensor) -> None:
+        """Count this pass's tokens, at the first block."""
+        if self.token_count is None:
+            counted = self.counted(features.shape)
+            self.token_count = features.numel() // features.shape[-1] if counted is None else counted.sum()
+
+    def count(self, layer: "ClusterMOELayer", counts: Tensor, table: Tensor | None) -> None:
+        """Remember what a layer of experts has counted until the pass is complete.
+
+        Args:
+            layer: which.
+            counts: (E,) tokens of each expert.
+            table: (S, E) tokens by source and expert, or None.
+        """
+        before = self._counts.get(layer)
+        self._counts[layer] = counts if before is None else before + counts
+        if table is not None:
+            before = self._tables.get(layer)
+            self._tables[layer] = table if before is None else before + table
+
+    def commit(self) -> None:
+        """The pass is complete: its tokens count."""
+        for layer, counts in self._counts.items():
+            layer.add_counts(counts, self._tables.get(layer))
+        self._counts, self._tables = {}, {}
+
+
+def cache_of(cache: Any) -> Any:
+    """The cache that grows with the tokens: an encoder-decoder has one more, of the encoder's."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    return cache if hasattr(cache, "get_seq_length") else None
+
+
+def documents_of(tokens: Tokens, counted: Tensor | None, device: torch.device) -> Tensor:
+    """(B, T) number of the document that each token belongs to, counted over the batch, ascending.
+
+    Numbers are those of a batch without padding: what stands in front of a sequence's first real token is not counted.
+    A padded token has the number of the document around it.
+    """
+    starts = tokens.starts(device).long()
+    within = starts.cumsum(dim=1)
+    real = torch.ones_like(within, dtype=torch.bool) if counted is None else counted.to(device)
+    big = torch.iinfo(torch.int64).max
+    least = torch.where(real, within, big).amin(dim=1, keepdim=True)
+    within = torch.where(least == big, 0, (within - least).clamp(min=0))
+    each = within.amax(dim=1) + 1
+    first = each.cumsum(0) - each
+    return within + first[:, None]
+
+
+def require_domain(domain: Tensor | None, batch: int | None) -> None:
+    """Refuse sources that are not those of this batch.
+
+    Raises:
+        MocteError: another number of sequences.
+    """
+    if domain is not None and batch is not None and tuple(domain.shape) != (batch,):
+        raise MocteError(
+            f"engine.mocte.annotate was given the sources of {tuple(domain.shape)} sequences, and the next forward "
+            f"pass has {batch}: call annotate(domain, names) before every forward pass, with one index a sequence."
+        )
