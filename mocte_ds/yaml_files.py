@@ -71,7 +71,7 @@ def parse_yaml(text: str, what: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """PyYAML's reader of YAML 1.1 with the scalars of YAML 1.2 and bounds."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def __init__(self, stream: str) -> None:
@@ -190,5 +190,5 @@ _CONSTRUCTORS: tuple[tuple[str, Any], ...] = (
     ("map", _Loader.construct_yaml_map),
 )
 for _kind, _construct in _CONSTRUCTORS:
-    _Loader.add_constructor(f"{_TAG}{_kind}", _construct)
-_Loader.add_constructor(None, _Loader.construct_undefined)
+    _Loader.yaml_constructors[f"{_TAG}{_kind}"] = _construct
+_Loader.yaml_constructors[None] = _Loader.construct_undefined

@@ -63,6 +63,10 @@ class ProbeSet:
         self._valid: list[Tensor] = []
         self._domain: list[Tensor] = []
         self.complete = False
+        self.collected = False
+        """True where the set was taken from the first step."""
+        self.needs_labels = False
+        """True for a model that cannot be called without labels."""
 
     def offer(
         self, args: tuple, kwargs: Mapping[str, Any], offset: int, batch: int, domain: Tensor | None = None
@@ -98,7 +102,7 @@ class ProbeSet:
             fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == ids.shape[0]
             return value.detach()[chosen.to(value.device)].cpu() if fits else value
 
-        given = {name: value for name, value in kwargs.items() if name != "labels"}
+        given = {name: value for name, value in kwargs.items() if name != "labels" or self.needs_labels}
         self._parts.append(([cut(value) for value in args], {name: cut(value) for name, value in given.items()}))
 
     def give(self, ids: Tensor, domain: Tensor | None) -> None:
@@ -116,6 +120,8 @@ class ProbeSet:
         if not len(mine):  # company, see below
             mine, self._valid = chosen[:1], [torch.zeros(1, dtype=torch.bool)]
         self._parts, self._domain = [((), {"input_ids": ids[mine].cpu()})], [known[mine]]
+        if self.needs_labels:
+            self._parts[0][1]["labels"] = ids[mine].cpu()
         self.complete = True
 
     def finish(self) -> None:
@@ -130,7 +136,7 @@ class ProbeSet:
         kwargs = {name: _joined([part[1][name] for part in parts]) for name in first[1]}
         self._parts, self._valid = [(args, kwargs)], [torch.cat([self._valid[i] for i in same])]
         self._domain = [torch.cat([self._domain[i] for i in same])]
-        self.complete = True
+        self.complete = self.collected = True
 
     def read(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeReading | None:
         """One pass in evaluation mode (collective); None where nothing was collected on some rank."""
