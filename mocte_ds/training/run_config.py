@@ -213,9 +213,7 @@ def _check(run: RunConfig, path: Path) -> None:
     if not run.data.prepared:
         raise ConfigError(f"{path}: data.prepared is missing; name the folder that tools/prepare_data.py made.")
     if run.data.weights is not None and not any(run.data.weights.values()):
-        raise ConfigError(
-            f"{path}: data.weights must give a domain a weight greater than 0; null: by tokens."
-        )
+        raise ConfigError(f"{path}: data.weights must give a domain a weight greater than 0; null: by tokens.")
     for name in ("steps", "batch_tokens"):
         if not getattr(t, name):
             raise ConfigError(f"{path}: training.{name} = 0 must be 1 or more.")

@@ -1,6 +1,5 @@
 """What a run has and megatron-core's model does not, in a folder beside it, so that the way back loses nothing."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
