@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
+from mocte_ds.paths import require_folder_for
 from mocte_ds.training.run_config import read_run
 
 EXTENSIONS = Path(__file__).resolve().parents[1] / ".cache" / "torch_extensions"
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _pretrain(args: argparse.Namespace) -> int:
     run = read_run(args.run, args.set)
-    out = args.out or Path("runs") / args.run.stem
+    out = Path("runs") / args.run.stem if args.out is None else args.out
+    require_folder_for(out, "--out")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     from mocte_ds.training.start import make_start
 

@@ -1,12 +1,32 @@
 """One way to end a command line: success, or an error message that says what to do."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from mocte_ds.errors import MocteError
+
+_ROOM, _PLACE = "make room, or name another folder", "name another path"
+_RIGHTS = "change its rights, or name another path"
+_WAYS_OUT = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EROFS: _PLACE,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.ENAMETOOLONG: "name a shorter one",
+    errno.ENOTDIR: _PLACE,
+    errno.EISDIR: _PLACE,
+    errno.EEXIST: _PLACE,
+    errno.ELOOP: _PLACE,
+    errno.EIO: "look at the disk, or name another folder",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files (ulimit -n)",
+}
+"""What a user can do about the machine's own errors."""
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
@@ -15,13 +35,20 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     Args:
         main: takes no arguments; returns an exit code or None for success.
 
-    Errors that a user can mend (:class:`MocteError`) and a full disk are printed as one message, exit code 2. Anything
-    else is a defect of ours and keeps its stack trace.
+    Errors that a user can mend, ours (:class:`MocteError`) and the machine's (a full disk, a path that cannot be
+    used), are printed as one message, exit code 2. Anything else is a defect of ours and keeps its stack trace.
     """
     try:
         code = main() or 0
     except MocteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except OSError as error:
+        if error.errno not in _WAYS_OUT:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        told = f"error: {where}{error.strerror}; {_WAYS_OUT[error.errno]}."
+        print(told, file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

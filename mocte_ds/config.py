@@ -1,12 +1,15 @@
 """The "mocte" block of a DeepSpeed config: every field documented, defaulted and checked before any work starts."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from mocte_ds.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, Seed, Share
 from mocte_ds.errors import ConfigError
-from mocte_ds.sections import parse_section
+from mocte_ds.sections import check_section, parse_section
+from mocte_ds.shown import shown
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class ExpertConfig:
 
     kind: Literal["ffn", "lora"] = "ffn"
     """`ffn`: a full FFN, born as a copy of the dense one; `lora`: a narrow bypass, born as zero, beside it."""
-    width: int | None = None
+    width: Count | None = None
     """Hidden units of a `lora` expert; null: the FFN's width / num_experts. `ffn` experts keep the FFN's width."""
 
 
@@ -35,13 +38,13 @@ class RouterConfig:
     the sigmoids before the choice, not to the weights."""
     learn: bool = False
     """The router above as the birth of a trained one: its logits plus a residual W h from zero. Not with `hard`."""
-    top_k: int = 1
+    top_k: Count = 1
     """Experts that each token is sent to. More than one not with `hard`, and need a kind with logits or `learn`."""
     normalise: bool = False
     """The weights of a token's experts are divided by their sum, as in Mixtral."""
-    scale: float = 1.0
+    scale: Positive = 1.0
     """With `sigmoid`: factor of all weights."""
-    aux: float = 0.01
+    aux: NotNegative = 0.01
     """Weight of a learned router's loss for even loads, which the engine adds to the model's loss."""
 
 
@@ -49,17 +52,17 @@ class RouterConfig:
 class SpectrumConfig:
     """The distributed sampled SVD of the features."""
 
-    rank: int = 8
+    rank: Annotated[int, Bounds(1, 1 << 16)] = 8
     """Singular directions that are kept."""
-    rows: int = 2048
+    rows: Annotated[int, Bounds(16, 1 << 24)] = 2048
     """Token features sampled over all ranks for one check."""
-    documents: int = 1024
+    documents: Annotated[int, Bounds(16, 1 << 24)] = 1024
     """Document means sampled over all ranks for one check."""
-    doublings: int = 2
+    doublings: Annotated[int, Bounds(0, 16)] = 2
     """How often the sample is doubled while it determines fewer than min_rank directions of a block in warm-up."""
-    min_rank: int = 4
+    min_rank: Count = 4
     """Directions that a gate should be made of."""
-    max_angle: float = 0.3
+    max_angle: Share = 0.3
     """Largest accepted sine of the angle between the subspaces of two half-samples."""
 
 
@@ -69,13 +72,13 @@ class ClustersConfig:
 
     method: Literal["dbscan", "hdbscan"] = "dbscan"
     """How clusters are looked for."""
-    min_silhouette: float = 0.35
+    min_silhouette: Annotated[float, Bounds(-1, 1)] = 0.35
     """Smallest silhouette of the detected clusters (the paper's alpha_c)."""
-    stability: float = 0.6
+    stability: Share = 0.6
     """Smallest adjusted Rand index between the probe set's labels at two checks in a row."""
-    deadline: float = 0.1
+    deadline: Share = 0.1
     """Share of the budget after which experts emerge anyway; 1: never without detection."""
-    not_before: float = 0.02
+    not_before: Share = 0.02
     """Share of the budget before which nothing emerges (the learning rate's warm-up)."""
 
 
@@ -83,11 +86,11 @@ class ClustersConfig:
 class PrefixConfig:
     """Freezing of the model's front, from the embeddings upwards; an option apart from the experts' policy."""
 
-    layers: int = 0
+    layers: CountOrZero = 0
     """Layers that may freeze, from the front; the embeddings freeze with the first. 0: none."""
-    start: float = 0.3
+    start: Share = 0.3
     """Share of the budget at which the first layer freezes."""
-    end: float = 0.6
+    end: Share = 0.6
     """Share at which the last of them freezes, the others in between. A layer with a block waits until all its experts
     are frozen, and the layers behind it wait with it."""
 
@@ -98,23 +101,23 @@ class FreezeConfig:
 
     policy: Literal["trainability", "progress", "paper", "grad-norm", "inverted", "random", "off"] = "trainability"
     """Rule that decides; see mocte_ds.trainability.policy."""
-    alpha: float = 0.2
+    alpha: NotNegative = 0.2
     """LEVEL: lambda under this share of the expert's own peak."""
-    beta: float = 0.05
+    beta: NotNegative = 0.05
     """RATE: change of |lambda - lambda_0| between checks under this share of its largest (`paper`: first) value."""
-    gamma: float = 0.5
+    gamma: NotNegative = 0.5
     """PROGRESS: an expert's part of the loss decrease under this share of its fair part (one in num_experts)."""
-    checks: int = 3
+    checks: Count = 3
     """Checks in a row that must agree."""
-    after_checks: int = 5
+    after_checks: Count = 5
     """Checks with an expert's own tokens, since emergence, before it can be frozen."""
-    until: float = 0.9
+    until: Share = 0.9
     """Share of the budget after which nothing is frozen any more (the learning rate's decay)."""
-    anneal: float = 0.0
+    anneal: Share = 0.0
     """Share of the budget over which the learning rate of an expert falls to zero before it is frozen; 0: at once."""
-    rows: int = 256
+    rows: Annotated[int, Bounds(16, 1 << 24)] = 256
     """Routed tokens an expert's trainability is measured on."""
-    iterations: int = 20
+    iterations: Annotated[int, Bounds(1, 10_000)] = 20
     """Power iterations of a trainability measurement."""
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     """Freezing of the model's front."""
@@ -136,27 +139,27 @@ class MocteConfig:
 
     modules: str | list[str] = ""
     """Glob or list of globs of the modules (FFNs) that become blocks, e.g. `model.layers.*.mlp`. Required."""
-    num_experts: int = 4
+    num_experts: Annotated[int, Bounds(2, 1 << 20)] = 4
     """Experts of a block, a multiple of ep_size."""
-    ep_size: int = 1
+    ep_size: Count = 1
     """Ranks that share the experts of a block (DeepSpeed's expert parallelism)."""
-    total_steps: int | None = None
+    total_steps: Count | None = None
     """Optimizer steps of the run; shares of the budget refer to it. Null: the scheduler's total_num_steps."""
-    check_every: float = 0.008
+    check_every: Annotated[float, Bounds(above=0, most=1)] = 0.008
     """Share of the budget between two checks."""
-    apply_after: int = 1
+    apply_after: CountOrZero = 1
     """Optimizer steps between a check's measurements and its decisions, in which a thread looks for clusters; 0: none.
     Less than the steps between two checks."""
-    probe_tokens: int = 0
+    probe_tokens: CountOrZero = 0
     """Tokens of the sequences that every check looks at again; 0: 4 x num_experts x freeze.rows, and none where nothing
     freezes."""
-    eod_id: int | None = None
+    eod_id: CountOrZero | None = None
     """Token id that ends a document; null: every sequence is one document."""
-    conflict_every: int = 10
+    conflict_every: CountOrZero = 10
     """Checks between two measurements of gradient conflict, a pass to and fro over the probe set; 0: never."""
     auto: bool = True
     """False: no checks; blocks change only by emerge(), freeze() and thaw()."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling, balanced k-means and hash tables."""
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     """What one expert is."""
@@ -191,65 +194,27 @@ class MocteConfig:
 
     def check(self, world_size: int | None = None) -> None:
         """Raise ConfigError where values contradict each other or the number of ranks."""
-        if not self.modules:
+        check_section(self, "mocte")
+        if not self.modules or not all(self.modules):
             raise ConfigError(
                 'mocte.modules is missing: name the FFN modules that become blocks, e.g. "model.layers.*.mlp".'
             )
-        for name in ("num_experts", "ep_size"):
-            _at_least(f"mocte.{name}", getattr(self, name), 1)
-        _at_least("mocte.num_experts", self.num_experts, 2)
         if self.num_experts % self.ep_size:
-            divisors = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
+            divisors = shown(_divisors(self.num_experts))
             raise ConfigError(
                 f"mocte.ep_size = {self.ep_size} does not divide mocte.num_experts = {self.num_experts}; "
                 f"allowed: {divisors}."
             )
         if world_size is not None and world_size % self.ep_size:
-            divisors = [n for n in range(1, world_size + 1) if world_size % n == 0 and self.num_experts % n == 0]
+            divisors = shown(_divisors(math.gcd(world_size, self.num_experts)))
             raise ConfigError(
                 f"mocte.ep_size = {self.ep_size} does not divide the {world_size} data-parallel ranks; "
                 f"allowed with {self.num_experts} experts: {divisors}."
             )
-        if self.total_steps is not None:
-            _at_least("mocte.total_steps", self.total_steps, 1)
-        for name, value in (
-            ("check_every", self.check_every),
-            ("clusters.deadline", self.clusters.deadline),
-            ("clusters.not_before", self.clusters.not_before),
-            ("clusters.stability", self.clusters.stability),
-            ("freeze.until", self.freeze.until),
-            ("freeze.anneal", self.freeze.anneal),
-            ("freeze.prefix.start", self.freeze.prefix.start),
-            ("freeze.prefix.end", self.freeze.prefix.end),
-            ("spectrum.max_angle", self.spectrum.max_angle),
-        ):
-            if not 0.0 <= value <= 1.0 or (name == "check_every" and value == 0.0):
-                raise ConfigError(f"mocte.{name} = {value} is a share and must lie between 0 and 1.")
-        if not -1.0 <= self.clusters.min_silhouette <= 1.0:
-            raise ConfigError(f"mocte.clusters.min_silhouette = {self.clusters.min_silhouette} must lie in [-1, 1].")
-        for name, value, least in (
-            ("apply_after", self.apply_after, 0),
-            ("probe_tokens", self.probe_tokens, 0),
-            ("conflict_every", self.conflict_every, 0),
-            ("spectrum.rank", self.spectrum.rank, 1),
-            ("spectrum.rows", self.spectrum.rows, 16),
-            ("spectrum.doublings", self.spectrum.doublings, 0),
-            ("spectrum.min_rank", self.spectrum.min_rank, 1),
-            ("spectrum.documents", self.spectrum.documents, 16),
-            ("freeze.checks", self.freeze.checks, 1),
-            ("freeze.after_checks", self.freeze.after_checks, 1),
-            ("freeze.rows", self.freeze.rows, 16),
-            ("freeze.iterations", self.freeze.iterations, 1),
-            ("freeze.prefix.layers", self.freeze.prefix.layers, 0),
-        ):
-            _at_least(f"mocte.{name}", value, least)
         if self.freeze.prefix.end < self.freeze.prefix.start:
             raise ConfigError(
                 f"mocte.freeze.prefix.end = {self.freeze.prefix.end} is before start = {self.freeze.prefix.start}."
             )
-        for name in ("alpha", "beta", "gamma"):
-            if getattr(self.freeze, name) < 0:
-                raise ConfigError(f"mocte.freeze.{name} = {getattr(self.freeze, name)} must not be negative.")
         if self.num_experts > self.spectrum.rows // 16:
             raise ConfigError(
                 f"mocte.num_experts = {self.num_experts} is more than spectrum.rows = {self.spectrum.rows} can tell "
@@ -260,7 +225,6 @@ class MocteConfig:
                 raise ConfigError(
                     "mocte.expert.width is for kind 'lora'; 'ffn' experts keep the FFN's width. Remove one of the two."
                 )
-            _at_least("mocte.expert.width", self.expert.width, 1)
         if self.banks is not None and (not self.banks or self.router != RouterConfig()):
             raise ConfigError("mocte.banks holds a router for each bank, at least one; leave mocte.router out then.")
         for number, router in enumerate(self.routers):
@@ -272,13 +236,13 @@ class MocteConfig:
                 )
             if router.weight == "sigmoid" and router.kind != "random":
                 raise ConfigError(f"{where}.weight 'sigmoid' is for kind 'random', not for '{router.kind}'.")
-            if router.scale != 1.0 and router.weight != "sigmoid" or router.scale <= 0:
+            if router.scale != 1.0 and router.weight != "sigmoid":
                 raise ConfigError(f"{where}.scale = {router.scale} must be positive, and 1 without weight 'sigmoid'.")
             if router.learn and router.weight == "hard":
                 raise ConfigError(
                     f"{where}.learn needs weight 'softmax' or 'sigmoid': a weight of 1 gives the router no gradient."
                 )
-            if not 1 <= router.top_k <= self.num_experts:
+            if router.top_k > self.num_experts:
                 raise ConfigError(
                     f"{where}.top_k = {router.top_k} must lie between 1 and mocte.num_experts = {self.num_experts}."
                 )
@@ -288,8 +252,6 @@ class MocteConfig:
                 )
             if router.normalise and router.top_k == 1 and router.weight != "sigmoid":
                 raise ConfigError(f"{where}.normalise is for top_k > 1; for one expert it is the weight 'hard'.")
-            if router.aux < 0:
-                raise ConfigError(f"{where}.aux = {router.aux} must not be negative.")
 
     @property
     def routers(self) -> list[RouterConfig]:
@@ -301,6 +263,7 @@ class MocteConfig:
         return dataclasses.asdict(self)
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{name} = {value} must be at least {least}.")
+def _divisors(number: int) -> list[int]:
+    """All divisors, in order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

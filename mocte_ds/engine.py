@@ -1,7 +1,5 @@
 """initialize(): deepspeed.initialize for MO-CTE; MocteEngine: where DeepSpeed's step meets the controller."""
 
-import copy
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +9,6 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
@@ -20,10 +17,15 @@ from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
+from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed
 from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.json_files import read_json
 from mocte_ds.moe.attach import attach
 from mocte_ds.moe.balance import watched
+from mocte_ds.shown import shown
+from mocte_ds.training.cpu_op import build_cpu_op, use_kernel_lock
+from mocte_ds.vocabulary import Vocabulary
 from mocte_ds.zero import UnitRegistry, find_front, require_conformance, require_stage3_settings
 from mocte_ds.zero.checkpoint_files import own_files
 from mocte_ds.zero.engine import UnitEngine
@@ -37,9 +39,11 @@ class MocteEngine(UnitEngine):
     """A DeepSpeed engine with blocks; the training loop stays forward, backward, step."""
 
     mocte: Controller
+    vocabulary: Vocabulary
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run a pass that trains stands."""
+        self.vocabulary.look(inputs, kwargs, self.global_steps)
         if not (self.module.training and torch.is_grad_enabled()):  # engine.eval() sets the module only
             return super().forward(*inputs, **kwargs)
         micro, rank = self.train_micro_batch_size_per_gpu(), dist.get_rank(group=self.data_parallel_group)
@@ -210,7 +214,10 @@ def initialize(
     settings = _read_config(config)
     block = MocteConfig.from_dict(settings.pop("mocte"))
     _check_deepspeed_part(settings, model, optimizer, mpu)
+    use_kernel_lock()
     if not dist.is_initialized():
+        if get_accelerator().device_name() == "cpu":
+            build_cpu_op()  # DeepSpeed compiles it at its first start, without a word
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),
             distributed_port=distributed_port,
@@ -218,13 +225,13 @@ def initialize(
         )
         end_process_groups_at_exit()
     block.check(dist.get_world_size())
-    resolved = DeepSpeedConfig(settings, mpu)
-    total_steps = block.total_steps or (settings.get("scheduler") or {}).get("params", {}).get("total_num_steps")
+    resolved = parsed_by_deepspeed(settings, mpu)
+    total_steps = block.total_steps or _scheduled_steps(settings) or DEFAULT_TOTAL_STEPS
     blocks = attach(model, block)
     ep_rank = expert_parallel_rank(block.ep_size, resolved.use_data_before_expert_parallel_)
     front = find_front(model, blocks, block.freeze.prefix.layers)
     registry = UnitRegistry(model, blocks, ep_rank, model_parameters, front)
-    controller = Controller(block, blocks, registry, ep_rank, int(total_steps or DEFAULT_TOTAL_STEPS))
+    controller = Controller(block, blocks, registry, ep_rank, total_steps)
     engine = MocteEngine(
         args=args,
         model=model,
@@ -240,7 +247,7 @@ def initialize(
         # Stage 3 is for models that do not fit on a device: it moves one parameter at a time.
         dont_change_device=resolved.zero_config.stage == 3,
     )
-    engine.mocte = controller
+    engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.interval)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
@@ -251,20 +258,27 @@ def _read_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any
         raise ConfigError("mocte_ds.initialize needs config=: a DeepSpeed config (dict or path) with a 'mocte' block.")
     values: Any = config
     if isinstance(config, str | Path):
-        try:
-            values = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read the DeepSpeed config {config}: {error}") from error
+        values = read_json(config)
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"the DeepSpeed config must be a dict or the path of a JSON file, not {type(values).__name__}."
         )
-    if "mocte" not in values:
+    if values.get("mocte") is None:
         raise ConfigError(
             'the DeepSpeed config has no "mocte" block, e.g. "mocte": {"modules": "model.layers.*.mlp"}; '
             "a run without blocks is deepspeed.initialize."
         )
-    return copy.deepcopy(dict(values))
+    return checked_settings(values)
+
+
+def _scheduled_steps(settings: dict[str, Any]) -> int | None:
+    """`total_num_steps` of the scheduler, None where it has none."""
+    steps = settings.get("scheduler", {}).get("params", {}).get("total_num_steps")
+    if steps is None:
+        return None
+    if isinstance(steps, bool) or not isinstance(steps, int | float) or steps < 1 or steps != int(steps):
+        raise ConfigError(f"scheduler.params.total_num_steps = {shown(steps)} must be a whole number of 1 or more.")
+    return int(steps)
 
 
 def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, optimizer: Any, mpu: Any) -> None:
@@ -272,7 +286,7 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
         raise ConfigError("mocte_ds.initialize needs model=.")
     if isinstance(model, deepspeed.PipelineModule):
         raise ConfigError("pipeline modules are not supported; hand over the plain model.")
-    stage = (settings.get("zero_optimization") or {}).get("stage", 0)
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ConfigError(
             f"zero_optimization.stage = {stage}: use stage 1, 2 or 3 (freezing acts on ZeRO's partition)."
@@ -289,7 +303,7 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
             "an optimizer object cannot follow experts that do not exist yet; name the optimizer in the config, or "
             "hand over a callable: optimizer=lambda groups: torch.optim.AdamW(groups, lr=...)."
         )
-    kind = str((settings.get("optimizer") or {}).get("type", "")).lower()
+    kind = settings.get("optimizer", {}).get("type", "").lower()
     if optimizer is None and kind in ("muon", "adagrad"):
         raise ConfigError(
             f"optimizer.type '{settings['optimizer']['type']}' builds its own parameter groups or state, which cannot "
@@ -297,7 +311,7 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
         )
     if optimizer is None and "optimizer" not in settings:
         raise ConfigError('the DeepSpeed config has no "optimizer" and no optimizer callable was handed over.')
-    if (settings.get("data_types") or {}).get("grad_accum_dtype") not in (None, "null"):
+    if settings.get("data_types", {}).get("grad_accum_dtype") not in (None, "null"):
         raise ConfigError("data_types.grad_accum_dtype is not supported; remove it.")
     if mpu is not None and mpu.get_tensor_model_parallel_world_size() > 1:
         raise ConfigError("tensor parallelism above 1 is not supported yet; use expert and data parallelism.")

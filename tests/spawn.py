@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.training.cpu_op import build_cpu_op
+from mocte_ds.training.cpu_op import build_cpu_op, use_kernel_lock
 
 GRACE = 5.0  # seconds that the other ranks get after one has failed
 TAIL = 6000  # characters of each rank's output in an error message
@@ -113,6 +113,8 @@ def _child(
         torch.manual_seed(0)
         if deepspeed:
             import deepspeed.comm as comm
+
+            use_kernel_lock()
 
             comm.init_distributed(backend, timeout=timedelta(seconds=timeout), dist_init_required=True)
         else:

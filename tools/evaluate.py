@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.paths import require_file_for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.output is not None:
+        require_file_for(args.output, "--output")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
         import torch

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.paths import require_folder_for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    require_folder_for(args.out, "OUT")
     from mocte_ds.checkpoints.hf.export import export
 
     facts = export(

@@ -8,6 +8,8 @@ from typing import Any
 
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import ConfigError
+from mocte_ds.json_files import read_json
+from mocte_ds.paths import require_folder_for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fixed-router", action="store_true", help="routers of a mixture of experts do not train on")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    require_folder_for(args.out, "OUT")
     if args.config and not args.emerge:
         raise ConfigError("--config says which experts emerge; give a corpus with --emerge, or leave it out.")
     from mocte_ds.checkpoints.hf.imports.folder import import_hf
@@ -62,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _mocte_block(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["mocte"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f'{path} is no DeepSpeed config with a "mocte" block: {error!r}.') from error
+    values = read_json(path)
+    if not isinstance(values, dict) or not isinstance(values.get("mocte"), dict):
+        raise ConfigError(f'{path} is no DeepSpeed config with a "mocte" block.')
+    return values["mocte"]
 
 
 if __name__ == "__main__":

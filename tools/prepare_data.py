@@ -9,6 +9,7 @@ from pathlib import Path
 from mocte_ds.cli import run_cli
 from mocte_ds.data.corpus import embedded_corpus
 from mocte_ds.data.indexed import prepare
+from mocte_ds.paths import require_folder_for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    require_folder_for(args.out, "--out")
     started = time.perf_counter()
     manifest, made = prepare(
         args.corpus or embedded_corpus(), args.out, args.tokenizer, args.validation_share, args.workers

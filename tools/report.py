@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.paths import require_folder_for
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for index.html and the PNG files (default: RUN_DIR/report)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     args = parser.parse_args(argv)
+    if args.out is not None:
+        require_folder_for(args.out, "--out")
 
     from mocte_ds.report import write_report
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.paths import require_folder_for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    require_folder_for(args.out, "OUT")
 
     from mocte_ds.checkpoints.reshaping.reshape import reshape
 

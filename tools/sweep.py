@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import ConfigError
+from mocte_ds.paths import require_folder_for
 
 if TYPE_CHECKING:
     from mocte_ds.sweep import Sweep
@@ -40,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
 
-    from mocte_ds.sweep import markdown_table, read_sweep, require_checkout, run_sweep
+    from mocte_ds.sweep import MOST_RANKS, markdown_table, read_sweep, require_checkout, run_sweep
 
     require_checkout()
     sweep = read_sweep(args.file).with_shared(args.set)
     if args.processes is not None:
-        if args.processes < 1:
-            raise ConfigError(f"--processes {args.processes} must be 1 or more.")
+        if not 1 <= args.processes <= MOST_RANKS:
+            raise ConfigError(f"--processes {args.processes} must lie between 1 and {MOST_RANKS}.")
         sweep = replace(sweep, processes=args.processes)
     chosen = replace(sweep, seeds=list(dict.fromkeys(args.seeds or sweep.seeds)))
     if args.only:
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         _list(chosen, args.json)
         return 0
-    out = args.out or Path("runs/sweeps") / args.file.stem
+    out = Path("runs/sweeps") / args.file.stem if args.out is None else args.out
+    require_folder_for(out, "--out")
     report = (lambda _line: None) if args.json else (lambda line: print(line, flush=True))
     results = run_sweep(sweep, out, chosen.runs(), report)
     if args.json:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mocte_ds.cli import run_cli
 from mocte_ds.data.corpus import embedded_corpus
 from mocte_ds.data.tokenizer import Tokenizer, train_tokenizer
+from mocte_ds.paths import require_file_for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--if-missing", action="store_true", help="do nothing where a tokenizer of that size is there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    require_file_for(args.out, "--out")
     started = time.perf_counter()
     made = True
     if args.if_missing and args.out.is_file() and Tokenizer(args.out).vocab_size == args.vocab_size:

@@ -65,6 +65,7 @@ class Controller(ResumableRun):
         """Hand over the engine's module, optimizer and scheduler, this rank's number and the global batch size."""
         self.module, self.optimizer, self.scheduler, self.rank = module, optimizer, scheduler, rank
         self.sequences_per_step = sequences_per_step
+        self.progress.bind(module)
         # Few rows a sequence: neighbours in a sequence are alike.
         spectrum = self.config.spectrum
         enough = max((spectrum.rows << spectrum.doublings) / 16, spectrum.documents) / sequences_per_step
@@ -213,7 +214,7 @@ class Controller(ResumableRun):
         self.step, self.mid_step = step, False
         self.close_step()
         self.proof.after_step(self)
-        self.progress.probe.finish()
+        self.progress.close_step(self)
         if self._check is not None and (step >= self._check.step + self._delay or step == self.total_steps):
             self._decide()
         if self.config.auto and step % self.interval == 0 and step <= self.total_steps:

@@ -66,6 +66,10 @@ class ProbeSet:
         self._domain: list[Tensor] = []
         self._labelled: list[Tensor] = []
         self.complete = False
+        self.collected = False
+        """True where the set was taken from the first step."""
+        self.needs_labels = False
+        """True for a model that cannot be called without labels."""
 
     def offer(
         self, args: tuple, kwargs: Mapping[str, Any], offset: int, batch: int, domain: Tensor | None = None
@@ -103,7 +107,7 @@ class ProbeSet:
 
         labels = kwargs.get("labels")
         self._labelled.append(labelled(ids.cpu(), None if labels is None else labels.cpu())[chosen])
-        given = {name: value for name, value in kwargs.items() if name != "labels"}
+        given = {name: value for name, value in kwargs.items() if name != "labels" or self.needs_labels}
         self._parts.append(([cut(value) for value in args], {name: cut(value) for name, value in given.items()}))
 
     def give(self, ids: Tensor, domain: Tensor | None) -> None:
@@ -122,6 +126,8 @@ class ProbeSet:
             mine, self._valid = chosen[:1], [torch.zeros(1, dtype=torch.bool)]
         self._parts, self._domain = [((), {"input_ids": ids[mine].cpu()})], [known[mine]]
         self._labelled = [torch.ones(ids[mine].shape, dtype=torch.bool)]
+        if self.needs_labels:
+            self._parts[0][1]["labels"] = ids[mine].cpu()
         self.complete = True
 
     def finish(self) -> None:
@@ -137,7 +143,7 @@ class ProbeSet:
         self._parts, self._valid = [joined(parts)], [torch.cat([self._valid[i] for i in same])]
         self._domain = [torch.cat([self._domain[i] for i in same])]
         self._labelled = [torch.cat([self._labelled[i] for i in same])]
-        self.complete = True
+        self.complete = self.collected = True
 
     def read(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeReading | None:
         """One pass in evaluation mode (collective); None where nothing was collected on some rank."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.probe import ProbeReading, ProbeSet, Snapshots
+from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
 from mocte_ds.moe.block import BlockMode, ExpertMode
@@ -45,9 +46,27 @@ class Progress:
         wanted = config.probe_tokens or 4 * config.num_experts * config.freeze.rows
         self.probe, self.snapshots = ProbeSet(wanted, config.eod_id), Snapshots()
         self.active = config.auto and (config.freeze.policy != "off" or config.probe_tokens > 0)
+        self._tried = False
         self._born: dict[tuple[int, int], Tensor] = {}
         self._taken = False
         """Whether every rank has snapshots; the same on all ranks."""
+
+    def bind(self, module: nn.Module) -> None:
+        """Say which model it is, before its first step."""
+        self.probe.needs_labels = needs_labels(module)
+
+    def close_step(self, run: RunState) -> None:
+        """A step is over: what was taken from the first is the probe set, and the model is tried with it (collective).
+
+        Raises:
+            MocteError: checks could not call the model.
+        """
+        self.probe.finish()
+        if self.active and not self._tried:
+            self._tried = True
+            blocks = [handle.block for handle in run.blocks]
+            require_callable(self.probe, run.module, blocks, next(run.module.parameters()).device)
+            let_go(run.module)
 
     def measure(self, run: RunState) -> ProgressFacts:
         """Look at the probe set, with today's experts and with those of the last check (collective)."""

@@ -1,10 +1,15 @@
 """Size and style of a decoder, and how many parameters that makes."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from mocte_ds.bounds import Bounds, Count, NotNegative, Positive
 from mocte_ds.errors import ConfigError
 from mocte_ds.models.rotary import require_known_scaling
+from mocte_ds.sections import check_section
+from mocte_ds.shown import shown
+
+_Size = Annotated[int, Bounds(1, 1 << 24)]
 
 
 @dataclass(frozen=True)
@@ -14,19 +19,19 @@ class DecoderConfig:
     style: Literal["llama", "gpt2"]
     """`llama`: RMSNorm, RoPE, SwiGLU, no biases but `qkv_bias`; `gpt2`: LayerNorm, learned positions, GELU, biases,
     tied output."""
-    vocab_size: int
+    vocab_size: Count
     """V."""
-    hidden_size: int
+    hidden_size: _Size
     """d."""
-    intermediate_size: int
+    intermediate_size: _Size
     """Hidden units of an FFN."""
-    num_layers: int
+    num_layers: Annotated[int, Bounds(1, 100_000)]
     """Transformer layers."""
-    num_heads: int
+    num_heads: _Size
     """H."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Annotated[int, Bounds(most=1 << 24)] | None = None
     """K; null: as many as heads. Only the llama style has fewer."""
-    head_dim: int | None = None
+    head_dim: Annotated[int, Bounds(most=1 << 24)] | None = None
     """h, features a head; null: d / H. Only the llama style has another number."""
     qkv_bias: bool = False
     """Biases of queries, keys and values in the llama style, as in Qwen2; the gpt2 style always has them."""
@@ -34,24 +39,24 @@ class DecoderConfig:
     """RMSNorm of all queries of a token, and of all its keys, in the llama style, as in OLMoE."""
     head_norm: bool = False
     """RMSNorm of each head's queries and keys, in the llama style, as in Qwen3."""
-    max_positions: int = 2048
+    max_positions: Count = 2048
     """Longest context."""
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: dict[str, Any] | None = None
     """Stretched rotary positions (mocte_ds/models/rotary.py): {"rope_type": "linear", "factor": F}, or Llama 3's
     {"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}."""
-    rotary_share: float = 1.0
+    rotary_share: Annotated[float, Bounds(above=0, most=1)] = 1.0
     """Share of a head's features that rotary positions turn; Glm4Moe turns half of them."""
-    sliding_window: int | None = None
+    sliding_window: Annotated[int, Bounds()] | None = None
     """Tokens that each token sees, itself included, as in Mistral; null: all before it. For the llama style."""
-    ffn_sizes: list[int] | None = None
+    ffn_sizes: list[_Size] | None = None
     """Hidden units of the FFN of each layer, where layers differ; null: intermediate_size. For the llama style."""
-    norm_eps: float = 1e-5
+    norm_eps: NotNegative = 1e-5
     """Added to the variance in norms."""
     tie_embeddings: bool = False
     """Output matrix = token embedding (always so in the gpt2 style)."""
-    initializer_range: float = 0.02
+    initializer_range: NotNegative = 0.02
     """Standard deviation of the weights at birth."""
     activation_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the layer again there: less memory, more time."""
@@ -59,11 +64,7 @@ class DecoderConfig:
     """Class of transformers that the weights came from, which the export takes where several fit: Mistral or Llama."""
 
     def __post_init__(self) -> None:
-        if self.style not in ("llama", "gpt2"):
-            raise ConfigError(f"model.style = {self.style!r} is not one of 'llama', 'gpt2'.")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} = {getattr(self, name)} must be at least 1.")
+        check_section(self, "model")
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(f"model.num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}.")
         if self.head_size < 1:
@@ -74,7 +75,7 @@ class DecoderConfig:
             raise ConfigError("model.num_kv_heads is for the llama style; the gpt2 style has as many as heads.")
         if self.style == "gpt2":
             self._require_plain()
-        elif self.rotary_size % 2 or not 0 < self.rotary_share <= 1:
+        elif self.rotary_size % 2:
             raise ConfigError(
                 f"model.head_dim (null: hidden_size / num_heads) times rotary_share = {self.rotary_size} must be even: "
                 "rotary positions turn pairs."
@@ -83,9 +84,9 @@ class DecoderConfig:
             raise ConfigError("model.qk_norm and head_norm are two places for one norm; remove one of them.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(f"model.sliding_window = {self.sliding_window} must be at least 1.")
-        if self.ffn_sizes is not None and (len(self.ffn_sizes) != self.num_layers or min(self.ffn_sizes) < 1):
+        if self.ffn_sizes is not None and len(self.ffn_sizes) != self.num_layers:
             raise ConfigError(
-                f"model.ffn_sizes = {self.ffn_sizes} must have a size for each of the {self.num_layers} layers."
+                f"model.ffn_sizes = {shown(self.ffn_sizes)} must have a size for each of the {self.num_layers} layers."
             )
         require_known_scaling(self.rope_scaling)
 

@@ -1,11 +1,11 @@
 """Named model sizes for run files."""
 
-import difflib
 from dataclasses import replace
 from typing import Any
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.models.config import DecoderConfig
+from mocte_ds.shown import nearest, shown
 
 PRESETS: dict[str, DecoderConfig] = {
     "quickstart": DecoderConfig("llama", 2048, 128, 352, 4, 4, 2, max_positions=256),
@@ -32,8 +32,8 @@ def preset(name: str, **changes: Any) -> DecoderConfig:
     Raises:
         ConfigError: unknown name; says the nearest one.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"model.preset = {name!r} is unknown.{hint} Allowed: {', '.join(PRESETS)}.")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(
+            f"model.preset = {shown(name)} is unknown.{nearest(name, PRESETS)} Allowed: {', '.join(PRESETS)}."
+        )
     return replace(PRESETS[name], **changes)

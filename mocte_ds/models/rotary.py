@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from mocte_ds.errors import ConfigError
+from mocte_ds.shown import shown
 
 _LLAMA3 = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+_LARGEST = 2.0**63
 _NEEDED = {"linear": ("factor",), "llama3": ("factor", *_LLAMA3)}
 
 
@@ -21,15 +23,20 @@ def require_known_scaling(scaling: dict[str, Any] | None) -> None:
     if scaling is None:
         return
     kind = scaling.get("rope_type")
-    if kind not in _NEEDED:
-        raise ConfigError(f"model.rope_scaling.rope_type = {kind!r} is not one of {list(_NEEDED)}.")
+    if not isinstance(kind, str) or kind not in _NEEDED:
+        raise ConfigError(f"model.rope_scaling.rope_type = {shown(kind)} is not one of {list(_NEEDED)}.")
     numbers = {key: value for key, value in scaling.items() if key != "rope_type"}
-    if set(numbers) != set(_NEEDED[kind]) or not all(
-        isinstance(value, int | float) and value > 0 for value in numbers.values()
-    ):
-        raise ConfigError(f"model.rope_scaling of type '{kind}' = {numbers} needs positive {', '.join(_NEEDED[kind])}.")
+    if set(numbers) != set(_NEEDED[kind]) or not all(_is_positive(value) for value in numbers.values()):
+        raise ConfigError(
+            f"model.rope_scaling of type '{kind}' = {shown(numbers)} needs positive {', '.join(_NEEDED[kind])}."
+        )
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise ConfigError("model.rope_scaling.low_freq_factor must be smaller than high_freq_factor.")
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= _LARGEST
 
 
 def frequencies(size: int, theta: float, scaling: dict[str, Any] | None, device: torch.device | None = None) -> Tensor:

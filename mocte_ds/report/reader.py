@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mocte_ds.errors import MocteError
+from mocte_ds.plain_values import require_plain
 from mocte_ds.report.run import Row, Run
 
 
@@ -57,8 +58,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _parse(text: str) -> Any:
-    """JSON in which numbers that are NaN or infinite become None."""
-    return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+    """JSON in which numbers that are NaN, infinite or beyond 64 bits become None; nothing else than a ValueError."""
+    try:
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite, parse_int=_counted)
+        require_plain(value, "it")
+    except (RecursionError, MemoryError) as error:
+        raise ValueError("too deep or too large") from error
+    return value
+
+
+def _counted(text: str) -> int | None:
+    return int(text) if len(text) < 19 else None
 
 
 def _finite(text: str) -> float | None:

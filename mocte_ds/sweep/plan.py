@@ -2,18 +2,25 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from mocte_ds.bounds import Bounds, Seed
 from mocte_ds.errors import ConfigError
+from mocte_ds.paths import is_file
 from mocte_ds.sections import parse_section
+from mocte_ds.shown import name_shown, shown
 from mocte_ds.training.run_config import RunConfig, read_run
-from mocte_ds.training.run_file import read_yaml
+from mocte_ds.yaml_files import read_yaml
 
 SEED = "training.seed"
+MOST_RANKS = 1 << 16
+MOST_ARMS = 10_000
+"""Of a sweep: a grid's combinations grow with the product of its lists."""
 # Names become folders and cells of a table.
 _NAME = re.compile(r"\w[\w.,=+-]*")
 
@@ -32,8 +39,8 @@ class _SweepFile:
     """The file as it is written."""
 
     run: str = ""
-    processes: int = 1
-    seeds: list[int] = field(default_factory=lambda: [0])
+    processes: Annotated[int, Bounds(1, MOST_RANKS)] = 1
+    seeds: list[Seed] = field(default_factory=lambda: [0])
     baseline: str | None = None
     set: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, Any] = field(default_factory=dict)
@@ -108,13 +115,10 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _checked(file: _SweepFile, path: Path) -> Sweep:
-    run = (path.parent / file.run).resolve()
-    if not file.run or not run.is_file():
-        raise ConfigError(f"run = {file.run!r} is no file beside it; name the run file that all arms share.")
-    if file.processes < 1:
-        raise ConfigError(f"processes = {file.processes} must be 1 or more.")
+    if not file.run or not is_file(path.parent / file.run):
+        raise ConfigError(f"run = {shown(file.run)} is no file beside it; name the run file that all arms share.")
     if not file.seeds or len(set(file.seeds)) < len(file.seeds):
-        raise ConfigError(f"seeds = {file.seeds} must be at least one number, each of them once.")
+        raise ConfigError(f"seeds = {shown(file.seeds)} must be at least one number, each of them once.")
     _require_changes(file.set, "set")
     arms = [*_named(file.arms), *_combinations(file.grid)]
     names = [arm.name for arm in arms]
@@ -123,8 +127,8 @@ def _checked(file: _SweepFile, path: Path) -> Sweep:
     for name in names:
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"the arm's name {name!r} becomes a folder: letters, digits and . , = + - _ only. Settings of a grid "
-                "whose values give no such name can be arms with names of your own."
+                f"the arm's name {shown(name)} becomes a folder: letters, digits and . , = + - _ only. Settings of a "
+                "grid whose values give no such name can be arms with names of your own."
             )
         if names.count(name) > 1:
             raise ConfigError(
@@ -133,16 +137,25 @@ def _checked(file: _SweepFile, path: Path) -> Sweep:
     for arm in arms:
         _require_kept(arm, list(file.set), "set", same=False)
     if file.baseline is not None and file.baseline not in names:
-        raise ConfigError(f"baseline = {file.baseline!r} is none of the arms {names}.")
-    return Sweep(run, file.processes, list(file.seeds), file.baseline, arms, tuple(_written(file.set)))
+        raise ConfigError(f"baseline = {shown(file.baseline)} is none of the arms {shown(names)}.")
+    return Sweep(
+        (path.parent / file.run).resolve(),
+        file.processes,
+        list(file.seeds),
+        file.baseline,
+        arms,
+        tuple(_written(file.set)),
+    )
 
 
 def _named(arms: Mapping[Any, Any]) -> list[Arm]:
     found = []
     for name, changes in arms.items():
         if not isinstance(changes, dict | None):
-            raise ConfigError(f"arms.{name} = {changes!r} must be a section of changes, e.g. training.steps: 100.")
-        _require_changes(changes or {}, f"arms.{name}")
+            raise ConfigError(
+                f"arms.{name_shown(name)} = {shown(changes)} must be a section of changes, e.g. training.steps: 100."
+            )
+        _require_changes(changes or {}, f"arms.{name_shown(name)}")
         found.append(Arm(str(name), changes or {}))
     return found
 
@@ -152,6 +165,9 @@ def _combinations(grid: Mapping[str, list[Any]]) -> list[Arm]:
     empty = [key for key, values in grid.items() if not values]
     if empty:
         raise ConfigError(f"grid.{empty[0]} has no values.")
+    count = math.prod(len(values) for values in grid.values())
+    if count > MOST_ARMS:
+        raise ConfigError(f"grid has {count:,} combinations, and {MOST_ARMS:,} are the most; shorten its lists.")
     found = []
     for combination in itertools.product(*grid.values()) if grid else ():
         changes = dict(zip(grid, combination, strict=True))
@@ -161,13 +177,9 @@ def _combinations(grid: Mapping[str, list[Any]]) -> list[Arm]:
 
 
 def _require_changes(changes: Mapping[Any, Any], where: str) -> None:
-    for key, value in changes.items():
+    for key in changes:
         if not isinstance(key, str) or "." not in key.strip("."):
-            raise ConfigError(f"{where}: {key!r} must be section.key of the run file, e.g. training.steps: 100.")
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise ConfigError(f"{where}.{key} = {value!r}: {error}; put it into quotes.") from error
+            raise ConfigError(f"{where}: {shown(key)} must be section.key of the run file, e.g. training.steps: 100.")
     _require_no_seed(list(changes), where, "seeds")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import Manifest
 from mocte_ds.errors import ConfigError
+from mocte_ds.json_files import read_json
 from mocte_ds.sweep.plan import Arm, Sweep
 from mocte_ds.training.run_config import FREE_TRAINING_KEYS
 
@@ -60,8 +61,8 @@ def differences(folder: Path, wanted: dict[str, Any]) -> list[str]:
         wanted: see :func:`wanted_settings`.
     """
     try:
-        found = _flat(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        found = _flat(read_json(folder / "run.json"))
+    except ConfigError:
         return []
     words = {}
     for key in {**wanted, **found}:

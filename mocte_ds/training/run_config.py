@@ -1,17 +1,19 @@
 """Run files: everything about a run in one YAML file, checked before any work starts."""
 
 import copy
-import difflib
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from mocte_ds.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, Seed, Share
 from mocte_ds.checkpoints.sizes import stored_sizes
 from mocte_ds.config import MocteConfig
+from mocte_ds.deepspeed_settings import checked_settings
 from mocte_ds.errors import ConfigError
 from mocte_ds.models import DecoderConfig, preset
 from mocte_ds.sections import parse_section
+from mocte_ds.shown import name_shown, nearest, shown
 from mocte_ds.training.run_file import read_values
 from mocte_ds.training.schedule import warmup_cosine
 
@@ -33,7 +35,7 @@ class DataSection:
 
     prepared: str = ""
     """Folder made by tools/prepare_data.py; it holds the tokenizer too. Required."""
-    weights: dict[str, float] | None = None
+    weights: dict[str, NotNegative] | None = None
     """Share of each domain, any scale; null: by tokens."""
 
 
@@ -41,31 +43,31 @@ class DataSection:
 class TrainingSection:
     """How long and how fast."""
 
-    steps: int = 0
+    steps: CountOrZero = 0
     """Optimizer steps. Required."""
-    batch_tokens: int = 0
+    batch_tokens: CountOrZero = 0
     """Tokens of a global batch. Required; a multiple of ranks x micro_batch x context."""
-    context: int = 0
+    context: CountOrZero = 0
     """Tokens of a sequence; 0: the model's max_positions."""
-    micro_batch: int = 8
+    micro_batch: Count = 8
     """Sequences of a micro-batch on one rank."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Largest learning rate."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrZero = 0
     """Steps of linear warm-up; 0: 2 % of the steps."""
-    min_learning_rate_ratio: float = 0.1
+    min_learning_rate_ratio: Share = 0.1
     """The cosine ends at this share of the learning rate."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """AdamW's decay; never on norms and biases."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[Annotated[float, Bounds(0, below=1)]] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's moments."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: NotNegative = 1.0
     """Largest gradient norm."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, data order and sampling."""
-    checkpoint_every: int = 0
+    checkpoint_every: CountOrZero = 0
     """Steps between checkpoints; 0: a tenth of the steps."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Checkpoints that stay on the disk."""
 
 
@@ -73,9 +75,9 @@ class TrainingSection:
 class EvaluationSection:
     """What is measured on the way."""
 
-    every: int = 0
+    every: CountOrZero = 0
     """Steps between validations; 0: a twentieth of the steps."""
-    sequences_per_domain: int = 8
+    sequences_per_domain: Count = 8
     """Validation sequences of each domain."""
 
 
@@ -193,12 +195,12 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """
     values = read_values(Path(path), changes)
     _require_known(values, [f.name for f in fields(RunConfig) if f.name != "init"], f"{path}: unknown section")
-    model, init = _model(values.get("model") or {})
+    model, init = _model(_section(values, "model"))
     run = RunConfig(
         model=model,
-        data=parse_section(DataSection, values.get("data") or {}, "data"),
-        training=parse_section(TrainingSection, values.get("training") or {}, "training"),
-        evaluation=parse_section(EvaluationSection, values.get("evaluation") or {}, "evaluation"),
+        data=parse_section(DataSection, _section(values, "data"), "data"),
+        training=parse_section(TrainingSection, _section(values, "training"), "training"),
+        evaluation=parse_section(EvaluationSection, _section(values, "evaluation"), "evaluation"),
         deepspeed=_deepspeed(values.get("deepspeed")),
         init=init,
     )
@@ -207,28 +209,16 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
 
 
 def _check(run: RunConfig, path: Path) -> None:
-    t, e = run.training, run.evaluation
+    t = run.training
     if not run.data.prepared:
         raise ConfigError(f"{path}: data.prepared is missing; name the folder that tools/prepare_data.py made.")
-    least: list[tuple[str, float, float]] = [
-        ("training.steps", t.steps, 1),
-        ("training.batch_tokens", t.batch_tokens, 1),
-        ("training.micro_batch", t.micro_batch, 1),
-        ("training.keep_checkpoints", t.keep_checkpoints, 1),
-        ("evaluation.sequences_per_domain", e.sequences_per_domain, 1),
-    ]
-    names = ("context", "warmup_steps", "checkpoint_every", "seed", "weight_decay", "gradient_clipping")
-    least += [(f"training.{name}", getattr(t, name), 0) for name in names]
-    least.append(("evaluation.every", e.every, 0))
-    for name, value, bound in least:
-        if value < bound:
-            raise ConfigError(f"{path}: {name} = {value} must be {bound} or more.")
-    if not t.learning_rate > 0:
-        raise ConfigError(f"{path}: training.learning_rate = {t.learning_rate} must be greater than 0.")
-    if not 0 <= t.min_learning_rate_ratio <= 1:
-        raise ConfigError(f"{path}: training.min_learning_rate_ratio = {t.min_learning_rate_ratio} must lie in [0, 1].")
-    if len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
-        raise ConfigError(f"{path}: training.betas = {t.betas} must be two numbers in [0, 1).")
+    if run.data.weights is not None and not any(run.data.weights.values()):
+        raise ConfigError(f"{path}: data.weights must give a domain a weight greater than 0; null: by tokens.")
+    for name in ("steps", "batch_tokens"):
+        if not getattr(t, name):
+            raise ConfigError(f"{path}: training.{name} = 0 must be 1 or more.")
+    if len(t.betas) != 2:
+        raise ConfigError(f"{path}: training.betas = {shown(t.betas)} must be two numbers in [0, 1).")
     if run.context > run.model.max_positions:
         raise ConfigError(
             f"{path}: training.context = {run.context} is longer than model.max_positions = {run.model.max_positions}."
@@ -241,9 +231,11 @@ def _model(section: dict[str, Any]) -> tuple[DecoderConfig, str | None]:
     """The decoder, and the checkpoint that it starts from."""
     section = dict(section)
     init = section.pop("init", None)
-    if init is not None:
-        return _started(section, str(init)), str(init)
-    return _fresh(section), None
+    if init is None:
+        return _fresh(section), None
+    if not isinstance(init, str) or not init:
+        raise ConfigError(f"model.init = {shown(init)} must be the path of a folder of checkpoints.")
+    return _started(section, init), init
 
 
 def _started(section: dict[str, Any], init: str) -> DecoderConfig:
@@ -256,7 +248,7 @@ def _started(section: dict[str, Any], init: str) -> DecoderConfig:
     stored = asdict(parse_section(DecoderConfig, sizes, "model"))  # of an older version: with today's defaults
     for key, value in section.items():
         if key not in free and value != stored[key]:
-            raise ConfigError(f"model.{key} = {value!r}, but {stored[key]!r} in model.init = {init}; remove it.")
+            raise ConfigError(f"model.{key} = {shown(value)}, but {stored[key]!r} in model.init = {init}; remove it.")
     return config
 
 
@@ -271,24 +263,33 @@ def _fresh(section: dict[str, Any]) -> DecoderConfig:
     return parse_section(DecoderConfig, section, "model")
 
 
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    if section is None:  # not there, or nothing in it: all defaults
+        return {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name} must be a section with keys, not {shown(section)}.")
+    return section
+
+
 def _deepspeed(section: Any) -> dict[str, Any]:
     if not isinstance(section, dict):
-        raise ConfigError(f"deepspeed = {section!r} must be a DeepSpeed config or the path of one (JSON).")
-    for key in section:
-        near = difflib.get_close_matches(str(key), _DEEPSPEED_KEYS, n=1, cutoff=0.8)
+        raise ConfigError(f"deepspeed = {shown(section)} must be a DeepSpeed config or the path of one (JSON).")
+    for key, value in section.items():
+        near = nearest(key, _DEEPSPEED_KEYS, cutoff=0.8)
         if near and key not in _DEEPSPEED_KEYS:
-            raise ConfigError(f"unknown key deepspeed.{key} (value {section[key]!r}). Did you mean '{near[0]}'?")
-    if section.get("mocte", {}) is None:  # `--set deepspeed.mocte=null`: the dense twin of a run
-        section = {key: value for key, value in section.items() if key != "mocte"}
-    return section
+            raise ConfigError(f"unknown key deepspeed.{name_shown(key)} (value {shown(value)}).{near}")
+    # `--set deepspeed.mocte=null`, the dense twin of a run, leaves the block out.
+    return checked_settings(section, "deepspeed")
 
 
 def _require_known(values: dict[str, Any], allowed: list[str], what: str) -> None:
     for name in values:
         if name not in allowed:
-            near = difflib.get_close_matches(str(name), allowed, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"{what} '{name}' (value {values[name]!r}).{hint} Allowed: {', '.join(sorted(allowed))}.")
+            raise ConfigError(
+                f"{what} '{name_shown(name)}' (value {shown(values[name])}).{nearest(name, allowed)} "
+                f"Allowed: {', '.join(sorted(allowed))}."
+            )
 
 
 def _complete(section: dict[str, Any], derived: dict[str, Any], where: str) -> None:
@@ -296,6 +297,6 @@ def _complete(section: dict[str, Any], derived: dict[str, Any], where: str) -> N
     for key, value in derived.items():
         if section.setdefault(key, value) != value:
             raise ConfigError(
-                f"{where}.{key} = {section[key]!r} contradicts the sections of the run file, from which {value!r} "
+                f"{where}.{key} = {shown(section[key])} contradicts the sections of the run file, from which {value!r} "
                 "follows; remove it there."
             )

@@ -95,10 +95,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"arms": {"a/b": None}}, "the arm's name 'a/b' becomes a folder"),
     ({"arms": {"..": None}}, "the arm's name '..' becomes a folder"),
     ({"arms": {"a|b": None}}, "the arm's name .* becomes a folder"),
-    ({"arms": {"1": None, 1: None}}, "there are 2 arms with the name '1'"),
+    ({"arms": {"1": None, 1: None}}, "the key '1' is there twice"),
     ({"arms": {"steps=5": None}, "grid": {"training.steps": [5]}}, "there are 2 arms with the name 'steps=5'"),
     ({"arms": {"a": {"steps": 5}}}, "arms.a: 'steps' must be section.key of the run file"),
-    ({"arms": {"a": {7: 5}}}, "arms.a: 7 must be section.key"),
+    ({"arms": {"a": {7: 5}}}, "arms.a: '7' must be section.key"),
     ({"set": {"steps": 5}}, "set: 'steps' must be section.key"),
     ({"grid": {"steps": [5]}}, "grid: 'steps' must be section.key"),
     ({"grid": {"training.steps": 5}}, "sweep.grid.training.steps = 5 must be of type list"),
@@ -118,7 +118,7 @@ def test_what_is_wrong_is_named(sweep_file: Write, keys: dict[str, Any], message
     path = sweep_file(**keys)
     with pytest.raises(ConfigError, match=message) as caught:
         read_sweep(path)
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)[: len(str(path)) + 15] and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,10 @@ def test_what_is_wrong_is_named(sweep_file: Write, keys: dict[str, Any], message
         ("- a", "is no sweep file"),
         ("arms: [", "cannot read .*expected"),
         ("arms: {a: {x.y: 1}, a: {x.y: 2}}", "the key 'a' is there twice.*line 1, column 21"),
-        ("run: ../runs/small.yaml\narms: {a: {training.steps: 2026-01-01}}", "arms.a.training.steps = .*into quotes"),
+        (
+            "run: ../runs/small.yaml\narms: {a: {training.steps: 2026-01-01}}",
+            "2026-01-01 is a .*date .*into quotes.* line 2",
+        ),
     ],
 )
 def test_what_is_no_sweep_file(sweep_file: Write, text: str, message: str) -> None:

@@ -3,13 +3,21 @@
 import fcntl
 import os
 import subprocess
+import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+import torch.utils.cpp_extension
 
 from mocte_ds.training import cpu_op
+
+HOLD = """import sys, time
+from mocte_ds.training.cpu_op import KernelBaton
+KernelBaton(sys.argv[1]).try_acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -18,29 +26,46 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / cpu_op.NAME
     folder.mkdir()
     (folder / f"{cpu_op.NAME}.so").write_bytes(b"")
+    (folder / cpu_op.STAMP).write_text(cpu_op._environment(), encoding="utf-8")
     return folder
 
 
-def test_an_old_lock_is_removed(built: Path) -> None:
-    lock = built / "lock"
-    lock.write_bytes(b"")
-    os.utime(lock, (time.time() - 60, time.time() - 60))
-    assert cpu_op.build_cpu_op() is False
-    assert not lock.exists()
+def test_torch_builds_under_a_lock_that_the_system_frees(tmp_path: Path) -> None:
+    """A living holder is waited for, however old its lock is; a killed one is not, and its place is taken."""
+    lock = tmp_path / "lock"
+    lock.write_bytes(b"")  # torch's own, left by a process that was killed
+    os.utime(lock, (0, 0))
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        baton = cpu_op.KernelBaton(str(lock), wait_seconds=0.1)
+        second = threading.Thread(target=baton.try_acquire, daemon=True)
+        second.start()
+        second.join(0.5)
+        assert second.is_alive(), "it waits for the living holder"
+        holder.kill()
+        second.join(20)
+    assert not second.is_alive()
+    baton.release()
+    cpu_op.use_kernel_lock()
+    assert torch.utils.cpp_extension.FileBaton is cpu_op.KernelBaton
 
 
-def test_a_young_lock_may_belong_to_a_loader(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = built / "lock"
-    lock.write_bytes(b"")
-    seen = []
-
-    def loader_ends(_seconds: float) -> None:
-        seen.append(lock.exists())
-        lock.unlink(missing_ok=True)
-
-    monkeypatch.setattr(cpu_op.time, "sleep", loader_ends)
+def test_what_is_built_for_this_environment_is_used(built: Path) -> None:
+    (built / "lock").write_bytes(b"")
     assert cpu_op.build_cpu_op(built.parent) is False
-    assert seen == [True]
+
+
+def test_what_was_built_for_another_environment_is_built_again(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (built / cpu_op.STAMP).write_text("torch 1.0\nin /another/venv", encoding="utf-8")
+    started = []
+
+    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(cpu_op.subprocess, "run", run)
+    assert cpu_op.build_cpu_op(built.parent) is True and len(started) == 1
+    assert cpu_op.build_cpu_op(built.parent) is False and len(started) == 1
 
 
 def test_builders_wait_for_each_other(built: Path) -> None:

@@ -12,7 +12,7 @@ from mocte_ds.checkpoints.names import MODEL_FILE
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.models import preset
 from mocte_ds.training.run_config import RunConfig, read_run
-from mocte_ds.training.run_file import read_yaml
+from mocte_ds.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILES = sorted((ROOT / "launch" / "runs").glob("*.yaml"))

@@ -1,6 +1,5 @@
 """What a run has and megatron-core's model does not, in a folder beside it, so that the way back loses nothing."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from mocte_ds.checkpoints.manifest import Manifest, require_whole
 from mocte_ds.checkpoints.megatron.model import Settings
 from mocte_ds.checkpoints.megatron.pairs import Pair, all_pairs
 from mocte_ds.checkpoints.source import Source, empty_decoder
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.json_files import read_json
 
 OWN_FOLDER = "mocte_ds"
 _STATE_FILE, _FORMAT = "state.json", 1
@@ -114,9 +114,9 @@ class MegatronSource(Source):
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+        values = read_json(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     found = values.get("format") if isinstance(values, dict) else None
     if found != _FORMAT:
         raise CheckpointError(f"{path} has format {found!r}; this version reads format {_FORMAT}.")

@@ -1,0 +1,61 @@
+"""Whether checks can call the model at all, found out at the first step and not at the first check."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mocte_ds.controller.probe import ProbeSet
+from mocte_ds.dist.collectives import max_over_ranks
+from mocte_ds.errors import MocteError
+from mocte_ds.moe.block import Block
+
+
+def needs_labels(module: nn.Module) -> bool:
+    """Whether the model's forward has a parameter `labels` without a default, so that checks must give it too."""
+    labels = _parameters(module).get("labels")
+    named = labels is not None and labels.kind in (labels.POSITIONAL_OR_KEYWORD, labels.KEYWORD_ONLY)
+    return named and labels.default is labels.empty
+
+
+def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], device: torch.device) -> None:
+    """Call the model with one sequence of the first step, as a check will (collective).
+
+    A set that was given, or comes from a checkpoint, is not tried.
+
+    Raises:
+        MocteError: it fails; with its reason and what to do.
+    """
+    if int(max_over_ranks(torch.tensor(0 if probe.collected else 1))):
+        return
+    state = probe.state_dict()
+    rows = len(state["valid"])
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cut(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [cut(inner) for inner in value]
+        fits = isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
+        return value[:1] if fits else value
+
+    one = ProbeSet(1, None)
+    one.load_state_dict(cut(state))
+    try:
+        one.read(module, blocks, device)
+    except Exception as error:  # whatever a user's model raises
+        reason = str(error).strip().splitlines() or [""]
+        given = [*(f"argument {number + 1}" for number in range(len(state["args"]))), *state["kwargs"]]
+        raise MocteError(
+            f"checks call the model in evaluation mode with {', '.join(given)} of some sequences, and it fails: "
+            f"{type(error).__name__}: {reason[0]}. Let forward work without what is missing, declare `labels` without "
+            'a default if it needs them, or do without the probe set: "freeze": {"policy": "off"}, "probe_tokens": 0.'
+        ) from error
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # not written in Python
+        return {}

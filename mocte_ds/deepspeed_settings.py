@@ -1,0 +1,67 @@
+"""What is checked in a DeepSpeed config before DeepSpeed sees it, and its refusals as one message."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from mocte_ds.errors import ConfigError
+from mocte_ds.plain_values import require_plain
+from mocte_ds.shown import name_shown, shown
+
+_SECTIONS = (
+    "activation_checkpointing amp bf16 checkpoint comms_logger csv_monitor data_types elasticity flops_profiler fp16 "
+    "mocte optimizer scheduler tensorboard torch_autocast wandb zero_optimization"
+).split()
+_SWITCHES = ("bf16", "fp16", "tensorboard", "torch_autocast", "amp", "wandb", "csv_monitor", "flops_profiler")
+_LINES = 12
+
+
+def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed config") -> dict[str, Any]:
+    """A private copy of a DeepSpeed config whose sections are sections; one that is null is left out.
+
+    Args:
+        settings: the config, as a user wrote it.
+        where: its place, for messages.
+
+    Raises:
+        ConfigError: a section that is none, a key that is no text, a switch that is no boolean, a number that is NaN,
+            infinite or too large, or nesting deeper than any config.
+    """
+    require_plain(settings, where)
+    for key in settings:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: the key {name_shown(key)} must be a text.")
+    kept = {key: value for key, value in settings.items() if not (value is None and key in _SECTIONS)}
+    for name in _SECTIONS:
+        section = kept.get(name, {})
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{where}: {name} = {shown(section)} must be a section with keys.")
+        enabled = section.get("enabled", False)
+        if name in _SWITCHES and not isinstance(enabled, bool):
+            raise ConfigError(f"{where}: {name}.enabled = {shown(enabled)} must be true or false.")
+    for name in ("optimizer", "scheduler"):
+        section = kept.get(name, {})
+        if not isinstance(section.get("type", ""), str):
+            raise ConfigError(f"{where}: {name}.type = {shown(section['type'])} must be a name.")
+        if not isinstance(section.get("params", {}), Mapping):
+            raise ConfigError(f"{where}: {name}.params = {shown(section['params'])} must be a section with keys.")
+    stage = kept.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{where}: zero_optimization.stage = {shown(stage)} must be 0, 1, 2 or 3.")
+    return copy.deepcopy(kept)
+
+
+def parsed_by_deepspeed(settings: dict[str, Any], mpu: Any = None) -> Any:
+    """DeepSpeed's own object of a config.
+
+    Raises:
+        ConfigError: DeepSpeed refuses it; with its reason.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        return DeepSpeedConfig(settings, mpu)
+    except Exception as error:  # asserts, pydantic's errors, and whatever a wrong type runs into
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        told = "; ".join(line[:200] for line in lines[:_LINES])
+        raise ConfigError(f"DeepSpeed refuses its config: {told}") from error

@@ -1,0 +1,73 @@
+"""A model that checks could not call is refused at the first step; one that needs labels gets them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller.probe import ProbeSet
+from mocte_ds.controller.probe_trial import needs_labels, require_callable
+from mocte_ds.errors import MocteError
+from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.moe import Block, attach
+
+V, T = 40, 12
+IDS = torch.randint(1, V, (8, T), generator=torch.Generator().manual_seed(1))
+CPU = torch.device("cpu")
+
+
+class WithLabels(nn.Module):
+    """Gives a loss and no logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Decoder(DecoderConfig("llama", V, 16, 24, 1, 2, max_positions=T))
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        self.seen.append(tuple(labels.shape))
+        return F.cross_entropy(self.body(input_ids).flatten(0, 1), labels.flatten())
+
+
+class LabelsInSecret(WithLabels):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids, labels)
+
+
+def made(model: nn.Module) -> tuple[nn.Module, list[Block]]:
+    return model, attach(model, MocteConfig.from_dict({"modules": "body.model.layers.*.mlp", "num_experts": 4}))
+
+
+def collected(model: nn.Module) -> ProbeSet:
+    probe = ProbeSet(3 * T, None)
+    probe.needs_labels = needs_labels(model)
+    probe.offer((), {"input_ids": IDS, "labels": IDS}, 0, len(IDS))
+    probe.finish()
+    return probe
+
+
+def test_a_model_that_needs_labels_gets_them() -> None:
+    model, blocks = made(WithLabels())
+    probe = collected(model)
+    require_callable(probe, model, blocks, CPU)
+    assert model.seen == [(1, T)], "one sequence is enough"
+    reading = probe.read(model, blocks, CPU)
+    assert reading.losses is None and model.seen[-1] == (3, T)
+    given = ProbeSet(3 * T, None)
+    given.needs_labels = True
+    given.give(IDS, None)
+    assert given.read(model, blocks, CPU) is not None
+
+
+def test_a_model_that_cannot_be_called_is_refused() -> None:
+    model, blocks = made(LabelsInSecret())
+    with pytest.raises(MocteError, match="with input_ids of some sequences, and it fails: .*declare `labels`"):
+        require_callable(collected(model), model, blocks, CPU)
+    assert model.training
+
+
+def test_what_needs_labels() -> None:
+    assert needs_labels(WithLabels())
+    assert not needs_labels(LabelsInSecret()) and not needs_labels(nn.Linear(1, 1))
+    require_callable(ProbeSet(T, None), *made(WithLabels()), CPU)  # nothing was collected: nothing is tried

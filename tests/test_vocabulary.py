@@ -1,0 +1,48 @@
+"""Token ids outside of the vocabulary are named before the model sees them."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mocte_ds.errors import DataError
+from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.vocabulary import Vocabulary, embedding_size
+
+IDS = torch.tensor([[0, 5, 39], [1, 2, 3]])
+
+
+def test_the_embedding_is_found() -> None:
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 100}
+    assert embedding_size(GPT2LMHeadModel(GPT2Config(vocab_size=40, **sizes))) == 40, "not that of the positions"
+    assert embedding_size(Decoder(DecoderConfig("gpt2", 40, 16, 24, 1, 2, max_positions=100))) == 40
+    assert embedding_size(nn.Linear(2, 2)) is None
+
+
+def test_ids_that_are_none() -> None:
+    vocabulary = Vocabulary(Decoder(DecoderConfig("llama", 40, 16, 24, 1, 2)), every=10)
+    vocabulary.look((), {"input_ids": IDS}, 0)
+    vocabulary.look((IDS,), {}, 0)
+    vocabulary.look((IDS.float() * 100,), {}, 0)  # features, no ids
+    vocabulary.look((), {"input_ids": IDS[:0]}, 0)
+    for step in (0, 1):
+        with pytest.raises(DataError, match=f"step {step + 1}: a token id is 40, and .* the ids 0 to 39"):
+            vocabulary.look((), {"input_ids": IDS + 1}, step)
+    with pytest.raises(DataError, match="a token id is -100"):
+        vocabulary.look((torch.where(IDS == 5, -100, IDS),), {}, 0)
+
+
+def test_a_batch_on_a_gpu_is_looked_at_now_and_then() -> None:
+    vocabulary, looked = Vocabulary(Decoder(DecoderConfig("llama", 40, 16, 24, 1, 2)), every=10), []
+
+    class OnDevice(torch.Tensor):
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda")
+
+    for step in range(25):
+        try:
+            vocabulary.look((), {"input_ids": (IDS + 1).as_subclass(OnDevice)}, step)
+        except DataError:
+            looked.append(step)
+    assert looked == [0, 10, 20]
