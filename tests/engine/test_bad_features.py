@@ -1,6 +1,7 @@
 """One rank's features are not finite: at the check all ranks stop with the same error, which names the layer."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -28,10 +29,10 @@ def run(value: float, tokens: slice) -> str:
     block = engine.mocte.blocks[1].block
     see = block.observe
 
-    def see_bad(hidden: torch.Tensor) -> None:
+    def see_bad(hidden: torch.Tensor, state: Any) -> None:
         hidden = hidden.clone()
         hidden[0, tokens, 5] = value
-        see(hidden)
+        see(hidden, state)
 
     if rank == 1:
         # Only what is sampled: in the model itself the loss would carry it to all ranks at once.
