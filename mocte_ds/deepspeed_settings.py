@@ -45,6 +45,11 @@ def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed co
             raise ConfigError(f"{where}: {name}.type = {shown(section['type'])} must be a name.")
         if not isinstance(section.get("params", {}), Mapping):
             raise ConfigError(f"{where}: {name}.params = {shown(section['params'])} must be a section with keys.")
+    params = kept.get("optimizer", {}).get("params", {})
+    for name in ("lr", "eps", "weight_decay"):
+        value = params.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ConfigError(f"{where}: optimizer.params.{name} = {shown(value)} must be a number of 0 or more.")
     stage = kept.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{where}: zero_optimization.stage = {shown(stage)} must be 0, 1, 2 or 3.")
