@@ -75,7 +75,7 @@ class ClustersConfig:
     min_silhouette: Annotated[float, Bounds(-1, 1)] = 0.35
     """Smallest silhouette of the detected clusters (the paper's alpha_c)."""
     stability: Share = 0.6
-    """Smallest adjusted Rand index between the probe set's labels at two checks in a row."""
+    """Smallest adjusted Rand index between what two checks in a row detected, on the documents of the later one."""
     deadline: Share = 0.1
     """Share of the budget after which experts emerge anyway; 1: never without detection."""
     not_before: Share = 0.02
@@ -160,7 +160,7 @@ class MocteConfig:
     auto: bool = True
     """False: no checks; blocks change only by emerge(), freeze() and thaw()."""
     seed: Seed = 0
-    """Seed of sampling, balanced k-means and hash tables."""
+    """Seed of sampling, and, mixed with each block's path and each bank's number, of tables and random directions."""
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     """What one expert is."""
     router: RouterConfig = field(default_factory=RouterConfig)

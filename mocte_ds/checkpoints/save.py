@@ -65,7 +65,7 @@ class Saver:
         """
         self.wait()
         place = Place(Path(save_dir), tag)
-        self.run = self.run or from_rank_zero(uuid.uuid4().hex)
+        self.run = from_rank_zero(self.run or uuid.uuid4().hex)  # all ranks ask, whatever each of them knows
         needed = sum(gather_objects(sum(map(size_in_bytes, files.values()))))
         rank, size = world()
         failure = None

@@ -1,7 +1,8 @@
 """Clusters in the features: whether there are any, groups of equal mass, and what a gate stores of them."""
 
 from mocte_ds.clusters.balance import BalancedClusters, balanced_kmeans
-from mocte_ds.clusters.detect import Detection, agreement, detect, published_line, stability
+from mocte_ds.clusters.compare import agreement, stability
+from mocte_ds.clusters.detect import Detection, detect, published_line
 from mocte_ds.clusters.table import hash_table, linear_gate, subspace_without_mean, type_table
 
 __all__ = [

@@ -5,11 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mocte_ds.clusters.prices import even_prices, scores
+from mocte_ds.clusters.start import means, principal_pieces
 from mocte_ds.errors import MocteError
 
-_ITERATIONS, _SWEEPS, _RESTARTS = 30, 20, 3
+_ITERATIONS, _SWEEPS, _STARTS = 30, 20, 3
 # Loads that differ by less than this share of the mean count as equal.
 _EVEN = 0.01
+# Another start must be better by this share, or rounding would choose between two that found the same clusters.
+_BETTER = 1e-3
+# Scores (points times clusters) from which on one start, fewer steps and fewer sweeps a step must do.
+_LARGE = 1 << 17
 
 # Shapes: n points, r coordinates, E clusters.
 
@@ -29,12 +35,12 @@ class BalancedClusters:
 
     def assign(self, points: Tensor) -> Tensor:
         """(n,) int64 cluster of each point, by the rule that a gate uses."""
-        return _scores(points.to(self.centroids), self.centroids, self.prices, self.directions).argmax(dim=1)
+        return scores(points.to(self.centroids), self.centroids, self.prices, self.directions).argmax(dim=1)
 
 
 @torch.no_grad()
 def balanced_kmeans(
-    points: Tensor, count: int, seed: int, mass: Tensor | None = None, directions: bool = False
+    points: Tensor, count: int, seed: int = 0, mass: Tensor | None = None, directions: bool = False
 ) -> BalancedClusters:
     """K-means under the constraint of equal mass.
 
@@ -44,10 +50,14 @@ def balanced_kmeans(
     gate with a bias routes tokens exactly so. With ``directions`` the score is c.z times a price: a linear gate without
     a bias.
 
+    Clusters are numbered by the distance of their centroids from the mean. Turned, mirrored or permuted points get the
+    same clusters, and points that are equal but for rounding all but the same: no order of rows and no sign enters.
+    Time is bounded by n and E: under some seconds for 4,096 points and 256 clusters.
+
     Args:
         points: (n, r) finite, any device; the work is done in fp64 on the CPU.
         count: E.
-        seed: of the starts (k-means++, the best of three).
+        seed: of the second and third start; the first one is cut along the points' principal directions.
         mass: (n,) weights of the points, not negative; None: 1 each.
         directions: cluster by direction, with centroids of length one.
 
@@ -69,105 +79,49 @@ def balanced_kmeans(
     if directions:
         z = torch.nn.functional.normalize(z, dim=1)
     generator = torch.Generator().manual_seed(seed)
-    best: tuple[float, Tensor, Tensor, Tensor] | None = None
-    for _ in range(_RESTARTS):
-        cost, *found = _one_start(z, w, _plus_plus(z, w, count, generator), directions)
-        if best is None or cost < best[0]:
-            best = (cost, *found)
-    _, centroids, prices, labels = best
-    return BalancedClusters(centroids.float(), prices.float(), labels, directions)
+    large = len(z) * count > _LARGE
+    best: _Start | None = None
+    for number in range(1 if large else _STARTS):
+        labels = principal_pieces(z, w, count, even=True, generator=generator if number else None)
+        found = _from_start(z, w, labels, count, directions, large)
+        if best is None or found.cost < (1 - _BETTER) * best.cost:
+            best = found
+    assert best is not None
+    centre = (w[:, None] * z).sum(0) / w.sum().clamp(min=1e-300)
+    order = (best.centroids - centre).square().sum(1).argsort(stable=True)
+    labels = order.argsort()[best.labels]
+    return BalancedClusters(best.centroids[order].float(), best.prices[order].float(), labels, directions)
 
 
-def _one_start(z: Tensor, w: Tensor, centroids: Tensor, directions: bool) -> tuple[float, Tensor, Tensor, Tensor]:
-    prices = torch.zeros(len(centroids), dtype=torch.float64)
-    labels = None
-    for _ in range(_ITERATIONS):
-        prices = _even_prices(z, w, centroids, prices, directions)
-        new = _scores(z, centroids, prices, directions).argmax(dim=1)
-        if labels is not None and torch.equal(new, labels):
+@dataclass(frozen=True)
+class _Start:
+    cost: float
+    centroids: Tensor
+    prices: Tensor
+    labels: Tensor
+
+
+def _from_start(z: Tensor, w: Tensor, labels: Tensor, count: int, directions: bool, large: bool) -> _Start:
+    """What one start comes to."""
+    # Clusters without points, where fewer points than clusters differ, wait far away or at any point.
+    centroids = _centroids(z, w, labels, z[torch.linspace(0, len(z) - 1, count).long()], directions)
+    prices = torch.zeros(count, dtype=torch.float64)
+    for _ in range(_ITERATIONS // 3 if large else _ITERATIONS):
+        prices = even_prices(z, w, centroids, prices, directions, _EVEN, 2 if large else _SWEEPS)
+        new = scores(z, centroids, prices, directions).argmax(dim=1)
+        if torch.equal(new, labels):
             break
         labels = new
-        centroids = _means(z, w, labels, centroids, directions)
-    prices = _even_prices(z, w, centroids, prices, directions)
-    labels = _scores(z, centroids, prices, directions).argmax(dim=1)
-    cost = float((w * (z - centroids[labels]).square().sum(1)).sum())
-    return cost, centroids, prices, labels
+        centroids = _centroids(z, w, labels, centroids, directions)
+    prices = even_prices(z, w, centroids, prices, directions, _EVEN, _SWEEPS)
+    labels = scores(z, centroids, prices, directions).argmax(dim=1)
+    return _Start(float((w * (z - centroids[labels]).square().sum(1)).sum()), centroids, prices, labels)
 
 
-def _scores(z: Tensor, centroids: Tensor, prices: Tensor, directions: bool) -> Tensor:
-    """(n, E) whose largest entry in a row is the point's cluster."""
+def _centroids(z: Tensor, w: Tensor, labels: Tensor, old: Tensor, directions: bool) -> Tensor:
+    """Means of the labelled points, of length one where directions count; a cluster without points keeps its own."""
+    found = means(z, w, labels, old)
     if directions:
-        return (z @ centroids.T) * prices.exp()
-    return 2 * z @ centroids.T - centroids.square().sum(1) + prices
-
-
-def _even_prices(z: Tensor, w: Tensor, centroids: Tensor, prices: Tensor, directions: bool) -> Tensor:
-    """Prices under which every cluster wins the same mass, one cluster's price after the other."""
-    count, share = len(centroids), w.sum() / len(centroids)
-    raw = _scores(z, centroids, torch.zeros_like(prices), directions)
-    prices, before = prices.clone(), None
-    point = float(w.max())
-    # Of points of equal mass a cluster can have one more or one less than its share; heavy ones may never fit.
-    allowed = max(_EVEN * float(share), 0.999 * point if float(w.min()) == point else 0.0)
-    for _ in range(_SWEEPS):
-        for k in range(count):
-            prices[k] = _winning_price(raw, w, prices, k, float(share), directions)
-        labels = _priced(raw, prices, directions).argmax(dim=1)
-        load = torch.zeros(count, dtype=torch.float64).index_add_(0, labels, w)
-        if float((load - share).abs().max()) <= allowed or (before is not None and torch.equal(prices, before)):
-            break
-        before = prices.clone()
-    return prices - prices.mean()
-
-
-def _winning_price(raw: Tensor, w: Tensor, prices: Tensor, k: int, share: float, directions: bool) -> Tensor:
-    """The price at which cluster k wins ``share``, the others' prices given: half way between two points."""
-    others = _priced(raw, prices, directions)
-    others[:, k] = -torch.inf
-    rival = others.amax(dim=1)
-    if directions:
-        # Only in front of the centroid can a factor help; a rival behind the point loses to anything.
-        margin = (rival.clamp(min=1e-12) / raw[:, k].clamp(min=1e-12)).log()
-        margin[raw[:, k] <= 0] = torch.inf
-    else:
-        margin = rival - raw[:, k]
-    ascending, order = margin.sort()
-    won = w[order].cumsum(0)
-    last = int((won <= share * (1 + 1e-9)).sum()) - 1
-    finite = int(torch.isfinite(ascending).sum())
-    if finite == 0:
-        return prices[k]
-    last = min(max(last, 0), finite - 1)
-    if last + 1 < finite:
-        return (ascending[last] + ascending[last + 1]) / 2
-    return ascending[last] + 1e-6 + ascending[last].abs() * 1e-6
-
-
-def _priced(raw: Tensor, prices: Tensor, directions: bool) -> Tensor:
-    return raw * prices.exp() if directions else raw + prices
-
-
-def _means(z: Tensor, w: Tensor, labels: Tensor, old: Tensor, directions: bool) -> Tensor:
-    """Centroids of the labelled points; a cluster without points keeps its old one."""
-    sums = torch.zeros_like(old).index_add_(0, labels, z * w[:, None])
-    load = torch.zeros(len(old), dtype=torch.float64).index_add_(0, labels, w)
-    means = torch.where(load[:, None] > 0, sums / load.clamp(min=1e-300)[:, None], old)
-    if directions:
-        length = means.norm(dim=1, keepdim=True)
-        means = torch.where(length > 1e-12, means / length.clamp(min=1e-12), old)
-    return means
-
-
-def _plus_plus(z: Tensor, w: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Starting centroids far from each other (Arthur & Vassilvitskii, "k-means++", 2007)."""
-    chosen = [int(torch.multinomial(w.clamp(min=1e-300), 1, generator=generator))]
-    nearest = (z - z[chosen[0]]).square().sum(1)
-    for _ in range(1, count):
-        weights = nearest * w
-        if not bool((weights > 0).any()):
-            weights = w.clone()
-            weights[chosen] = 0.0  # all points are equal: any other one will do
-            weights = weights if bool((weights > 0).any()) else torch.ones_like(w)
-        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-        nearest = torch.minimum(nearest, (z - z[chosen[-1]]).square().sum(1))
-    return z[chosen].clone()
+        length = found.norm(dim=1, keepdim=True)
+        found = torch.where(length > 1e-12, found / length.clamp(min=1e-12), old)
+    return found

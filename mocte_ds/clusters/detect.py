@@ -1,30 +1,33 @@
 """Says whether points fall into clusters, or whether one would only be cutting up a cloud."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from sklearn.cluster import DBSCAN, HDBSCAN
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from mocte_ds.clusters.density import Neighbourhood, join_groups, local_dimension, separate_groups
+from mocte_ds.clusters.pieces import LEAST_DIMENSION, joined_pieces
 from mocte_ds.errors import MocteError
 
-# eps is tried at these quantiles of the distance to the min_samples-th neighbour. The median alone loses clusters that
-# are smaller or wider than the others; the best of several is chosen by silhouette times coverage.
+# By so many standard deviations an emptier region must be emptier than a cloud of constant density happens to be.
+VALLEY = 4.0
+# Clusters are looked for in all directions; where the points fill more dimensions than a curve or a plane, in the
+# leading ones too, and along the lines between so many pieces: K clusters differ in K - 1 directions, and every other
+# one adds the same noise to all distances.
+DIRECTIONS, PIECES = (2, 3, 5), (2, 3, 4, 6, 8, 12, 16)
 EPS_QUANTILES = (0.5, 0.7, 0.8, 0.9, 0.95)
-# Clusters must stay apart when eps grows by exp(VALLEY / (m sqrt(k))), m the local dimension, k = min_samples: the
-# distance to the k-th neighbour varies by 1 / (m sqrt(k)) in a cloud of constant density, so pieces of such a cloud
-# join again. Measured in these units, the pieces of 1,400 Gaussian, heavy-tailed and uniform clouds (1 to 8 dimensions,
-# 60 to 400 points) joined by 2.1; planted clusters six standard deviations apart, at their best eps, held to 4.7.
-VALLEY = 3.0
 MIN_POINTS = 40
+# Time and memory grow with the square of this; of more points every so many is looked at, the others follow these.
+MOST_POINTS = 2048
 METHODS = ("dbscan", "hdbscan")
-_SILHOUETTE_POINTS = 1000
 # With one giant cluster in the radius of every point DBSCAN's time grows with the square of their number.
 _PUBLISHED_POINTS = 1024
+
+# Shapes: n points, u different ones, r coordinates.
 
 
 @dataclass(frozen=True)
@@ -38,35 +41,43 @@ class Detection:
     noise: float
     """Share of points in none of them."""
     silhouette: float
-    """Mean silhouette of the clustered points; 0 with fewer than two clusters."""
+    """Mean silhouette of the clustered points, in the directions that show them; 0 with fewer than two clusters."""
     found: bool
     """True where the points fall into clusters by all rules."""
     largest: float
     """Share of points in the largest cluster, each noise point counted with the cluster nearest to it."""
     eps: float
-    """Neighbourhood radius of DBSCAN, in the units of the points."""
+    """Median distance of the points to their k-th neighbour, in the units of the points."""
     reason: str
     """One sentence: why found or not."""
     sensitivity: tuple[tuple[float, int], ...]
-    """(quantile that eps was taken from, clusters found with it), for the log."""
+    """(quantile of the distance to the k-th neighbour, clusters of DBSCAN with that radius), for the log."""
+    directions: int = 0
+    """Leading directions that show the clusters."""
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One clustering on its way through the rules; ``passed`` counts the rules behind it."""
+    """One clustering on its way through the rules; ``passed`` counts the rules that it has met."""
 
     labels: np.ndarray
+    """(u,)"""
     count: int
     noise: float
     largest: float
     eps: float
+    directions: int
     silhouette: float = 0.0
     passed: int = 0
     reason: str = ""
 
-    @property
-    def score(self) -> float:
-        return self.silhouette * (1.0 - self.noise)
+
+@dataclass(frozen=True)
+class _Rules:
+    min_silhouette: float
+    min_mass: float
+    max_largest: float
+    max_noise: float
 
 
 def detect(
@@ -79,9 +90,10 @@ def detect(
 ) -> Detection:
     """Look for clusters; a cloud without structure, or one giant cluster with crumbs, is "not found".
 
-    Rules (docs/method.md, section 3): at least two clusters of ``min_mass``, the largest under ``max_largest``, noise
-    at most ``max_noise``, silhouette at least ``min_silhouette``; and an emptier region between clusters (VALLEY
-    above). Deterministic.
+    Rules (docs/method.md, section 3): at least two clusters of ``min_mass``, an emptier region between them (VALLEY
+    above), the largest under ``max_largest``, noise at most ``max_noise``, silhouette at least ``min_silhouette``. They
+    are looked for in several numbers of leading directions of the points; what shows most clusters counts, of these the
+    most directions. Deterministic; turning, mirroring and scaling the points, or their order, change nothing.
 
     Args:
         z: (n, r) coordinates, document means in the leading singular directions. Their scale does not matter.
@@ -89,8 +101,7 @@ def detect(
         min_mass: least share of points of a cluster that counts.
         max_largest: share that the largest cluster must stay under.
         max_noise: largest share of points in no cluster.
-        method: `dbscan` (several radii, the best by silhouette times coverage) or `hdbscan` (no radius; for clusters of
-            very different densities). The emptier region is asked for by DBSCAN in both.
+        method: `dbscan` (all radii at once) or `hdbscan` (its clusters, joined where no emptier region is between).
 
     Raises:
         MocteError: coordinates that are not finite or not a matrix, or another method.
@@ -98,58 +109,87 @@ def detect(
     if method not in METHODS:
         raise MocteError(f"clusters.method = {method!r} is not one of {list(METHODS)}.")
     points = _points(z)
-    n = len(points)
+    n, rules = len(points), _Rules(min_silhouette, min_mass, max_largest, max_noise)
+    # Equal points are one point of more mass: copies of a document say nothing of the density around it.
+    different, place, copies = _different(points)
     spread = float(np.sqrt(points.var(axis=0).sum())) if n else 0.0
-    if n < MIN_POINTS or spread == 0.0:
-        why = f"{n} points are too few (at least {MIN_POINTS})" if n < MIN_POINTS else "all points are equal"
-        return _report(_Candidate(np.full(n, -1), 0, 1.0, 0.0, 0.0, reason=why), False, ())
-    points = points / spread
-    neighbours = max(8, n // 150)
-    distances = NearestNeighbors(n_neighbors=neighbours).fit(points).kneighbors(points)[0]
-    widened = math.exp(min(1.5, VALLEY / (_local_dimension(distances) * math.sqrt(neighbours))))
-
-    def cluster(eps: float) -> _Candidate:
-        labels = DBSCAN(eps=eps, min_samples=neighbours).fit_predict(points)
-        return _candidate(points, labels, eps, min_mass)
-
+    if n < MIN_POINTS or len(different) < MIN_POINTS or spread == 0.0:
+        few = f"{n} points are too few" if n < MIN_POINTS else f"of {n} points {len(different)} differ, too few"
+        why = f"{few} (at least {MIN_POINTS})" if n < MIN_POINTS or len(different) > 1 else "all points are equal"
+        none = _Candidate(np.full(len(different), -1), 0, 1.0, 0.0, 0.0, 0, reason=why)
+        return _report(none, False, (), place)
+    some = np.linspace(0, len(different) - 1, min(len(different), MOST_POINTS)).astype(int)
+    follows = _nearest(different[some], different) if len(some) < len(different) else some
+    mass = np.bincount(follows, weights=copies, minlength=len(some))
+    looked_at = _leading(different[some] / spread, mass)
+    neighbours = max(8, len(some) // 64)
+    least = max(float(neighbours), min_mass * n)
+    near = Neighbourhood.of(_between(looked_at), neighbours)
+    sensitivity = tuple(zip(EPS_QUANTILES, near.counts(EPS_QUANTILES, mass, least), strict=True))
     tried = []
-    if method == "hdbscan":
-        found = _by_density(points, distances[:, -1], min_mass)
-        tried.append(_judge(points, found, min_silhouette, min_mass, max_largest, max_noise))
-    for quantile in EPS_QUANTILES if method == "dbscan" else ():
-        eps = max(float(np.quantile(distances[:, -1], quantile)), 1e-9)
-        tried.append(_judge(points, cluster(eps), min_silhouette, min_mass, max_largest, max_noise))
-        if np.bincount(tried[-1].labels + 1)[1:].max(initial=0) >= max_largest * n:
-            break  # clusters only grow with eps
-    by_radius = zip(EPS_QUANTILES, tried, strict=False) if method == "dbscan" else ()
-    sensitivity = tuple((q, c.count) for q, c in by_radius)
-    good = sorted((c for c in tried if not c.reason), key=lambda c: -c.score)
-    for best in good:
-        wider = cluster(best.eps * widened)
-        if wider.count >= max(2, best.count / 2) and wider.largest < max_largest:
-            why = f"{best.count} clusters, silhouette {best.silhouette:.2f}, noise {best.noise:.0%}"
-            return _report(best, True, sensitivity, why, spread)
-    if good:
-        why = f"the {good[0].count} clusters join when eps grows by {widened - 1:.0%}: no emptier region between them"
-        return _report(good[0], False, sensitivity, why, spread)
-    furthest = max(tried, key=lambda c: c.passed)
-    return _report(furthest, False, sensitivity, furthest.reason, spread)
+    for labels, view in _clusterings(looked_at, near, mass, least, method):
+        tried.append(_judge(_candidate(labels, view, mass, least, float(np.median(near.reach))), view, rules))
+    good = [c for c in tried if not c.reason]
+    best = max(good, key=lambda c: (c.count, c.directions)) if good else max(tried, key=lambda c: c.passed)
+    why = f"{best.count} clusters, silhouette {best.silhouette:.2f}, noise {best.noise:.0%}" if good else best.reason
+    best = replace(best, labels=best.labels[follows], reason=why, eps=best.eps * spread)
+    return _report(best, bool(good), sensitivity, place)
 
 
-def _by_density(points: np.ndarray, reach: np.ndarray, min_mass: float) -> _Candidate:
-    """HDBSCAN's clusters; eps is the radius at which nearly all of their points are DBSCAN's core points.
+def _different(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows that differ (u, r), in the order in which they come; which of them each row is (n,); copies of each (u,)."""
+    _, first, place, copies = np.unique(points, axis=0, return_index=True, return_inverse=True, return_counts=True)
+    order = first.argsort()
+    return points[first[order]], order.argsort()[place.reshape(-1)], copies[order]
 
-    Args:
-        points: (n, r).
-        reach: (n,) distance to the min_samples-th neighbour.
-        min_mass: least share of points of a cluster.
+
+def _leading(points: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """(u, r) the points in their own principal directions, the leading one first.
+
+    Points far outside count as if they lay at three times the median distance, so that a few do not choose them.
     """
-    n, neighbours = len(points), max(8, len(points) // 150)
-    size = max(neighbours, math.ceil(min_mass * n))
-    labels = HDBSCAN(min_cluster_size=size, min_samples=neighbours, copy=True).fit_predict(points)
-    members = reach[labels >= 0]
-    eps = float(np.quantile(members, 0.95)) if len(members) else 0.0
-    return _candidate(points, labels, max(eps, 1e-9), min_mass)
+    centred = points - np.median(points, axis=0)
+    distance = np.linalg.norm(centred, axis=1)
+    near = centred * np.minimum(1.0, 3 * np.median(distance) / np.maximum(distance, 1e-300))[:, None]
+    near = near - np.average(near, axis=0, weights=mass)
+    _, turn = np.linalg.eigh((near * mass[:, None]).T @ near)
+    return centred @ turn[:, ::-1]
+
+
+def _clusterings(
+    points: np.ndarray, near: Neighbourhood, mass: np.ndarray, least: float, method: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Clusterings of points (u, r) to judge, each with the directions (u, k) that show it."""
+    width, neighbours = points.shape[1], near.nearest.shape[1]
+    wide = local_dimension(near.nearest) > LEAST_DIMENSION
+    for directions in (*[k for k in DIRECTIONS if k < width and wide], width):
+        view = points[:, :directions]
+        there = near if directions == width else Neighbourhood.of(_between(view), neighbours)
+        if method == "hdbscan":
+            found = HDBSCAN(min_cluster_size=max(2, math.ceil(least)), min_samples=neighbours, copy=True)
+            yield join_groups(there, found.fit_predict(view), VALLEY), view
+        else:
+            yield separate_groups(there, mass, least, VALLEY), view
+    for count in PIECES if wide else ():
+        labels = joined_pieces(points, mass, count, VALLEY)
+        centres = np.stack([points[labels == k].mean(axis=0) for k in range(labels.max() + 1)])
+        span = np.linalg.svd(centres - centres.mean(axis=0), full_matrices=False)[2][: len(centres) - 1]
+        yield labels, points @ span.T
+
+
+def _between(points: np.ndarray) -> np.ndarray:
+    """(u, u) distances."""
+    square = np.zeros((len(points), len(points)))
+    for column in points.T:
+        square += np.square(column[:, None] - column[None, :])
+    return np.sqrt(square, out=square)
+
+
+def _nearest(some: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(n,) which row of ``some`` is nearest to each point."""
+    parts = np.array_split(points, math.ceil(len(points) / MOST_POINTS))
+    half = np.square(some).sum(1) / 2
+    return np.concatenate([(half - part @ some.T).argmin(axis=1) for part in parts])
 
 
 def published_line(z: Tensor) -> dict[str, float]:
@@ -178,44 +218,6 @@ def published_line(z: Tensor) -> dict[str, float]:
     return {"clusters": len(kept), "noise": float(1.0 - kept.sum()), "largest": float(sizes.max())}
 
 
-def stability(labels_a: Tensor, labels_b: Tensor) -> float:
-    """How far two labelings of the same points agree: adjusted Rand index, 1 for the same, 0 for chance.
-
-    Args:
-        labels_a: (n,) int64.
-        labels_b: (n,) int64.
-
-    Raises:
-        MocteError: the labelings have different lengths.
-    """
-    if labels_a.shape != labels_b.shape:
-        raise MocteError(
-            f"labelings of {labels_a.numel()} and {labels_b.numel()} points cannot be compared; label the same points."
-        )
-    return float(adjusted_rand_score(labels_a.cpu().numpy(), labels_b.cpu().numpy()))
-
-
-def agreement(labels: Tensor, domains: Tensor) -> dict[str, float]:
-    """How far clusters agree with the sources of the points.
-
-    Args:
-        labels: (n,) int64 cluster, -1: none.
-        domains: (n,) int64 source, -1: unknown.
-
-    Returns:
-        "nmi": normalised mutual information; "purity": share of points whose source is their cluster's most frequent
-        one. Over points with a cluster and a known source; 0 where there is none.
-    """
-    known = (labels >= 0) & (domains >= 0)
-    labels, domains = labels[known], domains[known]
-    if not labels.numel():
-        return {"nmi": 0.0, "purity": 0.0}
-    table = torch.zeros(int(labels.max()) + 1, int(domains.max()) + 1)
-    table.index_put_((labels.cpu(), domains.cpu()), torch.ones(labels.numel()), accumulate=True)
-    nmi = normalized_mutual_info_score(domains.cpu().numpy(), labels.cpu().numpy())
-    return {"nmi": float(nmi), "purity": float(table.max(dim=1).values.sum() / labels.numel())}
-
-
 def _points(z: Tensor) -> np.ndarray:
     z = torch.as_tensor(z)
     if z.dim() != 2:
@@ -228,72 +230,58 @@ def _points(z: Tensor) -> np.ndarray:
     return points
 
 
-def _local_dimension(distances: np.ndarray) -> float:
-    """Dimension in which the points fill space around them (Levina & Bickel, 2004, averaged as MacKay proposed).
-
-    Args:
-        distances: (n, k) ascending distances to the nearest neighbours, the point itself first.
-    """
-    inner, outer = distances[:, 1:-1], distances[:, -1:]
-    usable = (inner > 0).all(axis=1)
-    if not usable.any():
-        return 1.0
-    inverse = np.log(outer[usable] / inner[usable]).mean()
-    neighbours = distances.shape[1] - 1
-    return float(max(1.0, (neighbours - 2) / (neighbours - 1) / max(inverse, 1e-12)))
-
-
-def _candidate(points: np.ndarray, labels: np.ndarray, eps: float, min_mass: float) -> _Candidate:
+def _candidate(labels: np.ndarray, view: np.ndarray, mass: np.ndarray, least: float, eps: float) -> _Candidate:
     """Clusters under the least mass become noise; the rest are numbered by size."""
-    n = len(labels)
-    sizes = np.bincount(labels[labels >= 0], minlength=1)
-    kept = [k for k in np.argsort(-sizes, kind="stable") if sizes[k] >= max(1.0, min_mass * n)]
-    renamed = np.full(n, -1)
+    sizes = np.bincount(labels[labels >= 0], weights=mass[labels >= 0], minlength=1)
+    kept = [k for k in np.argsort(-sizes, kind="stable") if sizes[k] >= least]
+    renamed = np.full(len(labels), -1)
     for new, old in enumerate(kept):
         renamed[labels == old] = new
     lost, members = renamed < 0, renamed >= 0
     completed = renamed.copy()
     if len(kept) >= 2 and lost.any():
-        # A small eps leaves most of a giant cluster as noise, which must not make it look small.
-        nearest = NearestNeighbors(n_neighbors=1).fit(points[members]).kneighbors(points[lost])[1][:, 0]
-        completed[lost] = renamed[members][nearest]
-    largest = float(np.bincount(completed[completed >= 0], minlength=1).max()) / n
-    return _Candidate(renamed, len(kept), float(lost.mean()), largest, eps)
+        # Much noise around a giant cluster must not make it look small.
+        completed[lost] = renamed[members][_nearest(view[members], view[lost])]
+    held = np.bincount(completed[completed >= 0], weights=mass[completed >= 0], minlength=1)
+    noise, largest = float(mass[lost].sum() / mass.sum()), float(held.max() / mass.sum())
+    return _Candidate(renamed, len(kept), noise, largest, eps, view.shape[1])
 
 
-def _judge(
-    points: np.ndarray, c: _Candidate, min_silhouette: float, min_mass: float, max_largest: float, max_noise: float
-) -> _Candidate:
+def _judge(c: _Candidate, view: np.ndarray, rules: _Rules) -> _Candidate:
     """The candidate with its silhouette and, if a rule is broken, the reason."""
-
-    def failed(passed: int, reason: str, silhouette: float = 0.0) -> _Candidate:
-        return _Candidate(c.labels, c.count, c.noise, c.largest, c.eps, silhouette, passed, reason)
-
     if c.count < 2:
-        return failed(0, f"{c.count} of the two clusters needed; one counts if it holds {min_mass:.0%} of the points")
-    if c.largest >= max_largest:
-        return failed(1, f"one cluster holds {c.largest:.0%} of the points; it must hold less than {max_largest:.0%}")
-    if c.noise > max_noise:
-        return failed(2, f"{c.noise:.0%} of the points are noise; at most {max_noise:.0%} may be")
-    silhouette = _silhouette(points, c.labels)
-    if silhouette < min_silhouette:
-        return failed(3, f"silhouette {silhouette:.2f} is under {min_silhouette:.2f}", silhouette)
-    return failed(4, "", silhouette)
+        held = f"one counts if it holds {rules.min_mass:.0%} of the points"
+        return replace(c, passed=0, reason=f"{c.count} of the two clusters needed; {held}")
+    if c.largest >= rules.max_largest:
+        held = f"one cluster holds {c.largest:.0%} of the points; it must hold less than {rules.max_largest:.0%}"
+        return replace(c, passed=1, reason=held)
+    if c.noise > rules.max_noise:
+        noise = f"{c.noise:.0%} of the points are noise; at most {rules.max_noise:.0%} may be"
+        return replace(c, passed=2, reason=noise)
+    silhouette = _silhouette(view, c.labels)
+    if silhouette < rules.min_silhouette:
+        under = f"silhouette {silhouette:.2f} is under {rules.min_silhouette:.2f}"
+        return replace(c, passed=3, silhouette=silhouette, reason=under)
+    return replace(c, passed=4, silhouette=silhouette)
 
 
-def _silhouette(points: np.ndarray, labels: np.ndarray) -> float:
-    """Mean silhouette of clustered points, of an even selection of them where there are many."""
+def _silhouette(view: np.ndarray, labels: np.ndarray) -> float:
+    """Mean silhouette (Rousseeuw, 1987) of the clustered points; a point that is alone in its cluster counts 0."""
     members = np.flatnonzero(labels >= 0)
-    if len(members) > _SILHOUETTE_POINTS:
-        members = members[np.linspace(0, len(members) - 1, _SILHOUETTE_POINTS).astype(int)]
-    if len(np.unique(labels[members])) < 2:
-        return 0.0
-    return float(silhouette_score(points[members], labels[members]))
+    labels = labels[members]
+    of_cluster = np.eye(labels.max() + 1)[labels]
+    sums, sizes = _between(view[members]) @ of_cluster, of_cluster.sum(axis=0)
+    row = np.arange(len(labels))
+    inside = sums[row, labels] / np.maximum(sizes[labels] - 1, 1)
+    others = sums / sizes
+    others[row, labels] = np.inf
+    outside = others.min(axis=1)
+    score = (outside - inside) / np.maximum(np.maximum(inside, outside), 1e-300)
+    return float(np.where(sizes[labels] > 1, score, 0.0).mean())
 
 
-def _report(
-    c: _Candidate, found: bool, sensitivity: tuple[tuple[float, int], ...], reason: str = "", spread: float = 1.0
-) -> Detection:
-    labels = torch.from_numpy(np.asarray(c.labels, dtype=np.int64))
-    why = reason or c.reason
-    return Detection(labels, c.count, c.noise, c.silhouette, found, c.largest, c.eps * spread, why, sensitivity)
+def _report(c: _Candidate, found: bool, sensitivity: tuple[tuple[float, int], ...], place: np.ndarray) -> Detection:
+    labels = torch.from_numpy(np.asarray(c.labels[place], dtype=np.int64))
+    return Detection(
+        labels, c.count, c.noise, c.silhouette, found, c.largest, c.eps, c.reason, sensitivity, c.directions
+    )

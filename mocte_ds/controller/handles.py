@@ -57,6 +57,26 @@ class LastClusters:
         return clusters.assign((features - self.mean) @ self.basis)
 
 
+@dataclass(frozen=True)
+class LastDetection:
+    """What the last check detected in a block's documents; all on the CPU."""
+
+    mean: Tensor
+    """(d,)."""
+    basis: Tensor
+    """(d, r)."""
+    points: Tensor
+    """(m, r) its documents."""
+    labels: Tensor
+    """(m,) cluster of each, -1: none."""
+
+    def assign(self, features: Tensor) -> Tensor:
+        """(n,) int64 cluster of each feature (n, d): that of the nearest document that was in one."""
+        known = self.labels >= 0
+        points, z = self.points[known].double(), ((features - self.mean) @ self.basis).double()
+        return self.labels[known][(2 * z @ points.T - points.square().sum(1)).argmax(dim=1)]
+
+
 class BlockHandle:
     """One block; `.mode` and `.experts[k]` are what the fixed interface promises."""
 
@@ -71,6 +91,8 @@ class BlockHandle:
         self.document_mean: Tensor | None = None
         self.document_centroids: Tensor | None = None
         self.document_prices: Tensor | None = None
+        self.document_points: Tensor | None = None
+        self.document_labels: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -89,6 +111,19 @@ class BlockHandle:
         if self.document_centroids is None or mean is None or basis is None or prices is None:
             return None
         return LastClusters(mean.cpu(), basis.cpu(), self.document_centroids, prices)
+
+    @property
+    def last_detection(self) -> LastDetection | None:
+        """Clusters that the last check detected; None where it saw fewer than two."""
+        mean, basis, points, labels = (
+            self.document_mean,
+            self.document_basis,
+            self.document_points,
+            self.document_labels,
+        )
+        if mean is None or basis is None or points is None or labels is None or not bool((labels > 0).any()):
+            return None
+        return LastDetection(mean.cpu(), basis.cpu(), points, labels)
 
     def refresh_mode(self) -> None:
         """Derive the block's mode from its experts'."""
@@ -116,6 +151,8 @@ class BlockHandle:
             "document_mean": self.document_mean,
             "document_centroids": self.document_centroids,
             "document_prices": self.document_prices,
+            "document_points": self.document_points,
+            "document_labels": self.document_labels,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,4 +165,6 @@ class BlockHandle:
         for name in ("born_share", "streak", "token_basis", "document_basis", "document_mean"):
             setattr(self, name, state[name])
         self.document_centroids, self.document_prices = state["document_centroids"], state["document_prices"]
+        # Checkpoints of earlier versions do not say what was detected: the next check begins to compare.
+        self.document_points, self.document_labels = state.get("document_points"), state.get("document_labels")
         self.refresh_mode()

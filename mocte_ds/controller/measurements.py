@@ -43,19 +43,21 @@ def finish_readings(run: RunState, readings: dict[int, BlockReading], search: Cl
         assert reading.documents is not None
         handle.document_mean, handle.document_basis = reading.documents.mean, reading.documents.basis
         handle.document_centroids, handle.document_prices = found.clusters.centroids, found.clusters.prices
+        handle.document_points, handle.document_labels = reading.coordinates, found.detection.labels
 
 
 def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockReading]:
     config, started = run.config.spectrum, time.perf_counter()
     names = [handle.name for handle in handles]
     for doubled in range(config.doublings + 1):
-        samples = [run.collectors[handle.index].tokens(doubled) for handle in handles]
-        total_rows = int(sum_over_ranks(torch.tensor(samples[0][0].shape[0])))
-        readings = {h.index: BlockReading(s, total_rows) for h, s in zip(handles, samples, strict=True)}
+        choice = run.stream.choose_tokens(doubled)
+        samples = [run.collectors[handle.index].tokens(choice) for handle in handles]
+        total_rows = len(choice.order)
+        readings = {h.index: BlockReading(s, total_rows, choice.order) for h, s in zip(handles, samples, strict=True)}
         if total_rows < 2:
             return readings
         features = [sample[0] for sample in samples]
-        angles = _half_sample_angles(features, config.rank, names)
+        angles = _half_sample_angles(features, config.rank, names, choice.place)
         # Only a block in warm-up needs its directions: a gate is made of them once.
         poor = [
             handle.mode is BlockMode.WARMUP and certified_rank(found, config.max_angle) < config.min_rank
@@ -100,13 +102,17 @@ def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None], na
     ]
 
 
-def _half_sample_angles(features: list[Tensor], rank: int, names: list[str]) -> list[list[float]]:
-    """For each block the sines of the angles between two half-samples' leading directions."""
+def _half_sample_angles(features: list[Tensor], rank: int, names: list[str], place: Tensor) -> list[list[float]]:
+    """For each block the sines of the angles between two half-samples' leading directions.
+
+    The halves are taken by the rows' hashes: ranks and micro-batches are not to change what a gate is made of.
+    """
     widths = {x.shape[1] for x in features}
     rank = min(rank, min(widths))
     if len(widths) > 1:
-        return [split_half_angles(x, rank, names=[name]).tolist() for x, name in zip(features, names, strict=True)]
-    return split_half_angles(features, rank, names=names).tolist()
+        each_block = zip(features, names, strict=True)
+        return [split_half_angles(x, rank, names=[name], place=place).tolist() for x, name in each_block]
+    return split_half_angles(features, rank, names=names, place=place).tolist()
 
 
 def _start_search(
@@ -114,30 +120,27 @@ def _start_search(
 ) -> ClusterSearch | None:
     """Bring the documents of all ranks together in few coordinates, and look for clusters in them.
 
-    Rows are put in an order of their own: that in which ranks hand them over would change what random starts draw.
+    Rows are put in the order of their hashes, so that nothing hangs on which rank had which row.
     """
     config, started = run.config, time.perf_counter()
-    samples = [run.collectors[handle.index].documents() for handle in handles]
-    count = int(sum_over_ranks(torch.tensor(samples[0][0].shape[0])))
-    if count < max(16, 2 * config.num_experts) or not readings[handles[0].index].rows:
+    choice = run.stream.documents.choose()
+    samples = [run.collectors[handle.index].documents(choice) for handle in handles]
+    if len(choice.order) < max(16, 2 * config.num_experts) or not readings[handles[0].index].rows:
         return None
-    domains = gather_rows(samples[0][1][:, None])[:, 0].cpu()
+    domains = gather_rows(samples[0][1][:, None])[choice.order, 0].cpu()
     means = [sample[0] for sample in samples]
     names = [f"documents of {handle.name}" for handle in handles]
     subspaces = _subspaces(means, config.spectrum.rank, [handle.document_basis for handle in handles], names)
     work = {}
     for handle, rows, space in zip(handles, means, subspaces, strict=True):
         reading = readings[handle.index]
-        coordinates = gather_rows((rows - space.mean) @ space.basis).cpu()
-        order = coordinates[:, 0].argsort()
-        reading.coordinates, reading.domains = coordinates[order], domains[order]
-        reading.documents = Rows(rows, space.basis, space.mean)
+        reading.documents = Rows(rows, space.basis, space.mean, choice.order)
+        reading.coordinates, reading.domains = reading.documents.coordinates().cpu(), domains
         if space.directions.shape[1] > 1:
             reading.plane = reading.coordinates @ (space.basis.T @ space.directions[:, :2]).cpu()
-        tokens = gather_rows((reading.tokens[0] - reading.mean) @ reading.basis).cpu()
-        tokens = tokens[tokens[:, 0].argsort()]
+        tokens = Rows(reading.tokens[0], reading.basis, reading.mean, reading.order).coordinates().cpu()
         mean, basis = space.mean.cpu(), space.basis.cpu()
-        work[handle.index] = Documents(reading.coordinates, mean, basis, reading.domains, tokens, handle.last_clusters)
+        work[handle.index] = Documents(reading.coordinates, mean, basis, domains, tokens, handle.last_detection)
         reading.bytes["clusters"] = 4 * (reading.coordinates.numel() + tokens.numel())
     search = ClusterSearch(config, work, in_background)
     for handle in handles:

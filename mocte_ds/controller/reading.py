@@ -21,8 +21,10 @@ class ClusterFacts:
 
     detection: Detection
     clusters: BalancedClusters
+    """Of equal mass, one an expert: for the log, the figures and the conflict of gradients."""
     stability: float | None
-    """Agreement with the last check's clusters on today's documents, adjusted Rand index."""
+    """Agreement of the detected clusters with the last check's on today's documents, adjusted Rand index; None where
+    either check had fewer than two."""
     agreement: dict[str, float] | None
     """"nmi" and "purity" with the documents' sources; None where no source is known."""
     published: dict[str, float]
@@ -39,6 +41,8 @@ class BlockReading:
     """This rank's sampled features (n, d), token ids and sources."""
     rows: int
     """Sampled token features of all ranks; 0: nothing was seen, and everything below is empty."""
+    order: Tensor | None = None
+    """(rows,) puts the token features of all ranks, gathered, into the order of their hashes."""
     mean: Tensor | None = None
     basis: Tensor | None = None
     """(d, k) the leading centred singular directions that a gate is built in."""
@@ -66,7 +70,7 @@ class BlockReading:
     def sample(self) -> FeatureSample:
         """What a gate is made of."""
         features, ids, _ = self.tokens
-        return FeatureSample(Rows(features, self.basis, self.mean), ids, self.documents)
+        return FeatureSample(Rows(features, self.basis, self.mean, self.order), ids, self.documents)
 
     def facts(self, names: list[str]) -> dict[str, Any]:
         """The numbers of the check's event; ``names`` are the sources."""
@@ -113,6 +117,7 @@ class BlockReading:
         self.tokens = (features[:0], ids[:0], source[:0])
         if self.documents:
             self.documents = Rows(self.documents.features[:0], self.documents.basis, self.documents.mean)
+        self.order = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors of what all ranks have; the search is over."""
@@ -133,10 +138,16 @@ class BlockReading:
         if found:
             parts = {"detection": Detection(**found["detection"]), "clusters": BalancedClusters(**found["clusters"])}
             found = ClusterFacts(**{**found, **parts})
-        rows = Rows(**{name: value.to(device) for name, value in documents.items()}) if documents else None
-        moved = {name: value.to(device) for name in ("mean", "basis") if (value := state[name]) is not None}
+        rows = Rows(**{name: _to(value, device) for name, value in documents.items()}) if documents else None
+        moved = {
+            name: value.to(device) for name in ("mean", "basis", "order") if (value := state.get(name)) is not None
+        }
         tokens = tuple(value.to(device) for value in own["tokens"])
         return cls(**{**state, **moved, "found": found, "tokens": tokens, "documents": rows})
+
+
+def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)
 
 
 def _detection_facts(found: Detection | None) -> dict[str, Any]:

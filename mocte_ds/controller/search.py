@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.handles import LastClusters
+from mocte_ds.controller.handles import LastDetection
 from mocte_ds.controller.reading import ClusterFacts
 from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import MocteError
@@ -29,7 +29,7 @@ class Documents:
     """(m,) sources, -1 where unknown."""
     tokens: Tensor
     """(n, k) coordinates of the sampled tokens."""
-    last: LastClusters | None
+    last: LastDetection | None
 
 
 class ClusterSearch:
@@ -82,18 +82,19 @@ def _search(config: MocteConfig, work: Mapping[int, Documents]) -> dict[int, Clu
 
 
 def find_clusters(config: MocteConfig, documents: Documents) -> ClusterFacts:
-    """Detect clusters, and compare today's balanced clusters with those of the last check on today's documents.
+    """Detect clusters, and compare them with those that the last check detected, on today's documents.
 
-    Both clusterings label the same documents, with today's features; so no second forward over a probe set is needed.
-    Deterministic, and without a collective.
+    Both label the same documents, with today's features; so no second forward over a probe set is needed. How many
+    experts there will be does not enter. Deterministic, and without a collective.
     """
     started, z = time.perf_counter(), documents.coordinates
     found = detect(z, config.clusters.min_silhouette, method=config.clusters.method)
     clusters = balanced_kmeans(z, config.num_experts, config.seed)
-    stable, last = None, documents.last
-    if last is not None:
-        # Today's documents as the last check would have seen them: its mean, its basis, its boundaries.
-        stable = stability(last.assign(z @ documents.basis.T + documents.mean), clusters.labels)
+    stable, clear = None, found.labels >= 0
+    if documents.last is not None and found.count > 1:
+        # Today's documents as the last check would have seen them: its mean, its basis, its documents.
+        before = documents.last.assign(z[clear] @ documents.basis.T + documents.mean)
+        stable = stability(before, found.labels[clear])
     known = documents.domains >= 0
     agree = agreement(clusters.labels[known], documents.domains[known]) if bool(known.any()) else None
     published = published_line(documents.tokens)

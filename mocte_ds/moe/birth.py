@@ -1,5 +1,6 @@
 """How a block's experts are born: the gate from the sampled features, the weights and moments from the dense FFN."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,17 @@ class Rows:
     """(d, k) orthonormal."""
     mean: Tensor
     """(d,) of all ranks' features."""
+    order: Tensor | None = None
+    """(rows of all ranks,) puts gathered rows into the order of their hashes; None: as the ranks hand them over."""
+
+    def coordinates(self, basis: Tensor | None = None) -> Tensor:
+        """(rows of all ranks, k) coordinates in ``basis``, or in the own one (collective)."""
+        return self.gathered((self.features - self.mean) @ (self.basis if basis is None else basis))
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Something of each row, of all ranks (collective)."""
+        everywhere = gather_rows(rows)
+        return everywhere if self.order is None else everywhere[self.order.to(everywhere.device)]
 
 
 @dataclass(frozen=True)
@@ -41,22 +53,28 @@ class FeatureSample:
     """Means of documents; None where none was sampled."""
 
 
+def gate_seed(seed: int, block: Block, bank: int) -> int:
+    """Seed of what chance decides in one bank's routing: tables, directions, starts of k-means.
+
+    Mixed from the run's seed, the block's path in the model and the bank's number, so that no two of them share a table
+    and none hangs on which other modules are blocks.
+    """
+    text = f"{seed}/{block.name}/{bank}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
 def set_gate(block: Block, config: MocteConfig, sample: FeatureSample) -> None:
     """Fix the routing of a block by the clusters of its sampled features (collective)."""
     for number, bank in enumerate(block.banks):
-        _set_bank(bank, bank.gate.router, sample, config.seed + 1000 * number)
+        _set_bank(bank, bank.gate.router, sample, gate_seed(config.seed, block, number))
 
 
 def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int) -> None:
     key, experts = bank.gate.key, bank.num_experts
     if router.kind == "type":
         rows = sample.tokens
-        coordinates = gather_rows((rows.features - rows.mean) @ rows.basis)
-        ids = gather_rows(sample.token_ids[:, None])[:, 0]
-        order = coordinates[:, 0].argsort()  # of its own, whichever rank had which row
-        coordinates, ids = coordinates[order], ids[order]
-        table = type_table(ids.cpu(), coordinates.cpu(), key.cluster_table.numel(), experts, seed)
-        key.set(from_rank_zero(table))
+        coordinates, ids = rows.coordinates().cpu(), rows.gathered(sample.token_ids[:, None])[:, 0].cpu()
+        key.set(from_rank_zero(type_table(ids, coordinates, key.cluster_table.numel(), experts, seed)))
         return
     if router.kind in TABLES:
         key.set(hash_table(key.cluster_table.numel(), experts, seed))
@@ -68,12 +86,10 @@ def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int
     rows = sample.documents if router.kind == "prefix" and sample.documents is not None else sample.tokens
     # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
     basis = rows.basis if router.bias else subspace_without_mean(rows.basis, rows.mean)
-    coordinates = gather_rows((rows.features - rows.mean) @ basis)
-    coordinates = coordinates[coordinates[:, 0].argsort()]
-    clusters = balanced_kmeans(coordinates, experts, seed, directions=not router.bias)
+    clusters = balanced_kmeans(rows.coordinates(basis), experts, seed, directions=not router.bias)
     weight, bias = (from_rank_zero(t.to(basis)) for t in linear_gate(clusters, basis, rows.mean))
     if router.weight == "softmax":
-        sharpness = from_rank_zero(_sharpness(gather_rows(rows.features @ weight.T + bias)))
+        sharpness = from_rank_zero(_sharpness(rows.gathered(rows.features @ weight.T + bias)))
         weight, bias = weight * sharpness, bias * sharpness
     key.set(weight, bias)
 
@@ -81,11 +97,11 @@ def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int
 def set_random_gate(block: Block, config: MocteConfig) -> None:
     """Route by random directions: for emergence on call before any feature was seen."""
     for number, bank in enumerate(block.banks):
-        key = bank.gate.key
+        key, seed = bank.gate.key, gate_seed(config.seed, block, number)
         if bank.gate.router.kind in TABLES:
-            key.set(hash_table(key.cluster_table.numel(), bank.num_experts, config.seed + 1000 * number))
+            key.set(hash_table(key.cluster_table.numel(), bank.num_experts, seed))
         else:
-            _set_directions(bank, config.seed + 1000 * number)
+            _set_directions(bank, seed)
 
 
 def _set_directions(bank: Bank, seed: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mocte_ds.dist.collectives import world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.forward import ForwardState, documents_of
-from mocte_ds.spectrum.sample import Reservoir, Selection, Update, hash_keys
+from mocte_ds.spectrum.sample import Choice, Reservoir, Selection, Update, hash_keys
 
 # A shorter stretch of a document says more about its last words than about its source.
 MIN_DOCUMENT_TOKENS = 16
@@ -79,6 +79,14 @@ class SampleStream:
                 "mocte.modules."
             )
         return self._batch
+
+    def choose_tokens(self, doubled: int = 0) -> Choice:
+        """The token sample of all ranks, once for all blocks (collective).
+
+        Args:
+            doubled: how often it is doubled; a larger one holds the smaller one's rows.
+        """
+        return self.tokens.choose(count=self.sample_rows << doubled)
 
     def clear(self) -> None:
         """Forget everything, so that the next check reads the features of its own weights."""
@@ -178,19 +186,24 @@ class FeatureCollector:
             sums.index_add_(0, wanted.document, flat.float())
             self._documents.apply(sums / wanted.lengths[:, None], wanted.documents)
 
-    def tokens(self, doubled: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def tokens(self, choice: Choice | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's share of the token sample: features (n, d), token ids (n,), sources (n,); -1 where unknown.
 
         Args:
-            doubled: how often the sample is doubled; a larger one holds the smaller one's rows.
+            choice: of the stream's tokens, made since the last forward pass; None: made here (collective).
         """
-        count = self._stream.sample_rows << doubled
-        facts = self._stream.token_facts.merged_rows(count=count)
-        return self._tokens.merged_rows(count=count), facts[:, 0], facts[:, 1]
+        choice = self._stream.choose_tokens() if choice is None else choice
+        facts = self._stream.token_facts.chosen_rows(choice)
+        return self._tokens.chosen_rows(choice), facts[:, 0], facts[:, 1]
 
-    def documents(self) -> tuple[Tensor, Tensor]:
-        """This rank's share of the document sample: means (m, d) and their sources (m,), -1 where unknown."""
-        return self._documents.merged_rows(), self._stream.document_facts.merged_rows()[:, 0]
+    def documents(self, choice: Choice | None = None) -> tuple[Tensor, Tensor]:
+        """This rank's share of the document sample: means (m, d) and their sources (m,), -1 where unknown.
+
+        Args:
+            choice: of the stream's documents, as for :meth:`tokens`.
+        """
+        choice = self._stream.documents.choose() if choice is None else choice
+        return self._documents.chosen_rows(choice), self._stream.document_facts.chosen_rows(choice)[:, 0]
 
     def clear(self) -> None:
         """Forget everything; the stream forgets with it."""

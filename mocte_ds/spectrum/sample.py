@@ -54,6 +54,18 @@ class Update:
     """(t,) where they are kept: free slots, or those of rows that leave."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which of this rank's rows belong to the sample of all ranks, and the order of that sample."""
+
+    mask: Tensor
+    """(c,) bool, of the rows kept on this rank."""
+    place: Tensor
+    """(k,) int64 place of each chosen row of this rank in the order of all."""
+    order: Tensor
+    """(K,) int64 puts the chosen rows of all ranks, gathered, into the order of their hashes; the same on all ranks."""
+
+
 class Selection:
     """Which rows stay: those whose keys have the smallest seeded hash. Several reservoirs can share one.
 
@@ -85,7 +97,6 @@ class Selection:
         self.slots = torch.empty(0, dtype=torch.int64)
         """(c,) where the rows of these keys lie, among :attr:`room` slots."""
         self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
-        self._found: tuple[Any, Tensor] | None = None
 
     @torch.no_grad()
     def offer(self, keys: Tensor) -> Update | None:
@@ -117,33 +128,34 @@ class Selection:
         slots = torch.cat([free, self.slots[leaves[leaves < held]]])[: len(entering)]
         where = torch.cat([self.slots, torch.zeros_like(take)])
         where[held + entering] = slots
-        self._order, self.slots, self._found = ascending[: self.room], where[stays], None
+        self._order, self.slots = ascending[: self.room], where[stays]
         self.keys = torch.cat([self.keys, keys[take]])[stays]
         return Update(take[entering], slots)
 
-    def chosen(self, group: Any = None, count: int | None = None) -> Tensor:
-        """(c,) which of this rank's rows are among the smallest hashes of all ranks (collective, once for all sharers).
+    def choose(self, group: Any = None, count: int | None = None) -> Choice:
+        """Which rows of all ranks have the smallest hashes (collective, always: no rank answers from memory).
+
+        Sharers of the selection can use one answer as long as nothing has been offered since.
 
         Args:
             group: process group.
-            count: rows over all ranks, those with the smallest hashes; None: the capacity.
+            count: rows over all ranks; None: the capacity.
         """
-        count = min(count or self.capacity, self.capacity)
-        if self._found is not None and self._found[0] == (group, count):
-            return self._found[1]
+        count = self.capacity if count is None else min(count, self.capacity)
         everywhere = gather_rows(self._order, group)
         bound = everywhere.kthvalue(count).values if everywhere.numel() > count else everywhere.new_tensor(_POSITIVE)
         if self.room < self.capacity:
-            # Behind the last row of a full rank, rows are missing that would have been chosen.
+            # After the last row of a full rank, rows are missing that would have been chosen.
             full = self._order.numel() == self.room
             ends = gather_rows(self._order[-1:] if full else self._order[:0], group)
             bound = torch.minimum(bound, ends.min()) if ends.numel() else bound
-        self._found = ((group, count), self._order <= bound)
-        return self._found[1]
+        mask, chosen = self._order <= bound, everywhere[everywhere <= bound]
+        ascending, order = chosen.sort(stable=True)
+        return Choice(mask, torch.searchsorted(ascending, self._order[mask]), order)
 
-    def gathered_order(self, group: Any = None) -> Tensor:
-        """Permutation that puts the chosen rows of all ranks, gathered, into the order of their hashes (collective)."""
-        return gather_rows(self._order[self.chosen(group)], group).argsort(stable=True)
+    def chosen(self, group: Any = None, count: int | None = None) -> Tensor:
+        """(c,) the mask of :meth:`choose` (collective)."""
+        return self.choose(group, count).mask
 
     def state_dict(self) -> dict[str, Tensor]:
         """Keys and hashes of this rank."""
@@ -151,7 +163,7 @@ class Selection:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self.keys, self.slots, self._order, self._found = state["keys"], state["slots"], state["order"], None
+        self.keys, self.slots, self._order = state["keys"], state["slots"], state["order"]
 
 
 class Reservoir:
@@ -176,7 +188,7 @@ class Reservoir:
             ranks: see :class:`Selection`.
             selection: shared with others, who get the same batches; None: one of its own.
         """
-        self.selection = selection or Selection(capacity, seed, ranks)
+        self.selection = Selection(capacity, seed, ranks) if selection is None else selection
         self.width, self.dtype = width, dtype
         self._kept = torch.empty(0, width, dtype=dtype)
 
@@ -230,7 +242,11 @@ class Reservoir:
             group: process group.
             count: rows over all ranks, those with the smallest hashes; None: the capacity.
         """
-        return self._found(self.selection.slots[self.selection.chosen(group, count)])
+        return self.chosen_rows(self.selection.choose(group, count))
+
+    def chosen_rows(self, choice: Choice) -> Tensor:
+        """(c, w) this rank's rows of a choice that the selection has just made."""
+        return self._found(self.selection.slots[choice.mask])
 
     def merged_keys(self, group: Any = None) -> Tensor:
         """(c,) int64 keys of :meth:`merged_rows` (collective)."""
@@ -238,7 +254,8 @@ class Reservoir:
 
     def gathered_rows(self, group: Any = None) -> Tensor:
         """(c, w) the rows that all ranks keep together, on every rank, in an order that depends on keys only."""
-        return gather_rows(self.merged_rows(group), group)[self.selection.gathered_order(group)]
+        choice = self.selection.choose(group)
+        return gather_rows(self.chosen_rows(choice), group)[choice.order]
 
     def _found(self, slots: Tensor) -> Tensor:
         # While no row has entered, nothing tells the reservoir on which device the rows are.

@@ -132,16 +132,23 @@ def split_half_angles(
     group: Any = None,
     basis: Tensor | None = None,
     names: Sequence[str] | None = None,
+    place: Tensor | None = None,
 ) -> Tensor:
     """The certificate for each number of leading directions: (r,) or (L, r), entry k - 1 for the first k.
 
-    Args: as for :func:`split_half_certificate`, and ``names`` as for :func:`sampled_svd`.
+    Args: as for :func:`split_half_certificate`, ``names`` as for :func:`sampled_svd`, and
+        place: (n,) place of each row of this rank, of every layer, among the rows of all ranks: odd and even ones are
+            the halves, however the rows are shared out. None: as ranks hand the rows over.
     """
     layers = _as_layers(x)
-    before = gather_objects([h.shape[0] for h in layers], group)
-    # Every second row of all ranks' rows, counted through, so that no half is empty for want of rows on one rank.
-    first = [sum(counts[i] for counts in before[: world(group)[0]]) % 2 for i in range(len(layers))]
-    halves = [h[(half + offset) % 2 :: 2] for half in (0, 1) for h, offset in zip(layers, first, strict=True)]
+    if place is None:
+        before = gather_objects([h.shape[0] for h in layers], group)
+        # Counted through, so that no half is empty for want of rows on one rank.
+        first = [sum(counts[i] for counts in before[: world(group)[0]]) for i in range(len(layers))]
+        places = [start + torch.arange(h.shape[0], device=h.device) for h, start in zip(layers, first, strict=True)]
+    else:
+        places = [place.to(h.device) for h in layers]
+    halves = [h[at % 2 == half] for half in (0, 1) for h, at in zip(layers, places, strict=True)]
     if basis is not None:
         basis = basis.reshape(len(layers), layers[0].shape[1], -1).repeat(2, 1, 1)
     directions = sampled_svd(halves, rank, group, basis, names=2 * _names(names, len(layers))).directions
@@ -261,14 +268,15 @@ def _start(basis: Tensor | None, rank: int, count: int, width: int, seed: int, d
 def _krylov(layers: list[Tensor], mean: Tensor, start: Tensor, known: int, passes: int | None, group: Any) -> Tensor:
     """(L, d, <= q (P + 1)) orthonormal: the start, of which ``known`` columns are old, and what each pass adds."""
     blocks = newest = start
-    planned = passes or (WARM_PASSES if known else COLD_PASSES)
+    planned = passes if passes is not None else WARM_PASSES if known else COLD_PASSES
     done = 0
     while done < planned and blocks.shape[1] > blocks.shape[2]:
         y = torch.stack([_power(h, mu, v) for h, mu, v in zip(layers, mean, newest, strict=True)])
         y = sum_over_ranks(y, group).double()
         if known and passes is None and done == 0:
             moved = sine_of_largest_angle(start[..., :known], orthonormal_against(None, y[..., :known]))
-            planned = MOVED_PASSES if float(moved.max()) > STALE else WARM_PASSES
+            # One rank decides: another number of passes on another rank, by rounding, would leave it waiting.
+            planned = from_rank_zero(MOVED_PASSES if float(moved.max()) > STALE else WARM_PASSES, group)
         room = blocks.shape[1] - blocks.shape[2]
         newest = orthonormal_against(blocks.double(), y)[..., :room].float()
         blocks = torch.cat([blocks, newest], dim=-1)

@@ -94,3 +94,69 @@ def test_published_line_on_tokens() -> None:
     z, _ = planted(3, 300, 0, r=3)
     assert published_line(z)["clusters"] == 3
     assert published_line(torch.zeros(5, 2)) == {"clusters": 0, "noise": 1.0, "largest": 0.0}
+
+
+def sources(count: int, separation: float, seed: int, n: int = 1024, r: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian clusters of variance 1, all pairs of centres equally far; and which each point is of."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.linalg.qr(torch.randn(r, count, generator=generator)).Q.T * separation / 2**0.5
+    truth = torch.arange(n) % count
+    return centres[truth] + torch.randn(n, r, generator=generator), truth
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_clusters_that_touch_in_their_tails(count: int) -> None:
+    """At the default rank and number of documents, where distances in all directions show nothing."""
+    for seed, separation in enumerate((5.0, 6.0)):
+        z, truth = sources(count, separation, seed)
+        found = detect(z)
+        assert found.found and found.count == count, (separation, found.reason)
+        clear = found.labels >= 0
+        assert clear.float().mean() > 0.5
+        assert adjusted_rand_score(truth[clear].numpy(), found.labels[clear].numpy()) > 0.9
+        assert not detect(sources(count, 2.0, seed)[0]).found, "two standard deviations are one cloud"
+
+
+def test_arcs_and_copies() -> None:
+    rng = np.random.default_rng(0)
+    angle, arc = rng.uniform(0, 1.2 * np.pi, 1000), np.arange(1000) % 3
+    z = 0.7 * rng.normal(size=(1000, 8))
+    z[:, 0] += 10 * np.cos(angle) + 25 * arc
+    z[:, 1] += 10 * np.sin(angle)
+    found = detect(torch.from_numpy(z))
+    assert found.found, found.reason
+    clear = found.labels.numpy() >= 0
+    assert clear.mean() > 0.5 and normalized_mutual_info_score(arc[clear], found.labels.numpy()[clear]) > 0.6
+    # Each document four times, as in a corpus that was not cleaned.
+    z, truth = sources(4, 8.0, 1, n=256, r=16)
+    copies = torch.arange(256).repeat(4)
+    found = detect(z[copies])
+    assert found.found and found.count == 4, found.reason
+    assert torch.equal(found.labels, found.labels[:256].repeat(4)), "copies are of one cluster"
+    assert found.silhouette == pytest.approx(detect(z).silhouette)
+    assert "of 200 points 5 differ, too few" in detect(torch.eye(5).repeat(40, 1)).reason
+
+
+def test_more_points_than_are_looked_at() -> None:
+    z, truth = planted(3, 6000, 0)
+    found = detect(z)
+    clear = found.labels >= 0
+    assert found.found and found.count == 3 and clear.float().mean() > 0.9
+    assert adjusted_rand_score(truth[clear].numpy(), found.labels[clear].numpy()) > 0.99
+
+
+@pytest.mark.parametrize("kind", ["walk", "spiral", "ring", "levels"])
+def test_curves_and_grids_are_no_clusters(kind: str) -> None:
+    rng = np.random.default_rng(3)
+    if kind == "walk":
+        z = rng.normal(size=(800, 8)).cumsum(0)
+    elif kind == "levels":
+        z = rng.integers(0, 10, size=(800, 8)).astype(float)
+    else:
+        turn = rng.uniform(1, 10, 800)
+        radius = turn if kind == "spiral" else np.full(800, 5.0)
+        z = 0.1 * rng.normal(size=(800, 8))
+        z[:, 0] += radius * np.cos(turn)
+        z[:, 1] += radius * np.sin(turn)
+    found = detect(torch.from_numpy(z))
+    assert not found.found, found.reason

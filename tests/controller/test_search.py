@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mocte_ds.clusters import balanced_kmeans, detect, stability
+from mocte_ds.clusters import detect, stability
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.handles import LastClusters
+from mocte_ds.controller.handles import LastDetection
 from mocte_ds.controller.search import ClusterSearch, Documents, find_clusters
 from mocte_ds.errors import MocteError
 from tests.spawn import spawn
@@ -22,8 +22,7 @@ def documents(seed: int, last: bool = False) -> Documents:
     known = None
     if last:
         turn = torch.linalg.qr(torch.randn(2, 2, generator=generator))[0]
-        before = balanced_kmeans(z @ turn, 3, 0)
-        known = LastClusters(mean, basis @ turn, before.centroids, before.prices)
+        known = LastDetection(mean, basis @ turn, z @ turn, detect(z @ turn).labels)
     return Documents(z, mean, basis, source, z, known)
 
 
@@ -35,12 +34,31 @@ def test_it_finds_what_the_parts_find_and_knows_the_last_check() -> None:
     assert found.agreement == {"nmi": pytest.approx(1.0), "purity": pytest.approx(1.0)}
     assert found.stability == pytest.approx(1.0), "another basis of the same plane is no other clustering"
     assert found.seconds > 0 and found.published["clusters"] == 3
-    moved = LastClusters(given.mean, given.basis, torch.randn(3, 2), torch.zeros(3))
+    moved = LastDetection(given.mean, given.basis, torch.randn(30, 2), torch.arange(30) % 3)
     other = find_clusters(CONFIG, Documents(**{**vars(given), "last": moved}))
-    by_hand = (given.coordinates[:, None] - moved.centroids).square().sum(2).argmin(1)
-    assert other.stability == pytest.approx(stability(by_hand, found.clusters.labels)) and other.stability < 0.9
+    by_hand = moved.labels[torch.cdist(given.coordinates, moved.points).argmin(1)]
+    clear = found.detection.labels >= 0
+    assert other.stability == pytest.approx(stability(by_hand[clear], found.detection.labels[clear]))
+    assert other.stability < 0.9
+    crumbs = LastDetection(given.mean, given.basis, torch.randn(3, 2), torch.tensor([-1, 0, 1]))
+    assert set(crumbs.assign(torch.randn(50, 6)).tolist()) == {0, 1}, "what was noise lends its label to nobody"
     unknown = Documents(**{**vars(given), "domains": torch.full((120,), -1), "last": None})
     assert find_clusters(CONFIG, unknown).agreement is None and find_clusters(CONFIG, unknown).stability is None
+
+
+@pytest.mark.parametrize("experts", [4, 8, 16])
+def test_stable_sources_are_stable_for_any_number_of_experts(experts: int) -> None:
+    """Other documents of the same four sources at the next check, in another basis of the same directions."""
+    generator = torch.Generator().manual_seed(4)
+    centres, basis = 8.0 * torch.eye(8)[:4], torch.linalg.qr(torch.randn(12, 8, generator=generator))[0]
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    source = torch.arange(400) % 4
+    before, now = (centres[source] + torch.randn(400, 8, generator=generator) for _ in range(2))
+    last = LastDetection(torch.zeros(12), basis @ turn, before @ turn, detect(before @ turn).labels)
+    given = Documents(now, torch.zeros(12), basis, source, now, last)
+    found = find_clusters(MocteConfig(modules="x", num_experts=experts), given)
+    assert found.detection.count == 4 and found.stability > 0.99
+    assert find_clusters(CONFIG, Documents(**{**vars(given), "coordinates": torch.randn(400, 8)})).stability is None
 
 
 def test_a_thread_finds_the_same() -> None:

@@ -106,6 +106,45 @@ def test_banks_of_random_gates_differ() -> None:
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("kind", ["hash", "previous", "random", "type"])
+def test_no_two_blocks_or_banks_share_what_chance_decides(kind: str) -> None:
+    banks = [{"kind": kind}, {"kind": kind}]
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": E, "banks": banks})
+    found = {}
+    for layers in (2, 3):
+        blocks = attach(Decoder(DecoderConfig("llama", 997, D, 24, layers, 2, max_positions=8)), config)
+        for block in blocks:
+            set_random_gate(block, config)
+        found[layers] = {
+            (block.name, number): next(bank.gate.key.buffers()).clone()
+            for block in blocks
+            for number, bank in enumerate(block.banks)
+        }
+    values = list(found[3].values())
+    for i, one in enumerate(values):
+        for other in values[i + 1 :]:
+            if kind == "random":
+                cosine = torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0)
+                assert abs(float(cosine)) < 0.5
+            else:
+                assert 0.15 < float((one == other).float().mean()) < 0.35, "tables agree by chance only"
+    for place, value in found[2].items():
+        assert torch.equal(value, found[3][place]), "another block beside it changes no block's table"
+
+
+@pytest.mark.parametrize("kind", ["token", "type"])
+def test_the_gate_does_not_hang_on_who_had_which_row(kind: str) -> None:
+    features, ids, basis, mean = sample()
+    given = torch.randperm(N)
+    gates = []
+    for rows, order in ((torch.arange(N), None), (given, given.argsort())):
+        block, config = born(kind=kind)
+        turn = torch.linalg.qr(torch.randn(5, 5))[0] if order is not None else torch.eye(5)
+        set_gate(block, config, FeatureSample(Rows(features[rows], basis @ turn, mean, order), ids[rows]))
+        gates.append(block.banks[0].gate(features, Tokens(ids))[0][:, 0])
+    assert torch.equal(*gates)
+
+
 def test_experts_are_the_dense_ffn_with_its_moments() -> None:
     block, _ = born(kind="token")
     with torch.no_grad():

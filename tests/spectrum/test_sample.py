@@ -88,7 +88,13 @@ def _part_of_the_rows(total: int, capacity: int) -> tuple:
     reservoir = Reservoir(capacity, 2, seed=5)
     mine = torch.arange(total)[rank::size]
     reservoir.add(_rows(mine), hash_keys(mine, mine, 2))
-    return reservoir.merged_rows(), reservoir.merged_keys(), reservoir.gathered_rows()
+    before = reservoir.merged_rows(), reservoir.merged_keys(), reservoir.gathered_rows()
+    # One more batch, of which nothing enters on the first rank: its answer is not to come from memory.
+    more = torch.arange(total, total + 200) if rank == size - 1 else torch.arange(0)
+    reservoir.add(_rows(more), hash_keys(more, more, 2))
+    choice = reservoir.selection.choose()
+    place = torch.stack([choice.place, reservoir.chosen_rows(choice)[:, 0].long()], dim=1)
+    return *before, reservoir.gathered_rows(), place
 
 
 @pytest.mark.parametrize("total", [500, 20])
@@ -98,9 +104,15 @@ def test_ranks_keep_together_what_one_would_keep(total: int) -> None:
     parts = spawn(_part_of_the_rows, 3, total, 50)
     assert sorted(torch.cat([p[0] for p in parts])[:, 0].tolist()) == sorted(alone.rows()[:, 0].tolist())
     assert sorted(torch.cat([p[1] for p in parts]).tolist()) == sorted(alone.keys().tolist())
-    for _, _, everywhere in parts:
+    for _, _, everywhere, *_ in parts:
         assert torch.equal(everywhere, alone.rows())
     assert torch.equal(alone.merged_rows(), alone.rows())
+    more = torch.arange(total, total + 200)
+    alone.add(_rows(more), hash_keys(more, more, 2))
+    for _, _, _, everywhere, _ in parts:
+        assert torch.equal(everywhere, alone.rows())
+    places = torch.cat([part[4] for part in parts])
+    assert torch.equal(places[places[:, 0].argsort(), 1], alone.rows()[:, 0].long()), "each row knows its place"
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -242,3 +242,12 @@ def test_certified_and_gate_rank() -> None:
     assert certified_rank(angles, 0.05) == 1 and certified_rank(angles, 0.01) == 0
     assert gate_rank(angles, 0.3) == 4 and gate_rank(angles, 0.05) == 2
     assert gate_rank([0.9, 0.8, 0.7], 0.3) == 3 and gate_rank([0.9], 0.3) == 1
+
+
+def test_halves_by_place_are_the_same_in_any_order() -> None:
+    x, order = _features(600, 24, strong=3), torch.randperm(600)
+    found = split_half_angles(x, 6, place=torch.arange(600))
+    torch.testing.assert_close(split_half_angles(x[order], 6, place=order), found, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(split_half_angles(x, 6), found, atol=1e-4, rtol=1e-3)
+    one, other = (sampled_svd(x[half::2], 6).directions for half in (0, 1))
+    torch.testing.assert_close(found[-1], sine_of_largest_angle(one, other), atol=1e-3, rtol=1e-2)
