@@ -1,6 +1,7 @@
 """One way to end a command line: success, or an error message that says what to do."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +23,12 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except MocteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: cannot write{where}: {error.strerror}; make room or choose another folder.", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
