@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.dist.lost import forget_cause, lost_rank, peer_is_lost, write_cause
 from mocte_ds.errors import MocteError
 from mocte_ds.paths import require_folder_for
 from mocte_ds.training.run_config import read_run
@@ -26,26 +27,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the run file")
     parser.add_argument("--resume", default="auto", help="auto (default), no, or the folder of a run to go on from")
     parser.add_argument("--stop-after", type=int, default=None, metavar="STEP", help="save and end after this step")
+    parser.add_argument(
+        "--allow-data-change", action="store_true", help="go on with other data, another mix or another seed"
+    )
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    out = Path("runs") / args.run.stem if args.out is None else args.out
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        return _pretrain(args)
-    except MocteError:
+        return _pretrain(args, out)
+    except Exception as error:
+        if peer_is_lost(error):
+            raise lost_rank(out) from error
+        write_cause(out, rank, error)
         # Most errors are the same on all ranks. The launcher ends the others as soon as rank 0 has said it.
-        if int(os.environ.get("RANK", "0")):
+        if rank and isinstance(error, MocteError):
             time.sleep(3)
         raise
 
 
-def _pretrain(args: argparse.Namespace) -> int:
+def _pretrain(args: argparse.Namespace, out: Path) -> int:
     run = read_run(args.run, args.set)
-    out = Path("runs") / args.run.stem if args.out is None else args.out
     require_folder_for(out, "--out")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     from mocte_ds.training.start import make_start
 
-    start = make_start(run, out, args.resume, world_size)
+    start = make_start(run, out, args.resume, world_size, args.allow_data_change)
+    if rank == 0:
+        forget_cause(out)
     if start.finished:
         if rank == 0:
             print(f"done already: {out} has its {start.step} steps", file=sys.stderr)

@@ -13,7 +13,9 @@ from torch import nn
 
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
+from mocte_ds.checkpoints.names import CONVERTERS_FILE
 from mocte_ds.checkpoints.place import resolve_tag
+from mocte_ds.checkpoints.plain import only_plausible
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
@@ -31,6 +33,7 @@ from mocte_ds.zero.checkpoint_files import own_files
 from mocte_ds.zero.engine import UnitEngine
 from mocte_ds.zero.partitioned_files import require_same_partition
 from mocte_ds.zero.process_groups import expert_parallel_rank
+from mocte_ds.zero.whole_weights import converters_notice
 
 DEFAULT_TOTAL_STEPS = 10_000
 
@@ -85,8 +88,8 @@ class MocteEngine(UnitEngine):
 
     def save_checkpoint(
         self,
-        save_dir: str,
-        tag: str | None = None,
+        save_dir: str | Path,
+        tag: str | int | None = None,
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
@@ -110,12 +113,13 @@ class MocteEngine(UnitEngine):
 
         def deepspeed_save(state: dict[str, Any]) -> None:
             state = {**state, "tokens_seen": self.tokens_seen}
-            save(save_dir, tag, state, save_latest=False, exclude_frozen_parameters=exclude_frozen_parameters)
+            save(str(save_dir), tag, state, save_latest=False, exclude_frozen_parameters=exclude_frozen_parameters)
 
         def own() -> dict[str, Any]:
             files = own_files(self.mocte.rank_state_dict())
             state = {"mocte": self.mocte.state_dict(), "client_state": client}
-            return {**files, STATE_FILE: state} if dist.get_rank() == 0 else files
+            shared = {STATE_FILE: state, CONVERTERS_FILE: converters_notice()}
+            return {**files, **shared} if dist.get_rank() == 0 else files
 
         background = self.mocte.config.checkpoint.async_save
         self.checkpoint_engine.save_checkpoint(
@@ -131,7 +135,9 @@ class MocteEngine(UnitEngine):
         """
         self.checkpoint_engine.saver.wait()
 
-    def load_checkpoint(self, load_dir: str, tag: str | None = None, **kwargs: Any) -> tuple[str | None, Any]:
+    def load_checkpoint(
+        self, load_dir: str | Path, tag: str | int | None = None, **kwargs: Any
+    ) -> tuple[str | None, Any]:
         """DeepSpeed's load, after the blocks and the partition were brought into the checkpoint's state.
 
         Arguments and results are DeepSpeed's. A checkpoint of another number of ranks or another ep_size is brought to
@@ -142,9 +148,11 @@ class MocteEngine(UnitEngine):
                 configuration; names the files or what differs.
         """
         self.wait_for_checkpoint()
-        tag = tag or resolve_tag(load_dir)
+        tag = resolve_tag(load_dir) if tag is None else str(tag)
         if tag is None:
             return None, None
+        if not tag:
+            raise CheckpointError(f"load_checkpoint({load_dir}, tag=''): name a checkpoint, or leave out the tag.")
         folder, files = Path(load_dir) / tag, self.checkpoint_engine
         manifest = require_whole_on_ranks(folder, self.mocte.config.checkpoint.verify)
         require_same_partition(folder, self.zero_optimization_stage(), self.dp_world_size)
@@ -157,8 +165,9 @@ class MocteEngine(UnitEngine):
         with files.reading(folder, manifest, self.mocte.config.ep_size) as read:
             names = [handle.name for handle in self.mocte.blocks]
             state = read_state(load_dir, tag, self.mocte.config, names, read)
-            self.mocte.load_state_dict(state["mocte"])
-            path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
+            with only_plausible(folder / STATE_FILE):
+                self.mocte.load_state_dict(state["mocte"])
+            path, client_state = super().load_checkpoint(str(load_dir), tag, **kwargs)
             if path is None:
                 raise CheckpointError(f"the checkpoint {folder} has no model states of DeepSpeed: incomplete.")
             client_state.pop("tokens_seen")  # the controller has them too
@@ -207,7 +216,8 @@ def initialize(
     # DeepSpeed 0.19 calls what torch 2.13 is about to rename, at every step.
     warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
     if config is None:
-        config = other.pop("config_params", None) or getattr(args, "deepspeed_config", None)
+        config = other.pop("config_params", None)
+        config = getattr(args, "deepspeed_config", None) if config is None else config
     given = sorted(name for name, value in other.items() if value is not None)
     if given:
         raise ConfigError(f"mocte_ds.initialize does not support: {', '.join(given)}.")

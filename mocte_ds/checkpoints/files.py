@@ -74,6 +74,23 @@ def write_file(path: Path, content: Any) -> FileFacts:
     return FileFacts(hashed.count, hashed.digest.hexdigest())
 
 
+def replace_file(path: Path, content: Any) -> FileFacts:
+    """:func:`write_file` in one move: readers see the old file or the new one, and a failed write leaves nothing.
+
+    Raises:
+        OSError, RuntimeError: it could not be written.
+    """
+    pending = path.with_name(f".{path.name}.mocte-partial")
+    try:
+        facts = write_file(pending, content)
+        os.replace(pending, path)
+    except BaseException:
+        pending.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return facts
+
+
 def hash_file(path: Path) -> FileFacts:
     """Size and hash of a file, read piece by piece.
 

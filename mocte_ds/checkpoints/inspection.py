@@ -6,10 +6,10 @@ from typing import Any
 
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import Manifest, problems_by_file
-from mocte_ds.checkpoints.names import EXPERT_NAME, OPTIMIZER_NAME, model_file
+from mocte_ds.checkpoints.names import CONVERTERS_FILE, EXPERT_NAME, OPTIMIZER_NAME, model_file
 from mocte_ds.checkpoints.outline import Stored, mapped, read_outline
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
-from mocte_ds.checkpoints.plain import require_keys
+from mocte_ds.checkpoints.plain import only_plausible, require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_NAME
 from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.errors import CheckpointError
@@ -58,11 +58,12 @@ def checkpoint_facts(checkpoint: str | Path) -> dict[str, Any]:
         "blocks": None,
     }
     sizes = dict.fromkeys(SIZES, 0)
-    if model_file(manifest.files) in good and good >= {STATE_FILE} & manifest.files.keys():
-        facts.update(_told(Written(folder, manifest)))
-    for entry in files:
-        if entry["name"] in good:
-            _add_sizes(sizes, facts, folder / entry["name"], entry["kind"])
+    with only_plausible(folder):
+        if model_file(manifest.files) in good and good >= {STATE_FILE} & manifest.files.keys():
+            facts.update(_told(Written(folder, manifest)))
+        for entry in files:
+            if entry["name"] in good:
+                _add_sizes(sizes, facts, folder / entry["name"], entry["kind"])
     sizes["rest"] = sum(entry["bytes"] for entry in files) - sum(sizes.values())
     return {**facts, "sizes": sizes, "files": files}
 
@@ -152,7 +153,7 @@ def _kind(name: str) -> str:
         return "expert"
     if OPTIMIZER_NAME.fullmatch(name):
         return "optimizer"
-    if name.endswith("_model_states.pt"):
+    if name.endswith("_model_states.pt") and name != CONVERTERS_FILE:
         return "weights"
     return "ours" if name == STATE_FILE or RANDOM_NAME.fullmatch(name) else "other"
 

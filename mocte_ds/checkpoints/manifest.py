@@ -49,7 +49,7 @@ class Manifest:
                 f"{path} is missing: {folder} is no whole checkpoint of this version (format {FORMAT}); what version "
                 f"0.1.0 wrote has none. Write the name of another checkpoint into {folder.parent / 'latest'}."
             ) from error
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
         if found != FORMAT:
             raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}.")
@@ -59,9 +59,26 @@ class Manifest:
             same = manifest._text() == text
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
-        if not same or any(Path(name).name != name for name in files):
+        if not same:
             raise CheckpointError(f"{path} was changed after it was written: it does not agree with its own checksum.")
+        manifest._require_possible(path)
         return manifest
+
+    def _require_possible(self, path: Path) -> None:
+        """Refuse values that no save writes: whoever changes a manifest can give it a new checksum."""
+        changed = f"{path} was changed after it was written:"
+        for name, facts in self.files.items():
+            if not _is_file_name(name):
+                raise CheckpointError(f"{changed} {name!r:.80} is not the name of a file.")
+            if not _is_count(facts.bytes, 0) or not isinstance(facts.sha256, str):
+                raise CheckpointError(f"{changed} it does not say how long {name} is and which sha256 it has.")
+        if not isinstance(self.run, str) or not _is_count(self.step, 0) or not _is_count(self.world_size, 1):
+            raise CheckpointError(
+                f"{changed} run {self.run!r:.80}, step {self.step!r:.80}, world_size {self.world_size!r:.80}."
+            )
+        # Every rank writes a file at least, so that nothing is built for ranks that only the number has.
+        if self.world_size > max(1, len(self.files)):
+            raise CheckpointError(f"{changed} world_size is {self.world_size:.0f}, with {len(self.files)} files.")
 
     def _text(self) -> str:
         files = {name: asdict(self.files[name]) for name in sorted(self.files)}
@@ -116,6 +133,18 @@ def problems_by_file(folder: Path, manifest: Manifest) -> dict[str, str]:
     """What is wrong with each file, nothing where it is the one that was saved; files too many are there too."""
     found = {name: "; ".join(_problems(folder, manifest, [name], True)) for name in sorted(manifest.files)}
     return {**found, **dict(zip(_strangers(folder, manifest), _extra(folder, manifest), strict=True))}
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in encoded and name not in ("", ".", "..") and "/" not in name
+
+
+def _is_count(value: object, least: int) -> bool:
+    return type(value) is int and least <= value < 1 << 63
 
 
 def _raise_for(folder: Path, problems: list[str]) -> None:

@@ -11,6 +11,9 @@ EXPERT_FILE = "layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
 OPTIMIZER_FILE = "{precision}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 """A rank's part of the master weights and moments; the precision is `bf16_` or nothing."""
 
+CONVERTERS_FILE = "USE_mocte-ds_zero_to_fp32_INSTEAD_model_states.pt"
+"""In a checkpoint with experts, which DeepSpeed's zero_to_fp32 cannot read: it stops here and shows the name."""
+
 EXPERT_NAME = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 OPTIMIZER_NAME = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 EXPERT_PARAMETER = re.compile(r"(.+)\.banks\.(\d+)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
@@ -20,6 +23,12 @@ EXPERT_PARAMETER = re.compile(r"(.+)\.banks\.(\d+)\.deepspeed_moe\.experts\.deep
 def expert_parameter(block: str, bank: int, number: int, name: str) -> str:
     """Path of an expert's parameter; what :data:`EXPERT_PARAMETER` takes apart."""
     return f"{block}.banks.{bank}.deepspeed_moe.experts.deepspeed_experts.{number}.{name}"
+
+
+def renumbered(name: str, by: int) -> str:
+    """A parameter's path with the number of its expert raised; other paths as they are."""
+    found = EXPERT_PARAMETER.fullmatch(name)
+    return expert_parameter(found[1], int(found[2]), int(found[3]) + by, found[4]) if found else name
 
 
 def model_file(names: Container[str]) -> str:

@@ -101,6 +101,7 @@ def read_outline(path: Path) -> Any:
 
     with FakeTensorMode():
         content = read_plain(path)
+    size = path.stat().st_size
 
     def place(tensor: Tensor) -> Stored:
         # torch says where the bytes of a storage lie; files of before torch 1.6 have no such place.
@@ -109,6 +110,8 @@ def read_outline(path: Path) -> Any:
             raise CheckpointError(f"{path} holds a tensor in another form than ours: it is no file of a checkpoint.")
         start += tensor.storage_offset() * tensor.dtype.itemsize
         pieces = (Piece(path, start, tensor.numel() * tensor.dtype.itemsize),)
+        if start + pieces[0].bytes > size:
+            raise CheckpointError(f"{path} claims to hold a tensor of {pieces[0].bytes} bytes and has {size} in all.")
         return Stored(tensor.dtype, tuple(tensor.shape), pieces)
 
     return mapped(content, Tensor, place)

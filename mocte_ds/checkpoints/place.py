@@ -107,7 +107,7 @@ def remove_leftovers(root: Path) -> None:
     """Tidy up behind saves that were killed; a checkpoint that was being replaced comes back."""
     for path in sorted(root.iterdir()):
         found = _LEFTOVER.fullmatch(path.name)
-        if not found or not path.is_dir():
+        if not found or path.is_symlink() or not path.is_dir():
             continue
         if found[2] == "replaced" and not (root / found[1]).exists():
             os.rename(path, root / found[1])

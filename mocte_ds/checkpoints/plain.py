@@ -1,6 +1,8 @@
 """What may lie in a checkpoint's file: values that are read back without executing anything."""
 
+import contextlib
 import enum
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mocte_ds.checkpoints.files import Deferred
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, MocteError
 
+_DEEPEST = 100  # containers within containers
 _OBJECT, _FIELDS = "object of class", "fields"
 
 
@@ -119,7 +122,10 @@ def read_plain(path: Path, mmap: bool = False) -> Any:
         CheckpointError: the file is missing, damaged or holds more than plain values and tensors.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        pickled = _pickled_bytes(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        _require_tree(content, pickled)
+        return content
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete or not one of mocte_ds.") from error
     except Exception as error:  # torch.load raises many types for a damaged file
@@ -137,6 +143,60 @@ def require_keys(values: Any, keys: tuple[str, ...], path: Path) -> dict[str, An
     if missing:
         raise CheckpointError(f"{path} has no {', '.join(missing)}: it is no file of a checkpoint of mocte_ds.")
     return values
+
+
+@contextlib.contextmanager
+def only_plausible(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with values that no save writes into a refusal; hashes do not guard against purpose.
+
+    Args:
+        folder: or file, whose content is looked at within.
+
+    Raises:
+        CheckpointError: names it and what was met.
+    """
+    try:
+        yield
+    except MocteError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder} holds values that no version of mocte_ds writes ({type(error).__name__}: {str(error)[:200]}): "
+            "it was changed, or another program has written it."
+        ) from error
+
+
+def _pickled_bytes(path: Path) -> int:
+    """Bytes of a file's values without its tensors; nothing in it may claim to be larger than the file is.
+
+    Raises:
+        ValueError: not a file that torch.save writes today.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise ValueError("it claims to hold more bytes than it has")
+    return sum(entry.file_size for entry in entries if entry.filename.endswith("data.pkl"))
+
+
+def _require_tree(content: Any, pickled: int) -> None:
+    """Refuse containers that are nested deeply, or that hold each other so often that going through them never ends.
+
+    Raises:
+        ValueError: they do.
+    """
+    left, waiting = 4 * pickled + 1000, [(content, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        left -= 1
+        if left < 0 or depth > _DEEPEST:
+            raise ValueError("its values are nested too deeply or too often")
+        if isinstance(value, Mapping):
+            waiting.extend((item, depth + 1) for pair in value.items() for item in pair)
+        elif isinstance(value, list | tuple):
+            waiting.extend((item, depth + 1) for item in value)
 
 
 def _tensor(tensor: Tensor, copy: bool, seen: dict[tuple, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mocte_ds.checkpoints.plain import read_plain, require_keys
+from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
 from mocte_ds.dist.collectives import world
 
 RANDOM_FILE = "mocte_random_rank{rank}.pt"
@@ -60,11 +60,12 @@ def restore_random_states(
     """
     path = Path(load_dir) / tag / RANDOM_FILE.format(rank=world()[0])
     states = require_keys(read(path), ("python", "numpy", "torch"), path)
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    with only_plausible(path):
+        version, internal, gauss = states["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, position, has_gauss, cached = states["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(states["torch"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
     return states.get("mocte")

@@ -35,7 +35,7 @@ class Saver:
         self.run: str | None = None
         """Unique name of the run; a run that resumes takes over that of its checkpoint."""
         self._under_way: _Save | None = None
-        atexit.register(self._tell_at_exit)
+        atexit.register(self.tell)
 
     def save(
         self,
@@ -65,7 +65,8 @@ class Saver:
         """
         self.wait()
         place = Place(Path(save_dir), tag)
-        self.run = from_rank_zero(self.run or uuid.uuid4().hex)  # all ranks ask, whatever each of them knows
+        # All ranks ask, whatever each of them knows.
+        self.run = from_rank_zero(self.run if self.run is not None else uuid.uuid4().hex)
         needed = sum(gather_objects(sum(map(size_in_bytes, files.values()))))
         rank, size = world()
         failure = None
@@ -80,7 +81,7 @@ class Saver:
         except CheckpointError as error:
             failure = error
         _agree(place, failure)
-        self._under_way = _Save(place, rank, size, files, self.run, step, save_latest, ranks or size)
+        self._under_way = _Save(place, rank, size, files, self.run, step, save_latest, size if ranks is None else ranks)
         self._under_way.start()
         if not asynchronous:
             self.wait()
@@ -124,11 +125,12 @@ class Saver:
                 save.place.give_up()
             raise
 
-    def _tell_at_exit(self) -> None:
-        """Nobody asks any more: the process ends, and has waited for the thread."""
-        if self._under_way and self._under_way.failure:
-            error = _write_error(self._under_way.place, self._under_way.failure)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    def tell(self) -> None:
+        """Print what became of a save that nobody waits for any more: another error, or the end of the process."""
+        save = self._under_way
+        if save and save.failure:
+            self._under_way = None
+            print(f"also: {_write_error(save.place, save.failure)}", file=sys.stderr, flush=True)
 
 
 class _Save(threading.Thread):

@@ -12,7 +12,8 @@ from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import Manifest, require_whole
 from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, model_file
 from mocte_ds.checkpoints.place import find_tag
-from mocte_ds.checkpoints.plain import read_plain, require_keys
+from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
+from mocte_ds.checkpoints.reshaping.written import require_experts
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
 from mocte_ds.models.decoder import Decoder, DecoderConfig
@@ -119,6 +120,12 @@ class StoredSource(Source):
         manifest = Manifest.read(folder)
         require_whole(folder, model_files(manifest))
         self._model_file = model_file(manifest.files)
+        with only_plausible(folder):
+            self._read_structure(manifest, dtype)
+
+    def _read_structure(self, manifest: Manifest, dtype: str) -> None:
+        """Everything but the weights; raises as :meth:`__init__` does, or what implausible values lead to."""
+        folder = self.folder
         path = folder / self._model_file
         shared = require_keys(read_plain(path, mmap=True), ("module", "global_steps"), path)
         has_blocks = STATE_FILE in manifest.files
@@ -129,6 +136,11 @@ class StoredSource(Source):
                 f"{folder} does not say which model it holds (client_state has no 'model'); only checkpoints of "
                 "launch/pretrain.py can be converted."
             )
+        layers = client["model"]["num_layers"]
+        if type(layers) is not int or layers > len(shared["module"]):
+            raise CheckpointError(f"{path} holds {len(shared['module'])} tensors, for {layers!r:.80} layers.")
+        if saved:
+            require_experts(saved["mocte"]["config"], manifest.files, folder / STATE_FILE)
         model = empty_decoder(client["model"], saved["mocte"] if saved else None, folder / STATE_FILE)
         state: dict[str, Any] = {"step": shared["global_steps"], "model": dict(client["model"]), "mocte": None}
         state.update(tokenizer=client.get("tokenizer"), blocks=[], tokens=client.get("tokens", 0))

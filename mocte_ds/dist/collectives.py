@@ -50,11 +50,11 @@ def gather_rows(t: Tensor, group: Any = None) -> Tensor:
     """
     if world(group)[1] == 1:
         return t
-    counts = _gather_equal(torch.tensor([t.shape[0]], dtype=torch.int64, device=_wire(t.device, group)), group)
+    counts = _gather_equal(torch.tensor([t.shape[0]], dtype=torch.int64, device=wire_device(t.device, group)), group)
     sizes = [int(count) for count in counts]
     # Bytes travel: no backend lacks them, and 64-bit keys arrive unrounded.
     width = t[0].numel() if t.shape[0] else torch.empty((1, *t.shape[1:])).numel()
-    padded = torch.zeros(max(sizes), width, dtype=t.dtype, device=_wire(t.device, group))
+    padded = torch.zeros(max(sizes), width, dtype=t.dtype, device=wire_device(t.device, group))
     padded[: t.shape[0]] = t.detach().reshape(t.shape[0], width)
     if not padded.numel():
         return t.new_empty((sum(sizes), *t.shape[1:]))
@@ -95,7 +95,7 @@ def from_rank_zero(obj: Any, group: Any = None) -> Any:
         return rest[0]
     shape, dtype = rest
     home = obj.device if is_tensor else torch.device("cpu")
-    wire = _wire(home, group)
+    wire = wire_device(home, group)
     if rank == 0:
         value = obj.detach().to(wire).clone().reshape(-1)
     else:
@@ -131,7 +131,7 @@ def _reduce(t: Tensor, operation: Any, group: Any) -> Tensor:
         return t
     exact = t.dtype in (torch.float16, torch.bfloat16)
     wide = torch.float32 if exact else torch.int64 if t.dtype == torch.bool else t.dtype
-    value = t.detach().to(_wire(t.device, group), wide, copy=True).contiguous()
+    value = t.detach().to(wire_device(t.device, group), wide, copy=True).contiguous()
     dist.all_reduce(value, op=operation, group=group)
     return value.to(t.device, t.dtype)
 
@@ -142,7 +142,7 @@ def _gather_equal(t: Tensor, group: Any) -> list[Tensor]:
     return parts
 
 
-def _wire(device: torch.device, group: Any) -> torch.device:
+def wire_device(device: torch.device, group: Any = None) -> torch.device:
     """Where a tensor must be to travel: NCCL takes CUDA tensors only, gloo is safe with CPU tensors only."""
     backend = str(dist.get_backend(group))
     if backend == "nccl" and device.type != "cuda":

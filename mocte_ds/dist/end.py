@@ -1,6 +1,7 @@
 """The end of the process groups."""
 
 import atexit
+import contextlib
 import time
 
 import torch.distributed as dist
@@ -20,4 +21,10 @@ def end_process_groups() -> None:
 
 def end_process_groups_at_exit() -> None:
     """Call :func:`end_process_groups` when the script ends."""
-    atexit.register(end_process_groups)
+    atexit.register(_end_quietly)
+
+
+def _end_quietly() -> None:
+    # Where another rank is gone, its end is told already.
+    with contextlib.suppress(Exception):
+        end_process_groups()

@@ -1,5 +1,6 @@
 """The training loop, top to bottom: model, engine, data, steps, validation, checkpoints."""
 
+import logging
 import random
 import signal
 import sys
@@ -20,6 +21,7 @@ from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, token
 from mocte_ds.dist.collectives import gather_rows, world
 from mocte_ds.errors import NonFiniteLoss
 from mocte_ds.models import Decoder
+from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
@@ -41,10 +43,11 @@ class Trainer:
         self.rank, self.world_size = world()
         t, settings = self.run.training, start.settings
         self.config = MocteConfig.from_dict(settings["mocte"]) if "mocte" in settings else None
+        # Looked at before a model of the sizes that it claims is made.
+        init = InitialWeights(self.run.init) if self.run.init is not None and start.checkpoints is None else None
         _seed_everything(t.seed)
-        model, init = Decoder(self.run.model), None
-        if self.run.init and not start.checkpoints:
-            init = InitialWeights(self.run.init)
+        model = Decoder(self.run.model)
+        if init:
             init.require_fit(self.config, model, (settings.get("zero_optimization") or {}).get("stage", 0))
             init.fill(model)
         self.engine = _engine(model, settings)
@@ -70,7 +73,7 @@ class Trainer:
         self.validation = Validation(scored, t.micro_batch)
         if self.config:
             self._give_probe({name: ids[validated:] for name, (ids, _) in held_out.items()})
-        self.ledger, self.stop_asked = Ledger(), False
+        self.ledger, self.stop_asked, self._stays = Ledger(), False, set[str]()
         if start.checkpoints:
             client_state = load(self.engine, start.checkpoints, start.tag)
             self.loader.seek(client_state["data_position"])
@@ -88,6 +91,10 @@ class Trainer:
             self._event(
                 "resume", checkpoint=str(start.checkpoints / start.tag), position=self.loader.position, **reshaped
             )
+            for name, facts in told_changes(start.changes, self.engine, self.loader.position):
+                self._event(name, **facts)
+                if self.rank == 0:
+                    logging.getLogger("mocte_ds").warning(facts["note"])
         if self.config:
             self.engine.mocte.on_event(self._mocte_event)
 
@@ -102,9 +109,15 @@ class Trainer:
         """
         before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            return self._train(stop_after)
-        finally:
+            done = self._train(stop_after)
             self.telemetry.close()
+            return done
+        except BaseException:
+            # What a disk that is full or a rank that is gone leads to afterwards must not hide what happened first.
+            self.telemetry.close(after_error=True)
+            self.engine.checkpoint_engine.saver.tell()
+            raise
+        finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -128,8 +141,7 @@ class Trainer:
                 self._event("stop", reason="a signal asked for it")
                 break
         finish(self.engine)
-        if self.rank == 0:
-            prune_checkpoints(self.out / "checkpoints", t.keep_checkpoints)  # the last one may have come just now
+        self._prune()  # the last one may have come just now
         return self.engine.global_steps >= t.steps
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
@@ -234,10 +246,18 @@ class Trainer:
             "ledger": self.ledger.to_dict(),
         }
         save(self.engine, folder, checkpoint_tag(step), state)
+        self._prune()
         if self.rank == 0:
-            prune_checkpoints(folder, self.run.training.keep_checkpoints)
             write_json(self.out / "ledger.json", self.ledger.to_dict())
         self._event("save", checkpoint=checkpoint_tag(step), seconds=time.perf_counter() - started)
+
+    def _prune(self) -> None:
+        if self.rank:
+            return
+        for text in prune_checkpoints(self.out / "checkpoints", self.run.training.keep_checkpoints):
+            if text not in self._stays:
+                self._stays.add(text)
+                logging.getLogger("mocte_ds").warning(text)
 
     def _mocte_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "check":
@@ -250,6 +270,9 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         run, start = self.run, self.start
+        changes = changes_so_far(self.out / "run.json", start.step)
+        if start.changes.facts:
+            changes.append({"step": start.step, **start.changes.facts})
         mocte = {"mocte": self.config.to_dict()} if self.config else {}
         return {
             "command": " ".join(sys.argv),
@@ -261,6 +284,7 @@ class Trainer:
             "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
             "evaluation": asdict(run.evaluation),
             "deepspeed": {**start.settings, **mocte},
+            "changes": changes,
             "versions": versions(),
         }
 

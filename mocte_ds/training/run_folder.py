@@ -1,18 +1,20 @@
-"""The folder of a run: where a resumed run goes on, whether it is the same run, which checkpoints stay."""
+"""The folder of a run: where a resumed run goes on, and which checkpoints stay."""
 
 import json
 import os
 import platform
+import re
 import shutil
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.place import resolve_tag
-from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.checkpoints.files import replace_text
+from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
+from mocte_ds.checkpoints.place import PARTIAL, resolve_tag
+from mocte_ds.errors import CheckpointError, ConfigError, MocteError
 
-IDENTITY_FILE = "run_identity.json"
+_TAG = re.compile(r"step(0|[1-9][0-9]{0,17})")
 _PACKAGES = (
     "mocte-ds deepspeed torch megatron-core transformers sentencepiece scikit-learn datasets numpy lm-eval".split()
 )
@@ -48,54 +50,63 @@ def checkpoint_tag(step: int) -> str:
 
 def checkpoint_step(tag: str) -> int | None:
     """The step in a checkpoint's name, None for a name that is not ours."""
-    digits = tag.removeprefix("step")
-    return int(digits) if digits != tag and digits.isdigit() else None
+    found = _TAG.fullmatch(tag)
+    return int(found[1]) if found else None
 
 
-def require_same_run(identity: dict[str, Any], folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
-    """Refuse to go on from a checkpoint of another run, before anything is built.
+def prune_checkpoints(folder: Path, keep: int) -> list[str]:
+    """Remove all but the newest ``keep`` checkpoints, never the one that `latest` names.
+
+    A folder is a checkpoint of ours if its manifest is whole and lists everything that is in it. Nothing else is
+    removed or counted.
 
     Args:
-        identity: what must not change, flat.
-        defaults: of keys that came after the version which wrote the checkpoint.
-        folder: the checkpoint (one tag).
+        folder: of all checkpoints.
+        keep: how many stay.
 
-    Raises:
-        CheckpointError: names every key that differs, or the file that tells is missing.
+    Returns:
+        Why a folder stays that has the name of an old checkpoint, a sentence each.
     """
-    try:
-        before = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / IDENTITY_FILE} cannot be read ({error}): no whole checkpoint of launch/pretrain.py. Put the "
-            f"name of another checkpoint into {folder.parent / 'latest'}, or start anew in another --out."
-        ) from error
-    now, usual = (json.loads(json.dumps(values)) for values in (identity, dict(defaults or {})))
-    before = {**{key: value for key, value in usual.items() if key in now}, **before}
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if keys:
-        listed = "; ".join(f"{key}: checkpoint {before.get(key)!r}, run {now.get(key)!r}" for key in keys)
-        raise CheckpointError(
-            f"the checkpoint {folder} belongs to another configuration: {listed}. Use its values, or start anew in "
-            "another --out."
-        )
-
-
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, never the one that `latest` names."""
     latest = resolve_tag(folder)
-    steps = {path: checkpoint_step(path.name) for path in folder.iterdir() if path.is_dir()}
-    ours = sorted((path for path, step in steps.items() if step is not None), key=lambda path: -steps[path])
+    named = [path for path in folder.iterdir() if checkpoint_step(path.name) is not None]
+    foreign = {path: reason for path in named if (reason := _not_ours(path))}
+    ours = sorted((path for path in named if path not in foreign), key=lambda path: -(checkpoint_step(path.name) or 0))
     for path in ours[keep:]:
         if path.name != latest:
-            shutil.rmtree(path, ignore_errors=True)
+            # In one move, so that what is left of it when the process is killed has the name of a leftover.
+            aside = path.with_name(PARTIAL.format(path.name))
+            os.rename(path, aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    oldest = min((checkpoint_step(path.name) or 0 for path in ours[:keep]), default=0)
+    old = sorted(path for path in foreign if (checkpoint_step(path.name) or 0) < oldest)
+    return [f"{path} stays: {foreign[path]}" for path in old]
+
+
+def _not_ours(path: Path) -> str | None:
+    """Why a folder is not shown to be a checkpoint and nothing else; None where it is."""
+    if path.is_symlink() or not path.is_dir():
+        return "it is not a folder"
+    try:
+        known = {*Manifest.read(path).files, MANIFEST_FILE}
+    except CheckpointError:
+        return f"it has no whole {MANIFEST_FILE}"
+    other = sorted(e.name for e in path.iterdir() if e.name not in known or e.is_symlink() or not e.is_file())
+    return f"{other[0]} in it is not of the checkpoint" if other else None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file in one move, so that readers never see half of it."""
-    pending = path.with_suffix(".tmp")
-    pending.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    os.replace(pending, path)
+    """Write a file in one move, so that readers never see half of it.
+
+    Raises:
+        MocteError: it cannot be written.
+    """
+    try:
+        replace_text(path, json.dumps(values, indent=1))
+    except OSError as error:
+        raise MocteError(
+            f"cannot write {path}: {error.strerror or error}. The last good checkpoint is untouched; make room or "
+            "choose another --out, and start again: the run resumes."
+        ) from error
 
 
 def versions() -> dict[str, str]:

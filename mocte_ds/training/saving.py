@@ -6,8 +6,9 @@ from typing import Any
 
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.random_states import restore_random_states
+from mocte_ds.dist.lost import peer_is_lost
 from mocte_ds.errors import CheckpointError, MocteError
-from mocte_ds.training.run_folder import IDENTITY_FILE
+from mocte_ds.training.changes import IDENTITY_FILE
 from mocte_ds.zero.checkpoint_files import own_files, use_plain_files
 
 
@@ -76,7 +77,10 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
                 restore_random_states(folder, tag, read)
     except MocteError:
         raise
-    except Exception as error:  # DeepSpeed raises many types for a file that is not what it expects
+    except Exception as error:
+        if peer_is_lost(error):
+            raise
+        # DeepSpeed raises many types for a file that is not what it expects
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"the checkpoint {folder / tag} cannot be loaded: {text}. Put the name of another checkpoint into "

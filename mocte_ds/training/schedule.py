@@ -37,3 +37,19 @@ def learning_rate(step: int, peak: float, total_steps: int, warmup_steps: int, m
         return peak * (1.0 / ramp + (1.0 - 1.0 / ramp) * done / ramp)
     progress = min(1.0, (done - ramp + 1) / max(1, total_steps - ramp))
     return peak * (min_ratio + (1.0 - min_ratio) * (1.0 + math.cos(math.pi * progress)) / 2.0)
+
+
+def follow_new_length(engine: Any) -> tuple[float, float]:
+    """Let a run that was prolonged take the rate of its new schedule at once, not one step late.
+
+    Args:
+        engine: that has loaded a checkpoint; its optimizer has the rate which the old schedule gave for the next step.
+
+    Returns:
+        The rate of the next step before and now.
+    """
+    groups, schedule = engine.optimizer.param_groups, engine.lr_scheduler
+    before = float(groups[0]["lr"])
+    if hasattr(schedule, "last_batch_iteration"):  # DeepSpeed's; one of torch goes on by itself
+        schedule.step(schedule.last_batch_iteration)
+    return before, float(groups[0]["lr"])

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.checkpoints.manifest import Manifest as Saved
 from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
+from mocte_ds.training.changes import Changes, as_before, read_identity, require_same_run
 from mocte_ds.training.run_config import RunConfig, identity_defaults
-from mocte_ds.training.run_folder import checkpoint_step, require_same_run, resume_folder
+from mocte_ds.training.run_folder import resume_folder
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,10 @@ class Start:
     """Folder of checkpoints to go on from; None: a new run."""
     tag: str | None
     """The checkpoint in it."""
-
-    @property
-    def step(self) -> int:
-        """Steps that are done already."""
-        return (checkpoint_step(self.tag) or 0) if self.tag else 0
+    step: int
+    """Steps that are done already."""
+    changes: Changes
+    """How the run differs from the checkpoint."""
 
     @property
     def finished(self) -> bool:
@@ -43,7 +44,7 @@ class Start:
         return own and self.step >= self.run.training.steps
 
 
-def make_start(run: RunConfig, out: Path, resume: str, world_size: int) -> Start:
+def make_start(run: RunConfig, out: Path, resume: str, world_size: int, allow_data_change: bool = False) -> Start:
     """Check a run against its data, the number of ranks and the checkpoint that it goes on from.
 
     Args:
@@ -51,6 +52,7 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int) -> Start
         out: the run's folder.
         resume: see :func:`mocte_ds.training.run_folder.resume_folder`.
         world_size: data-parallel ranks.
+        allow_data_change: go on with other data, another mix or another seed than the checkpoint's.
 
     Raises:
         MocteError: what does not fit, and what to do.
@@ -58,13 +60,17 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int) -> Start
     prepared = Path(run.data.prepared)
     manifest = Manifest.read(prepared)
     tokenizer = manifest.require_tokenizer(tokenizer_in(prepared))
+    checkpoints = resume_folder(out, resume)
+    tag = resolve_tag(checkpoints) if checkpoints is not None else None
+    if checkpoints is not None and tag is not None:
+        run = as_before(run, read_identity(checkpoints / tag), checkpoints / tag)
     settings = run.resolve(world_size, tokenizer.eod_id, tokenizer.vocab_size)
     board = settings.get("tensorboard") or {}
     if board.get("enabled") and not board.get("output_path"):
         settings["tensorboard"] = {"job_name": out.name, **board, "output_path": str(out / "tensorboard")}
     identity = {**run.identity(), "data.manifest": manifest.sha256}
-    checkpoints = resume_folder(out, resume)
-    tag = resolve_tag(checkpoints) if checkpoints else None
-    if checkpoints and tag:
-        require_same_run(identity, checkpoints / tag, identity_defaults())
-    return Start(run, out, prepared, manifest, settings, identity, checkpoints, tag)
+    step, changes = 0, Changes()
+    if checkpoints is not None and tag is not None:
+        changes = require_same_run(identity, checkpoints / tag, identity_defaults(), allow_data_change)
+        step = Saved.read(checkpoints / tag).step
+    return Start(run, out, prepared, manifest, settings, identity, checkpoints, tag, step, changes)

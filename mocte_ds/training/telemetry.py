@@ -29,7 +29,7 @@ class Telemetry:
         Raises:
             MocteError: the folder cannot be written.
         """
-        self.active, self._monitor = active, monitor
+        self.active, self._monitor, self._failed = active, monitor, False
         if not active:
             return
         self._files: dict[str, TextIO] = {}
@@ -64,7 +64,11 @@ class Telemetry:
             scalars[f"validation/{domain}"] = loss
         if self._monitor is not None and self._monitor.enabled:
             found = {name: value for name, value in scalars.items() if value is not None}
-            self._monitor.write_events([(f"mocte/{name}", value, metrics["tokens"]) for name, value in found.items()])
+            try:
+                self._monitor.write_events([(f"mocte/{name}", v, metrics["tokens"]) for name, v in found.items()])
+            except OSError as error:
+                self._failed = True
+                raise _cannot_write(Path("the files of TensorBoard"), error) from error
 
     def event(self, event: dict[str, Any]) -> None:
         """Write one event, and show those that people wait for."""
@@ -76,17 +80,30 @@ class Telemetry:
             which = which if event["block"] is not None else f"{event['layers']} layers"
             self._bar.write(f"step {event['step']}: {event['event']} of {which} ({event['reason']})", file=sys.stderr)
 
-    def close(self) -> None:
-        """Flush and close."""
-        if self.active:
-            self._bar.close()
-            for file in self._files.values():
-                file.close()
+    def close(self, after_error: bool = False) -> None:
+        """Flush and close.
+
+        Args:
+            after_error: say nothing about what cannot be written any more; what happened first is to be heard.
+
+        Raises:
+            MocteError: a file cannot be written.
+        """
+        if not self.active:
+            return
+        self._bar.close()
+        for file in self._files.values():
+            try:
+                file.close()  # writes once more what could not be written before
+            except OSError as error:
+                if not (after_error or self._failed):
+                    raise _cannot_write(Path(file.name), error) from error
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
         try:
             self._files[name].write(json.dumps(values) + "\n")
         except OSError as error:
+            self._failed = True
             raise _cannot_write(Path(self._files[name].name), error) from error
 
 
@@ -106,7 +123,7 @@ def keep_until(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     pending = path.with_suffix(".tmp")
     pending.write_text("".join(kept), encoding="utf-8")

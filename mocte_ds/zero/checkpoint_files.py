@@ -1,6 +1,7 @@
 """DeepSpeed's checkpoint files, collected for our saver instead of pickled, and read without executing code."""
 
 import contextlib
+import glob
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +12,10 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from mocte_ds.checkpoints.files import replace_file
 from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.place import Place
-from mocte_ds.checkpoints.plain import from_plain, read_plain, to_plain
+from mocte_ds.checkpoints.plain import from_plain, only_plausible, read_plain, to_plain
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
@@ -39,7 +41,7 @@ class PlainFiles(CheckpointEngine):
         """Further files of every checkpoint, by name; rank zero's are written."""
         self.note: str | None = None
         """How the checkpoint that was loaded last was brought into the run's layout; None where it had it already."""
-        self._collected: dict[str, Any] = {}
+        self._collected: dict[str, Any] | None = None
         self._reshaped: Reshaped | None = None
         self._copy = False
         self._refused: CheckpointError | None = None
@@ -74,12 +76,12 @@ class PlainFiles(CheckpointEngine):
         self.saver.wait()  # before the memory for another copy is taken
         Place(Path(save_dir), tag)
         client = to_plain(dict(client_state), "client_state", asynchronous)
-        self._collected, self._copy, self._refused = {}, asynchronous, None
+        files: dict[str, Any] = {}
+        self._collected, self._copy, self._refused = files, asynchronous, None
         try:
             deepspeed_save(client)
-            files = self._collected
         finally:
-            self._collected = {}
+            self._collected = None
         try:
             for name, content in own().items():
                 files[name] = to_plain(content, name, asynchronous)
@@ -113,10 +115,11 @@ class PlainFiles(CheckpointEngine):
             return
         rank, size = world()
         layout = Layout(size, ep_size, self._engine._config.use_data_before_expert_parallel_)
-        written = Written(folder, manifest)
-        written.require_precision(self._engine.bfloat16_enabled())
-        self._reshaped = Reshaped(written, layout, rank)
-        self.note = self._reshaped.note(self._engine.train_batch_size())
+        with only_plausible(folder):
+            written = Written(folder, manifest)
+            written.require_precision(self._engine.bfloat16_enabled())
+            self._reshaped = Reshaped(written, layout, rank)
+            self.note = self._reshaped.note(self._engine.train_batch_size())
         if self.note and rank == 0:
             logging.getLogger("mocte_ds").warning(self.note)
         try:
@@ -156,11 +159,25 @@ class PlainFiles(CheckpointEngine):
         """DeepSpeed starts to save: nothing to do."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """DeepSpeed wants a folder: the saver makes its own."""
+        """DeepSpeed wants a folder: for a checkpoint the saver makes its own."""
+        if self._collected is None:
+            Path(path).mkdir(parents=True, exist_ok=True)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Keep the content of one of DeepSpeed's files."""
+        """Keep the content of one of DeepSpeed's files, or write one that is not of a checkpoint (save_16bit_model).
+
+        Raises:
+            CheckpointError: it could not be written, or holds a value that is not plain.
+        """
         name = Path(path).name
+        if self._collected is None:
+            try:
+                replace_file(Path(path), to_plain(state_dict, name, classes=_CLASSES))
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"could not write {path}: {error}. Make room or choose another folder."
+                ) from error
+            return
         try:
             self._collected[name] = to_plain(state_dict, name, self._copy, _CLASSES)
         except CheckpointError as error:  # told behind DeepSpeed's barriers, on all ranks
@@ -217,4 +234,7 @@ def use_plain_files(engine: Any) -> PlainFiles:
     engine.checkpoint_engine = files
     # It would be code that nobody verifies; `python -m deepspeed.utils.zero_to_fp32` is the same script.
     engine._copy_recovery_script = lambda save_path: None
+    # DeepSpeed takes names with [ ] * ? in them for patterns, and would load files of other folders that match.
+    matching = engine._get_all_ckpt_names
+    engine._get_all_ckpt_names = lambda folder, tag: matching(glob.escape(str(folder)), glob.escape(str(tag)))
     return files

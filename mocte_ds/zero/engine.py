@@ -2,16 +2,19 @@
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.zero.checkpoint_files import PlainFiles, use_plain_files
 from mocte_ds.zero.conformance import with_unit_optimizer
 from mocte_ds.zero.partitioned_files import weights_in_state_dicts, without_weights
 from mocte_ds.zero.stage3 import prepare_model
+from mocte_ds.zero.whole_weights import refused_by_converters, require_local_is_whole, whole_weights, write_weights_file
 
 
 class UnitEngine(DeepSpeedEngine):
@@ -37,7 +40,8 @@ class UnitEngine(DeepSpeedEngine):
 
     def _save_moe_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         partitioned = self.zero_optimization_partition_weights()
-        with weights_in_state_dicts(self.module) if partitioned else contextlib.nullcontext():
+        weights = weights_in_state_dicts(self.module) if partitioned else contextlib.nullcontext()
+        with weights, refused_by_converters(self.module):
             super()._save_moe_checkpoint(*args, **kwargs)
 
     def load_module_state_dict(self, checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -45,6 +49,49 @@ class UnitEngine(DeepSpeedEngine):
         if self.zero_optimization_partition_weights():
             checkpoint = without_weights(checkpoint, self.module)
         super().load_module_state_dict(checkpoint, *args, **kwargs)
+
+    def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's, where one rank has all of it.
+
+        Raises:
+            CheckpointError: it would be a part of the model; says what gives all of it.
+        """
+        require_local_is_whole(self.module, self.zero_optimization_partition_weights())
+        return super().module_state_dict(*args, **kwargs)
+
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """All weights in the model's data type as one file, the experts of all ranks among them (collective).
+
+        Arguments are DeepSpeed's. The names are those of a model with ep_size 1.
+
+        Returns:
+            Whether it was written: under ZeRO stage 3 only with `stage3_gather_16bit_weights_on_model_save`.
+
+        Raises:
+            CheckpointError: on all ranks; the file could not be written, and what was there before is untouched.
+        """
+        partitioned = self.zero_optimization_partition_weights()
+        if partitioned and not self.zero_gather_16bit_weights_on_model_save():
+            logger.warning(
+                f"{save_filename} was not saved: zero_optimization.stage3_gather_16bit_weights_on_model_save is false."
+            )
+            return False
+        weights = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
+        write_weights_file(Path(save_dir) / save_filename, weights)
+        return True
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
+        partitioned = self.zero_optimization_partition_weights()
+        if partitioned:
+            self.optimizer.checkpoint_event_prologue()
+        weights = whole_weights(self.module, partitioned, exclude_frozen_parameters)
+        if partitioned:
+            self.optimizer.checkpoint_event_epilogue()
+        return weights
+
+    _zero3_consolidated_16bit_state_dict = _consolidated_16bit_state_dict  # DeepSpeed would gather over all ranks
 
     def _get_zero_frozen_param_attributes(self, attr_func: Any) -> Any:
         # At stages 1 and 2 DeepSpeed would save rank 0's copy of every parameter outside of the optimizer and write it

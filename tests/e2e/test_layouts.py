@@ -10,7 +10,7 @@ from pytest import approx
 
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.reshaping.reshape import reshape
-from mocte_ds.training.run_folder import IDENTITY_FILE
+from mocte_ds.training.changes import IDENTITY_FILE
 from tests.checkpoints.damage import seal
 from tests.e2e.conftest import Launcher, read_log
 

@@ -5,21 +5,22 @@ from pathlib import Path
 
 import pytest
 
+from mocte_ds.checkpoints.files import hash_file
+from mocte_ds.checkpoints.manifest import Manifest
+from mocte_ds.checkpoints.place import remove_leftovers
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.training import run_folder
+from mocte_ds.training.changes import IDENTITY_FILE, Changes, changes_so_far, require_same_run
 from mocte_ds.training.run_config import identity_defaults
-from mocte_ds.training.run_folder import (
-    IDENTITY_FILE,
-    checkpoint_step,
-    prune_checkpoints,
-    require_same_run,
-    resume_folder,
-)
+from mocte_ds.training.run_folder import checkpoint_step, prune_checkpoints, resume_folder
 
 
 def make_checkpoints(folder: Path, *steps: int, latest: int) -> None:
     for step in steps:
-        (folder / f"step{step}").mkdir(parents=True)
-        (folder / f"step{step}" / "weights.pt").write_text("x", encoding="utf-8")
+        one = folder / f"step{step}"
+        one.mkdir(parents=True)
+        (one / "weights.pt").write_text("x", encoding="utf-8")
+        Manifest("run", step, 1, {"weights.pt": hash_file(one / "weights.pt")}).write(one)
     (folder / "latest").write_text(f"step{latest}", encoding="utf-8")
 
 
@@ -87,6 +88,68 @@ def test_pruning_leaves_saves_under_way(tmp_path: Path) -> None:
     assert (tmp_path / ".step10.mocte-replaced").is_dir() and (tmp_path / "step30").is_dir()
 
 
+def test_pruning_removes_nothing_that_is_not_ours(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, 10, 20, 30, 40, 50, latest=50)
+    (tmp_path / "step10" / "notes.txt").write_text("precious")
+    (tmp_path / "step20" / ".hidden").write_text("precious")
+    (tmp_path / "step5").mkdir()
+    (tmp_path / "step5" / "notes.txt").write_text("precious")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step7").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "step99").mkdir()  # newer than all; must not count as one of those that stay
+    for name in ("step\u00b2", "step\u0663", "step012"):
+        (tmp_path / name).mkdir()
+    told = prune_checkpoints(tmp_path, keep=2)
+    left = {"step10", "step20", "step5", "step7", "step99", "step40", "step50", "step\u00b2", "step\u0663", "step012"}
+    assert {path.name for path in tmp_path.iterdir()} == left | {"latest", "elsewhere"}
+    text = " ".join(told)
+    assert len(told) == 4 and "step10 stays: notes.txt in it is not of the checkpoint" in text
+    assert "step20 stays: .hidden in it" in text and "step5 stays: it has no whole mocte_manifest.json" in text
+    assert "step7 stays: it is not a folder" in text
+
+
+def test_a_pruning_that_is_killed_leaves_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoints(tmp_path, 10, 20, latest=20)
+    monkeypatch.setattr(run_folder.shutil, "rmtree", lambda *_, **__: None)
+    prune_checkpoints(tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step10.mocte-partial", "latest", "step20"]
+    monkeypatch.undo()
+    (tmp_path / ".link.mocte-partial").symlink_to(tmp_path / "step20")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".link.mocte-partial", "latest", "step20"]
+    assert (tmp_path / "step20" / "weights.pt").is_file()
+
+
+def test_more_steps_and_other_data(tmp_path: Path) -> None:
+    before = {"training.steps": 20, "training.seed": 0, "data.manifest": "aa", "data.weights": None, "model.size": 3}
+    (tmp_path / IDENTITY_FILE).write_text(json.dumps(before), encoding="utf-8")
+    assert require_same_run(before, tmp_path) == Changes()
+    longer = {**before, "training.steps": 30}
+    assert require_same_run(longer, tmp_path) == Changes(steps=(20, 30))
+    for steps in (19, "30", 25.0, True):
+        with pytest.raises(CheckpointError, match="training.steps: checkpoint 20, run"):
+            require_same_run({**before, "training.steps": steps}, tmp_path)
+    other = {**longer, "training.seed": 7, "data.manifest": "bb"}
+    with pytest.raises(CheckpointError, match="seed: checkpoint 0, run 7; data.manifest: .*--allow-data-change lets"):
+        require_same_run(other, tmp_path)
+    changes = require_same_run(other, tmp_path, allow_data_change=True)
+    assert changes.steps == (20, 30) and set(changes.data) == {"training.seed", "data.manifest"}
+    assert changes.facts["training.seed"] == {"checkpoint": 0, "run": 7} and len(changes.facts) == 3
+    with pytest.raises(CheckpointError, match=r"configuration: model.size: checkpoint 3, run 4\. "):
+        require_same_run({**other, "model.size": 4}, tmp_path, allow_data_change=True)
+
+
+def test_changes_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert changes_so_far(path, 5) == []
+    path.write_text(json.dumps({"changes": [{"step": 3, "a": 1}, {"step": 9, "a": 2}]}))
+    assert changes_so_far(path, 5) == [{"step": 3, "a": 1}]
+    for damaged in ("", "[]", '{"changes": [1]}', "[" * 100_000):
+        path.write_text(damaged)
+        assert changes_so_far(path, 5) == []
+
+
 def test_names() -> None:
-    assert checkpoint_step("step120") == 120
-    assert [checkpoint_step(name) for name in ("mine", "step", "step1x", "120")] == [None] * 4
+    assert checkpoint_step("step120") == 120 and checkpoint_step("step0") == 0
+    strange = ("mine", "step", "step1x", "120", "step\u00b2", "step\u0663", "step012", "step" + 5000 * "9", "step1\n")
+    assert [checkpoint_step(name) for name in strange] == [None] * len(strange)

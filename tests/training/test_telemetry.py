@@ -73,3 +73,32 @@ def test_keep_until_survives_damage(tmp_path: Path) -> None:
     keep_until(path, 2)
     assert steps(path) == [1, 2]
     keep_until(tmp_path / "none.jsonl", 2)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first message is the last one: closing tries to write the same line again and must not hide it."""
+    log = Telemetry(tmp_path, True, 5, 0, None)
+    log._files["metrics"] = open("/dev/full", "w", buffering=1)
+    with pytest.raises(MocteError, match="cannot write /dev/full: No space left.*the run resumes"):
+        log.step(metrics(1))
+    log.close()
+    other = Telemetry(tmp_path, True, 5, 0, None)
+    other._files["metrics"] = open("/dev/full", "w", buffering=-1)
+    other._files["metrics"].write("x")  # in the buffer
+    with pytest.raises(MocteError, match="cannot write /dev/full: No space left"):
+        other.close()
+    third = Telemetry(tmp_path, True, 5, 0, None)
+    third._files["events"] = open("/dev/full", "w", buffering=-1)
+    third._files["events"].write("x")
+    third.close(after_error=True)
+
+
+def test_tensorboard_on_a_full_disk(tmp_path: Path) -> None:
+    def full(_: list) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = Telemetry(tmp_path, True, 5, 0, SimpleNamespace(enabled=True, write_events=full))
+    with pytest.raises(MocteError, match="cannot write the files of TensorBoard: No space left"):
+        log.step(metrics(1))
+    log.close()

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE
+from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, renumbered
 from mocte_ds.checkpoints.outline import Stored, read_outline
 from mocte_ds.checkpoints.reshaping.groups import cut, joined
 from mocte_ds.checkpoints.reshaping.layout import Layout
-from mocte_ds.checkpoints.reshaping.shards import Key, Part, Shard, renumbered
+from mocte_ds.checkpoints.reshaping.shards import Key, Part, Shard
 from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.errors import CheckpointError
 

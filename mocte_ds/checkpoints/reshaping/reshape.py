@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
+from mocte_ds.checkpoints.plain import only_plausible
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.written import Written
@@ -43,12 +44,13 @@ def reshape(
     if resolve_tag(root) is not None:
         raise CheckpointError(f"{root} holds other checkpoints already; name another folder to write to.")
     manifest = require_whole(folder)
-    written = Written(folder, manifest)
-    layout = Layout(world_size, ep_size, written.layout.data_before_expert)
-    reshaped = Reshaped(written, layout)
-    written.require_supported()
-    written.require_batch(world_size)
-    files = {name: reshaped.file(name) for name in reshaped.names()}
+    with only_plausible(folder):
+        written = Written(folder, manifest)
+        layout = Layout(world_size, ep_size, written.layout.data_before_expert)
+        reshaped = Reshaped(written, layout)
+        written.require_supported()
+        written.require_batch(world_size)
+        files = {name: reshaped.file(name) for name in reshaped.names()}
     count, is_new = len(files), not root.exists()
     saver = Saver()
     saver.run = manifest.run

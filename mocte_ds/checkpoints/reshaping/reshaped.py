@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import random
 from collections import OrderedDict
 from typing import Any
@@ -10,16 +11,18 @@ import numpy as np
 import torch
 
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, OPTIMIZER_NAME
+from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, OPTIMIZER_NAME, renumbered
 from mocte_ds.checkpoints.outline import Copy, Outline, filled, read_outline
 from mocte_ds.checkpoints.plain import read_plain
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME, generator_states
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.optimizer import StoredOptimizer
 from mocte_ds.checkpoints.reshaping.schedules import for_groups
-from mocte_ds.checkpoints.reshaping.shards import renumbered
 from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.errors import CheckpointError
+
+_MOST_RANKS = 1 << 16  # more than anybody has; each of them gets files
+_MOST_SHOWN = 1024
 
 
 class Reshaped:
@@ -169,8 +172,11 @@ def require_divisible(layout: Layout, num_experts: int) -> None:
         CheckpointError: names the sizes that would be possible.
     """
     ranks, ep_size = layout.world_size, layout.ep_size
+    if ranks > _MOST_RANKS:
+        raise CheckpointError(f"{ranks} ranks are more than the {_MOST_RANKS} that a checkpoint is written for.")
     if ranks < 1 or ep_size < 1 or ranks % ep_size or num_experts % ep_size:
-        allowed = [n for n in range(1, ranks + 1) if ranks % n == 0 and num_experts % n == 0]
+        both = math.gcd(ranks, num_experts) if ranks > 0 else 0
+        allowed = [n for n in range(1, min(both, _MOST_SHOWN) + 1) if both % n == 0]
         raise CheckpointError(
             f"ep_size {ep_size} does not divide {ranks} ranks and {num_experts} experts; ep_size can be "
             f"{', '.join(map(str, allowed)) or 'nothing: take 1 or more ranks'}."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mocte_ds.checkpoints.names import EXPERT_PARAMETER, expert_parameter
+from mocte_ds.checkpoints.names import renumbered
 from mocte_ds.checkpoints.outline import Stored, read_outline
 from mocte_ds.checkpoints.plain import object_fields, plain_object, require_keys
 from mocte_ds.errors import CheckpointError
@@ -97,12 +97,6 @@ class Shard:
             "param_slice_mappings": [_addresses(part.fragments, first) for part in parts],
         }
         return {**self.common, _STATE: {name: lists.get(name, value) for name, value in self.common[_STATE].items()}}
-
-
-def renumbered(name: str, by: int) -> str:
-    """A parameter's path with the number of its expert raised; other paths as they are."""
-    found = EXPERT_PARAMETER.fullmatch(name)
-    return expert_parameter(found[1], int(found[2]), int(found[3]) + by, found[4]) if found else name
 
 
 def is_vector(value: Any) -> bool:

@@ -1,17 +1,43 @@
 """What a checkpoint on the disk is: its layout, its files by kind, and whether this version knows all of them."""
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import Manifest
-from mocte_ds.checkpoints.names import EXPERT_NAME, MODEL_FILE, OPTIMIZER_FILE, OPTIMIZER_NAME, model_file
+from mocte_ds.checkpoints.names import (
+    CONVERTERS_FILE,
+    EXPERT_NAME,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    OPTIMIZER_NAME,
+    model_file,
+)
 from mocte_ds.checkpoints.outline import read_outline
 from mocte_ds.checkpoints.plain import require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.errors import CheckpointError
+
+
+def require_experts(config: dict[str, Any], files: Iterable[str], path: Path) -> None:
+    """Refuse a number of experts that the checkpoint has no files of, before anything is built for them.
+
+    Args:
+        config: the "mocte" block.
+        files: names of all files of the checkpoint.
+        path: where the block stands, for the message.
+
+    Raises:
+        CheckpointError: names both numbers.
+    """
+    count, experts, banks = sum(1 for _ in filter(EXPERT_NAME.fullmatch, files)), config["num_experts"], 1
+    if isinstance(config.get("banks"), list):
+        banks = len(config["banks"])
+    if type(experts) is not int or not 1 <= experts * banks <= count:
+        raise CheckpointError(f"{path} has {experts!r:.80} experts in {banks} banks, with files of {count} experts.")
 
 
 class Written:
@@ -35,6 +61,7 @@ class Written:
             self.state = require_keys(read_outline(path), ("mocte",), path)
             require_keys(self.state["mocte"], ("config", "blocks", "tokens"), path)
             require_keys(self.state["mocte"]["config"], ("num_experts", "ep_size"), path)
+            require_experts(self.state["mocte"]["config"], manifest.files, path)
         found = [match for match in map(OPTIMIZER_NAME.fullmatch, manifest.files) if match]
         self.precision: str | None = found[0][1] or "" if found else None
         """`bf16_` or nothing: how the names of the optimizer's files start; None where it has no files of its own."""
@@ -150,7 +177,7 @@ class Written:
         expected = {MODEL_FILE, *(RANDOM_FILE.format(rank=rank) for rank in range(ranks))}
         if self.precision is not None:
             expected.update(self.optimizer_file(rank) for rank in range(ranks))
-        for name in sorted(self.manifest.files.keys() - expected - {STATE_FILE}):
+        for name in sorted(self.manifest.files.keys() - expected - {STATE_FILE, CONVERTERS_FILE}):
             if any(kind.fullmatch(name) for kind in kinds[1:]):
                 raise CheckpointError(
                     f"{self.folder / name} is of a rank that the checkpoint of {ranks} ranks does not have: files of "

@@ -1,0 +1,148 @@
+"""The fp32 weights of a checkpoint, experts of all ranks among them, where DeepSpeed's zero_to_fp32 cannot read it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mocte_ds.checkpoints.files import replace_file
+from mocte_ds.checkpoints.manifest import Manifest, require_whole
+from mocte_ds.checkpoints.names import EXPERT_NAME, PARTITIONED_MODEL_FILE
+from mocte_ds.checkpoints.outline import Outline, Stored, read_outline
+from mocte_ds.checkpoints.place import find_tag
+from mocte_ds.checkpoints.plain import only_plausible, require_keys
+from mocte_ds.checkpoints.reshaping.optimizer import StoredOptimizer
+from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.checkpoints.weights import Made
+from mocte_ds.errors import CheckpointError
+
+WEIGHTS_FILE = "pytorch_model.bin"
+
+
+def get_fp32_state_dict_from_zero_checkpoint(
+    checkpoint_dir: str | Path, tag: str | int | None = None, exclude_frozen_parameters: bool = False
+) -> dict[str, Tensor]:
+    """Every weight and buffer in fp32, under the names of a model whose experts lie on one rank.
+
+    What trains comes from the optimizer's master weights; what is frozen or dormant in the precision in which it was
+    trained.
+
+    Args:
+        checkpoint_dir: a folder of checkpoints, or the folder of one tag; only read.
+        tag: name of the checkpoint; None: the one that `latest` names.
+        exclude_frozen_parameters: leave out parameters that do not train.
+
+    Raises:
+        CheckpointError: missing or damaged, or of ZeRO stage 3.
+    """
+    return {name: made.read() for name, made in _weights(checkpoint_dir, tag, exclude_frozen_parameters).items()}
+
+
+def convert_zero_checkpoint_to_fp32_state_dict(
+    checkpoint_dir: str | Path,
+    output_dir: str | Path,
+    tag: str | int | None = None,
+    exclude_frozen_parameters: bool = False,
+) -> Path:
+    """Write :func:`get_fp32_state_dict_from_zero_checkpoint` as one file, a tensor at a time.
+
+    Args:
+        checkpoint_dir: as there.
+        output_dir: gets `pytorch_model.bin`, which must not be there.
+        tag: as there.
+        exclude_frozen_parameters: as there.
+
+    Returns:
+        The file, for `torch.load(path, weights_only=True)`.
+
+    Raises:
+        CheckpointError: as there; or the file is there already, or cannot be written.
+    """
+    path = Path(output_dir) / WEIGHTS_FILE
+    if path.exists():
+        raise CheckpointError(f"{path} is there already; name another folder to write to.")
+    weights = _weights(checkpoint_dir, tag, exclude_frozen_parameters)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, Outline(weights))
+    except (OSError, RuntimeError) as error:  # the latter is what torch.save makes of a full disk
+        raise CheckpointError(f"could not write {path}: {error}. Make room or choose another folder.") from error
+    return path
+
+
+def load_state_dict_from_zero_checkpoint(
+    model: nn.Module, checkpoint_dir: str | Path, tag: str | int | None = None
+) -> nn.Module:
+    """Give a model the fp32 weights of a checkpoint, every one of them.
+
+    Args:
+        model: with the blocks of the run, all experts local (`mocte_ds.moe.attach` with ep_size 1).
+        checkpoint_dir: as of :func:`get_fp32_state_dict_from_zero_checkpoint`.
+        tag: as there.
+
+    Raises:
+        CheckpointError: as there; or the checkpoint is of another model.
+    """
+    weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    try:
+        model.float().load_state_dict(weights)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:500]
+        raise CheckpointError(f"the checkpoint {checkpoint_dir} does not fit the model: {text}") from error
+    return model
+
+
+def _weights(checkpoint: str | Path, tag: str | int | None, trained_only: bool) -> dict[str, Made]:
+    folder = find_tag(checkpoint) if tag is None else Path(checkpoint) / str(tag)
+    manifest = require_whole(folder)
+    with only_plausible(folder):
+        return _weights_of(folder, manifest, trained_only)
+
+
+def _weights_of(folder: Path, manifest: Manifest, trained_only: bool) -> dict[str, Made]:
+    if PARTITIONED_MODEL_FILE in manifest.files:
+        raise CheckpointError(
+            f"{folder} is of ZeRO stage 3, whose master weights stay in their parts: use `mocte-ds export_hf`, or "
+            "engine.save_16bit_model in the run."
+        )
+    written = Written(folder, manifest)
+    content = written.weights_alone
+    if content is None:
+        written.require_supported()
+        content = written.model
+    stored: dict[str, Stored] = dict(content["module"])
+    for name in sorted(filter(EXPERT_NAME.fullmatch, manifest.files)):
+        stored.update(require_keys(read_outline(folder / name), (), folder / name))
+    found = {name: _made(tensor) for name, tensor in stored.items()}
+    if written.precision is None:
+        return found
+    masters = _masters(StoredOptimizer(written), stored)
+    masters |= {name: masters[other] for name, other in content["shared_params"].items() if other in masters}
+    buffers = content["buffer_names"]
+    return {
+        name: masters.get(name, made)
+        for name, made in found.items()
+        if not trained_only or name in masters or name in buffers
+    }
+
+
+def _masters(optimizer: StoredOptimizer, stored: dict[str, Stored]) -> dict[str, Made]:
+    masters = {}
+    for whole in optimizer.groups.values():
+        for name, (start, numel) in whole.fragments.items():
+            masters[name] = _made(replace(whole.master.flat(start, start + numel), shape=stored[name].shape))
+    return masters
+
+
+def _made(stored: Stored) -> Made:
+    """A tensor that is widened while it is read."""
+    dtype = torch.float32 if stored.dtype.is_floating_point else stored.dtype
+    make: Callable[[], Tensor] = partial(_read, stored, dtype)
+    return Made(dtype, stored.shape, stored.pieces, make)
+
+
+def _read(stored: Stored, dtype: torch.dtype) -> Tensor:
+    return stored.read().to(dtype)

@@ -1,0 +1,77 @@
+"""When another rank ends in the middle: one line with the first cause instead of what gloo or NCCL say of it."""
+
+import json
+import time
+from pathlib import Path
+
+from mocte_ds.errors import MocteError
+
+CAUSE_FILE = "last_error.json"
+_PATIENCE = 2.0  # seconds that a rank which fails has for writing down why
+_SIGNS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "remote process exited",
+    "socket closed",
+    "communicator was aborted",
+    "no longer connected",
+)
+
+
+class LostRank(MocteError):
+    """Another rank has ended; the message holds what is known of the reason."""
+
+
+def peer_is_lost(error: BaseException) -> bool:
+    """Whether an error is only the echo of another rank's end."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        if isinstance(found, RuntimeError) and any(sign in str(found).lower() for sign in _SIGNS):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def write_cause(folder: Path, rank: int, error: BaseException) -> None:
+    """Leave word of why this rank ends, for the others; the first one's stays.
+
+    Args:
+        folder: of the run, which all ranks share; where it is not there, or cannot be written, nothing happens.
+        rank: this one.
+        error: the reason.
+    """
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, MocteError) else f"{type(error).__name__}: {text}"
+    try:
+        with open(folder / CAUSE_FILE, "x", encoding="utf-8") as file:
+            json.dump({"rank": rank, "error": text}, file)
+    except OSError:
+        return
+
+
+def forget_cause(folder: Path) -> None:
+    """Remove what an earlier start has left."""
+    (folder / CAUSE_FILE).unlink(missing_ok=True)
+
+
+def lost_rank(folder: Path) -> LostRank:
+    """What to say in the place of an echo.
+
+    Args:
+        folder: of the run.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            values = json.loads((folder / CAUSE_FILE).read_text(encoding="utf-8"))
+            return LostRank(f"another rank ended; the first cause, on rank {values['rank']}: {values['error']}")
+        except (OSError, ValueError, LookupError, TypeError):
+            time.sleep(0.05)
+    return LostRank(
+        "another rank ended without leaving word of why: it was killed (by the system, short of memory?), or its "
+        "message stands above. Start again: the run resumes from its last good checkpoint."
+    )
