@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
+from mocte_ds.ownership import note_built
 
 NAME = "deepspeed_shm_comm"
 """The op that every start on a CPU loads."""
@@ -46,7 +47,7 @@ def build_cpu_op(folder: str | Path | None = None, name: str = NAME) -> bool:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        guard = open(folder / "build.flock", "w")  # noqa: SIM115  held until the end of the function
+        guard = open(folder / "build.flock", "a")  # noqa: SIM115  held until the end of the function
     except OSError as error:
         raise MocteError(
             f"cannot write to {folder}: {error.strerror}; name another folder: TORCH_EXTENSIONS_DIR=FOLDER."
@@ -68,6 +69,7 @@ def build_cpu_op(folder: str | Path | None = None, name: str = NAME) -> bool:
                 f"DeepSpeed's op {name} could not be compiled:\n{done.stdout[-_TAIL:]}{done.stderr[-_TAIL:]}\nIt needs "
                 "g++, ninja and Python's headers (on Debian and Ubuntu: apt-get install g++ ninja-build python3-dev)."
             )
+        note_built(folder / name, [f"{name}.so", *(path.name for path in (folder / name).glob("*.o"))], "cpu_op")
     return True
 
 

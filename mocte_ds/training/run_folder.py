@@ -1,7 +1,6 @@
 """The folder of a run: where a resumed run goes on, whether it is the same run, which checkpoints stay."""
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.checkpoints.place import resolve_tag
-from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.errors import CheckpointError, ConfigError, MocteError
+from mocte_ds.ownership import put
 
+TOOL = "pretrain"
 IDENTITY_FILE = "run_identity.json"
 _PACKAGES = (
     "mocte-ds deepspeed torch megatron-core transformers sentencepiece scikit-learn datasets numpy lm-eval".split()
@@ -92,10 +93,17 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file in one move, so that readers never see half of it."""
-    pending = path.with_suffix(".tmp")
-    pending.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    os.replace(pending, path)
+    """Write a file in one move, so that readers never see half of it; one that is not the run's own is kept beside it.
+
+    Raises:
+        MocteError: it cannot be written.
+    """
+    try:
+        put(path.parent, {path.name: json.dumps(values, indent=1).encode()}, TOOL, keep_others=True)
+    except OSError as error:
+        raise MocteError(
+            f"cannot write {path}: {error.strerror or error}. Make room or choose another --out, and start again."
+        ) from error
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
+from mocte_ds.training.out_folder import CHECKPOINTS, require_out
 from mocte_ds.training.run_config import RunConfig, identity_defaults
 from mocte_ds.training.run_folder import checkpoint_step, require_same_run, resume_folder
 
@@ -67,4 +68,10 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int) -> Start
     tag = resolve_tag(checkpoints) if checkpoints else None
     if checkpoints and tag:
         require_same_run(identity, checkpoints / tag, identity_defaults())
-    return Start(run, out, prepared, manifest, settings, identity, checkpoints, tag)
+    start = Start(run, out, prepared, manifest, settings, identity, checkpoints, tag)
+    if not start.finished:
+        own = checkpoints == out / CHECKPOINTS
+        other = [checkpoints] if checkpoints and not own else []
+        sources = [prepared, *([Path(run.init)] if run.init else []), *other]
+        require_out(out, sources, tokenizer, own, start.step if own else 0, run.training.steps)
+    return start
