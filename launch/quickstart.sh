@@ -4,7 +4,7 @@
 #
 #   bash launch/quickstart.sh [--fresh] [--out DIR] [options of launch/pretrain.py, e.g. --set training.steps=100]
 #
-#   --fresh     remove the earlier run first
+#   --fresh     remove the earlier run first; refused where the folder holds anything else
 #   --out DIR   the run's folder (default: runs/quickstart)
 #   EVAL_LIMIT  items of each evaluation task (default: all)
 set -euo pipefail
@@ -27,13 +27,7 @@ done
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 
 started=$SECONDS
-if [ "$fresh" = 1 ] && [ -e "$out" ]; then
-  [ -f "$out/data/tokenizer.model" ] || [ -f "$out/run.json" ] || {
-    echo "error: --fresh would remove $out, which does not look like a run; remove it yourself." >&2
-    exit 2
-  }
-  rm -rf "$out"
-fi
+if [ "$fresh" = 1 ]; then python -m mocte_ds.ownership "$out"; fi
 
 step 1/6 "tokenizer"
 python tools/train_tokenizer.py --out "$out/tokenizer.model" --vocab-size 2048 --if-missing

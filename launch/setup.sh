@@ -8,6 +8,7 @@
 
 MOCTE_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 MOCTE_VENV=$MOCTE_ROOT/.venv
+VENV_MARK=.made-by-mocte-ds
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$MOCTE_ROOT/.cache/torch_extensions}
 
 setup_fail() {
@@ -40,13 +41,32 @@ quiet_pip() {
   fi
 }
 
+# What tells a .venv that this script made: nothing else is ever removed.
+venv_mark() {
+  local text="made by launch/setup.sh of mocte-ds"
+  printf '%s\n%s\n' "$text" "$(printf '%s' "$text" | cksum)"
+}
+
+remove_venv() {
+  [ -e "$MOCTE_VENV" ] || [ -L "$MOCTE_VENV" ] || return 0
+  if [ -L "$MOCTE_VENV" ] || ! { venv_mark | cmp -s - "$MOCTE_VENV/$VENV_MARK"; }; then
+    # An empty folder is nobody's loss.
+    rmdir "$MOCTE_VENV" 2>/dev/null && return 0
+    setup_fail "$MOCTE_VENV $1, and this script has not made it, so it is left alone. Remove it yourself, or set" \
+      "MOCTE_SKIP_SETUP=1 to use the python that is active."
+  fi
+  rm -rf "$MOCTE_VENV"
+}
+
 install_packages() {
   local python=$1 stamp=$2
   # A .venv that was moved has scripts which point to the old place.
-  if [ -f "$stamp" ] && ! grep -qxF "$MOCTE_ROOT" "$stamp"; then rm -rf "$MOCTE_VENV"; fi
+  if [ -f "$stamp" ] && ! grep -qxF "$MOCTE_ROOT" "$stamp"; then remove_venv "was moved here"; fi
   if [ ! -x "$MOCTE_VENV/bin/python" ] || ! "$MOCTE_VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    remove_venv "has no python with pip"
     echo "set-up: making .venv with $("$python" --version)"
-    rm -rf "$MOCTE_VENV"
+    # Before the rest: what a kill leaves is ours too.
+    mkdir -p "$MOCTE_VENV" && venv_mark >"$MOCTE_VENV/$VENV_MARK"
     "$python" -m venv "$MOCTE_VENV" >"$MOCTE_ROOT/.cache/venv.log" 2>&1 ||
       setup_fail "$python -m venv failed: $(tail -n 3 "$MOCTE_ROOT/.cache/venv.log" | tr '\n' ' ')" \
         "(on Debian and Ubuntu: apt-get install python3-venv)."
@@ -74,7 +94,8 @@ mocte_setup() {
       if command -v flock >/dev/null 2>&1; then flock 9; fi
       if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         install_packages "$python" "$stamp"
-        rm -rf "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm"
+        # Built for the packages before; only what was built by us.
+        "$MOCTE_VENV/bin/python" -m mocte_ds.ownership --keep-others "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm"
         printf '%s\n' "$wanted" >"$stamp"
       fi
     ) 9>"$MOCTE_ROOT/.cache/setup.lock" || exit $?

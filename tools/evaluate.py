@@ -6,7 +6,11 @@ import os
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.errors import MocteError
+from mocte_ds.ownership import put, require_apart, require_ours
 from mocte_ds.paths import require_file_for
+
+_TOOL = "evaluate"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,12 +22,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="sequences of a forward (default: %(default)s)")
     parser.add_argument("--num-fewshot", type=int, default=None, help="examples before each question")
     parser.add_argument("--include-path", type=Path, default=None, help="folder with more lm-eval task files")
-    parser.add_argument("--output", type=Path, default=None, help="write the results as JSON")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="write the results as JSON; an earlier file of this tool is replaced, no other one",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.output is not None:
         require_file_for(args.output, "--output")
+        # On every rank, before any of them waits for another.
+        require_apart(args.output, args.model)
+        require_ours(args.output.parent, [args.output.name], _TOOL)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
         import torch
@@ -44,14 +56,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     if results:
         if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            _write(args.output, json.dumps(results, indent=1))
         print(json.dumps(results) if args.json else table(results))
     if several:
         from mocte_ds.dist.end import end_process_groups
 
         end_process_groups()
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        put(path.parent, {path.name: text.encode()}, _TOOL)
+    except OSError as error:
+        raise MocteError(f"could not write {path}: {error.strerror or error}; name another --output.") from error
 
 
 if __name__ == "__main__":

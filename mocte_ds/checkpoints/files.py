@@ -1,23 +1,19 @@
 """Writing a checkpoint's files so that they outlast a power cut, and hashing them."""
 
+import contextlib
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-_PIECE = 1 << 22  # bytes read at once
+from mocte_ds.ownership.facts import FileFacts, hash_file
+from mocte_ds.ownership.marker import write_new
 
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What a file must be."""
-
-    bytes: int
-    sha256: str
+__all__ = ["Deferred", "FileFacts", "hash_file", "replace_file", "replace_text", "sync_folder", "to_json", "write_file"]
 
 
 class Deferred:
@@ -80,7 +76,7 @@ def replace_file(path: Path, content: Any) -> FileFacts:
     Raises:
         OSError, RuntimeError: it could not be written.
     """
-    pending = path.with_name(f".{path.name}.mocte-partial")
+    pending = path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")  # a name that nobody else has
     try:
         facts = write_file(pending, content)
         os.replace(pending, path)
@@ -91,28 +87,16 @@ def replace_file(path: Path, content: Any) -> FileFacts:
     return facts
 
 
-def hash_file(path: Path) -> FileFacts:
-    """Size and hash of a file, read piece by piece.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest, count = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-            count += len(piece)
-    return FileFacts(count, digest.hexdigest())
-
-
 def replace_text(path: Path, text: str) -> None:
     """Write a small file in one move, onto the disk: readers see the old content or the new one, never half."""
-    pending = path.with_name(f".{path.name}.tmp")
-    with open(pending, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(pending, path)
+    pending = path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")  # a name that nobody else has
+    try:
+        write_new(pending, text.encode())
+        os.replace(pending, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            pending.unlink()
+        raise
     sync_folder(path.parent)
 
 

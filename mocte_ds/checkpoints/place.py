@@ -8,10 +8,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mocte_ds.checkpoints.files import replace_text, sync_folder
+from mocte_ds.checkpoints.files import sync_folder
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE
 from mocte_ds.checkpoints.names import MODEL_FILE
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership import workshop
+from mocte_ds.ownership.marker import write_new
+from mocte_ds.ownership.proof import is_checkpoint_of_ours, is_pointer
 
 PARTIAL, REPLACED = ".{}.mocte-partial", ".{}.mocte-replaced"
 _LEFTOVER = re.compile(r"\.(.+)\.mocte-(partial|replaced)")
@@ -55,10 +58,12 @@ class Place:
 
         Raises:
             CheckpointError: the disk has less room.
+            CheckpointError: something else than a checkpoint of ours has the name, or is called `latest`.
             OSError: the folder cannot be made.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.root)
+        self._require_ours()
         free = shutil.disk_usage(self.root).free
         if needed + _ROOM > free:
             raise CheckpointError(
@@ -66,7 +71,22 @@ class Place:
                 f"{free / 1e6:.0f} MB are free there. Nothing was written. {last_good(self.root)}"
             )
         self.partial.mkdir()
+        workshop.begin(self.partial)
         sync_folder(self.root)
+
+    def _require_ours(self) -> None:
+        for path in (self.final, self.partial, self.replaced):
+            if os.path.lexists(path) and not is_checkpoint_of_ours(path):
+                raise CheckpointError(
+                    f"could not save the checkpoint {self.final}: {path} is there and is not, or not only, what a "
+                    f"save wrote. Nothing was changed there; move it away or remove it. {last_good(self.root)}"
+                )
+        latest = self.root / "latest"
+        if os.path.lexists(latest) and not is_pointer(latest):
+            raise CheckpointError(
+                f"could not save the checkpoint {self.final}: {latest} is not the name of a checkpoint. Nothing was "
+                "changed; move it away, or save to another folder."
+            )
 
     def require_seen(self) -> None:
         """Raise CheckpointError where this rank does not see the folder that rank zero made."""
@@ -88,31 +108,35 @@ class Place:
         if self.final.exists():
             os.rename(self.final, self.replaced)
         os.rename(self.partial, self.final)
+        workshop.end(self.final)
         sync_folder(self.root)
 
     def move_latest(self) -> None:
         """Let `latest` name this checkpoint."""
-        replace_text(self.root / "latest", self.tag)
+        with workshop.workshop(self.root) as work:
+            write_new(work / "latest", self.tag.encode())
+            os.replace(work / "latest", self.root / "latest")
+        sync_folder(self.root)
 
     def forget_replaced(self) -> None:
         """Remove the older checkpoint of this name."""
-        shutil.rmtree(self.replaced, ignore_errors=True)
+        workshop.discard(self.replaced)
 
     def give_up(self) -> None:
         """Remove what was written."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        workshop.discard(self.partial)
 
 
 def remove_leftovers(root: Path) -> None:
-    """Tidy up behind saves that were killed; a checkpoint that was being replaced comes back."""
+    """Tidy up after saves that were killed; a checkpoint that was being replaced comes back, and others' files stay."""
     for path in sorted(root.iterdir()):
         found = _LEFTOVER.fullmatch(path.name)
         if not found or path.is_symlink() or not path.is_dir():
             continue
         if found[2] == "replaced" and not (root / found[1]).exists():
             os.rename(path, root / found[1])
-        else:
-            shutil.rmtree(path)
+        elif workshop.is_unfinished_work(path) or is_checkpoint_of_ours(path):
+            workshop.discard(path)
 
 
 def find_checkpoint(root: Path, tag: str) -> Path | None:

@@ -4,9 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import multiprocessing
-import os
 import shutil
-import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +19,19 @@ from tqdm import tqdm
 
 from mocte_ds.data.corpus import Documents, read_corpus
 from mocte_ds.data.manifest import FORMAT, NAME, SPLITS, Manifest, open_indexed, prefix
-from mocte_ds.data.stored_tokenizer import AnyTokenizer, keep_tokenizer, open_tokenizer, remove_tokenizer, tokenizer_in
+from mocte_ds.data.stored_tokenizer import (
+    AnyTokenizer,
+    open_tokenizer,
+    other_tokenizer,
+    tokenizer_files,
+    tokenizer_in,
+)
 from mocte_ds.errors import DataError
+from mocte_ds.ownership import put, require_apart, require_ours
+from mocte_ds.ownership.workshop import workshop
+
+TOOL = "prepare_data"
+_LOCK = ".lock"
 
 # A process costs seconds to start; it has to get at least so many characters.
 _CHARACTERS_A_WORKER = 16_000_000
@@ -42,8 +51,9 @@ def prepare(
 ) -> tuple[Manifest, bool]:
     """Tokenise a corpus, unless that was done before from the same files.
 
-    Everything is written under temporary names first and the manifest last; other files in ``out`` are left alone. A
-    second process that prepares the same folder waits and then finds the work done.
+    Everything is written under temporary names first and the manifest last; other files in ``out`` are left alone, and
+    so is a file of somebody else under one of our names: it is refused. A second process that prepares the same folder
+    waits and then finds the work done.
 
     Args:
         corpus: folder of the corpus.
@@ -58,28 +68,34 @@ def prepare(
 
     Raises:
         DataError: a bad corpus or tokenizer, a domain with fewer than two documents, or ``out`` cannot be written.
+        NotOurs: ``out`` overlaps with what is read, or holds files under our names that are not shown to be ours.
     """
     if not 0.0 < validation_share < 1.0:
         raise DataError(f"validation_share = {validation_share} must lie between 0 and 1.")
     if workers < 1:
         raise DataError(f"workers = {workers} must be 1 or more.")
     out, tokenizer, documents = Path(out), open_tokenizer(tokenizer_path), read_corpus(corpus)
+    require_apart(out, Path(corpus))
     sources = {domain: texts.sha256() for domain, texts in documents.items()}
     try:
+        old = _reusable(out, tokenizer, validation_share, sources)
+        if old:
+            return old, False
+        require_apart(out, tokenizer.path)
+        _require_ours(out, tokenizer, documents)
         out.mkdir(parents=True, exist_ok=True)
         with _alone_in(out):
-            old = _reusable(out, tokenizer, validation_share, sources)
+            old = _reusable(out, tokenizer, validation_share, sources)  # by a process that was here before
             if old:
                 return old, False
-            with tempfile.TemporaryDirectory(prefix=".preparing-", dir=out) as pending:
-                counts = _build(Path(pending), documents, tokenizer, validation_share, workers, progress)
+            with workshop(out) as pending:
+                counts = _build(pending, documents, tokenizer, validation_share, workers, progress)
                 domains = {domain: {"source_sha256": sources[domain], **counts[domain]} for domain in documents}
                 manifest = Manifest(
                     FORMAT, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id, validation_share, domains
                 )
-                keep_tokenizer(tokenizer, Path(pending))
-                manifest.write(Path(pending) / NAME)
-                _install(Path(pending), out, manifest)
+                manifest.write(pending / NAME)
+                _install(pending, out, manifest, tokenizer)
     except OSError as error:
         raise DataError(
             f"could not write prepared data to {out}: {error.strerror or error}; make room or choose another place. "
@@ -232,21 +248,30 @@ def _encode_part(texts: list[str]) -> list[np.ndarray]:
     return [_ids(_worker, text) for text in texts]
 
 
-def _install(pending: Path, out: Path, manifest: Manifest) -> None:
+def _require_ours(out: Path, tokenizer: AnyTokenizer, domains: Iterable[str]) -> None:
+    """Refuse files of somebody else under the names that will be written, before hours of work."""
+    wanted = [*tokenizer_files(tokenizer), NAME, *_data_files(domains)]
+    require_ours(out, [*wanted, *other_tokenizer(out, wanted)], TOOL)
+
+
+def _data_files(domains: Iterable[str]) -> list[str]:
+    return [f"{prefix('', domain, split)}{end}" for domain in domains for split in SPLITS for end in (".bin", ".idx")]
+
+
+def _install(pending: Path, out: Path, manifest: Manifest, tokenizer: AnyTokenizer) -> None:
     """Move finished files into place. A folder without a manifest counts as empty, so it goes first and comes last."""
     stale: set[str] = set()
     with contextlib.suppress(DataError):
         stale = set(Manifest.read(out).domains) - set(manifest.domains)
-    (out / NAME).unlink(missing_ok=True)
-    remove_tokenizer(out)  # one of the other kind must not stay
-    for path in sorted(pending.iterdir()):
-        if path.name != NAME:
-            os.replace(path, out / path.name)
-    os.replace(pending / NAME, out / NAME)
-    for domain in stale:
-        for split in SPLITS:
-            for end in (".bin", ".idx"):
-                Path(f"{prefix(out, domain, split)}{end}").unlink(missing_ok=True)
+    kept = pending / "tokenizer"
+    kept.mkdir()
+    files = {name: pending / name for name in _data_files(manifest.domains)}
+    for name, path in tokenizer_files(tokenizer).items():
+        files[name] = kept / path.name
+        shutil.copyfile(path, files[name])
+    files[NAME] = pending / NAME
+    drop = [*_data_files(sorted(stale)), *other_tokenizer(out, files)]
+    put(out, files, TOOL, drop=drop, withdraw=NAME)
 
 
 def _reusable(out: Path, tokenizer: AnyTokenizer, share: float, sources: dict[str, str]) -> Manifest | None:
@@ -268,13 +293,10 @@ def _reusable(out: Path, tokenizer: AnyTokenizer, share: float, sources: dict[st
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process prepares this folder, and remove what a killed one has left."""
-    with open(folder / ".lock", "w") as lock:
-        try:
+    """Wait until no other process prepares this folder."""
+    if not (folder / _LOCK).exists():
+        put(folder, {_LOCK: b""}, TOOL)
+    with open(folder / _LOCK, "rb") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            yield
-            return
-        for left in folder.glob(".preparing-*"):
-            shutil.rmtree(left, ignore_errors=True)
         yield

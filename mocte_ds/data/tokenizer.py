@@ -1,10 +1,8 @@
 """A sentencepiece tokenizer: trained on a corpus, lossless on any text."""
 
-import contextlib
 import hashlib
 import heapq
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +11,9 @@ import sentencepiece
 
 from mocte_ds.data.corpus import read_corpus
 from mocte_ds.errors import DataError
+from mocte_ds.ownership import put, require_apart, require_ours
 
+TOOL = "train_tokenizer"
 SAMPLE_CHARACTERS = 8_000_000
 # Sentencepiece writes spaces as this character and would turn the character itself into a space.
 _SPACE_MARK = "\u2581"
@@ -41,11 +41,16 @@ def train_tokenizer(
     Raises:
         DataError: a bad corpus, no text, more or fewer pieces than the text allows (the message names the limit), or
             ``out`` cannot be written.
+        NotOurs: ``out`` is a file of somebody else, or lies in the corpus.
     """
+    out = Path(out)
+    if not isinstance(corpus, Mapping):
+        require_apart(out, Path(corpus))
     texts = corpus if isinstance(corpus, Mapping) else read_corpus(corpus)
     lines = list(_sample_lines(texts, seed))
     if not lines:
         raise DataError("the corpus holds no text to train a tokenizer on.")
+    require_ours(out.parent, [out.name], TOOL)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -71,15 +76,9 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise DataError(_advice(vocab_size, str(error))) from error
-    out = Path(out)
-    pending = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        pending.write_bytes(model.getvalue())
-        os.replace(pending, out)
+        put(out.parent, {out.name: model.getvalue()}, TOOL)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            pending.unlink(missing_ok=True)
         raise DataError(
             f"could not write {out}: {error.strerror or error}; make room or choose another place."
         ) from error

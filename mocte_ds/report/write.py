@@ -6,11 +6,14 @@ from typing import Any
 from tqdm import tqdm
 
 from mocte_ds.errors import MocteError
+from mocte_ds.ownership import put, require_ours
 from mocte_ds.report.facts import budget
 from mocte_ds.report.figures import ALL, png
 from mocte_ds.report.page import page
 from mocte_ds.report.reader import read_run
 from mocte_ds.report.summary import emerged_blocks, frozen_experts, sentences
+
+_PAGE, _TOOL = "index.html", "report"
 
 
 def write_report(folder: Path | str, out: Path | str | None = None, progress: bool = True) -> dict[str, Any]:
@@ -26,32 +29,32 @@ def write_report(folder: Path | str, out: Path | str | None = None, progress: bo
         and a few numbers.
 
     Raises:
-        MocteError: no run there, or the report cannot be written.
+        MocteError: no run there, the report cannot be written, or somebody else's files lie under its names.
     """
     run = read_run(folder)
     out = Path(out) if out is not None else run.folder / "report"
+    names = {(name, narrow): f"{name}{'_narrow' if narrow else ''}.png" for name in ALL for narrow in (False, True)}
+    require_ours(out, [_PAGE, *names.values()], _TOOL)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MocteError(
-            f"cannot write the report into {out}: {error.strerror}. Give another folder with --out."
-        ) from error
+        raise _cannot_write(out, error) from error
     missing = {name: reason for name, kind in ALL.items() if (reason := kind.reason_missing(run)) is not None}
     todo = [(name, narrow) for name in ALL if name not in missing for narrow in (False, True)]
     drawn: dict[str, dict[bool, bytes]] = {}
     for name, narrow in tqdm(todo, desc="figures", unit="figure", disable=not progress):
         drawn.setdefault(name, {})[narrow] = png(ALL[name], run, narrow)
-    for name in ALL:
-        # An older report may have had a figure that this one has no data for.
-        for narrow in (False, True):
-            _path(out, name, narrow).unlink(missing_ok=True)
-            if name in drawn:
-                _path(out, name, narrow).write_bytes(drawn[name][narrow])
-    index = out / "index.html"
-    index.write_text(page(run, {name: (both[False], both[True]) for name, both in drawn.items()}), encoding="utf-8")
+    files = {names[name, narrow]: content for name, both in drawn.items() for narrow, content in both.items()}
+    # An older report may have had a figure that this one has no data for.
+    stale = [name for name in names.values() if name not in files]
+    text = page(run, {name: (both[False], both[True]) for name, both in drawn.items()})
+    try:
+        put(out, {**files, _PAGE: text.encode()}, _TOOL, drop=stale)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
     return {
-        "page": str(index),
-        "figures": {name: str(_path(out, name, False)) for name in drawn},
+        "page": str(out / _PAGE),
+        "figures": {name: str(out / names[name, False]) for name in drawn},
         "missing": missing,
         "summary": sentences(run),
         "steps": run.metrics[-1]["step"],
@@ -63,5 +66,5 @@ def write_report(folder: Path | str, out: Path | str | None = None, progress: bo
     }
 
 
-def _path(out: Path, name: str, narrow: bool) -> Path:
-    return out / f"{name}{'_narrow' if narrow else ''}.png"
+def _cannot_write(out: Path, error: OSError) -> MocteError:
+    return MocteError(f"cannot write the report into {out}: {error.strerror}. Give another folder with --out.")

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.errors import ConfigError, MocteError
+from mocte_ds.ownership import append, put, require_ours
 from mocte_ds.sweep.child import run_to_end
 from mocte_ds.sweep.plan import Arm, Sweep
 from mocte_ds.sweep.results import RunResult, read_result
 from mocte_ds.sweep.settings import differences, wanted_settings
 from mocte_ds.sweep.table import LEGEND, markdown_table
-from mocte_ds.training.run_folder import write_json
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
-_TAIL = 8
+_TAIL, _TOOL = 8, "sweep"
 
 
 def require_checkout() -> None:
@@ -57,6 +57,7 @@ def run_sweep(
     wanted = {_folder(out, arm, seed): wanted_settings(sweep, arm, seed) for arm, seed in everything}
     for arm, seed in chosen:
         _require_same_settings(_folder(out, arm, seed), wanted[_folder(out, arm, seed)])
+    require_ours(out, ["results.json", "results.md", *(f"{_folder(out, *run).name}.log" for run in chosen)], _TOOL)
     out.mkdir(parents=True, exist_ok=True)
     results = _keep_results(sweep, out, everything, wanted)
     for number, (arm, seed) in enumerate(chosen, 1):
@@ -97,9 +98,13 @@ def _keep_results(
         found = read_result(folder, arm.name, seed) if not differences(folder, wanted[folder]) else None
         if found is not None:
             results.append(found)
-    write_json(out / "results.json", {"runs": [result.to_dict() for result in results]})
+    values = {"runs": [result.to_dict() for result in results]}
     text = f"{markdown_table(sweep, results)}\n\n{LEGEND}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    files = {"results.json": json.dumps(values, indent=1), "results.md": text}
+    try:
+        put(out, {name: content.encode() for name, content in files.items()}, _TOOL)
+    except OSError as error:
+        raise MocteError(f"could not write the results to {out}: {error.strerror or error}; make room.") from error
     return results
 
 
@@ -110,8 +115,7 @@ def _run(sweep: Sweep, arm: Arm, seed: int, folder: Path) -> None:
     for change in sweep.changes(arm, seed):
         command += ["--set", change]
     log = Path(f"{folder}.log")
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(command) + "\n")
+    append(log, json.dumps(command) + "\n", _TOOL)
     seen = log.stat().st_size  # an earlier start may have failed for another reason
     code = run_to_end(command, log, _environment(sweep.processes))
     if code:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
+from mocte_ds.ownership import note_built
 
 NAME = "deepspeed_shm_comm"
 """The op that every start on a CPU loads."""
@@ -81,7 +82,7 @@ def build_cpu_op(folder: str | Path | None = None, name: str = NAME) -> bool:
     use_kernel_lock()
     try:
         (folder / name).mkdir(parents=True, exist_ok=True)
-        guard = open(folder / "build.flock", "w")  # noqa: SIM115  held until the end of the function
+        guard = open(folder / "build.flock", "a")  # noqa: SIM115  held until the end of the function
     except OSError as error:
         raise MocteError(
             f"cannot write to {folder}: {error.strerror}; name another folder: TORCH_EXTENSIONS_DIR=FOLDER."
@@ -106,6 +107,8 @@ def build_cpu_op(folder: str | Path | None = None, name: str = NAME) -> bool:
                 "g++, ninja and Python's headers (on Debian and Ubuntu: apt-get install g++ ninja-build python3-dev)."
             )
         stamp.write_text(wanted, encoding="utf-8")
+        built = [f"{name}.so", STAMP, *(path.name for path in (folder / name).glob("*.o"))]
+        note_built(folder / name, built, "cpu_op")
     return True
 
 

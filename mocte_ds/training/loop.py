@@ -27,7 +27,7 @@ from mocte_ds.training.ledger import Ledger
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
-from mocte_ds.training.telemetry import Telemetry
+from mocte_ds.training.telemetry import Telemetry, expect_board
 from mocte_ds.training.validation import Validation
 
 PROBE_SEQUENCES = 8
@@ -50,6 +50,9 @@ class Trainer:
         if init:
             init.require_fit(self.config, model, (settings.get("zero_optimization") or {}).get("stage", 0))
             init.fill(model)
+        board = settings.get("tensorboard") or {}
+        if self.rank == 0 and board.get("enabled") and board.get("output_path") == str(self.out / "tensorboard"):
+            expect_board(self.out)
         self.engine = _engine(model, settings)
         if init and self.config:
             init.begin(self.engine.mocte)
@@ -250,6 +253,7 @@ class Trainer:
         if self.rank == 0:
             write_json(self.out / "ledger.json", self.ledger.to_dict())
         self._event("save", checkpoint=checkpoint_tag(step), seconds=time.perf_counter() - started)
+        self.telemetry.note()
 
     def _prune(self) -> None:
         if self.rank:

@@ -9,11 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.files import replace_text
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.place import PARTIAL, resolve_tag
 from mocte_ds.errors import CheckpointError, ConfigError, MocteError
+from mocte_ds.ownership import put
 
+TOOL = "pretrain"
 _TAG = re.compile(r"step(0|[1-9][0-9]{0,17})")
 _PACKAGES = (
     "mocte-ds deepspeed torch megatron-core transformers sentencepiece scikit-learn datasets numpy lm-eval".split()
@@ -95,13 +96,13 @@ def _not_ours(path: Path) -> str | None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file in one move, so that readers never see half of it.
+    """Write a file in one move, so that readers never see half of it; one that is not the run's own is kept beside it.
 
     Raises:
         MocteError: it cannot be written.
     """
     try:
-        replace_text(path, json.dumps(values, indent=1))
+        put(path.parent, {path.name: json.dumps(values, indent=1).encode()}, TOOL, keep_others=True)
     except OSError as error:
         raise MocteError(
             f"cannot write {path}: {error.strerror or error}. The last good checkpoint is untouched; make room or "

@@ -9,6 +9,7 @@ from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
 from mocte_ds.training.changes import Changes, as_before, read_identity, require_same_run
+from mocte_ds.training.out_folder import CHECKPOINTS, require_out
 from mocte_ds.training.run_config import RunConfig, identity_defaults
 from mocte_ds.training.run_folder import resume_folder
 
@@ -73,4 +74,10 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int, allow_da
     if checkpoints is not None and tag is not None:
         changes = require_same_run(identity, checkpoints / tag, identity_defaults(), allow_data_change)
         step = Saved.read(checkpoints / tag).step
-    return Start(run, out, prepared, manifest, settings, identity, checkpoints, tag, step, changes)
+    start = Start(run, out, prepared, manifest, settings, identity, checkpoints, tag, step, changes)
+    if not start.finished:
+        own = checkpoints == out / CHECKPOINTS
+        other = [checkpoints] if checkpoints is not None and not own else []
+        sources = [prepared, *([Path(run.init)] if run.init else []), *other]
+        require_out(out, sources, tokenizer, own, start.step if own else 0, run.training.steps)
+    return start

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -9,6 +10,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from mocte_ds.errors import MocteError
+from mocte_ds.ownership import note_coming, note_growing, put
+from mocte_ds.training.run_folder import TOOL
 
 _SHOWN = ("emergence", "freeze", "thaw", "prefix")
 
@@ -37,9 +40,13 @@ class Telemetry:
             path = folder / f"{name}.jsonl"
             try:
                 keep_until(path, start_step)
+                if not path.exists():
+                    put(folder, {path.name: b""}, TOOL, grows=True)
                 self._files[name] = open(path, "a", encoding="utf-8", buffering=1)
             except OSError as error:
                 raise _cannot_write(path, error) from error
+        self._folder = folder
+        self.note()
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -80,6 +87,22 @@ class Telemetry:
             which = which if event["block"] is not None else f"{event['layers']} layers"
             self._bar.write(f"step {event['step']}: {event['event']} of {which} ({event['reason']})", file=sys.stderr)
 
+    def note(self) -> None:
+        """Note that the files are ours as they are now; what is added to them is looked at line by line.
+
+        Raises:
+            MocteError: the note cannot be written.
+        """
+        if not self.active:
+            return
+        # Event files have the number of their process in the name.
+        board = (self._folder / "tensorboard").rglob(f"*.tfevents.*.{os.getpid()}.*")
+        names = [*(f"{name}.jsonl" for name in self._files), *(path.relative_to(self._folder) for path in board)]
+        try:
+            note_growing(self._folder, map(str, names), TOOL)
+        except OSError as error:
+            raise _cannot_write(self._folder, error) from error
+
     def close(self, after_error: bool = False) -> None:
         """Flush and close.
 
@@ -114,8 +137,23 @@ def _cannot_write(path: Path, error: OSError) -> MocteError:
     )
 
 
+def expect_board(folder: Path) -> None:
+    """Note that the event files of TensorBoard which this process will write into a run's folder are ours.
+
+    Raises:
+        MocteError: the note cannot be written.
+    """
+    try:
+        note_coming(folder, f"tensorboard/*.tfevents.*.{socket.gethostname()}.{os.getpid()}.*", TOOL)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a log that lie behind ``step``, and a last line that was cut off."""
+    """Drop the lines of a log that lie behind ``step``, and a last line that was cut off.
+
+    A log that somebody else has written or changed is kept under another name.
+    """
     if not path.exists():
         return
     kept = []
@@ -125,6 +163,4 @@ def keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    pending = path.with_suffix(".tmp")
-    pending.write_text("".join(kept), encoding="utf-8")
-    os.replace(pending, path)
+    put(path.parent, {path.name: "".join(kept).encode()}, TOOL, keep_others=True, grows=True)

@@ -23,6 +23,7 @@ from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.zero.checkpoint_files import use_plain_files
 from tests.checkpoints import ranks
 from tests.checkpoints.damage import digest, seal
+from tests.ownership.trees import tree
 from tests.spawn import spawn
 
 CONFIG = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "ep_size": 2})
@@ -137,7 +138,6 @@ def test_latest(saved):
 
 def test_a_tag_is_replaced_whole(saved):
     before = Manifest.read(saved / "one")
-    (saved / "one" / "stale").write_text("of the old one")
     save(saved, "one", 4)
     after = require_whole(saved / "one")
     assert after.step == 4 and after.run != before.run
@@ -169,14 +169,54 @@ def test_killed_while_a_tag_is_replaced(saved, monkeypatch):
 
 
 def test_only_our_leftovers_are_removed(saved):
-    for name in (".two.mocte-partial", ".one.mocte-replaced", ".two.partial", "mocte-partial", ".mine"):
+    """A save that was killed has left its mark, or a whole checkpoint; a name alone shows nothing."""
+    Place(saved, "two").prepare(0)
+    (saved / ".two.mocte-partial" / "file").write_text("half")
+    shutil.copytree(saved / "one", saved / ".one.mocte-replaced")
+    for name in (".three.mocte-partial", ".four.mocte-replaced", ".two.partial", "mocte-partial", ".mine"):
         (saved / name).mkdir()
         (saved / name / "file").write_text("x")
+    shutil.copytree(saved / "one", saved / "four")
+    shutil.copytree(saved / "one", saved / ".five.mocte-partial")
+    (saved / ".five.mocte-partial" / "notes").write_text("x")
     (saved / ".file.mocte-partial").write_text("no folder")
+    before = tree(saved)
     remove_leftovers(saved)
-    left = {".file.mocte-partial", ".mine", ".two.partial", "latest", "mocte-partial", "one"}
-    assert {path.name for path in saved.iterdir()} == left
+    ours = (".two.mocte-partial", ".one.mocte-replaced")
+    assert tree(saved) == {name: what for name, what in before.items() if name.split("/")[0] not in ours}
     assert find_checkpoint(saved, "") is None and find_checkpoint(saved, "two") is None
+
+
+@mark.parametrize("change", ["more", "changed", "bare", "link", "file"])
+def test_a_folder_of_the_user_with_the_name_of_a_checkpoint_stays(saved, change):
+    place_ = saved / "two"
+    shutil.copytree(saved / "one", place_)
+    name = min(path.name for path in place_.iterdir() if path.suffix == ".pt")
+    if change == "more":
+        (place_ / "notes").write_text("look at expert 3")
+    elif change == "changed":
+        with open(place_ / name, "r+b") as file:
+            file.write(b"mine")
+    elif change == "bare":
+        (place_ / "mocte_manifest.json").unlink()
+    else:
+        shutil.rmtree(place_)
+        if change == "link":
+            place_.symlink_to(saved / "one")
+        else:
+            place_.write_text("x")
+    before = tree(saved)
+    with raises(CheckpointError, match="two is there and is not.*Nothing was changed"):
+        save(saved, "two", 9)
+    assert tree(saved) == before
+
+
+def test_a_file_of_the_user_called_latest_stays(saved):
+    (saved / "latest").write_text("the latest figures:\n3.2 nats\n")
+    before = tree(saved)
+    with raises(CheckpointError, match="latest is not the name of a checkpoint"):
+        save(saved, "two", 9)
+    assert tree(saved) == before
 
 
 def test_too_little_room_is_refused_before_anything_is_written(saved, monkeypatch):

@@ -13,7 +13,7 @@ import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from mocte_ds.data import Manifest, indexed, prepare, read_corpus, train_tokenizer
-from mocte_ds.errors import DataError
+from mocte_ds.errors import DataError, NotOurs
 from tests.data.conftest import write_lines
 from tools import prepare_data as tool
 
@@ -45,6 +45,7 @@ def test_tokens_are_those_of_the_documents(corpus, tokenizer, prepared):
     assert manifest.domains["prose"]["train"]["documents"] == pytest.approx(0.9 * 121, abs=10)
     assert sorted(path.name for path in out.iterdir() if path.suffix not in (".bin", ".idx")) == [
         ".lock",
+        ".mocte-ds.json",
         "manifest.json",
         "tokenizer.model",
     ]
@@ -84,8 +85,11 @@ def test_changes_and_damage_are_noticed(corpus, tokenizer, prepared, tmp_path):
 
     with open(out / "code_train.bin", "r+b") as file:
         file.truncate(100)
+    with pytest.raises(NotOurs, match="code_train.bin was changed since prepare_data wrote it"):
+        prepare(corpus, out, tokenizer, 0.1, workers=1, progress=False)
+    (out / "code_train.bin").unlink()
     assert prepare(corpus, out, tokenizer, 0.1, workers=1, progress=False) == (second, True)
-    (out / "code_train.idx").write_bytes(b"damaged")
+    (out / "code_train.idx").unlink()
     assert prepare(corpus, out, tokenizer, 0.1, workers=1, progress=False) == (second, True)
     other = train_tokenizer(corpus, tmp_path / "other.model", 350)
     third, made = prepare(corpus, out, other, 0.1, workers=1, progress=False)
@@ -131,15 +135,32 @@ def test_a_failing_write_keeps_what_was_there(corpus, tokenizer, prepared, tmp_p
     assert not made
 
 
-def test_what_a_killed_process_left_is_removed(corpus, tokenizer, prepared, tmp_path):
+@pytest.mark.parametrize("moved", [1, 5])
+def test_what_a_killed_process_left_is_removed(corpus, tokenizer, prepared, tmp_path, moved: int):
+    """Killed when the first or some files should move into place (after the marker): the next start works."""
     out = shutil.copytree(prepared[0], tmp_path / "out")
-    (out / ".preparing-x").mkdir()
-    (out / ".preparing-x" / "code_train.bin").write_bytes(b"half")
-    (out / "manifest.json").unlink()  # killed while the files moved into place
+    code = (
+        "import os, sys\n"
+        "from mocte_ds.data import prepare\n"
+        "from mocte_ds.ownership import put\n"
+        "replace, left = os.replace, [int(sys.argv[4])]\n"
+        "def or_die(a, b):\n"
+        "    if '.mocte-work-' in str(a):\n"
+        "        if not left[0]: os.kill(os.getpid(), 9)\n"
+        "        left[0] -= 1\n"
+        "    replace(a, b)\n"
+        "os.replace = or_die\n"
+        "prepare(*sys.argv[1:4], 0.3, workers=1)\n"
+    )
+    command = [sys.executable, "-c", code, str(corpus), str(out), str(tokenizer), str(moved)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == -9, done.stderr
+    assert len(list(out.glob(".mocte-work-*"))) == 2
     with pytest.raises(DataError, match="holds no prepared data"):
         Manifest.read(out)
     manifest, made = prepare(corpus, out, tokenizer, 0.1, workers=1, progress=False)
-    assert made and manifest == prepared[1] and data_files(out) == data_files(prepared[0])
+    assert made and manifest == prepared[1]
+    assert {**data_files(out), ".mocte-ds.json": b""} == {**data_files(prepared[0]), ".mocte-ds.json": b""}
 
 
 def test_bad_arguments_and_manifests(corpus, tokenizer, prepared, tmp_path):

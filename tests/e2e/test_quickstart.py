@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from mocte_ds.ownership import remove
 from tests.e2e.conftest import read_log
 from tests.launch.test_scripts import bash
+from tests.ownership.trees import tree
 
 CHANGES = (
     "training.steps=24 training.batch_tokens=2048 training.micro_batch=4 training.warmup_steps=2 evaluation.every=8 "
@@ -39,3 +41,11 @@ def test_quickstart_with_few_steps(tmp_path: Path) -> None:
     assert code == 0, output[-4000:]
     for found in ("found", "done already", f"found {out}/export", f"found {out}/evaluation/results.json"):
         assert found in output
+
+    (out / "data" / "notes.txt").write_text("of the user", encoding="utf-8")
+    before = tree(out)
+    code, output = bash(*command, "--fresh", timeout=60, **variables)
+    assert code == 2 and "notes.txt was not written by mocte-ds" in output and tree(out) == before
+    (out / "data" / "notes.txt").unlink()
+    remove(out)  # as --fresh does, which would then start all over
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import prepared, read_log, run_file  # noqa: F401  fixtures
+from tests.ownership.trees import tree
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(ROOT.glob("launch/*.sh")) + [ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
@@ -57,7 +58,7 @@ def test_help(name: str) -> None:
 def test_fresh_removes_only_runs(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x", encoding="utf-8")
     code, output = bash("launch/quickstart.sh", "--fresh", "--out", tmp_path, MOCTE_SKIP_SETUP="1")
-    assert code == 2 and "does not look like a run" in output
+    assert code == 2 and "Nothing was removed" in output and str(tmp_path) in output
     assert (tmp_path / "mine.txt").exists()
 
 
@@ -84,6 +85,41 @@ def test_failing_pip_says_what_to_do(tmp_path: Path) -> None:
     assert code == 2, output
     assert "no network" in output and "pip install torch==9 failed" in output and "start again" in output
     assert not (tmp_path / ".venv" / ".mocte-setup").exists()
+
+
+@pytest.mark.parametrize("kind", ["broken", "moved", "link", "ours, broken", "ours, moved"])
+def test_setup_removes_only_a_venv_that_it_made(kind: str, tmp_path: Path) -> None:
+    """A copy of the repository's set-up with a stand-in for Python, whose pip fails at the end."""
+    root = tmp_path / "root"
+    (root / "launch").mkdir(parents=True)
+    (root / "launch" / "setup.sh").write_bytes((ROOT / "launch" / "setup.sh").read_bytes())
+    (root / "setup.py").write_text("", encoding="utf-8")
+    pip = 'case "$*" in *install*) echo no network; exit 1 ;; esac'
+    making = (
+        f"mkdir -p \"$3/bin\" && printf '%s\\n' '#!/bin/bash' '{pip}' >\"$3/bin/python\" && chmod +x \"$3/bin/python\""
+    )
+    program(tmp_path / "bin", "python3", f'if [ "$2" = venv ]; then {making}; fi')
+    venv = tmp_path / "elsewhere" if kind == "link" else root / ".venv"
+    program(venv, "x", "")
+    program(venv / "bin", "python", "exit 1" if "broken" in kind or kind == "link" else pip)
+    (venv / "notes.txt").write_text("of the user", encoding="utf-8")
+    if kind == "link":
+        (root / ".venv").symlink_to(venv)
+    if "moved" in kind:
+        (venv / ".mocte-setup").write_text("Python 3\n/another/place\n", encoding="utf-8")
+    if "ours" in kind:
+        text = "made by launch/setup.sh of mocte-ds"
+        count = subprocess.run(["cksum"], input=text.encode(), capture_output=True, check=True).stdout.decode()
+        (venv / ".made-by-mocte-ds").write_text(f"{text}\n{count}", encoding="utf-8")
+    before = tree(venv)
+    options = {"MOCTE_SKIP_SETUP": "0", "MOCTE_TORCH": "torch==9", "PYTHON": str(tmp_path / "bin" / "python3")}
+    code, output = bash(root / "launch" / "setup.sh", **options)
+    assert code == 2, output
+    if "ours" in kind:
+        assert "pip install torch==9 failed" in output, output
+        assert sorted(path.name for path in venv.iterdir()) == [".made-by-mocte-ds", "bin"]
+    else:
+        assert "it is left alone" in output and tree(venv) == before, output
 
 
 @pytest.mark.usefixtures("deepspeed_op")

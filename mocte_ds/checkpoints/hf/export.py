@@ -20,7 +20,7 @@ from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
 from mocte_ds.errors import ConfigError
 
-_FACTS_FILE = "export.json"
+_FACTS_FILE, _TOOL = "export.json", "export_hf"
 
 
 def export(
@@ -55,13 +55,13 @@ def export(
     Raises:
         CheckpointError: the checkpoint is none, damaged, or fits no class (says what to change); the written model
             differs; the folder cannot be written.
-        ConfigError: an unknown dtype or choice, or an ``out`` that holds something else.
+        ConfigError: an unknown dtype or choice, or an ``out`` that holds anything but an earlier export, unchanged.
     """
     if dtype not in (None, "fp32", *NARROW):
         raise ConfigError(f"dtype = {dtype!r} is not one of {['fp32', *NARROW]}.")
     start = psutil.Process().memory_info().rss
     folder = find_tag(checkpoint)
-    out = require_free(Path(out), folder, _FACTS_FILE)
+    out = require_free(Path(out), folder, _TOOL)
     tell(f"reading {folder}")
     source = StoredSource(folder, dtype or "fp32")
     source.dtype = dtype or source.kept_dtype
@@ -69,7 +69,7 @@ def export(
     tokenizer.require_fit(source.config.vocab_size)
     layout = choose_layout(source, tokenizer.special, choice)
     require_room(out, sum(entry.nbytes for entry in _entries(source, layout)))
-    with whole(out) as pending:
+    with whole(out, _TOOL) as pending:
         tell(f"writing {layout.name}")
         parameters = write_model(source, layout, pending, shard_bytes)
         tokenizer.write(pending, source.config.max_positions)

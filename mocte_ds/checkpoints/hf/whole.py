@@ -10,36 +10,29 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership import replace_folder, require_apart, require_new_or_ours
 
 _ROOM = 1 << 20  # bytes for lists and headers
 
 
-def require_free(out: Path, source: Path, mark: str) -> Path:
-    """``out`` as a full path, if nothing but an earlier result is there.
+def require_free(out: Path, source: Path, by: str) -> Path:
+    """``out`` as a full path, if nothing but an earlier result of the tool is there.
 
     Args:
         out: folder to write.
         source: that is read.
-        mark: name of the file that tells an earlier result.
+        by: the tool.
 
     Raises:
-        ConfigError: something else is there, or the two overlap.
+        NotOurs: something else is there, or the two overlap.
         CheckpointError: it cannot be looked at.
     """
-    out, source = out.absolute().resolve(), source.resolve()
-    if out == source or out in source.parents or source in out.parents:
-        raise ConfigError(f"{out} and {source}, which is read, overlap; write to a folder of its own.")
+    require_apart(out, source)
     try:
-        if out.is_dir():
-            taken = any(out.iterdir()) and not (out / mark).is_file()
-        else:
-            taken = out.exists()
+        return require_new_or_ours(out, by)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}.") from error
-    if taken:
-        raise ConfigError(f"{out} holds something else than this tool writes (no {mark}); name another folder.")
-    return out
 
 
 def require_room(out: Path, needed: int) -> None:
@@ -58,43 +51,28 @@ def require_room(out: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when all went well, and vanishes otherwise.
+def whole(out: Path, by: str) -> Iterator[Path]:
+    """A folder that takes the place of ``out`` when all went well, and vanishes otherwise.
+
+    Args:
+        out: from :func:`require_free`.
+        by: the tool, which the folder's marker names.
 
     Raises:
         CheckpointError: it could not be written.
     """
-    pending = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        pending.mkdir(parents=True)
-        yield pending
-        mask = os.umask(0)
-        os.umask(mask)
-        for path in pending.iterdir():
-            if path.is_file():
-                path.chmod(0o666 & ~mask)  # safetensors leaves its files to the owner alone
-        _swap(pending, out)
+        with replace_folder(out, by) as pending:
+            yield pending
+            mask = os.umask(0)
+            os.umask(mask)
+            for path in pending.iterdir():
+                if path.is_file():
+                    path.chmod(0o666 & ~mask)  # safetensors leaves its files to the owner alone
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write {out}: {error}. Nothing was changed there.") from error
-    finally:
-        shutil.rmtree(pending, ignore_errors=True)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file."""
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _swap(pending: Path, out: Path) -> None:
-    """Put a folder in another one's place, or leave that one where it is."""
-    if not out.exists():
-        os.replace(pending, out)
-        return
-    old = out.with_name(f"{out.name}.{os.getpid()}.old")
-    os.replace(out, old)
-    try:
-        os.replace(pending, out)
-    except OSError:
-        os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -21,6 +21,9 @@ from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import Source, StoredSource
 from mocte_ds.checkpoints.weights import tensors_of, write_weights
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.ownership import require_apart
+
+_TOOL = "to_megatron"
 
 
 def to_megatron(
@@ -49,7 +52,7 @@ def to_megatron(
     settings = settings_of(source)
     pairs, manifest = all_pairs(source, settings), Manifest.read(found)
     require_room(target, _size(source))
-    with whole(target) as pending, one_process():
+    with whole(target, _TOOL) as pending, one_process():
         tell("writing for megatron-core")
         # Not kept: the next model needs the memory.
         files.save(_filled(build(settings), source, pairs), pending, source.state["step"])
@@ -97,7 +100,7 @@ def from_megatron(
     source = own.MegatronSource(Path(settings).absolute() if settings else found, dtype)
     tag = f"step{source.state['step']}"
     require_room(target, _size(source))
-    with whole(target) as pending:
+    with whole(target, _TOOL) as pending:
         with one_process():
             source.take(files.read(build(source.settings), found))
         tell(f"writing {tag}")
@@ -130,7 +133,5 @@ def _require_new(out: Path, source: Path, dtype: str) -> Path:
         raise ConfigError(f"dtype = {dtype!r} is not one of ['fp32', 'bf16'].")
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; remove it or name another folder.")
-    out = out.absolute().resolve()
-    if source.resolve() in out.parents:
-        raise ConfigError(f"{out} lies in {source}, which is only read; name a folder elsewhere.")
-    return out
+    require_apart(out, source)
+    return out.absolute().resolve()

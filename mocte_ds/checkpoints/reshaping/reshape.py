@@ -1,6 +1,7 @@
 """Writes a checkpoint as another number of ranks, or another spread of the experts, would have written it."""
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.checkpoints.save import Saver
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership import require_apart
 
 
 def reshape(
@@ -39,10 +41,11 @@ def reshape(
     """
     folder, root = find_tag(checkpoint), Path(out).absolute()
     target = root / folder.name
-    if target.exists():
+    if os.path.lexists(target):
         raise CheckpointError(f"{target} is there already; name another folder to write to.")
     if resolve_tag(root) is not None:
         raise CheckpointError(f"{root} holds other checkpoints already; name another folder to write to.")
+    require_apart(target, folder)
     manifest = require_whole(folder)
     with only_plausible(folder):
         written = Written(folder, manifest)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mocte_ds.checkpoints.hf.export import export
 from mocte_ds.checkpoints.model import load_model
-from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.errors import CheckpointError, ConfigError, NotOurs
 from tests.checkpoints import runs
 from tests.checkpoints.by_hand import sign
 from tools import export_hf
@@ -254,16 +254,21 @@ def test_the_tokenizer_of_a_run_that_moved(fresh, written, tmp_path):
 
 def test_an_earlier_export_is_replaced_whole_or_stays(fresh, tmp_path):
     out = tmp_path / "export"
-    export(fresh, out)
-    (out / "stale.txt").write_text("of the earlier export")
+    export(fresh, out, shard_bytes=20_000)
     before = digest(out)
     (fresh / expert(0, 0)).rename(fresh / "hidden")
     with raises(CheckpointError, match="is missing"):
         export(fresh, out)
     assert digest(out) == before
     (fresh / "hidden").rename(fresh / expert(0, 0))
+    (out / "notes.txt").write_text("of the user")
+    with raises(NotOurs, match="notes.txt was not written by mocte-ds"):
+        export(fresh, out, "bf16")
+    (out / "notes.txt").unlink()
+    assert digest(out) == before and "model.safetensors.index.json" in before
     export(fresh, out, "bf16")
-    assert "stale.txt" not in digest(out) and json.loads((out / "export.json").read_text())["dtype"] == "bf16"
+    assert "model.safetensors.index.json" not in digest(out)
+    assert json.loads((out / "export.json").read_text())["dtype"] == "bf16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "ffn"]
 
 

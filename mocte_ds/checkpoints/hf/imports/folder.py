@@ -32,7 +32,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import matching_modules
 
-FACTS_FILE, TAG = "import.json", "step0"
+FACTS_FILE, TAG, _TOOL = "import.json", "step0", "import_hf"
 _LAYOUTS: dict[str, Callable[[Source, SpecialIds], Layout]] = {
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": llama,
@@ -114,7 +114,7 @@ def import_hf(
         ConfigError: an ``out`` that holds something else, or a "mocte" block that does not fit.
     """
     folder, start = Path(folder), psutil.Process().memory_info().rss
-    out = require_free(Path(out), folder, FACTS_FILE)
+    out = require_free(Path(out), folder, _TOOL)
     tell(f"reading {folder}")
     foreign = read_config(folder, max_positions, fixed_router)
     if foreign.mocte and corpus:
@@ -137,7 +137,7 @@ def import_hf(
     emerged = None
     if config and corpus and tokenizer:
         emerged = Emerged(source, config, tokenizer, corpus, min(context, foreign.decoder.max_positions), tell)
-    with whole(out) as pending:
+    with whole(out, _TOOL) as pending:
         tell("writing")
         tokens = kept.keep(pending)
         tensors: Tensors = {

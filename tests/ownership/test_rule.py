@@ -1,0 +1,309 @@
+"""One rule: nothing is replaced or removed but what a marker shows to be ours and unchanged; a kill blocks nothing."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mocte_ds.errors import NotOurs
+from mocte_ds.ownership import (
+    append,
+    note_coming,
+    note_growing,
+    put,
+    remove,
+    replace_folder,
+    require_apart,
+    require_new_or_ours,
+)
+from mocte_ds.ownership.__main__ import main
+from mocte_ds.ownership.marker import MARKER
+from mocte_ds.ownership.workshop import workshop
+from tests.ownership.trees import tree
+
+TOOL = "some_tool"
+RECORD = b"\x05\0\0\0\0\0\0\0" + b"crc!" + b"event" + b"crc!"
+
+
+def make_run(folder: Path) -> Path:
+    """What several tools leave in one folder."""
+    put(folder, {"tokenizer.model": b"pieces"}, "train_tokenizer")
+    put(folder / "data", {"tokenizer/a.json": b"{}", "a.bin": b"ids", "manifest.json": b"{}"}, "prepare_data")
+    put(folder, {"metrics.jsonl": b""}, "pretrain", grows=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard" / "events.out.tfevents.1.host.2.0").write_bytes(RECORD)
+    note_growing(folder, ["tensorboard/events.out.tfevents.1.host.2.0"], "pretrain")
+    with open(folder / "tensorboard" / "events.out.tfevents.1.host.2.0", "ab") as file:
+        file.write(2 * RECORD + RECORD[:9])
+    with replace_folder(folder / "export", "export_hf") as pending:
+        (pending / "weights").write_bytes(b"1 2 3")
+    return folder
+
+
+def edit(name: str, content: bytes = b"of the user") -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def link(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        other = folder.with_name("other")
+        (folder / name).rename(other)
+        (folder / name).symlink_to(other)
+
+    return change
+
+
+def grow(name: str, content: bytes) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        with open(folder / name, "ab") as file:
+            file.write(content)
+
+    return change
+
+
+MINE = {
+    "a file": edit("notes.txt"),
+    "a hidden file": edit(".git/config"),
+    "a file in a folder of ours": edit("data/mine.jsonl"),
+    "a file in a new folder": edit("data/tokenizer/more/mine.txt"),
+    "a changed file": edit("tokenizer.model", b"Pieces"),
+    "a changed file of a whole folder": edit("export/weights", b"3 2 1"),
+    "a line among ours": grow("metrics.jsonl", b'ss": 1}\nremember: lower rate\n'),
+    "a changed line": edit("data/manifest.json", b"{} "),
+    "text after records": grow("tensorboard/events.out.tfevents.1.host.2.0", b"what I saw in these curves: nothing"),
+    "a link": link("tokenizer.model"),
+    "a linked folder": link("data"),
+    "a marker by hand": edit(f"data/{MARKER}", b"{}"),
+    "a longer marker": edit(MARKER, b'{"format": 1, "files": {}, "whole": false, "checksum": "0"}'),
+    "no marker": lambda folder: (folder / MARKER).unlink(),
+}
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_a_folder_with_anything_of_the_user_is_not_removed(name: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    MINE[name](folder)
+    before = tree(tmp_path)
+    with pytest.raises(NotOurs, match="Nothing was"):
+        remove(folder)
+    assert tree(tmp_path) == before
+
+
+def test_what_is_ours_is_removed_and_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "beside").write_text("x")
+    main([str(make_run(tmp_path / "run"))])
+    main([str(tmp_path / "run")])  # is not there any more
+    assert tree(tmp_path) == {"beside": tree(tmp_path)["beside"]}
+    (tmp_path / "empty").mkdir()
+    main([str(tmp_path / "empty")])
+    assert not (tmp_path / "empty").exists()
+    (tmp_path / "runs").mkdir()
+    run = make_run(tmp_path / "runs" / "one")
+    for folder in (tmp_path / "runs", tmp_path / "beside"):  # all is ours, but it is not one run
+        with pytest.raises(NotOurs):
+            remove(folder)
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(NotOurs, match="is a link"):
+        remove(tmp_path / "link")
+    assert (run / "tokenizer.model").is_file()
+
+
+def test_others_stay_where_what_is_ours_goes(tmp_path: Path) -> None:
+    put(tmp_path, {"op.so": b"1", "op.o": b"2"}, TOOL)
+    edit("op.o")(tmp_path)
+    edit("notes")(tmp_path)
+    main([str(tmp_path), "--keep-others"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARKER, "notes", "op.o"]
+
+
+@pytest.mark.parametrize("place", ["/", "~", "."])
+def test_places_full_of_others_are_refused_at_once(place: str) -> None:
+    folder = Path(place).expanduser()
+    with pytest.raises(NotOurs):
+        remove(folder)
+    with pytest.raises(NotOurs):
+        require_new_or_ours(folder, TOOL)
+
+
+def test_files_are_replaced_only_where_they_are_ours(tmp_path: Path) -> None:
+    put(tmp_path, {"a": b"1", "b/c": b"2"}, TOOL)
+    put(tmp_path, {"a": b"3", "b/c": b"4"}, TOOL)
+    edit("b/c")(tmp_path)
+    edit("d")(tmp_path)
+    before = tree(tmp_path)
+    for name in ("b/c", "d"):
+        with pytest.raises(NotOurs, match=f"{name} was"):
+            put(tmp_path, {"a": b"5", name: b"6"}, TOOL)
+        with pytest.raises(NotOurs, match=f"{name} was"):
+            put(tmp_path, {"a": b"5"}, TOOL, drop=[name])
+    with pytest.raises(NotOurs, match="was written by some_tool"):
+        put(tmp_path, {"a": b"5"}, "another_tool")
+    with pytest.raises(NotOurs, match="d was not written"):
+        append(tmp_path / "d", "more", TOOL)
+    assert tree(tmp_path) == before
+    put(tmp_path, {"d": b"of the user"}, TOOL)  # nothing to do, and it stays the user's
+    with pytest.raises(NotOurs):
+        put(tmp_path, {"d": b"7"}, TOOL)
+
+
+def test_a_file_in_the_way_can_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for content in (b"first", b"second"):
+        (tmp_path / "log").write_bytes(content)
+        put(tmp_path, {"log": b"ours"}, TOOL, keep_others=True)
+    kept = {name: (tmp_path / name).read_bytes() for name in ("log", "log.kept", "log.kept-2")}
+    assert kept == {"log": b"ours", "log.kept": b"first", "log.kept-2": b"second"}
+    assert "it is kept as log.kept-2" in capsys.readouterr().err
+
+
+def test_the_whole_output_of_a_tool_takes_no_other_files(tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    with replace_folder(out, TOOL) as pending:
+        (pending / "weights").write_bytes(b"1")
+    before = tree(tmp_path)
+    with pytest.raises(NotOurs, match="would spoil"):
+        put(out, {"results.json": b"{}"}, "evaluate")
+    with pytest.raises(NotOurs, match="was written by some_tool"):
+        require_new_or_ours(out, "another_tool")
+    assert tree(tmp_path) == before
+    with replace_folder(require_new_or_ours(out, TOOL), TOOL) as pending:
+        (pending / "others").write_bytes(b"2")
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "others"]
+
+
+def test_what_comes_in_meanwhile_stays(tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    with replace_folder(out, TOOL) as pending:
+        (pending / "weights").write_bytes(b"1")
+    with pytest.raises(NotOurs, match="meanwhile.*notes was not"), replace_folder(out, TOOL) as pending:
+        (pending / "weights").write_bytes(b"2")
+        edit("notes")(out)
+    assert (out / "weights").read_bytes() == b"1" and (out / "notes").read_bytes() == b"of the user"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_what_is_read_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    os.link(tmp_path / "file", tmp_path / "same")
+    a = tmp_path / "a"
+    for out, source in (
+        (a, a),
+        (a / "b" / "new", a),
+        (a, a / "b"),
+        (tmp_path / "link", a),
+        (tmp_path / "link" / "new", a),
+        (a / ".." / "a", a),
+        (tmp_path / "same", tmp_path / "file"),
+    ):
+        with pytest.raises(NotOurs, match="overlap"):
+            require_apart(out, source)
+    require_apart(a, a / "b", inside=True)
+    require_apart(tmp_path / "ab", a)
+    with pytest.raises(NotOurs):
+        require_apart(a / "b", a, inside=True)
+
+
+def in_a_process_that_dies(moment: int, work: Callable[[], None]) -> int:
+    """Do something in a process of its own, killed before a call of the system; its exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = [moment]
+
+    def deadly(call: Callable[..., object]) -> Callable[..., object]:
+        def or_die(*arguments: object, **options: object) -> object:
+            if not left[0]:
+                os.kill(os.getpid(), 9)
+            left[0] -= 1
+            return call(*arguments, **options)
+
+        return or_die
+
+    for name in ("replace", "rename", "unlink", "fsync", "open", "mkdir", "rmdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
+def write_all(out: Path, content: bytes) -> None:
+    put(out, {"a": content, "b/c": content, "m": content}, TOOL, drop=["old"], withdraw="m")
+    with replace_folder(out / "whole", TOOL) as pending:
+        (pending / "w").write_bytes(content)
+
+
+def test_a_kill_at_any_moment_blocks_nothing_and_loses_nothing(tmp_path: Path) -> None:
+    """Whatever call is the last one: files are old or new, the manifest goes first, and the next start works."""
+    code = -9
+    for moment in range(200):
+        out = tmp_path / str(moment)
+        write_all(out, b"old")
+        put(out, {"old": b"old"}, TOOL)
+        edit("notes")(out)
+        code = in_a_process_that_dies(moment, lambda: write_all(out, b"new"))  # noqa: B023  called at once
+        found = {name: (out / name).read_bytes() for name in ("a", "b/c", "m") if (out / name).exists()}
+        assert set(found.values()) <= {b"old", b"new"}, moment
+        assert "m" not in found or len(set(found.values())) == 1, moment
+        whole = require_new_or_ours(out / "whole", TOOL)
+        assert (whole / "w").read_bytes() in (b"old", b"new"), moment
+        if moment % 2:
+            write_all(out, b"next")
+            left = {path.name for path in out.iterdir() if any(path.iterdir() if path.is_dir() else [1])}
+            bare = {name for name in left if name.startswith(".mocte-work-")}  # made, and the next moment killed
+            assert not [path for name in bare for path in (out / name).iterdir() if path.stat().st_size], moment
+            assert left - bare == {MARKER, "a", "b", "m", "notes", "whole"}, moment
+        assert (out / "notes").read_bytes() == b"of the user"
+        (out / "notes").unlink()
+        in_a_process_that_dies(moment // 3, lambda: remove(out))  # noqa: B023
+        remove(out)
+        assert not out.exists(), moment
+        if code == 0:
+            break
+    assert code == 0 and moment > 20
+
+
+def test_work_under_way_is_left_alone(tmp_path: Path) -> None:
+    put(tmp_path, {"a": b"1"}, TOOL)
+    with workshop(tmp_path) as work:
+        (work / "half").write_text("x")
+        with workshop(tmp_path):
+            assert (work / "half").exists()
+        with pytest.raises(NotOurs, match="is in use"):
+            remove(tmp_path)
+    edit(".mocte-work-mine/notes")(tmp_path)  # by its name alone it is not ours
+    with workshop(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARKER, ".mocte-work-mine", "a"]
+
+
+def test_files_whose_names_come_later(tmp_path: Path) -> None:
+    """TensorBoard's files of one process are ours from their first byte on; those of others are not."""
+    note_coming(tmp_path, "tensorboard/*.tfevents.*.host.7.*", "pretrain")
+    (tmp_path / "tensorboard" / "job").mkdir(parents=True)
+    (tmp_path / "tensorboard" / "job" / "events.out.tfevents.1.host.7.0").write_bytes(RECORD)
+    for name, content in (
+        ("events.out.tfevents.1.host.8.0", RECORD),
+        ("events.out.tfevents.1.host.7.1", 40 * b"notes"),
+    ):
+        (tmp_path / "tensorboard" / "job" / name).write_bytes(content)
+        with pytest.raises(NotOurs, match=name):
+            remove(tmp_path)
+        (tmp_path / "tensorboard" / "job" / name).unlink()
+    remove(tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_the_marker_says_what_it_is_for(tmp_path: Path) -> None:
+    put(tmp_path, {"a": b"1"}, TOOL)
+    values = json.loads((tmp_path / MARKER).read_text())
+    assert "removes and replaces nothing else" in values["note"]
+    assert values["files"]["a"]["by"] == TOOL and values["files"]["a"]["versions"][0][0] == 1
