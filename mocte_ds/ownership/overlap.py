@@ -19,7 +19,7 @@ def require_apart(out: Path, *sources: Path, inside: bool = False) -> None:
     """
     for source in sources:
         if _within(out, source) or (not inside and _within(source, out)):
-            raise NotOurs(f"{out} and {source}, which is read, overlap; write to a place of its own.")
+            raise NotOurs(f"{out} and {source}, which is only read, overlap; write to a place of its own.")
 
 
 def _within(path: Path, other: Path) -> bool:
