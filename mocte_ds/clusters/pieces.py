@@ -45,9 +45,10 @@ def joined_pieces(points: np.ndarray, mass: np.ndarray, count: int, significance
     group, names = np.arange(count), np.flatnonzero(large).tolist()
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            if group[a] != group[b] and not _valley(points, labels, centres, a, b, significance):
+            between = points[(labels == a) | (labels == b) | ~large[labels]]
+            if group[a] != group[b] and not _valley(between, centres[a], centres[b], significance):
                 group[group == group[b]] = group[a]
-    # A piece too small to show a valley would join whatever it lies between: it follows the nearest large one.
+    # A piece too small to show a valley follows the nearest large one; its points count in every valley.
     for k in np.flatnonzero(~large):
         group[k] = group[names[np.square(centres[names] - centres[k]).sum(axis=1).argmin()]]
     return np.unique(group, return_inverse=True)[1][labels]
@@ -66,13 +67,13 @@ def _pieces(z: torch.Tensor, w: torch.Tensor, count: int) -> torch.Tensor:
     return labels.unique(return_inverse=True)[1]
 
 
-def _valley(points: np.ndarray, labels: np.ndarray, centres: np.ndarray, a: int, b: int, significance: float) -> bool:
-    """Whether density falls between two pieces' centres, by the counts in windows on the line through them."""
-    axis = centres[b] - centres[a]
-    place = (points[(labels == a) | (labels == b)] - centres[a]) @ axis / max(float(axis @ axis), 1e-300)
+def _valley(points: np.ndarray, one: np.ndarray, other: np.ndarray, significance: float) -> bool:
+    """Whether density falls between two centres, by the counts of points in windows on the line through them."""
+    axis = other - one
+    place = (points - one) @ axis / max(float(axis @ axis), 1e-300)
 
     def held(middle: float) -> int:
         return int((np.abs(place - middle) <= _WINDOW / 2).sum())
 
     side, valley = min(held(0.0), held(1.0)), min(held(middle) for middle in _VALLEYS)
-    return valley <= _DEPTH * side and side - valley >= significance * np.sqrt(max(side + valley, 1))
+    return bool(valley <= _DEPTH * side and side - valley >= significance * np.sqrt(max(side + valley, 1)))

@@ -10,6 +10,8 @@ from mocte_ds.clusters import BalancedClusters
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.trainability.policy import Probe
 
+_ROWS_AT_ONCE = 1024
+
 
 @dataclass
 class ExpertHandle:
@@ -74,7 +76,9 @@ class LastDetection:
         """(n,) int64 cluster of each feature (n, d): that of the nearest document that was in one."""
         known = self.labels >= 0
         points, z = self.points[known].double(), ((features - self.mean) @ self.basis).double()
-        return self.labels[known][(2 * z @ points.T - points.square().sum(1)).argmax(dim=1)]
+        half = points.square().sum(1) / 2
+        nearest = [(part @ points.T - half).argmax(dim=1) for part in z.split(_ROWS_AT_ONCE)]
+        return self.labels[known][torch.cat(nearest)]
 
 
 class BlockHandle:

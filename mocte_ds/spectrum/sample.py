@@ -220,8 +220,11 @@ class Reservoir:
         """Take the rows (m, w) of a batch that the selection has chosen."""
         if update is None:
             return
-        if len(self._kept) < self.selection.room or self._kept.device != rows.device:
-            kept = torch.empty(self.selection.room, self.width, dtype=self.dtype, device=rows.device)
+        held = len(self.selection.slots)
+        if len(self._kept) < held or self._kept.device != rows.device:
+            # Memory grows with the rows that are there, not with the capacity that a config asks for.
+            room = min(self.selection.room, max(held, 2 * len(self._kept)))
+            kept = torch.empty(room, self.width, dtype=self.dtype, device=rows.device)
             kept[: len(self._kept)] = self._kept
             self._kept = kept
         # Only rows that enter are touched: a window has many batches, and few rows of the later ones enter.

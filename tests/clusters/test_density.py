@@ -1,4 +1,4 @@
-"""Groups by density: at one radius those of DBSCAN, apart only if a far larger radius than their own still parts them."""
+"""Groups by density: at one radius those of DBSCAN, apart only where a far larger radius still parts them."""
 
 import numpy as np
 from sklearn.cluster import DBSCAN

@@ -78,6 +78,9 @@ def test_rows_are_copies_and_clear_forgets() -> None:
     assert reservoir.rows().sum() == 6 and not reservoir.rows().requires_grad
     reservoir.clear()
     assert reservoir.rows().shape == (0, 2) and reservoir.keys().shape == (0,)
+    huge = Reservoir(1 << 50, 2, seed=0)
+    huge.add(torch.ones(3, 2), torch.arange(3))
+    assert huge.rows().shape == (3, 2), "memory is for rows, not for a capacity"
     half = Reservoir(8, 2, seed=0, dtype=torch.bfloat16)
     half.add(torch.ones(3, 2), torch.arange(3))
     assert half.rows().dtype == torch.bfloat16
