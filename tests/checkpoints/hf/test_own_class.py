@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from mocte_ds.checkpoints.hf.configuration_mocte import MocteLMConfig
 from mocte_ds.checkpoints.hf.modeling_mocte import MocteForCausalLM
-from mocte_ds.checkpoints.hf.routing_mocte import RoutingState
+from mocte_ds.checkpoints.hf.tokens_mocte import RoutingState
 from mocte_ds.moe import Block
 from tests.checkpoints import tiny
 from tests.checkpoints.held import facts_of, stored
