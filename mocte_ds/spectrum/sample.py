@@ -87,6 +87,11 @@ class Selection:
         self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
         self._found: tuple[Any, Tensor] | None = None
 
+    @property
+    def hashes(self) -> Tensor:
+        """(c,) seeded hashes of what is kept, ascending."""
+        return self._order
+
     @torch.no_grad()
     def offer(self, keys: Tensor) -> Update | None:
         """Choose from a batch.
