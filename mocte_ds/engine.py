@@ -321,7 +321,22 @@ def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, opt
         )
     if optimizer is None and "optimizer" not in settings:
         raise ConfigError('the DeepSpeed config has no "optimizer" and no optimizer callable was handed over.')
-    if settings.get("data_types", {}).get("grad_accum_dtype") not in (None, "null"):
-        raise ConfigError("data_types.grad_accum_dtype is not supported; remove it.")
+    _check_accumulation((settings.get("data_types") or {}).get("grad_accum_dtype"), settings, stage)
     if mpu is not None and mpu.get_tensor_model_parallel_world_size() > 1:
         raise ConfigError("tensor parallelism above 1 is not supported yet; use expert and data parallelism.")
+
+
+def _check_accumulation(dtype: Any, settings: dict[str, Any], stage: int) -> None:
+    """Gradients are added up in the model's precision, or in fp32 where DeepSpeed's optimizer of the stage does so."""
+    if dtype in (None, "null"):
+        return
+    if dtype != "fp32":
+        raise ConfigError(
+            f"data_types.grad_accum_dtype = {dtype!r}: only 'fp32' is supported; without it gradients are added up in "
+            "the model's precision."
+        )
+    if stage == 1 and (settings.get("bf16") or {}).get("enabled"):
+        raise ConfigError(
+            "data_types.grad_accum_dtype = 'fp32' with bf16 is not supported at ZeRO stage 1, where DeepSpeed uses an "
+            "optimizer of another kind (BF16_Optimizer), which cannot freeze units; use zero_optimization.stage 2 or 3."
+        )

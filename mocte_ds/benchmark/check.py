@@ -67,9 +67,10 @@ def probe_sequences(plan: RunPlan) -> int:
 
 
 def probe_work(plan: RunPlan) -> dict[str, Work]:
-    """Two forward passes, with today's experts and with the last check's; at some checks two more for the conflict."""
+    """One forward pass; at some checks one more for each block's rollback, and two for the conflict."""
     config = plan.config
-    passes = 2 + (2 / config.conflict_every if config.conflict_every else 0)
+    some = 1 / config.conflict_every if config.conflict_every else 0.0
+    passes = 1 + 2 * some + plan.blocks * (1.0 if config.freeze.policy == "progress" else some)
     tokens = probe_sequences(plan) * plan.context
     flops = passes * tokens * forward_flops(plan.model, plan.context)
     return {"progress": Work(flops, flops, 0, 0)}

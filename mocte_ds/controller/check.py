@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mocte_ds.controller.flops import FlopCount, of_all_ranks
 from mocte_ds.controller.gradients import block_conflict, read_conflict
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.progress import Progress, ProgressFacts
@@ -30,8 +31,12 @@ class Check:
     progress: ProgressFacts = field(default_factory=ProgressFacts)
     conflict: dict[int, dict[int, dict[str, float]]] = field(default_factory=dict)
     """By block and expert, see :func:`read_conflict`; empty at most checks."""
+    sampled: dict[int, list[int]] = field(default_factory=dict)
+    """By block the rows that were found of each expert; one with fewer than `freeze.rows` was not measured."""
     seconds: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    """By part, all ranks together; see :class:`FlopCount`."""
 
     @classmethod
     def measure(cls, run: RunState, progress: Progress, conflict_now: bool, in_background: bool) -> "Check":
@@ -43,18 +48,27 @@ class Check:
             conflict_now: measure the conflict of gradients too.
             in_background: look for clusters in a thread.
         """
-        readings, search = read_blocks(run, run.blocks, in_background)
+        with FlopCount() as spectrum:
+            readings, search = read_blocks(run, run.blocks, in_background)
         check = cls(run.step, run.share, readings, search)
-        found = check.progress = progress.measure(run)
-        seconds, moved = measure_trainability(run, found)
-        check.seconds["trainability"], check.bytes["trainability"] = seconds, moved
+        # Every block costs a pass, which only one policy has to have at each check.
+        with FlopCount() as looking:
+            found = check.progress = progress.measure(run, conflict_now or run.config.freeze.policy == "progress")
+        with FlopCount() as kernels:
+            trained = measure_trainability(run, found)
+        check.sampled = trained.sampled
+        check.seconds["trainability"], check.bytes["trainability"] = trained.seconds, trained.bytes
         if conflict_now:
             started = time.perf_counter()
-            check.conflict = read_conflict(run, progress.probe)
+            with FlopCount() as conflicts:
+                check.conflict = read_conflict(run, progress.probe)
+            looking.total += conflicts.total
             found.tokens = progress.probe.count()
             found.seconds += time.perf_counter() - started
             found.passes += 2  # forward, and the half of a backward pass that costs the same
         check.seconds["progress"], check.bytes["progress"] = found.seconds, found.bytes
+        own = {"spectrum": spectrum.total, "trainability": kernels.total, "progress": looking.total}
+        check.flops = of_all_ranks(own)
         return check
 
     def finish(self, run: RunState) -> None:
@@ -62,6 +76,7 @@ class Check:
         started = time.perf_counter()
         finish_readings(run, self.readings, self.search)
         self.search = None
+        self.flops["clusters"] = sum(reading.found.flops for reading in self.readings.values() if reading.found)
         self.seconds["waiting"] = self.seconds.get("waiting", 0.0) + time.perf_counter() - started
 
     def event(self, run: RunState) -> dict[str, Any]:
@@ -76,6 +91,7 @@ class Check:
             "seconds": {**seconds, **self.seconds},
             "beside": {"clusters": sum(reading.found.seconds for reading in readings if reading.found)},
             "bytes": {**moved, **self.bytes},
+            "flops": self.flops,
             "probe": {"tokens": self.progress.tokens, "passes": self.progress.passes},
             "blocks": [self._block(run, index) for index in range(len(run.blocks))],
         }
@@ -83,6 +99,7 @@ class Check:
     def _block(self, run: RunState, index: int) -> dict[str, Any]:
         handle, found = run.blocks[index], self.progress
         conflict, progress = self.conflict.get(index, {}), found.progress.get(index)
+        sampled = self.sampled.get(index, [0] * len(handle.experts))
         experts = [
             {
                 "expert": k,
@@ -90,6 +107,7 @@ class Check:
                 "tokens": expert.tokens,
                 "lambda": expert.trainability,
                 "rows": expert.rows(self.step),
+                "sampled": sampled[k],
                 "kappa": conflict.get(k, {}).get("kappa"),
                 "progress": progress[k] if progress else None,
             }
@@ -116,8 +134,10 @@ class Check:
             "readings": {index: reading.state_dict() for index, reading in self.readings.items()},
             "progress": vars(self.progress),
             "conflict": self.conflict,
+            "sampled": self.sampled,
             "seconds": self.seconds,
             "bytes": self.bytes,
+            "flops": self.flops,
         }
 
     def own_state_dict(self) -> dict[int, Any]:

@@ -17,6 +17,7 @@ from mocte_ds.controller.decisions import (
     start_annealing,
     unlocked_blocks,
 )
+from mocte_ds.controller.flops import FlopCount, of_all_ranks
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.reading import BlockReading
@@ -113,21 +114,28 @@ class Controller(ResumableRun):
         handle = self._handle(block)
         if handle.mode is not BlockMode.WARMUP:
             raise MocteError(f"block {block} ({handle.name}) is {handle.mode}: its experts have emerged already.")
-        readings, search = read_blocks(self, [handle], in_background=False)
+        with FlopCount() as spectrum:
+            readings, search = read_blocks(self, [handle], in_background=False)
         finish_readings(self, readings, search)
-        self._apply([Change("emergence", block, None, "called")], readings)
+        # All ranks know what the search has cost all of them.
+        searched = sum(r.found.flops for r in readings.values() if r.found) if self.rank == 0 else 0
+        spent = {"spectrum": spectrum.total, "clusters": searched}
+        self._apply([Change("emergence", block, None, "called", by_hand=True)], readings, spent)
 
     def freeze(self, block: int, expert: int) -> None:
-        """Freeze an expert now (collective, between two steps)."""
+        """Freeze an expert now (collective, between two steps); it stays frozen until :meth:`thaw` is called for it."""
         self._demand(block, expert, ExpertMode.TRAINING, "freeze")
-        self._apply([Change("freeze", block, expert, "called")], {})
+        self._apply([Change("freeze", block, expert, "called", by_hand=True)], {})
 
     def thaw(self, block: int, expert: int) -> None:
-        """Let a frozen expert train again, with fresh moments (collective, between two steps)."""
+        """Let a frozen expert train again, with fresh moments (collective, between two steps).
+
+        What was measured before has no part in a decision to freeze it again.
+        """
         self._demand(block, expert, ExpertMode.FROZEN, "thaw")
         if self.in_frozen_front(self.blocks[block]):
             raise MocteError(f"cannot thaw expert {expert} of block {block}: it lies in a layer of the frozen front.")
-        self._apply([Change("thaw", block, expert, "called")], {})
+        self._apply([Change("thaw", block, expert, "called", by_hand=True)], {})
 
     def freeze_prefix(self, layers: int) -> None:
         """Freeze the embeddings and the first ``layers`` layers now (collective, between two steps).
@@ -151,7 +159,7 @@ class Controller(ResumableRun):
         open_blocks = [name for layer in range(layers) for name in unlocked_blocks(self, layer)]
         if open_blocks:
             raise MocteError(f"freeze_prefix({layers}): {open_blocks[0]} still trains; freeze all its experts first.")
-        self._apply([Change("prefix", None, None, "called", layers)], {})
+        self._apply([Change("prefix", None, None, "called", by_hand=True, layers=layers)], {})
 
     def optimizer_bytes(self) -> int:
         """Bytes of fp32 master weights and optimizer state on this rank."""
@@ -259,17 +267,29 @@ class Controller(ResumableRun):
         if self.share >= 1.0:
             self._emit_projections(check.readings)
 
-    def _apply(self, changes: list[Change], readings: dict[int, BlockReading]) -> None:
-        """Carry out a plan that all ranks agree on, in one rebuild of the partition."""
+    def _apply(
+        self, changes: list[Change], readings: dict[int, BlockReading], spent: dict[str, int] | None = None
+    ) -> None:
+        """Carry out a plan that all ranks agree on, in one rebuild of the partition.
+
+        Args:
+            changes: the plan.
+            readings: of the blocks that emerge.
+            spent: FLOPs that these have cost on this rank, by part, where no check tells of them.
+        """
         require_same([str(change) for change in changes], f"plan of changes after step {self.step}")
         emerging = {change.block for change in changes if change.kind == "emergence"}
         self._emit_projections({i: reading for i, reading in readings.items() if i in emerging})
         self.proof.require_frozen_unmoved(self)
         before = gather_objects(self.optimizer_bytes())
-        facts = apply_changes(self, changes, readings)
+        with FlopCount() as births:
+            facts = apply_changes(self, changes, readings)
         self.proof.begin(self)
         after = gather_objects(self.optimizer_bytes())
-        self.progress.remember_routes(self, emerging)
+        with FlopCount() as looking:
+            self.progress.remember_routes(self, emerging)
+        own = {"spectrum": 0, "clusters": births.total, "progress": looking.total}
+        facts[0]["flops"] = of_all_ranks({part: n + (spent or {}).get(part, 0) for part, n in own.items()})
         for change, fact in zip(changes, facts, strict=True):
             event = {"event": change.kind, "block": change.block, "reason": change.reason, **fact}
             if change.block is not None:

@@ -30,6 +30,8 @@ class Change:
     block: int | None
     expert: int | None
     reason: str
+    by_hand: bool = False
+    """Whether a user called for it."""
     layers: int = 0
     """Of the front that are frozen behind a change of the kind `prefix`."""
 
@@ -79,14 +81,17 @@ def decide_freezing(run: RunState, share: float, step: int) -> list[Change]:
     )
     changes = []
     for handle in run.blocks:
-        peers = [e.history[-1].value for e in handle.experts if e.history]
+        peers = [e.history[-1].value for e in handle.experts if e.history and e.history[-1].tokens == freeze.rows]
         for k, expert in enumerate(handle.experts):
             if not expert.history or abs(expert.history[-1].share - share) > 1e-12 or expert.changed_at > step:
                 continue
             frozen = expert.mode is ExpertMode.FROZEN
-            if frozen and (expert.thawed or run.in_frozen_front(handle)) or expert.annealed_from is not None:
+            stays = expert.thawed or expert.held or run.in_frozen_front(handle)
+            if frozen and stays or expert.annealed_from is not None:
                 continue
-            decision = policy.decide(expert.history, handle.born_share or 0.0, peers, (handle.index, k), frozen)
+            decision = policy.decide(
+                expert.history, handle.born_share or 0.0, peers, (handle.index, k), frozen, expert.changed_at
+            )
             if decision.action != "keep":
                 changes.append(Change(decision.action, handle.index, k, decision.reason))
     return changes
@@ -131,7 +136,7 @@ def decide_prefix(run: RunState, share: float, changes: list[Change]) -> list[Ch
     if layers == run.frozen_layers:
         return []
     reason = f"{share:.1%} of the budget is done; {layers} of {prefix.layers} layers are frozen from the front"
-    return [Change("prefix", None, None, reason, layers)]
+    return [Change("prefix", None, None, reason, layers=layers)]
 
 
 def unlocked_blocks(run: RunState, layer: int, opened: Collection[str] = ()) -> list[str]:
@@ -188,8 +193,8 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
             expert.annealed_from = None
             frozen = change.kind == "freeze"
             expert.mode = ExpertMode.FROZEN if frozen else ExpertMode.TRAINING
-            expert.changed_at = run.step
-            expert.thawed = expert.thawed or not frozen
+            expert.changed_at, expert.held = run.step, frozen and change.by_hand
+            expert.thawed = expert.thawed or not (frozen or change.by_hand)
             facts.append({})
         handle.refresh_mode()
     _rebuild_partition(run, {})

@@ -28,11 +28,16 @@ class ExpertHandle:
     changed_at: int = -1
     """Optimizer step of its last change of mode."""
     thawed: bool = False
-    """An expert is thawed once at the most."""
+    """An expert is thawed once at the most by itself."""
+    held: bool = False
+    """Whether it was frozen by hand: nothing but a hand thaws it."""
 
     @property
     def trainability(self) -> float | None:
-        """Largest eigenvalue of its neural-tangent kernel a row, at its last probe; None before the first."""
+        """Largest eigenvalue of its neural-tangent kernel over `freeze.rows`, the number of rows, at its last probe.
+
+        None before the first. It depends on the number of rows: compare it at an equal one.
+        """
         return self.history[-1].value if self.history else None
 
     def rows(self, step: int) -> int:
@@ -145,6 +150,7 @@ class BlockHandle:
             "experts": [expert.mode.value for expert in self.experts],
             "tokens": [expert.tokens for expert in self.experts],
             "thawed": [expert.thawed for expert in self.experts],
+            "held": [expert.held for expert in self.experts],
             "changed_at": [expert.changed_at for expert in self.experts],
             "annealed_from": [expert.annealed_from for expert in self.experts],
             "history": [[asdict(probe) for probe in expert.history] for expert in self.experts],
@@ -164,6 +170,7 @@ class BlockHandle:
         for k, expert in enumerate(self.experts):
             expert.mode = ExpertMode(state["experts"][k])
             expert.tokens, expert.thawed = state["tokens"][k], state["thawed"][k]
+            expert.held = bool(state.get("held", {k: False})[k])  # older checkpoints have none
             expert.annealed_from, expert.changed_at = state["annealed_from"][k], state["changed_at"][k]
             expert.history = [Probe(**probe) for probe in state["history"][k]]
         for name in ("born_share", "streak", "token_basis", "document_basis", "document_mean"):

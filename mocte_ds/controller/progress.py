@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.probe import ProbeReading, ProbeSet, Snapshots
 from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
 from mocte_ds.moe.block import BlockMode, ExpertMode
-from mocte_ds.zero import let_go
+from mocte_ds.zero import expert_unit, let_go
 
 
 @dataclass
@@ -22,7 +23,8 @@ class ProgressFacts:
     """Results by block; the same on all ranks."""
 
     progress: dict[int, list[float]] = field(default_factory=dict)
-    """Nats a token of the probe set that each expert's tokens cost less than with the experts of the last check."""
+    """Nats a token of the probe set that each expert's tokens cost less than with its block's experts of the last
+    check; empty at checks that do not measure it."""
     churn: dict[int, list[float]] = field(default_factory=dict)
     """Share of probe tokens, by bank, that go to another expert than at emergence."""
     load: dict[int, list[int]] = field(default_factory=dict)
@@ -68,8 +70,16 @@ class Progress:
             require_callable(self.probe, run.module, blocks, next(run.module.parameters()).device)
             let_go(run.module)
 
-    def measure(self, run: RunState) -> ProgressFacts:
-        """Look at the probe set, with today's experts and with those of the last check (collective)."""
+    def measure(self, run: RunState, roll_back: bool) -> ProgressFacts:
+        """Look at the probe set with today's experts and, if asked, with those of the last check (collective).
+
+        Blocks are rolled back one at a time: with all of them rolled back at once an expert would be credited with what
+        those of other blocks have learned of its tokens. That takes a pass for each block that trains.
+
+        Args:
+            run: the run.
+            roll_back: measure the progress of the experts.
+        """
         facts, started = ProgressFacts(), time.perf_counter()
         emerged = [h for h in run.blocks if h.mode is not BlockMode.WARMUP]
         if not self.active or not emerged:
@@ -79,13 +89,16 @@ class Progress:
             return facts
         facts.passes, facts.tokens = 1, self.probe.count()
         self._compare_routes(run, now, facts)
-        units = training_units(run)
-        if self._taken and now.losses is not None:
-            with self.snapshots.in_place(units):
-                before = self._read(run)
-            facts.passes = 2
-            self._credit(run, now, before, facts)
-        self.snapshots.take(units)
+        for handle in emerged if roll_back and self._taken and now.losses is not None else []:
+            units, before = training_units(run, handle), now
+            # All ranks make a pass for a block of which any expert trains, wherever that expert lives.
+            if handle.mode is BlockMode.SPECIALISING:
+                with self.snapshots.in_place(units):
+                    again = self._read(run)
+                assert again is not None
+                before, facts.passes = again, facts.passes + 1
+            self._credit(handle, now, before, facts)
+        self.snapshots.take(training_units(run))
         self._taken = True
         facts.seconds = time.perf_counter() - started
         return facts
@@ -138,24 +151,25 @@ class Progress:
             facts.imbalance[handle.index] = (by_bank.amax(1) / by_bank.mean(1).clamp(min=1e-9)).tolist()
             facts.bytes += 8 * sum(len(part) for part in parts)
 
-    def _credit(self, run: RunState, now: ProbeReading, before: ProbeReading | None, facts: ProgressFacts) -> None:
-        """Share the difference of the losses out to the experts that the tokens go to today."""
-        assert before is not None and before.losses is not None and now.losses is not None
+    @staticmethod
+    def _credit(handle: BlockHandle, now: ProbeReading, before: ProbeReading, facts: ProgressFacts) -> None:
+        """Share what a block's rollback costs out to the experts that the tokens go to today."""
+        assert before.losses is not None and now.losses is not None
         gain = before.losses - now.losses
         counted = torch.isfinite(gain) & now.valid
-        total = float(sum_over_ranks(counted.sum()))
-        for handle in run.blocks:
-            if handle.mode is BlockMode.WARMUP or not total:
-                continue
-            sums = []
-            for number, bank in enumerate(handle.block.banks):
-                own = torch.zeros(bank.num_experts, dtype=torch.float64)
-                sums.append(own.index_add_(0, now.routes[handle.index, number][counted], gain[counted]))
-            facts.progress[handle.index] = (sum_over_ranks(torch.cat(sums)) / total).tolist()
-            facts.bytes += 8 * sum(len(own) for own in sums)
+        sums = [counted.sum()[None].double()]
+        for number, bank in enumerate(handle.block.banks):
+            own = torch.zeros(bank.num_experts, dtype=torch.float64)
+            sums.append(own.index_add_(0, now.routes[handle.index, number][counted], gain[counted]))
+        total, *shares = sum_over_ranks(torch.cat(sums)).tolist()
+        if total:
+            facts.progress[handle.index] = [share / total for share in shares]
+        facts.bytes += 8 * (1 + len(shares))
 
 
-def training_units(run: RunState) -> dict[str, tuple[nn.Parameter, ...]]:
-    """This rank's experts that train."""
+def training_units(run: RunState, handle: BlockHandle | None = None) -> dict[str, tuple[nn.Parameter, ...]]:
+    """This rank's experts that train, of one block or of all."""
     names = run.experts_that(ExpertMode.TRAINING)
+    if handle is not None:
+        names &= {expert_unit(handle.block, k) for k in range(len(handle.experts))}
     return {name: unit.parameters for name, unit in run.registry.units.items() if name in names}

@@ -31,6 +31,8 @@ class ClusterFacts:
     """What the published rule says of the tokens of the sample."""
     seconds: float
     """Of the search."""
+    flops: int = 0
+    """Of the search: products of matrices, and distances between all pairs where scikit-learn looks for neighbours."""
 
 
 @dataclass

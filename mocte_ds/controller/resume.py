@@ -81,7 +81,10 @@ class ResumableRun(RunState):
         return {
             "stream": self.stream.state_dict(),
             "collectors": [collector.state_dict() for collector in self.collectors],
-            "banks": [{"rows": list(bank.rows), "by_source": bank.by_source} for bank in banks],
+            "banks": [
+                {"rows": bank.expert_rows and bank.expert_rows.state_dict(), "by_source": bank.by_source}
+                for bank in banks
+            ],
         }
 
     def load_rank_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -105,7 +108,8 @@ class ResumableRun(RunState):
                 collector.load_state_dict(values)
             banks = [bank.deepspeed_moe for handle in self.blocks for bank in handle.block.banks]
             for bank, values in zip(banks, samples["banks"], strict=True):
-                bank.rows = [rows if rows is None else rows.to(device) for rows in values["rows"]]
+                if bank.expert_rows is not None and isinstance(values["rows"], dict):
+                    bank.expert_rows.load_state_dict(values["rows"], device)
                 bank.by_source = values["by_source"]
         if pending and state["check"]:
             self._check = Check.restored(pending, state["check"], device)
@@ -153,6 +157,10 @@ class ResumableRun(RunState):
                 layer.share = (load.double() / load.sum()).float().to(layer.share.device)
             layer.step_load.zero_()
         self.context.step_tokens, self.passes, self.context.loss_scale = 0, 0, None
+
+    def samples_after(self, steps: int) -> bool:
+        """Whether the step that follows on so many is one whose features a check wants."""
+        return self.config.auto and self.interval - steps % self.interval <= self.window
 
     def forget_samples(self) -> None:
         """Old rows keep the lowest hashes, so a sample must start anew to show the features of today's weights."""

@@ -1,14 +1,16 @@
 """The search for clusters: shared out over the ranks, in a thread beside the next optimizer step."""
 
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.flops import FlopCount
 from mocte_ds.controller.handles import LastDetection
 from mocte_ds.controller.reading import ClusterFacts
 from mocte_ds.dist.collectives import gather_objects, world
@@ -41,20 +43,15 @@ class ClusterSearch:
         Args:
             config: the "mocte" block.
             work: by block, the same on all ranks.
-            in_background: in a thread; False: here and now.
+            in_background: in a thread; False: when the results are asked for.
         """
         rank, size = world()
         mine = {block: documents for block, documents in work.items() if block % size == rank}
-        self._results: Future[dict[int, ClusterFacts]] = Future()
+        self._results: Callable[[], dict[int, ClusterFacts]] = partial(_search, config, mine)
         if in_background:
             pool = ThreadPoolExecutor(1, thread_name_prefix="clusters")
-            self._results = pool.submit(_search, config, mine)
+            self._results = pool.submit(_search, config, mine).result
             pool.shutdown(wait=False)
-        else:
-            try:
-                self._results.set_result(_search(config, mine))
-            except Exception as error:  # told to all ranks by results()
-                self._results.set_exception(error)
 
     def results(self) -> dict[int, ClusterFacts]:
         """By block (collective; waits for the thread).
@@ -64,7 +61,7 @@ class ClusterSearch:
         """
         mine: dict[int, ClusterFacts] | str
         try:
-            mine = self._results.result()
+            mine = self._results()
         except MocteError as error:
             mine = str(error)
         except Exception as error:
@@ -78,7 +75,22 @@ class ClusterSearch:
 
 
 def _search(config: MocteConfig, work: Mapping[int, Documents]) -> dict[int, ClusterFacts]:
-    return {block: find_clusters(config, documents) for block, documents in work.items()}
+    found = {}
+    for block, documents in work.items():
+        with FlopCount() as count:
+            facts = find_clusters(config, documents)
+        found[block] = replace(facts, flops=count.total + _distance_flops(documents, facts))
+    return found
+
+
+def _distance_flops(documents: Documents, facts: ClusterFacts) -> int:
+    """Distances between all pairs: of tokens once; of documents for neighbours, each radius and the silhouette.
+
+    An upper bound: trees of points leave some out.
+    """
+    tokens, (m, r) = documents.tokens, documents.coordinates.shape
+    passes = len(facts.detection.sensitivity) + 2
+    return 3 * (passes * m * m * r + len(tokens) * len(tokens) * tokens.shape[1])
 
 
 def find_clusters(config: MocteConfig, documents: Documents) -> ClusterFacts:

@@ -1,75 +1,128 @@
-"""Measures the trainability of every expert from the rows that it was sent since the last check."""
+"""Measures the trainability of every expert on exactly `freeze.rows` of the rows that it got before the check."""
 
+import math
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from mocte_ds.controller.handles import ExpertHandle
+from torch import Tensor, nn
+
+from mocte_ds.controller.handles import BlockHandle, ExpertHandle
 from mocte_ds.controller.progress import ProgressFacts
 from mocte_ds.controller.state import RunState
-from mocte_ds.dist.collectives import gather_objects
+from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import MocteError
-from mocte_ds.moe.block import Block, ExpertMode
+from mocte_ds.moe.bank import Bank
+from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.trainability import Probe, top_eigenpair
 from mocte_ds.zero import expert_unit, let_go, on_its_own
 
-MIN_EXPERT_ROWS = 16
 _BYTES = 24
 """Of one expert's numbers on the wire."""
 
 
-def measure_trainability(run: RunState, found: ProgressFacts) -> tuple[float, int]:
-    """Add a probe to the history of every expert that got enough tokens since the last check (collective).
+@dataclass
+class TrainabilityFacts:
+    """What a measurement leaves beside the probes; the same on all ranks but for the seconds."""
 
-    Returns:
-        Seconds, and bytes that the numbers took on the wire.
+    sampled: dict[int, list[int]] = field(default_factory=dict)
+    """By block the rows that were found of each expert, `freeze.rows` at the most; with fewer it is not measured."""
+    seconds: float = 0.0
+    bytes: int = 0
+    """Of rows and numbers on the wire."""
+
+
+def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFacts:
+    """Add a probe to the history of every watched expert of which enough rows were sampled (collective).
+
+    Each expert is measured once, on the merged rows of all ranks; its replicas take turns. So lambda does not depend on
+    the number of ranks or on `ep_size`, but for the rounding of the training itself.
 
     Raises:
         MocteError: an expert's weights or rows are not finite; on all ranks.
     """
-    config, measured, started = run.config.freeze, {}, time.perf_counter()
-    failure: str | None = None
-    if config.policy == "off":
-        return 0.0, 0
+    facts, started = TrainabilityFacts(), time.perf_counter()
+    if run.config.freeze.policy == "off":
+        return facts
     let_go(run.module)
-    squares = run.optimizer.unit_square_norms
-    for handle in run.blocks:
-        for number, bank in enumerate(handle.block.banks):
-            layer = bank.deepspeed_moe
-            for local, expert in enumerate(bank.local_experts):
-                k = number * bank.num_experts + bank.first_local(run.ep_rank) + local
-                if not _watched(handle.experts[k], config.policy):
+    places, rank = gather_objects(run.ep_rank), world()[0]
+    replicas = [other for other, place in enumerate(places) if place == run.ep_rank]
+    values: dict[tuple[int, int], float] = {}
+    failures: list[str] = []
+    for handle, number, bank in _banks(run):
+        sampled = bank.deepspeed_moe.expert_rows.found()
+        facts.sampled.setdefault(handle.index, []).extend(sampled)
+        full = [k for k, rows in enumerate(sampled) if rows == run.config.freeze.rows]
+        full = [k for k in full if _watched(handle.experts[number * bank.num_experts + k], run.config.freeze.policy)]
+        if not full:
+            continue
+        device = next(bank.parameters()).device
+        merged = bank.deepspeed_moe.expert_rows.merged(full, handle.block.hidden_size, device)
+        facts.bytes += merged.numel() * merged.element_size()
+        for turn, k in enumerate(full):
+            local, name = k - bank.first_local(run.ep_rank), number * bank.num_experts + k
+            if not 0 <= local < len(bank.local_experts):
+                continue
+            with on_its_own(bank.local_experts[local]):  # by all that share it, though one of them measures
+                if replicas[turn % len(replicas)] != rank:
                     continue
-                rows = layer.rows[local]
-                with on_its_own(expert):  # by all that share it, also by those whose rows are too few
-                    if rows is None or len(rows) < MIN_EXPERT_ROWS:
-                        continue
-                    norm = squares.get(expert_unit(handle.block, k), 0.0)
-                    try:
-                        value, _ = top_eigenpair(expert, rows.float(), iterations=config.iterations)
-                    except (MocteError, RuntimeError) as error:
-                        failure = f"the trainability of expert {k} of {handle.name} cannot be measured: {error}"
-                        continue
-                    measured[handle.index, k] = (value / rows.shape[0], rows.shape[0], norm)
-    everywhere = gather_objects(measured)
+                try:
+                    values[handle.index, name] = _lambda(run, bank.local_experts[local], merged[turn])
+                except (MocteError, RuntimeError) as error:
+                    failures.append(f"the trainability of expert {name} of {handle.name} cannot be measured: {error}")
+    everywhere = gather_objects((values, failures))
     # Experts are spread over the ranks: one that stopped alone would leave the others waiting.
-    failures = [text for text in gather_objects(failure) if text]
-    if failures:
-        raise MocteError(failures[0])
+    for _, texts in everywhere:
+        if texts:
+            raise MocteError(texts[0])
+    values = {key: value for part, _ in everywhere for key, value in part.items()}
+    _remember(run, found, values)
+    facts.seconds, facts.bytes = time.perf_counter() - started, facts.bytes + _BYTES * len(values)
+    return facts
+
+
+def _banks(run: RunState) -> Iterator[tuple[BlockHandle, int, Bank]]:
+    """The banks whose experts run, with their number in their block."""
     for handle in run.blocks:
-        for k, expert in enumerate(handle.experts):
-            parts = [part[handle.index, k] for part in everywhere if (handle.index, k) in part]
-            if parts:
-                own, fair = _progress_of(found.progress.get(handle.index), handle.block, k)
-                probe = Probe(
-                    step=run.step,
-                    share=run.share,
-                    value=sum(part[0] for part in parts) / len(parts),
-                    tokens=sum(part[1] for part in parts),
-                    gradient_norm=sum(part[2] for part in parts) ** 0.5,
-                    progress=own,
-                    fair=fair,
-                )
-                expert.history.append(probe)
-    return time.perf_counter() - started, _BYTES * sum(len(part) for part in everywhere)
+        if handle.mode is not BlockMode.WARMUP:
+            for number, bank in enumerate(handle.block.banks):
+                yield handle, number, bank
+
+
+def _lambda(run: RunState, expert: nn.Module, rows: Tensor) -> float:
+    """Largest eigenvalue of the expert's kernel over the number of rows."""
+    value = top_eigenpair(expert, rows, iterations=run.config.freeze.iterations)[0] / len(rows)
+    if not math.isfinite(value):
+        raise MocteError(f"it is {value}; some weights are NaN, infinite or too large.")
+    return value
+
+
+def _remember(run: RunState, found: ProgressFacts, values: dict[tuple[int, int], float]) -> None:
+    """A probe for each value (collective)."""
+    norms = gradient_norms(run)
+    for (index, k), value in sorted(values.items()):
+        handle = run.blocks[index]
+        own, fair = _progress_of(found.progress.get(index), handle.block, k)
+        probe = Probe(
+            step=run.step,
+            share=run.share,
+            value=value,
+            tokens=run.config.freeze.rows,
+            gradient_norm=norms.get(expert_unit(handle.block, k), 0.0),
+            progress=own,
+            fair=fair,
+        )
+        handle.experts[k].history.append(probe)
+
+
+def gradient_norms(run: RunState) -> dict[str, float]:
+    """L2 norm of each unit's gradient at the last step, from the partitions of all ranks (collective)."""
+    squares: dict[str, float] = defaultdict(float)
+    for part in gather_objects(dict(run.optimizer.unit_square_norms)):
+        for unit, value in part.items():
+            squares[unit] += value
+    return {unit: value**0.5 for unit, value in squares.items()}
 
 
 def _progress_of(progress: list[float] | None, block: Block, k: int) -> tuple[float | None, float | None]:

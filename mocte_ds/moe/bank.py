@@ -10,22 +10,24 @@ from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.moe.balance import Balance, with_loss
 from mocte_ds.moe.context import BatchContext, ForwardState, Look
 from mocte_ds.moe.dispatch import route_through
+from mocte_ds.moe.expert_rows import ExpertRows
 from mocte_ds.moe.gate import ClusterGate
 
 
 class ClusterMOELayer(MOELayer):
     """DeepSpeed's MOELayer with our dispatch: the engine finds it, its groups and its experts by DeepSpeed's names."""
 
-    def __init__(self, gate: ClusterGate, stock: MOELayer, context: BatchContext, keep_rows: int) -> None:
+    def __init__(
+        self, gate: ClusterGate, stock: MOELayer, context: BatchContext, expert_rows: ExpertRows | None
+    ) -> None:
         super().__init__(gate, stock.experts, stock.ep_group_name, stock.ep_size, stock.num_local_experts)
-        self.context, self.keep_rows = context, keep_rows
+        self.context, self.expert_rows = context, expert_rows
         num_experts = stock.ep_size * stock.num_local_experts
         self.routed = torch.zeros(num_experts, dtype=torch.int64)
         self.step_load = torch.zeros(num_experts, dtype=torch.int64)
         """(E,) of :attr:`routed`, what the optimizer step that goes on has added on this rank."""
         self.share = torch.full((num_experts,), 1.0 / num_experts)
         """(E,) share of the tokens that each expert got in the last optimizer step, all ranks together."""
-        self.rows: list[Tensor | None] = [None] * stock.num_local_experts
         self.by_source: Tensor | None = None
         """(S, E) tokens of each source and expert while the controller samples."""
         self.exp_counts: Tensor | None = None
@@ -55,10 +57,11 @@ class ClusterMOELayer(MOELayer):
             self.routed.numel(),
             self.ep_group,
             self.ep_size,
-            self._keep if counts_now and state.sampling else None,
         )
         if counts_now:
             self._count(index, counts, counted, state)
+            if state.sampling and self.expert_rows is not None:
+                self.expert_rows.offer(features, index, *state.places(hidden.shape, index.device))
         if state.look is not None and not again:
             self._record(index, state.look)
         if weight is not None:
@@ -116,17 +119,9 @@ class ClusterMOELayer(MOELayer):
 
     def clear_samples(self) -> None:
         """Forget rows and sources, so that the next check sees today's weights."""
-        self.rows = [None] * len(self.rows)
         self.by_source = None
-
-    def _keep(self, expert: int, rows: Tensor) -> None:
-        """Remember up to ``keep_rows`` of the newest rows of an expert, spread evenly over the micro-batch."""
-        if not rows.shape[0]:
-            return
-        step = max(1, rows.shape[0] // self.keep_rows)
-        new = rows.detach()[::step][: self.keep_rows].clone()
-        old = self.rows[expert]
-        self.rows[expert] = new if old is None else torch.cat([new, old])[: self.keep_rows]
+        if self.expert_rows is not None:
+            self.expert_rows.clear()
 
 
 class Bank(MoE):
@@ -153,7 +148,9 @@ class Bank(MoE):
         """
         super().__init__(hidden_size, expert, config.num_experts, config.ep_size, k=1, drop_tokens=False)
         gate = ClusterGate(hidden_size, config.num_experts, router, vocab_size)
-        self.deepspeed_moe = ClusterMOELayer(gate, self.deepspeed_moe, context, config.freeze.rows)
+        watched = config.freeze.policy != "off"
+        rows = ExpertRows(config.num_experts, config.freeze.rows, config.seed) if watched else None
+        self.deepspeed_moe = ClusterMOELayer(gate, self.deepspeed_moe, context, rows)
         for parameter in self.parameters():
             parameter.requires_grad_(False)  # dormant until emergence
 

@@ -169,6 +169,26 @@ class ForwardState:
             place = place % self.micro_batch + place // self.micro_batch * _BEYOND
         return self.first_sequence + place
 
+    def places(self, shape: torch.Size | tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where in the run the tokens of features (B, T, d) or (n, d) stand.
+
+        Places are counted among real tokens: how far a sequence is padded depends on what it is batched with.
+
+        Returns:
+            (B, T) number of each token's sequence, (B, T) its place in it, and (B, T) False for padding or None.
+        """
+        counted, batch, length = self.counted(shape), 1, 1
+        for size in shape[:-1]:
+            length *= size
+        if len(shape) == 3:
+            batch, length = shape[0], shape[1]
+        elif self.ids is not None and self.ids.dim() == 2 and self.ids.numel() == length:
+            batch, length = self.ids.shape
+        real = None if counted is None else counted.reshape(batch, length).to(device)
+        sequence = self.sequences(batch, device)[:, None].expand(batch, length)
+        place = torch.arange(length, device=device).expand(batch, length) if real is None else real.cumsum(dim=1) - 1
+        return sequence, place, real
+
     def first_visit(self, block: object) -> bool:
         """Whether a block runs for the first time in this pass."""
         known = id(block) in self._seen

@@ -96,11 +96,7 @@ class SampleStream:
 
     def _choose(self, state: ForwardState, batch: int, length: int, device: torch.device) -> _Batch:
         known = state.tokens((batch, length, 1))
-        real = state.counted((batch, length, 1))
-        real = None if real is None else real.to(device)
-        sequence = state.sequences(batch, device)[:, None].expand(batch, length)
-        # Places among real tokens: how far a sequence is padded depends on what it is batched with.
-        place = torch.arange(length, device=device).expand(batch, length) if real is None else real.cumsum(dim=1) - 1
+        sequence, place, real = state.places((batch, length, 1), device)
         ids = known.ids.to(device) if known.ids is not None else torch.full((batch, length), -1, device=device)
         domain = state.domain.to(device) if state.domain is not None else torch.full((batch,), -1, device=device)
         source = domain[:, None].expand(batch, length)

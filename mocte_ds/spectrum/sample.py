@@ -98,6 +98,11 @@ class Selection:
         """(c,) where the rows of these keys lie, among :attr:`room` slots."""
         self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
 
+    @property
+    def hashes(self) -> Tensor:
+        """(c,) seeded hashes of what is kept, ascending."""
+        return self._order
+
     @torch.no_grad()
     def offer(self, keys: Tensor) -> Update | None:
         """Choose from a batch.

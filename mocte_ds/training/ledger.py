@@ -1,11 +1,11 @@
 """Counts every FLOP of a run: forward, both halves of the backward pass, and everything that MO-CTE adds or saves.
 
-A multiply-add counts as two. Attention counts the full T x T scores (what the plain kernel computes). Norms,
-activations, softmax and the optimizer are left out, as is usual; the tests compare the dense decoder with
-torch's FlopCounterMode.
+Steps are counted by formula, checks as they happen (mocte_ds/controller/flops.py). A multiply-add counts as two.
+Attention counts the full T x T scores (what the plain kernel computes). Norms, activations, softmax and the optimizer
+are left out, as is usual. The tests compare every part with torch's FlopCounterMode.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ class Ledger:
     """Gradients of frozen experts' weights, which were not computed."""
     prefix_saved: float = 0.0
     """The rest of the backward pass through the frozen front of the model, which was not computed."""
+    recompute: float = 0.0
+    """Forward passes again, in the backward pass, with activation checkpointing."""
     routing: float = 0.0
     """Gates."""
     sampling: float = 0.0
@@ -34,11 +36,11 @@ class Ledger:
     spectrum: float = 0.0
     """Sampled SVDs and their certificates."""
     clusters: float = 0.0
-    """Detection and balanced k-means."""
+    """Detection and balanced k-means; at emergence the gate, and the block's output before and after."""
     trainability: float = 0.0
     """Products with the neural-tangent kernel."""
     progress: float = 0.0
-    """Forward passes over the probe set."""
+    """Passes over the probe set."""
     validation: float = 0.0
     """Forward passes of validation; not part of the training total."""
     parts: dict[str, float] = field(default_factory=dict, repr=False)
@@ -46,8 +48,8 @@ class Ledger:
     @property
     def total(self) -> float:
         """Everything but validation."""
-        spent = ("forward", "dgrad", "wgrad", "routing", "sampling", "spectrum", "clusters", "trainability", "progress")
-        return sum(getattr(self, name) for name in spent)
+        spent = "forward dgrad wgrad recompute routing sampling spectrum clusters trainability progress"
+        return sum(getattr(self, name) for name in spent.split())
 
     def to_dict(self) -> dict[str, float]:
         """Totals by component."""
@@ -67,6 +69,7 @@ class Ledger:
         config: MocteConfig | None,
         blocks: Sequence[dict[str, Any]],
         frozen_layers: int = 0,
+        sampled: bool = True,
     ) -> None:
         """Add one optimizer step.
 
@@ -78,35 +81,51 @@ class Ledger:
             blocks: for each block "layer", "mode" and, for each expert, "experts" (modes) and "load" (tokens of this
                 step).
             frozen_layers: of the front; the embeddings are frozen with the first.
+            sampled: whether a check wants the features of this step.
         """
         matrices = 2.0 * matmul_parameters(model) * tokens
         scores = 4.0 * context * model.query_size * model.num_layers * tokens
         self.forward += matrices + scores
         self.dgrad += matrices + 2 * scores
         self.wgrad += matrices
-        if config is None:
-            return
-        # Matrices of a gate: a linear prior, and forward, input and weight gradient of a learned residual.
-        gates = sum((router.kind in ("token", "prefix", "random")) + 3 * router.learn for router in config.routers)
-        for block in blocks:
+        emerged: dict[int, float] = {}
+        for block in blocks if config is not None else ():
             if block["mode"] == "warmup":
                 continue
-            each = expert_flops(model, config, block["layer"])
-            self.routing += 2.0 * config.num_experts * model.hidden_size * tokens * gates
-            # Beside one FFN a token, which the matrices above have.
-            added = each * sum(block["load"])
-            if config.expert.kind == "ffn":
-                several = any(router.top_k > 1 for router in config.routers)
-                added = added - 2.0 * ffn_parameters(model, block["layer"]) * tokens if several else 0.0
+            layer = block["layer"]
+            gates = gate_flops(model, config, tokens)
+            self.routing += gates.forward + (
+                0.0 if layer < frozen_layers else gates.backward(block["mode"] == "locked")
+            )
+            added = added_flops(model, config, layer, tokens, sum(block["load"]))
             self.forward += added
             self.dgrad += added
             self.wgrad += added
             frozen = sum(n for n, mode in zip(block["load"], block["experts"], strict=True) if mode == "frozen")
-            self.wgrad -= each * frozen
-            self.wgrad_saved += each * frozen
-        self.sampling += 2.0 * model.hidden_size * tokens * len(blocks)
+            saved = expert_flops(model, config, layer) * frozen
+            self.wgrad -= saved
+            self.wgrad_saved += saved
+            emerged[layer] = added + gates.forward
+        if model.activation_checkpointing:
+            self._recompute(model, tokens, context, emerged, frozen_layers)
+        if config is None:
+            return
+        self.sampling += 2.0 * model.hidden_size * tokens * len(blocks) * sampled
         if frozen_layers:
             self._freeze_front(model, tokens, context, config, blocks, frozen_layers)
+
+    def _recompute(
+        self, model: DecoderConfig, tokens: int, context: int, emerged: Mapping[int, float], frozen_layers: int
+    ) -> None:
+        """Layers that run again in the backward pass.
+
+        A dense FFN's last matrix is left out: nothing in the backward pass reads what it gives, and torch stops there.
+        Where experts have emerged their outputs are put into the order of the tokens, which is behind it.
+        """
+        for layer in range(frozen_layers, model.num_layers):
+            flops = 2.0 * layer_parameters(model, layer) + 4.0 * context * model.query_size
+            last = 0 if layer in emerged else model.hidden_size * model.ffn_size(layer)
+            self.recompute += (flops - 2.0 * last) * tokens + emerged.get(layer, 0.0)
 
     def _freeze_front(
         self,
@@ -133,29 +152,63 @@ class Ledger:
         self.wgrad -= wgrad
         self.prefix_saved += dgrad + wgrad
 
-    def check(self, model: DecoderConfig, config: MocteConfig, event: dict[str, Any], context: int) -> None:
-        """Add one check, from the sizes in its event."""
-        d = model.hidden_size
-        probe = event["probe"]
-        self.progress += probe["passes"] * probe["tokens"] * forward_flops(model, context)
-        q = config.spectrum.rank + 8
-        for block in event["blocks"]:
-            for rows in (block["rows"], block["documents"]):
-                # Two products a pass, one pass warm; Rayleigh-Ritz over two blocks; the certificate repeats both cold.
-                self.spectrum += 4.0 * rows * d * q * (1 + 1) + 4.0 * rows * d * q * (3 + 1)
-            m, r = block["documents"], config.spectrum.rank
-            self.clusters += 3.0 * m * m * r + 20 * 2.0 * m * config.num_experts * r
-            f = expert_width(model, config, int(block["name"].split(".")[2]))  # model.layers.N.mlp
-            for expert in block["experts"]:
-                n = expert["rows"]
-                # One forward and X X^T, then per iteration: v W2, back through W2, and two (n, n) x (n, f) products.
-                once = 6.0 * n * d * f + 2.0 * n * n * d
-                each = 4.0 * n * d * f + 6.0 * n * n * f
-                self.trainability += once + config.freeze.iterations * each
+    def counted(self, flops: Mapping[str, float]) -> None:
+        """Add what a check or a change counted while it worked, by part."""
+        for part, value in flops.items():
+            setattr(self, part, getattr(self, part) + value)
 
-    def validate(self, model: DecoderConfig, tokens: int, context: int) -> None:
-        """Add the forward passes of a validation."""
+    def validate(
+        self,
+        model: DecoderConfig,
+        tokens: int,
+        context: int,
+        config: MocteConfig | None = None,
+        blocks: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Add the forward passes of a validation; arguments as for :meth:`step`, without loads."""
         self.validation += forward_flops(model, context) * tokens
+        for block in blocks if config is not None else ():
+            if block["mode"] != "warmup":
+                load = tokens * sum(router.top_k for router in config.routers)
+                self.validation += added_flops(model, config, block["layer"], tokens, load)
+                self.validation += gate_flops(model, config, tokens).forward
+
+
+@dataclass(frozen=True)
+class GateFlops:
+    """Of the gates of a block."""
+
+    forward: float
+    by_weight: float
+    """Gradients of what learns."""
+    by_input: float
+    """Gradients of the features, through what learns."""
+
+    def backward(self, locked: bool) -> float:
+        """FLOPs of the backward pass; a locked block's router trains no more."""
+        return self.by_input + (0.0 if locked else self.by_weight)
+
+
+def gate_flops(model: DecoderConfig, config: MocteConfig, tokens: int) -> GateFlops:
+    """Matrices of (E, d): a linear prior, a learned residual, and their gradients.
+
+    The features' gradient comes through the residual; through the prior only where it is chance, see ClusterGate.
+    """
+    matrix = 2.0 * config.num_experts * model.hidden_size * tokens
+    routers = config.routers
+    forward = sum((router.kind in ("token", "prefix", "random")) + router.learn for router in routers)
+    learned = sum(router.learn for router in routers)
+    by_chance = sum(router.learn and router.kind == "random" for router in routers)
+    return GateFlops(forward * matrix, learned * matrix, (learned + by_chance) * matrix)
+
+
+def added_flops(model: DecoderConfig, config: MocteConfig, layer: int, tokens: int, load: float) -> float:
+    """What the forward pass of a block's experts costs beside that of the dense FFN, for ``load`` routed tokens."""
+    added = expert_flops(model, config, layer) * load
+    if config.expert.kind == "lora":
+        return added
+    several = any(router.top_k > 1 for router in config.routers)
+    return added - 2.0 * ffn_parameters(model, layer) * tokens if several else 0.0
 
 
 def forward_flops(model: DecoderConfig, context: int) -> float:

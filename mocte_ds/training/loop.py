@@ -133,7 +133,8 @@ class Trainer:
             step = metrics["step"]
             if step % self.run.validate_every == 0 or step == t.steps:
                 metrics["validation"] = self.validation.losses(self.engine)
-                self.ledger.validate(self.run.model, self.validation.tokens, self.run.context)
+                tokens, blocks = self.validation.tokens, self._modes()[0]
+                self.ledger.validate(self.run.model, tokens, self.run.context, self.config, blocks)
             now = time.perf_counter()
             metrics["seconds"], started = now - started, now
             self.telemetry.step(metrics)
@@ -201,7 +202,9 @@ class Trainer:
         """
         loads = self.engine.mocte.expert_load() if self.config else []
         blocks = [{**block, "load": counts} for block, counts in zip(blocks, loads, strict=True)]
-        self.ledger.step(self.run.model, self.run.training.batch_tokens, self.run.context, self.config, blocks, frozen)
+        sampled = bool(self.config) and self.engine.mocte.samples_after(self.engine.global_steps - 1)
+        tokens = self.run.training.batch_tokens
+        self.ledger.step(self.run.model, tokens, self.run.context, self.config, blocks, frozen, sampled)
         return loads or None
 
     def _require_finite(self, what: str, value: float, step: int | None = None) -> None:
@@ -264,8 +267,7 @@ class Trainer:
                 logging.getLogger("mocte_ds").warning(text)
 
     def _mocte_event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "check":
-            self.ledger.check(self.run.model, self.config, event, self.run.context)
+        self.ledger.counted(event.get("flops", {}))
         self.telemetry.event(event)
 
     def _event(self, name: str, **facts: Any) -> None:

@@ -1,10 +1,10 @@
 """The folder of a run: where a resumed run goes on, and which checkpoints stay."""
 
+import contextlib
 import json
 import os
 import platform
 import re
-import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.place import PARTIAL, resolve_tag
 from mocte_ds.errors import CheckpointError, ConfigError, MocteError
 from mocte_ds.ownership import put
+from mocte_ds.ownership.workshop import begin, discard
 
 TOOL = "pretrain"
 _TAG = re.compile(r"step(0|[1-9][0-9]{0,17})")
@@ -77,7 +78,9 @@ def prune_checkpoints(folder: Path, keep: int) -> list[str]:
             # In one move, so that what is left of it when the process is killed has the name of a leftover.
             aside = path.with_name(PARTIAL.format(path.name))
             os.rename(path, aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a full disk
+                begin(aside)
+            discard(aside)
     oldest = min((checkpoint_step(path.name) or 0 for path in ours[:keep]), default=0)
     old = sorted(path for path in foreign if (checkpoint_step(path.name) or 0) < oldest)
     return [f"{path} stays: {foreign[path]}" for path in old]

@@ -49,6 +49,8 @@ class UnitOptimizer(ZeROOptimizer):
         self._expert_buckets: dict[torch.dtype, Any] = {}
         self._in_expert_bucket = False
         self._unit_squares: tuple[list[str], Tensor] | None = None
+        self._gradient_scale = 1.0
+        """fp16's loss scale in the gradients of this step; the step itself may change it."""
         self.rate_factors: dict[str, float] = {}
         """Part of the learning rate that a unit gets; 1 for units that are not named."""
         self.step_rates: dict[str, float] = {}
@@ -148,6 +150,7 @@ class UnitOptimizer(ZeROOptimizer):
         for group in slowed:
             group["lr"] *= self.rate_factors[group["unit"]]
         self.step_rates = {group["unit"]: group["lr"] for group in self.optimizer.param_groups}
+        self._gradient_scale = float(self.loss_scale)
         try:
             return super().step(closure)
         finally:
@@ -177,7 +180,7 @@ class UnitOptimizer(ZeROOptimizer):
 
     @property
     def unit_square_norms(self) -> dict[str, float]:
-        """Sum of squares of each unit's gradient at the last step, this rank's partition only."""
+        """Sum of squares of each unit's gradient at the last step, this rank's partition only, without a loss scale."""
         found: dict[str, float] = defaultdict(float)
         if self._unit_squares is not None:
             units, squares = self._unit_squares
@@ -199,7 +202,7 @@ class UnitOptimizer(ZeROOptimizer):
         for number in range(len(groups)):
             for gradient in self._gradients_of(number):
                 squares[number] += gradient.detach().float().square().sum().to(device)
-        self._unit_squares = ([group["unit"] for group in groups], squares)
+        self._unit_squares = ([group["unit"] for group in groups], squares / self._gradient_scale**2)
         total = squares.sum()
         dist.all_reduce(total, group=self.dp_process_group)
         norm = total.sqrt()

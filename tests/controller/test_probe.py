@@ -148,32 +148,57 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
     for handle in run.blocks:
         for expert in handle.experts:
             expert.mode = ExpertMode.TRAINING
+        handle.refresh_mode()
     progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T))
     progress.probe.offer((), {"input_ids": IDS}, 0, BATCH)
     progress.probe.finish()
     progress.remember_routes(run, {0, 1})
-    first = progress.measure(run)
+    first = progress.measure(run, True)
     assert first.progress == {} and first.churn == {0: [0.0], 1: [0.0]} and sum(first.load[0]) == 3 * T
     assert first.imbalance[1] == [pytest.approx(max(first.load[1]) / (3 * T / 4))]
+    assert progress.measure(run, False).passes == 1
     before = progress.probe.read(made, blocks, torch.device("cpu"))
-    with torch.no_grad():
-        for p in blocks[1].banks[0].local_experts[2].parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    second = progress.measure(run)
+
+    def learn(block: int, expert: int) -> None:
+        with torch.no_grad():
+            for p in blocks[block].banks[0].local_experts[expert].parameters():
+                p.add_(0.3 * torch.randn_like(p))
+
+    learn(1, 2)
+    second = progress.measure(run, True)
     now = progress.probe.read(made, blocks, torch.device("cpu"))
     gain = (before.losses - now.losses).nan_to_num()
     total = int(torch.isfinite(now.losses).sum())
-    for i in range(2):
-        own = [float(gain[now.routes[i, 0] == k].sum()) / total for k in range(4)]
-        assert second.progress[i] == pytest.approx(own, abs=1e-12)
-    assert any(second.progress[1]) and second.passes == 2
+    own = [float(gain[now.routes[1, 0] == k].sum()) / total for k in range(4)]
+    assert second.progress[1] == pytest.approx(own, abs=1e-12) and any(own)
     assert [p != 0 for p in second.progress[1]] == [k == 2 for k in range(4)], "only that expert's tokens changed"
+    assert second.progress[0] == [0.0] * 4, "a block that has not changed has learned nothing"
+    assert second.passes == 3, "today's, and one for each block"
+    # Both have learned: each gets what its own rollback costs, with the other as it is today.
+    old = {name: [p.clone() for p in unit.parameters] for name, unit in units.items()}
+    for block in (0, 1):
+        learn(block, 1)
+    third = progress.measure(run, True)
+    now = progress.probe.read(made, blocks, torch.device("cpu"))
+    for i in range(2):
+        kept = {name: [p.clone() for p in unit.parameters] for name, unit in units.items()}
+        with torch.no_grad():
+            for name in (expert_unit(blocks[i], k) for k in range(4)):
+                for p, value in zip(units[name].parameters, old[name], strict=True):
+                    p.copy_(value)
+            alone = progress.probe.read(made, blocks, torch.device("cpu"))
+            for name, unit in units.items():
+                for p, value in zip(unit.parameters, kept[name], strict=True):
+                    p.copy_(value)
+        gain = (alone.losses - now.losses).nan_to_num()
+        own = [float(gain[now.routes[i, 0] == k].sum()) / total for k in range(4)]
+        assert third.progress[i] == pytest.approx(own, abs=1e-12)
     with torch.no_grad():
         blocks[0].banks[0].gate.key.cluster_weight.copy_(torch.randn(4, 16))
-    moved = progress.measure(run)
+    moved = progress.measure(run, False)
     again = progress.probe.read(made, blocks, torch.device("cpu"))
     assert moved.churn[0] == [pytest.approx(float((again.routes[0, 0] != before.routes[0, 0]).float().mean()))]
-    assert moved.churn[0][0] > 0.3
+    assert moved.churn[0][0] > 0.3 and moved.progress == {} and moved.passes == 1
 
 
 def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:

@@ -90,7 +90,11 @@ def test_checkpoint_of_another_config_or_torn(tmp_path):
         ({"zero_optimization": {}}, "stage = 0: use stage 1, 2 or 3"),
         ({"optimizer": None}, 'no "optimizer"'),
         ({"mocte": None}, 'no "mocte" block'),
-        ({"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype is not supported"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype = 'bf16': only 'fp32' is supported"),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}},
+            "'fp32' with bf16 is not supported at ZeRO stage 1",
+        ),
     ],
 )
 def test_wrong_deepspeed_config_is_refused_before_any_work(change, message):

@@ -56,7 +56,7 @@ def run(recompute: bool, block: dict[str, Any]) -> dict[str, Any]:
         "hashes": [reservoir.merged_keys() for c in collectors for reservoir in (c._tokens, c._documents)],
         "routed": [layer.routed for layer in layers],
         "by_source": [layer.by_source for layer in layers],
-        "expert_rows": [rows for layer in layers for rows in layer.rows],
+        "expert_rows": [rows for layer in layers for rows in layer.expert_rows.state_dict()["rows"]],
         "load": engine.mocte.expert_load(),
         "weights": [parameter.detach().clone() for parameter in engine.module.parameters()],
     }

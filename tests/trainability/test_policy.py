@@ -118,6 +118,91 @@ def test_random_is_a_coin_that_everybody_sees_alike() -> None:
     assert 0.4 < half < 0.6 and 0.66 < late < 0.84
 
 
+@pytest.mark.parametrize("born", [0.1, 0.3, 0.6])
+def test_random_freezes_half_by_half_way_whatever_the_birth(born: float) -> None:
+    for every in (0.008, 0.02):  # how often checks come does not matter
+        counts = [0, 0]
+        for k in range(2000):
+            frozen_at = 1.0
+            probes = [Probe(i, born + every * i, 1.0, 64, 1.0) for i in range(int((1 - born) / every))]
+            for n in range(5, len(probes) + 1):
+                if (
+                    policy("random").decide(probes[n - 8 if n > 8 else 0 : n], born, [], (0, k), False).action
+                    == "freeze"
+                ):
+                    frozen_at = probes[n - 1].share
+                    break
+            counts[0] += frozen_at <= born + (UNTIL - born) / 2 + 1e-9
+            counts[1] += frozen_at <= UNTIL
+        # A check comes up to its distance late.
+        late = every / (UNTIL - born)
+        assert 0.46 - late < counts[0] / 2000 < 0.54 and 0.71 - late < counts[1] / 2000 < 0.79
+
+
+@pytest.mark.parametrize("name", ["trainability", "paper", "inverted", "grad-norm", "progress"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_no_policy_decides_on_what_is_not_finite(name: str, bad: float) -> None:
+    def probes(values: list[float]) -> list[Probe]:
+        rule = policy(name)
+        made = history(values, values)
+        return [replace(p, progress=0.001 * p.value, fair=1.0) for p in made] if rule.name == "progress" else made
+
+    quiet = [100.0, 80.0, 50.0, 25.0] + [10.0] * 12
+    rising = [10.0 * 1.3**i for i in range(16)]
+    good = rising if name == "inverted" else quiet
+    rule = policy(name, after_checks=1)
+    assert rule.decide(probes(good), 0.1, [100.0], (0, 0), False).action == "freeze"
+    # The newest is bad: nothing is decided, neither to freeze nor to thaw.
+    for frozen in (False, True):
+        assert rule.decide(probes([*good, bad]), 0.1, [100.0], (0, 0), frozen).action == "keep"
+    # One between is left out: the same as if it had not been measured.
+    place = len(good) // 2
+    mixed = probes([*good[:place], bad, *good[place:]])
+    without = [probe for i, probe in enumerate(mixed) if i != place]
+    peers = [100.0, bad]
+    assert rule.decide(mixed, 0.1, peers, (0, 0), False) == rule.decide(without, 0.1, [100.0], (0, 0), False)
+    assert rule.decide([], 0.1, peers, (0, 0), False).action == "keep"
+    for never in (probes([bad] * 12), history([0.0] * 12, [0.0] * 12)):
+        assert rule.decide(never, 0.1, [bad, 0.0], (0, 0), False).action == "keep"
+        assert rule.decide(never, 0.1, peers, (0, 0), True).action == "keep"
+
+
+def test_probes_of_other_numbers_of_rows_are_not_compared() -> None:
+    """lambda over n of one and the same expert falls with n: many more rows would look like an expert that is done."""
+    few = [replace(probe, tokens=16) for probe in history([70.0] * 5)]
+    many = [replace(probe, tokens=256, step=probe.step + 20) for probe in history([5.0] * 8, first=0.14)]
+    for name in ("trainability", "paper", "inverted", "progress"):
+        assert policy(name).decide([*few, *many], 0.1, [5.0], (0, 0), False).action == "keep", name
+        assert policy(name).decide([*many, *few[:2]], 0.1, [70.0], (0, 0), True).action == "keep", name
+    # After five probes on as many rows as now, decisions are those of these alone.
+    falling = history(FALLING)
+    mixed = [*few, *[replace(probe, step=probe.step + 20) for probe in falling]]
+    assert first_freeze(policy(), mixed) == len(few) + first_freeze(policy(), falling)
+
+
+def test_rounding_is_not_taken_for_learning() -> None:
+    noise = [5.0 * (1 + 1e-6 * (-1) ** i * (i % 3)) for i in range(20)]
+    assert rate(noise) == 0.0
+    assert first_freeze(policy("inverted", beta=0.01), history(noise)) is None
+
+
+def test_a_change_by_hand_is_not_undone_by_what_was_measured_before() -> None:
+    # Frozen at its peak: the probes that would thaw it are all older.
+    peak = history([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert policy().decide(peak, 0.1, [], (0, 0), True).action == "thaw"
+    for n in range(3):
+        later = peak + [replace(p, step=100 + i) for i, p in enumerate(history([6.0] * n, first=0.15))]
+        assert policy().decide(later, 0.1, [], (0, 0), True, since=peak[-1].step).action == "keep"
+    # Thawed while its lambda is low: it gets as many checks as a new one.
+    low = history(FALLING)
+    assert policy().decide(low, 0.1, [], (0, 0), False).action == "freeze"
+    actions = []
+    for n in range(7):
+        after = [replace(p, step=200 + i) for i, p in enumerate(history([10.0] * n, first=0.4))]
+        actions.append(policy().decide(low + after, 0.1, [], (0, 0), False, since=150).action)
+    assert actions == ["keep"] * 5 + ["freeze"] * 2
+
+
 def test_thaw() -> None:
     low, back = FALLING[:10], [60.0, 60.0, 60.0, 60.0, 60.0]
     rule = policy()

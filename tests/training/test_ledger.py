@@ -1,5 +1,6 @@
 """The ledger's formulas against torch's FlopCounterMode, which counts the real products of matrices."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -114,6 +115,57 @@ def test_round_trip() -> None:
     other = Ledger()
     other.load(ledger.to_dict())
     assert other == ledger and other.to_dict()["total"] == ledger.total > 0
+
+
+ROUTERS = {
+    "hard": {"kind": "token"},
+    "learned": {"kind": "token", "weight": "softmax", "learn": True},
+    "chance, learned": {"kind": "random", "weight": "softmax", "learn": True},
+    "two of them": {"kind": "random", "weight": "softmax", "learn": True, "top_k": 2, "normalise": True},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("kind", ["dense", "warmup", "ffn", "lora"])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("locked", [False, True], ids=["", "locked"])
+def test_every_kind_of_step(router: str, kind: str, recompute: bool, locked: bool) -> None:
+    """One step, forward and backward, and a validation pass; locked: no expert and no router trains any more."""
+    if kind in ("dense", "warmup") and (router != "hard" or locked):
+        pytest.skip("no router")
+    sizes = replace(LLAMA, activation_checkpointing=recompute)
+    model = Decoder(sizes).to(torch.bfloat16)
+    expert = {"kind": "lora", "width": 12} if kind == "lora" else {}
+    values = {"modules": "model.layers.*.mlp", "num_experts": 4, "router": ROUTERS[router], "expert": expert}
+    config = None if kind == "dense" else MocteConfig.from_dict(values)
+    blocks = attach(model, config) if config else []
+    for block in blocks if kind != "warmup" else []:
+        set_random_gate(block, config)
+        block.mode = BlockMode.SPECIALISING
+        block.banks.requires_grad_(not locked)
+        block.context.micro_step = 1
+    mode = "warmup" if kind == "warmup" else "locked" if locked else "specialising"
+    model.train()
+    with patch.object(dispatch, "_CPU_ROW_MULTIPLE", 1):
+        found = counted(model, backward=True)
+        loads = [block.banks[0].deepspeed_moe.routed.tolist() for block in blocks]
+        model.eval()
+        forward = counted(model, backward=False)
+    modes = ["frozen" if locked else "training"] * 4
+    rows = [{"layer": i, "mode": mode, "experts": modes, "load": load} for i, load in enumerate(loads)]
+    ledger = Ledger()
+    ledger.step(sizes, TOKENS, CONTEXT, config, rows, sampled=False)
+    assert ledger.total == found and (ledger.recompute > 0) == recompute
+    ledger.validate(sizes, TOKENS, CONTEXT, config, rows)
+    assert ledger.validation == forward
+
+
+def test_recompute_stops_where_the_front_is_frozen() -> None:
+    sizes = replace(LLAMA, activation_checkpointing=True)
+    whole, front = Ledger(), Ledger()
+    whole.step(sizes, TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP)
+    front.step(sizes, TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP, 1)
+    assert front.recompute == whole.recompute / 2
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -38,6 +38,8 @@ class Case:
     overlap: bool = False
     offload: bool = False
     bf16: bool = False
+    sums: bool = False
+    """Gradients of micro-batches are added up in fp32."""
     optimizer: str = "torch"
     """`torch` (AdamW), `fused` or `cpu`: DeepSpeed's."""
     schedule: str = "none"
@@ -56,7 +58,7 @@ class Case:
 
     def __str__(self) -> str:
         marks = [f"ranks{self.world}-ep{self.ep}-zero{self.stage}-bucket{self.bucket}"]
-        marks += [name for name in ("overlap", "offload", "bf16") if getattr(self, name)]
+        marks += [name for name in ("overlap", "offload", "bf16", "sums") if getattr(self, name)]
         marks += [f"persist{self.persist}"] if self.persist else []
         marks += [f"live{self.live}"] if self.live < 10**9 else []
         marks += [f"parts{self.parts}"] if self.parts < 10**12 else []
@@ -140,6 +142,8 @@ def config(case: Case) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": DECAY}},
         "mocte": {"modules": "layers.*", "num_experts": EXPERTS, "ep_size": case.ep, "auto": False},
     }
+    if case.sums:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     settings["optimizer"]["params"]["torch_adam"] = case.optimizer == "torch"
     if case.schedule == "deepspeed":
         times = {"total_num_steps": STEPS, "warmup_num_steps": 4, "warmup_type": "linear"}

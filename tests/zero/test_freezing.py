@@ -24,11 +24,11 @@ TRAJECTORIES = [
 # Everything else: the optimizer's part of it, from the gradients that the ranks had.
 REPLAYS = [
     Case(2, 1, 1, 700, bf16=True),
-    Case(2, 2, 2, MATRIX - 84, overlap=True, bf16=True, schedule="torch"),
+    Case(2, 2, 2, MATRIX - 84, overlap=True, bf16=True, schedule="torch", sums=True),
     Case(4, 2, 1, 2000, bf16=True, schedule="deepspeed"),
     Case(4, 2, 2, 500_000_000, overlap=True, bf16=True, recompute="reentrant"),
     Case(4, 4, 2, 700, bf16=True, recompute="plain"),
-    Case(2, 2, 2, 2000, offload=True, bf16=True),
+    Case(2, 2, 2, 2000, offload=True, bf16=True, sums=True),
     Case(2, 1, 1, 700, offload=True, bf16=True, overlap=True),
     Case(2, 2, 1, 700, offload=True, bf16=True, optimizer="cpu"),
     Case(2, 1, 2, MATRIX - 84, offload=True, optimizer="cpu", schedule="deepspeed"),

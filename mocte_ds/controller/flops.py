@@ -1,0 +1,35 @@
+"""Counts the FLOPs of what a check does, as it does it: samples may double, iterations may end early."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from mocte_ds.dist.collectives import sum_over_ranks
+
+
+class FlopCount(TorchDispatchMode):
+    """Within it, in this thread, the products of matrices are counted by torch's own formulas; of this rank.
+
+    torch's FlopCounterMode counts the same, and hooks every module for a table by modules beside it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=out))
+        return out
+
+
+def of_all_ranks(parts: Mapping[str, int]) -> dict[str, int]:
+    """FLOPs by part, all ranks together (collective)."""
+    summed = sum_over_ranks(torch.tensor(list(parts.values()), dtype=torch.int64))
+    return dict(zip(parts, summed.tolist(), strict=True))

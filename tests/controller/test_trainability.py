@@ -1,0 +1,241 @@
+"""What a check measures of the experts: rows chosen over all ranks, lambda and gradient norm, whoever holds them."""
+
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller import search
+from mocte_ds.moe import BlockMode, attach
+from mocte_ds.moe.birth import set_random_gate
+from mocte_ds.moe.expert_rows import ExpertRows
+from tests.spawn import spawn
+
+V, T, SEQUENCES, N = 64, 32, 16, 48
+STEPS = 7
+
+
+def small_model() -> torch.nn.Module:
+    from mocte_ds.models import Decoder, DecoderConfig
+
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig("llama", V, 32, 48, 2, 2, max_positions=T, initializer_range=0.1))
+
+
+def tokens(step: int) -> torch.Tensor:
+    """Of a global batch; its rear half holds few of the ids of its front, so that ranks get unequal numbers of rows."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(V, (SEQUENCES, T), generator=generator)
+    ids[SEQUENCES // 2 :] %= 8
+    return ids
+
+
+def measured(ep_size: int, turns: int = 1, scale: float | None = None) -> dict[str, Any]:
+    """Train some steps of the same global batches; the probes of all experts, and what ranks hold of the gradients."""
+    import mocte_ds
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    micro = SEQUENCES // world // turns
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": turns,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 3000},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_allow_untested_optimizer": True,
+        "mocte": {
+            "modules": "model.layers.*.mlp",
+            "ep_size": ep_size,
+            "total_steps": 100,
+            "check_every": 0.02,
+            "apply_after": 0,
+            "router": {"kind": "hash"},
+            "clusters": {"deadline": 0.02, "not_before": 0.0},
+            "spectrum": {"rows": 128, "documents": 32},
+            "freeze": {"policy": "trainability", "rows": N, "after_checks": 99},
+        },
+    }
+    engine, *_ = mocte_ds.initialize(model=small_model(), config=settings)
+    if scale is not None:
+        engine.optimizer.override_loss_scale(scale)  # as fp16's, which not every CPU has
+    events: list[dict] = []
+    engine.mocte.on_event(events.append)
+    for step in range(STEPS):
+        for turn in range(turns):
+            first = (turn * world + rank) * micro
+            ids = tokens(step)[first : first + micro]
+            loss = engine(input_ids=ids, labels=ids.roll(-1, 1))
+            engine.backward(loss)
+            engine.step()
+    probes = [[vars(e.history[-1]) if e.history else None for e in b.experts] for b in engine.mocte.blocks]
+    check = [event for event in events if event["event"] == "check"][-1:]
+    return {
+        "probes": probes,
+        "sampled": [[e["sampled"] for e in block["experts"]] for event in check for block in event["blocks"]],
+        "squares": dict(engine.optimizer.unit_square_norms),
+        "norm": float(engine.get_global_grad_norm()),
+    }
+
+
+def layouts(names: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [measured(*name) for name in names]
+
+
+def flops_of_checks() -> list[tuple[int, int]]:
+    """What events say that checks and emergence have cost, and what torch's counter saw of the same steps."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import mocte_ds
+
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": SEQUENCES,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "mocte": {
+            "modules": "model.layers.*.mlp",
+            "total_steps": 100,
+            "check_every": 0.02,
+            "apply_after": 0,
+            "conflict_every": 2,
+            "clusters": {"deadline": 0.02, "not_before": 0.0},
+            "spectrum": {"rank": 4, "rows": 128, "documents": 32, "max_angle": 0.01},  # samples double
+            "freeze": {"policy": "progress", "rows": N, "after_checks": 99},
+        },
+    }
+    engine, *_ = mocte_ds.initialize(model=small_model(), config=settings)
+    spent: list[int] = []
+
+    def hear(event: dict) -> None:
+        spent.append(sum(event.get("flops", {}).values()))
+
+    engine.mocte.on_event(hear)
+    pairs = []
+    # scikit-learn's distances are a formula, and no product of matrices.
+    with patch.object(search, "_distance_flops", lambda *_: 0):
+        for step in range(9):
+            loss = engine(input_ids=tokens(step), labels=tokens(step).roll(-1, 1))
+            engine.backward(loss)
+            with FlopCounterMode(display=False) as counter:
+                engine.step()
+            pairs.append((sum(spent), counter.get_total_flops()))
+            spent.clear()
+    return pairs
+
+
+def alone_on_a_rank(names: list[tuple]) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
+    return layouts(names), flops_of_checks()
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert other["sampled"] in (one["sampled"], []), "events are told on rank 0 only"
+    for block, again in zip(one["probes"], other["probes"], strict=True):
+        for probe, twin in zip(block, again, strict=True):
+            assert (probe is None) == (twin is None)
+            if probe is not None and twin is not None:
+                assert probe["tokens"] == twin["tokens"] == N and probe["step"] == twin["step"]
+                assert probe["value"] == pytest.approx(twin["value"], rel=1e-4)
+                assert probe["gradient_norm"] == pytest.approx(twin["gradient_norm"], rel=1e-4)
+
+
+def test_ranks_ep_size_and_micro_batches_do_not_matter() -> None:
+    cases = [(1, 1), (1, 4), (1, 1, 1024.0)]  # the loss scale is no part of a gradient's norm
+    alone, flops = spawn(alone_on_a_rank, 1, cases, timeout=240, deepspeed=True)[0]
+    assert all(told == counted for told, counted in flops) and sum(told > 0 for told, _ in flops) == 4
+    for two in [*spawn(layouts, 2, [(1, 1), (2, 1), (1, 2)], timeout=240, deepspeed=True), alone[1:]]:
+        for found in two:
+            same(alone[0], found)
+    probes = [probe for block in alone[0]["probes"] for probe in block]
+    assert any(probe is not None for probe in probes), "nothing was measured"
+    # A unit's gradient is what all ranks hold of it.
+    for found in alone:
+        assert sum(found["squares"].values()) ** 0.5 == pytest.approx(found["norm"], rel=1e-5)
+
+
+def one_layer(rows: int) -> tuple[list[Any], Any]:
+    model = small_model()
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "freeze": {"rows": rows}})
+    blocks = attach(model, config)
+    for block in blocks:
+        set_random_gate(block, config)
+        block.mode = BlockMode.SPECIALISING
+    return blocks, model
+
+
+def test_the_rows_are_spread_over_the_whole_batch() -> None:
+    """Against a choice by numpy among all rows; nothing of it depends on the order in which they come."""
+    index = torch.randint(4, (40 * T, 1), generator=torch.Generator().manual_seed(1))
+    features = torch.arange(40 * T).float()[:, None].expand(-1, 3).contiguous()
+    counts = torch.rand(40, T, generator=torch.Generator().manual_seed(2)) < 0.8
+    whole, parts = ExpertRows(4, N, seed=3), ExpertRows(4, N, seed=3)
+    sequence, place = (100 + torch.arange(40))[:, None].expand(40, T), torch.arange(T).expand(40, T)
+    whole.offer(features, index, sequence, place, counts)
+    for start in (24, 0, 8, 32, 16):  # sequences
+        cut, of = slice(start * T, (start + 8) * T), slice(start, start + 8)
+        parts.offer(features[cut], index[cut], sequence[of], place[of], counts[of])
+    assert whole.found() == [N] * 4
+    both = [rows.merged([0, 1, 2, 3], 3, torch.device("cpu")) for rows in (whole, parts)]
+    assert torch.equal(*both)
+    chosen = both[0][..., 0].long().numpy()
+    for expert in range(4):
+        there = chosen[expert]
+        assert len(np.unique(there)) == N and (index[there, 0] == expert).all() and counts.reshape(-1)[there].all()
+    # Of 40 sequences each expert's 48 rows touch many, and the last quarter as often as the first.
+    quarters = np.bincount((chosen // (10 * T)).reshape(-1), minlength=4)
+    assert quarters.min() > N / 2 and all(len(np.unique(rows // T)) > 20 for rows in chosen)
+
+
+def test_few_rows_are_no_sample_and_a_checkpoint_holds_them() -> None:
+    rows, again = ExpertRows(2, 8, seed=0), ExpertRows(2, 8, seed=0)
+    index = torch.tensor([[0, 1]] * 5 + [[1, 0]] * 2)  # two experts a token
+    rows.offer(torch.randn(7, 4), index, torch.zeros(7, dtype=torch.int64), torch.arange(7))
+    assert rows.found() == [7, 7]
+    again.load_state_dict(rows.state_dict(), torch.device("cpu"))
+    for sample in (rows, again):
+        sample.offer(torch.ones(3, 4), torch.tensor([[0], [0], [0]]), torch.ones(3, dtype=torch.int64), torch.arange(3))
+    assert rows.found() == again.found() == [8, 7]
+    expected = rows.merged([0], 4, torch.device("cpu"))
+    assert torch.equal(again.merged([0], 4, torch.device("cpu")), expected) and expected.shape == (1, 8, 4)
+    rows.clear()
+    assert rows.found() == [0, 0]
+
+
+def test_padding_and_recomputation_are_left_out() -> None:
+    blocks, model = one_layer(N)
+    blocks[0].context.sampling = True
+    ids = tokens(0)
+    model.train()
+    blocks[0].context.micro_step = 1
+    model(input_ids=ids)
+    kept = [block.banks[0].deepspeed_moe.expert_rows.found() for block in blocks]
+    model(input_ids=ids)  # the same micro-batch again
+    assert [block.banks[0].deepspeed_moe.expert_rows.found() for block in blocks] == kept
+
+
+def test_what_a_hand_has_frozen_only_a_hand_thaws() -> None:
+    from mocte_ds.controller.decisions import decide_freezing
+    from mocte_ds.controller.state import RunState
+    from mocte_ds.moe import ExpertMode
+    from mocte_ds.trainability import Probe
+
+    blocks, _ = one_layer(N)
+    run = RunState(MocteConfig.from_dict({"modules": "x", "num_experts": 4}), blocks, _Registry(), 0, 1000)
+    handle = run.blocks[0]
+    handle.born_share, values = 0.1, [100.0, 80.0, 60.0, 5.0, 4.0, 4.0, 4.0, 90.0, 90.0, 90.0, 90.0, 90.0]
+    for expert, held in zip(handle.experts, (True, False, True, False), strict=True):
+        expert.mode, expert.held, expert.changed_at = ExpertMode.FROZEN, held, 6
+        expert.history = [Probe(i, 0.1 + 0.008 * i, value, 256, 1.0) for i, value in enumerate(values)]
+    handle.experts[3].changed_at = 10  # frozen after most of these probes
+    saved = handle.state_dict()
+    for expert in handle.experts:
+        expert.held = False
+    handle.load_state_dict(saved)
+    changes = decide_freezing(run, handle.experts[0].history[-1].share, 11)
+    assert [(change.kind, change.expert) for change in changes] == [("thaw", 1)]
+
+
+class _Registry:
+    """Of a model without a frozen front."""
+
+    front = None
