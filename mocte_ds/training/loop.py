@@ -42,7 +42,8 @@ class Trainer:
         t, settings = self.run.training, start.settings
         self.config = MocteConfig.from_dict(settings["mocte"]) if "mocte" in settings else None
         _seed_everything(t.seed)
-        model, init = Decoder(self.run.model), None
+        end = start.manifest.eod_id if self.run.data.document_mask else None
+        model, init = Decoder(self.run.model, end), None
         if self.run.init and not start.checkpoints:
             init = InitialWeights(self.run.init)
             init.require_fit(self.config, model, (settings.get("zero_optimization") or {}).get("stage", 0))
@@ -63,9 +64,10 @@ class Trainer:
             t.micro_batch,
             t.seed,
             self.run.data.weights,
+            verify=None,  # make_start has done it
         )
         validated = self.run.evaluation.sequences_per_domain
-        held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES)
+        held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES, None)
         scored = {name: (ids[:validated], labels[:validated]) for name, (ids, labels) in held_out.items()}
         self.validation = Validation(scored, t.micro_batch)
         if self.config:

@@ -1,5 +1,6 @@
 """What a run starts from: everything is looked at and checked here, before any process waits for another."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
+from mocte_ds.data.verify import verify_prepared
 from mocte_ds.training.run_config import RunConfig, identity_defaults
 from mocte_ds.training.run_folder import checkpoint_step, require_same_run, resume_folder
 
@@ -67,4 +69,12 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int) -> Start
     tag = resolve_tag(checkpoints) if checkpoints else None
     if checkpoints and tag:
         require_same_run(identity, checkpoints / tag, identity_defaults())
+    verify_prepared(prepared, manifest, run.data.verify, *_place_on_host())
     return Start(run, out, prepared, manifest, settings, identity, checkpoints, tag)
+
+
+def _place_on_host() -> tuple[int, int]:
+    """Number of this process among those of its host, and how many there are: every host may have its own files."""
+    # DeepSpeed's launcher and torchrun have different names for the second.
+    count = os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_RANK", "0")), int(count)
