@@ -9,6 +9,7 @@ from pathlib import Path
 from mocte_ds.cli import run_cli
 from mocte_ds.data.corpus import embedded_corpus
 from mocte_ds.data.indexed import prepare
+from mocte_ds.data.manifest import Manifest
 from mocte_ds.paths import require_folder_for
 
 
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         "corpus",
         nargs="?",
         type=Path,
-        help="folder with DOMAIN.jsonl[.gz], .parquet or .txt files (default: the corpus of the package)",
+        help="folder with one file or subfolder per domain (docs/data.md; default: the corpus of the package)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; used again where nothing changed")
     parser.add_argument(
@@ -44,16 +45,47 @@ def main(argv: list[str] | None = None) -> int:
     seconds = round(time.perf_counter() - started, 2)
     if args.json:
         facts = {"path": str(args.out), "made": made, "sha256": manifest.sha256, "domains": manifest.domains}
-        print(json.dumps({**facts, "seconds": seconds}))
+        print(json.dumps({**facts, "near_duplicates": manifest.near_duplicates, "seconds": seconds}))
         return 0
     print(f"{'prepared' if made else 'found'} {args.out} ({seconds} s)")
-    print(f"{'domain':<16}{'train documents':>17}{'tokens':>12}{'validation documents':>22}{'tokens':>10}")
-    for domain, facts in manifest.domains.items():
-        train, held = facts["train"], facts["validation"]
-        print(
-            f"{domain:<16}{train['documents']:>17,}{train['tokens']:>12,}{held['documents']:>22,}{held['tokens']:>10,}"
-        )
+    print(_table(manifest))
     return 0
+
+
+def _table(manifest: Manifest) -> str:
+    """What there is, and what was found of near-duplicates, for a reader."""
+    lines = [
+        f"{'domain':<16}{'train documents':>17}{'tokens':>12}{'validation documents':>22}{'tokens':>10}"
+        f"{'near-duplicates':>17}"
+    ]
+    notes = []
+    for domain, facts in manifest.domains.items():
+        train, held, shared = facts["train"], facts["validation"], facts["near_duplicates"]
+        lines.append(
+            f"{_printable(domain):<16}{train['documents']:>17,}{train['tokens']:>12,}{held['documents']:>22,}"
+            f"{held['tokens']:>10,}{shared['documents']:>17,}"
+        )
+        if shared["common"] is not None:
+            notes.append(
+                f"{_printable(domain)}: its documents share so much that text in more than {shared['common']} of them "
+                "does not count; that text stands on both sides."
+            )
+    search = manifest.near_duplicates
+    notes.insert(
+        0,
+        f"near-duplicates: documents that share {search['words']} words in a row with another one; they are all "
+        "trained on or all held out.",
+    )
+    if search["kept_share"] < 1:
+        notes.append(
+            f"{search['kept_share']:.3g} of these runs were looked at; two documents that share n of them are missed "
+            f"with a probability of {1 - search['kept_share']:.4g}^n."
+        )
+    return "\n".join([*lines, *notes])
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 if __name__ == "__main__":

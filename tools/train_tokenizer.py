@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         "corpus",
         nargs="?",
         type=Path,
-        help="folder with DOMAIN.jsonl[.gz], .parquet or .txt files (default: the corpus of the package)",
+        help="folder with one file or subfolder per domain (docs/data.md; default: the corpus of the package)",
     )
     parser.add_argument("--out", type=Path, required=True, help="file to write, e.g. data/tokenizer.model")
     parser.add_argument(

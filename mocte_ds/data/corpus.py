@@ -1,18 +1,17 @@
-"""A corpus is a folder with one file a domain: DOMAIN.jsonl[.gz], .parquet or .txt; every document is a text."""
+"""A corpus is a folder with one file, or one subfolder of files, for each domain; every document is a text."""
 
-import glob
-import gzip
 import hashlib
-import json
-import tempfile
-import zlib
+import os
+import stat
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from mocte_ds.data.documents import FORMATS, DocumentFile, file_suffix
 from mocte_ds.errors import DataError
 
-_SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet", ".txt")
+_SHOWN = 8
 
 
 def embedded_corpus() -> Path:
@@ -20,148 +19,164 @@ def embedded_corpus() -> Path:
     return Path(__file__).parents[1] / "corpus"
 
 
-def corpus_files(folder: str | Path) -> dict[str, Path]:
-    """Files of a corpus by domain, in alphabetical order; names that begin with "." or "_" are left out.
+@dataclass
+class CorpusFiles:
+    """What a folder holds."""
+
+    domains: dict[str, list[Path]] = field(default_factory=dict)
+    """Files of each domain, both in alphabetical order."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Entries that are not read, relative to the folder, and why."""
+
+
+def corpus_files(folder: str | Path) -> CorpusFiles:
+    """Look at a folder; nothing is read yet.
+
+    Upper and lower case of a suffix are alike. A subfolder is a domain of all files in and below it. Entries whose
+    names begin with "." or "_", links to folders, and files of other formats are skipped, by name.
 
     Raises:
-        DataError: no such folder, no usable file in it, or two files of one domain.
+        DataError: no such folder, no usable file in it, two sources of one domain, or an entry that looks like text
+            but is not a regular file.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; a corpus is a folder with DOMAIN.jsonl[.gz], .parquet or .txt files.")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        suffix = next((s for s in _SUFFIXES if path.name.endswith(s)), None)
-        if suffix is None or path.name.startswith((".", "_")):
+        raise DataError(f"{folder} is no folder; a corpus is a folder with one file per domain: {FORMATS}.")
+    found = CorpusFiles()
+    origin: dict[str, str] = {}
+    for path in _entries(folder):
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "_")):
+            domain, files = path.name, list(_below(path, folder, found.skipped))
+            if not files:
+                found.skipped.setdefault(path.name, "a folder without text")
+        else:
+            domain, files = _domain(path.name), _usable(path, folder, found.skipped)
+        if not files:
             continue
-        domain = path.name.removesuffix(suffix)
-        if domain in found:
+        if domain in found.domains:
             raise DataError(
-                f"{folder} has two files of the domain '{domain}': {found[domain].name} and {path.name}; rename one."
+                f"{folder} has two files of the domain '{domain}': {origin[domain]} and {path.name}; rename one, or "
+                f"put both into a subfolder '{domain}'."
             )
-        found[domain] = path
-    if not found:
-        raise DataError(f"{folder} holds no DOMAIN.jsonl[.gz], .parquet or .txt file; put one file a domain there.")
+        found.domains[domain], origin[domain] = files, path.name
+    if not found.domains:
+        seen = f" Skipped: {_listed(found.skipped)}." if found.skipped else ""
+        raise DataError(f"{folder} holds no DOMAIN file that can be read ({FORMATS}); put one per domain there.{seen}")
+    found.domains = dict(sorted(found.domains.items()))
     return found
 
 
 def read_corpus(folder: str | Path) -> dict[str, "Documents"]:
-    """Documents of every domain; a file is read when its documents are iterated over.
+    """Documents of every domain; a file is read when its documents are iterated over. Warns of skipped entries.
 
     Raises:
         DataError: see :func:`corpus_files`.
     """
-    return {domain: Documents(path) for domain, path in corpus_files(folder).items()}
+    found = corpus_files(folder)
+    if found.skipped:
+        warnings.warn(f"not read of the corpus {folder}: {_listed(found.skipped)}", stacklevel=2)
+    return {domain: Documents(*files, name=Path(folder) / domain) for domain, files in found.domains.items()}
 
 
 class Documents:
-    """Texts of one file. Every iteration reads the file anew, so a corpus may be larger than the memory.
+    """Texts of one domain. Every iteration reads the files anew, so a corpus may be larger than the memory.
 
     Iterating raises DataError, with file and line, for an unreadable or empty file, text that is not UTF-8 and an entry
-    without "text". Documents of nothing but white space are left out; a .txt file is cut at blank lines.
+    without "text" (see :class:`mocte_ds.data.documents.DocumentFile`). Documents of nothing but white space are left
+    out.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Keep the path; nothing is read yet."""
-        self.path = Path(path)
+    def __init__(self, *files: str | Path, name: str | Path | None = None) -> None:
+        """Keep the paths; nothing is read yet.
+
+        Args:
+            *files: one or more.
+            name: what messages call several files; None: the first.
+        """
+        self.files = [Path(file) for file in files]
+        self.path = self.files[0] if len(files) == 1 or name is None else Path(name)
+        """The file, or the domain's subfolder."""
 
     def __iter__(self) -> Iterator[str]:
-        """Texts in the order of the file."""
-        empty = True
-        for text in self._texts():
-            if text.strip():
+        """Texts in the order of the files."""
+        for file in self.files:
+            empty = True
+            for text in DocumentFile(file):
                 empty = False
                 yield text
-        if empty:
-            raise DataError(f"{self.path} holds no document with text; fill it or remove it.")
+            if empty:
+                raise DataError(f"{file} holds no document with text; fill it or remove it.")
 
     def sha256(self) -> str:
-        """Hash of the file as it lies on the disk."""
-        try:
-            with open(self.path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        """Hash of the file as it lies on the disk; of several files, of their hashes."""
+        hashes = [_sha256(file) for file in self.files]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
-    def _texts(self) -> Iterator[str]:
-        # These readers open local files only; load_dataset() asks a server first and may stall without a network.
-        import pyarrow
-        from datasets.io.parquet import ParquetDatasetReader
-        from datasets.io.text import TextDatasetReader
 
-        name = glob.escape(str(self.path))  # the library takes patterns
-        with tempfile.TemporaryDirectory() as cache:
-            options: dict[str, Any] = {"split": "train", "cache_dir": cache, "streaming": True}
-            try:
-                if self.path.stat().st_size == 0:
-                    raise DataError(f"{self.path} is empty; fill it or remove it.")
-                if self.path.suffix == ".parquet":
-                    self._require_text_column()
-                    for number, row in enumerate(
-                        ParquetDatasetReader(name, columns=["text"], **options).read(), start=1
-                    ):
-                        if row["text"] is None:
-                            raise DataError(f'{self.path}, row {number}: no text under "text" (null).')
-                        yield row["text"]
-                elif self.path.suffix == ".txt":
-                    for row in TextDatasetReader(name, sample_by="paragraph", encoding="utf-8-sig", **options).read():
-                        yield row["text"].strip("\n")
-                else:
-                    # The library's own JSON reader guesses types: texts that look like dates become time stamps, and
-                    # other keys must have one type throughout. Hence JSON is parsed here, line by line.
-                    lines = TextDatasetReader(name, sample_by="line", encoding="utf-8-sig", **options).read()
-                    for number, row in enumerate(lines, start=1):
-                        if row["text"].strip():
-                            yield self._parsed(number, row["text"])
-            except UnicodeDecodeError as error:
-                raise DataError(f"{self._undecodable()}; store the file as UTF-8.") from error
-            except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-                raise DataError(f"{self.path} cannot be read: {error}; is it complete?") from error
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
-    def _parsed(self, number: int, line: str) -> str:
-        """The text of one JSON line."""
-        where = f"{self.path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f'{where}: no JSON ({error}); every line must be an object like {{"text": "..."}}.'
-            ) from error
-        if not isinstance(entry, dict):
-            raise DataError(
-                f'{where}: no object but {type(entry).__name__}; every line must be like {{"text": "..."}}.'
-            )
-        if not isinstance(entry.get("text"), str):
-            found = f"text is {type(entry['text']).__name__}" if "text" in entry else f"keys: {sorted(entry)}"
-            raise DataError(f'{where}: no text under "text" ({found}).')
-        try:
-            entry["text"].encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: half of a surrogate pair at character {error.start}; mend the text.") from error
-        return entry["text"]
 
-    def _require_text_column(self) -> None:
-        import pyarrow
-        from pyarrow import parquet
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror or error}.") from error
 
-        try:
-            schema = parquet.read_schema(self.path)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{self.path} is no parquet file: {str(error).splitlines()[0]}") from error
-        if "text" not in schema.names:
-            raise DataError(f'{self.path}: no column "text" (found: {schema.names}).')
-        kind = schema.field("text").type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(f'{self.path}: column "text" holds {kind}, not strings.')
 
-    def _undecodable(self) -> str:
-        """Where the file stops being UTF-8."""
-        if self.path.suffix == ".parquet":
-            return f'{self.path}: column "text" is not UTF-8'
-        with gzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    return f"{self.path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line)"
-        return f"{self.path}: not UTF-8"
+def _below(folder: Path, top: Path, skipped: dict[str, str]) -> Iterator[Path]:
+    """Usable files in and below a folder."""
+    for path in _entries(folder):
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "_")):
+            yield from _below(path, top, skipped)
+        else:
+            yield from _usable(path, top, skipped)
+
+
+def _usable(path: Path, top: Path, skipped: dict[str, str]) -> list[Path]:
+    """The file, or nothing and a reason in ``skipped``."""
+    reason = _reason(path)
+    if reason:
+        skipped[str(path.relative_to(top))] = reason
+    return [] if reason else [path]
+
+
+def _reason(path: Path) -> str:
+    """Why an entry is skipped; empty for a file to read."""
+    if path.name.startswith((".", "_")):
+        return 'names with "." or "_" in front are left out'
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if file_suffix(path.name):
+            raise DataError(f"{path} cannot be read: {error.strerror or error}; mend or remove the link.") from error
+        return "a link to nothing"
+    if stat.S_ISDIR(mode):
+        return "a link to a folder; link its files"
+    if not file_suffix(path.name):
+        return "not a format that is read"
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{path} is a device, pipe or socket, not a regular file; store the text in a file.")
+    if path.name.lower().endswith(".zst") and not zst_is_readable():
+        return "zstd is missing in this pyarrow: pip install --upgrade pyarrow, or unpack the file"
+    return ""
+
+
+def zst_is_readable() -> bool:
+    """Whether pyarrow was built with zstd; all of its wheels are."""
+    import pyarrow
+
+    return pyarrow.Codec.is_available("zstd")
+
+
+def _domain(name: str) -> str:
+    return name[: len(name) - len(file_suffix(name))]
+
+
+def _listed(skipped: dict[str, str]) -> str:
+    shown = "; ".join(f"{name!r} ({reason})" for name, reason in list(skipped.items())[:_SHOWN])
+    return shown + (f"; and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else "")

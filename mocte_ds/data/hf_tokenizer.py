@@ -98,6 +98,6 @@ class HFTokenizer:
             return {}
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read: {error}.") from error
         return values if isinstance(values, dict) else {}

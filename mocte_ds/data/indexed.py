@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import multiprocessing
 import shutil
 import warnings
@@ -10,8 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from mocte_ds.data.corpus import Documents, read_corpus
 from mocte_ds.data.manifest import FORMAT, NAME, SPLITS, Manifest, open_indexed, prefix
+from mocte_ds.data.split import Split, Splitter
 from mocte_ds.data.stored_tokenizer import (
     AnyTokenizer,
     open_tokenizer,
@@ -26,6 +26,7 @@ from mocte_ds.data.stored_tokenizer import (
     tokenizer_files,
     tokenizer_in,
 )
+from mocte_ds.data.verify import chunk_hashes, require_ids
 from mocte_ds.errors import DataError
 from mocte_ds.ownership import put, require_apart, require_ours
 from mocte_ds.ownership.workshop import workshop
@@ -59,7 +60,8 @@ def prepare(
         corpus: folder of the corpus.
         out: folder for DOMAIN_train.bin/.idx, DOMAIN_validation.bin/.idx, the tokenizer and manifest.json.
         tokenizer_path: sentencepiece model, or a folder with a tokenizer.json.
-        validation_share: share of documents, chosen by the hash of their text, that go to validation; at least one.
+        validation_share: share of documents that go to validation, at least one; chosen by the hash of their text, and
+            near-duplicates stay together (:meth:`mocte_ds.data.split.Splitter.split`).
         workers: processes at most; a small corpus is tokenised by this process.
         progress: show a bar on a terminal.
 
@@ -89,10 +91,18 @@ def prepare(
             if old:
                 return old, False
             with workshop(out) as pending:
-                counts = _build(pending, documents, tokenizer, validation_share, workers, progress)
+                counts, duplicates = _build(pending, documents, tokenizer, validation_share, workers, progress)
                 domains = {domain: {"source_sha256": sources[domain], **counts[domain]} for domain in documents}
+                names = [f"{prefix('', d, s)}{end}" for d in domains for s in SPLITS for end in (".bin", ".idx")]
                 manifest = Manifest(
-                    FORMAT, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id, validation_share, domains
+                    FORMAT,
+                    tokenizer.sha256,
+                    tokenizer.vocab_size,
+                    tokenizer.eod_id,
+                    validation_share,
+                    domains,
+                    duplicates,
+                    {name: chunk_hashes(Path(pending) / name) for name in names},
                 )
                 manifest.write(pending / NAME)
                 _install(pending, out, manifest, tokenizer)
@@ -108,62 +118,37 @@ def prepare(
     return manifest, True
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a first pass over one domain found."""
-
-    documents: int
-    characters: int
-    threshold: int
-    """Documents whose :func:`_place` is smaller go to validation."""
-
-
 def _build(
     folder: Path, corpus: dict[str, Documents], tokenizer: AnyTokenizer, share: float, workers: int, progress: bool
-) -> dict[str, dict[str, dict[str, int]]]:
-    """Write the data sets of all domains; numbers of documents and tokens by domain and split."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Write the data sets of all domains.
+
+    Returns:
+        By domain the numbers of documents and tokens of each split and its near-duplicates; and how those were found.
+    """
     silent = None if progress else True  # None: no bar where there is no terminal
-    reading = tqdm(corpus.items(), desc="reading", unit="domain", disable=silent)
-    plans = {domain: _plan(texts, share) for domain, texts in reading}
-    characters = sum(plan.characters for plan in plans.values())
+    splitter, characters = Splitter(), 0
+    for domain, texts in tqdm(corpus.items(), desc="reading", unit="domain", disable=silent):
+        splitter.begin(domain)
+        for text in texts:
+            splitter.add(text)
+            characters += len(text)
+    split = splitter.split(share, {domain: str(texts.path) for domain, texts in corpus.items()})
     workers = min(workers, 1 + characters // _CHARACTERS_A_WORKER)
-    total = sum(plan.documents for plan in plans.values())
+    total = sum(len(held_out) for held_out in split.held_out.values())
     with (
         _encoder(tokenizer, workers) as encode,
         tqdm(total=total, desc="tokenising", unit="document", disable=silent) as bar,
     ):
-        return {
-            domain: _write_domain(folder, domain, texts, plans[domain].threshold, tokenizer, encode, bar)
+        counts = {
+            domain: _write_domain(folder, domain, texts, split, tokenizer, encode, bar)
             for domain, texts in corpus.items()
         }
-
-
-def _plan(texts: Documents, share: float) -> _Plan:
-    """Count, and choose a threshold near the share that leaves no split empty.
-
-    The choice hangs on the text alone, so a document (and every copy of it) stays on its side when others come or go.
-    """
-    count = characters = 0
-    smallest, largest, threshold = 2**64, -1, int(share * 2**64)
-    for text in texts:
-        place = _place(text)
-        smallest, largest = min(smallest, place), max(largest, place)
-        count, characters = count + 1, characters + len(text)
-    if smallest == largest:
-        raise DataError(
-            f"{texts.path}: one document (or copies of one) cannot be split into training and validation; cut it into "
-            "several documents or add more."
-        )
-    return _Plan(count, characters, min(max(threshold, smallest + 1), largest))
-
-
-def _place(text: str) -> int:
-    """A number in [0, 2^64) from the text. Salted: corpora are often thinned out by a plain hash of the text."""
-    return int.from_bytes(hashlib.sha256(b"mocte-ds validation\0" + text.encode("utf-8")).digest()[:8])
+    return {domain: {**counts[domain], "near_duplicates": split.found[domain]} for domain in corpus}, split.facts
 
 
 def _write_domain(
-    folder: Path, domain: str, texts: Documents, threshold: int, tokenizer: AnyTokenizer, encode: _Encoder, bar: tqdm
+    folder: Path, domain: str, texts: Documents, split: Split, tokenizer: AnyTokenizer, encode: _Encoder, bar: tqdm
 ) -> dict[str, dict[str, int]]:
     """Tokenise one file into its two indexed data sets."""
     with warnings.catch_warnings():
@@ -171,24 +156,24 @@ def _write_domain(
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
-    builders = {split: IndexedDatasetBuilder(f"{prefix(folder, domain, split)}.bin", dtype=dtype) for split in SPLITS}
-    sides: deque[str] = deque()  # of the documents that are under way
-
-    def sorted_out() -> Iterator[str]:
-        for text in texts:
-            sides.append("validation" if _place(text) < threshold else "train")
-            yield text
-
+    counts = {side: {"documents": 0, "tokens": 0} for side in SPLITS}
+    builders = {side: IndexedDatasetBuilder(f"{prefix(folder, domain, side)}.bin", dtype=dtype) for side in SPLITS}
+    sides = iter(split.held_out[domain].tolist())
     try:
-        for ids in encode(sorted_out()):
-            split = sides.popleft()
-            builders[split].add_document(torch.from_numpy(ids), [len(ids)])
-            counts[split]["documents"] += 1
-            counts[split]["tokens"] += len(ids)
+        for ids in encode(texts):
+            require_ids(ids, tokenizer.vocab_size, f"a text of {texts.path}, by the tokenizer {tokenizer.path},")
+            held_out = next(sides, None)
+            if held_out is None:
+                break
+            side = "validation" if held_out else "train"
+            builders[side].add_document(torch.from_numpy(ids), [len(ids)])
+            counts[side]["documents"] += 1
+            counts[side]["tokens"] += len(ids)
             bar.update()
-        for split, builder in builders.items():
-            builder.finalize(f"{prefix(folder, domain, split)}.idx")
+        if sum(count["documents"] for count in counts.values()) != len(split.held_out[domain]) or held_out is None:
+            raise DataError(f"{texts.path} was changed while it was read; prepare the data again.")
+        for side, builder in builders.items():
+            builder.finalize(f"{prefix(folder, domain, side)}.idx")
     except OSError:
         for builder in builders.values():
             with contextlib.suppress(OSError):  # closing writes the rest, which fails again

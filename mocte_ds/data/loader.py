@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mocte_ds.data.manifest import Manifest, open_indexed
+from mocte_ds.data.manifest import Manifest, open_indexed, prefix
 from mocte_ds.data.stored_tokenizer import tokenizer_in
+from mocte_ds.data.verify import Amount, require_ids
 from mocte_ds.errors import DataError
 
 # Length of the pattern in which domains follow each other; weights are rounded to multiples of 1/_PERIOD.
@@ -24,7 +25,16 @@ class PackedDomain:
     memory-mapped; in memory are lengths and orders, some 40 bytes a document.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, domain: str, split: str, context: int, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        domain: str,
+        split: str,
+        context: int,
+        seed: int,
+        verify: Amount | None = "auto",
+    ) -> None:
         """Open the indexed data.
 
         Args:
@@ -34,11 +44,13 @@ class PackedDomain:
             split: `train` or `validation`.
             context: tokens of a sequence; a sample holds one more, for the labels.
             seed: of the orders.
+            verify: see :func:`mocte_ds.data.manifest.open_indexed`.
 
         Raises:
             DataError: files are missing or damaged, or hold fewer tokens than one sample.
         """
-        self._data, self._context = open_indexed(folder, manifest, domain, split), context
+        self._data, self._context = open_indexed(folder, manifest, domain, split, verify), context
+        self._name, self._vocab_size = f"{prefix(folder, domain, split)}.bin", manifest.vocab_size
         self._lengths = np.asarray(self._data.sequence_lengths, dtype=np.int64)
         self._key = [seed, *domain.encode(), len(split)]
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -51,7 +63,11 @@ class PackedDomain:
             )
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """Sample ``number`` (any number; epochs follow each other): (context + 1,) int64."""
+        """Sample ``number`` (any number; epochs follow each other): (context + 1,) int64.
+
+        Raises:
+            DataError: a token id outside of the vocabulary: the file was changed after it was opened.
+        """
         epoch, place = divmod(number, self.samples)
         documents, ends, order = self._epoch(epoch)
         start = int(order[place]) * self._context
@@ -63,7 +79,9 @@ class PackedDomain:
             length = min(missing, int(self._lengths[document]) - offset)
             parts.append(self._data.get(document, offset=offset, length=length))
             missing, offset, at = missing - length, 0, at + 1
-        return np.concatenate(parts).astype(np.int64)
+        sample = np.concatenate(parts)
+        require_ids(sample, self._vocab_size, self._name)
+        return sample.astype(np.int64)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Order of the documents, their cumulated lengths, and the order of the samples."""
@@ -95,6 +113,7 @@ class BlendedLoader:
         seed: int = 0,
         weights: dict[str, float] | None = None,
         position: int = 0,
+        verify: Amount | None = "auto",
     ) -> None:
         """Open prepared data.
 
@@ -109,6 +128,7 @@ class BlendedLoader:
             seed: of all orders.
             weights: share of each domain, any scale; a domain that is not named gets nothing. None: by tokens.
             position: global sequences already consumed.
+            verify: how much is held against its hashes; None: nothing, since that was done already.
 
         Raises:
             DataError: sizes that do not fit together, unknown or negative weights, too little text, damaged files, or a
@@ -137,7 +157,7 @@ class BlendedLoader:
         raw = [weights.get(d, 0.0) if weights else tokens[d] for d in self.domains]
         self._counts = _pattern_counts(np.asarray(raw, dtype=np.float64))
         self._sets = {
-            number: PackedDomain(folder, self.manifest, domain, split, context, seed)
+            number: PackedDomain(folder, self.manifest, domain, split, context, seed, verify)
             for number, domain in enumerate(self.domains)
             if self._counts[number]
         }
@@ -207,13 +227,16 @@ def _pattern_counts(weights: np.ndarray) -> np.ndarray:
     return counts
 
 
-def validation_batches(prepared: str | Path, context: int, max_sequences: int) -> dict[str, tuple[Tensor, Tensor]]:
+def validation_batches(
+    prepared: str | Path, context: int, max_sequences: int, verify: Amount | None = "auto"
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Fixed validation sequences of every domain.
 
     Args:
         prepared: folder made by tools/prepare_data.py.
         context: tokens of a sequence.
         max_sequences: at most so many of a domain (1 or more).
+        verify: how much is held against its hashes; None: nothing, since that was done already.
 
     Returns:
         By domain: input_ids and labels, both (n, context). A domain with less than one sequence is left out with a
@@ -232,7 +255,7 @@ def validation_batches(prepared: str | Path, context: int, max_sequences: int) -
                 stacklevel=2,
             )
             continue
-        packed = PackedDomain(folder, manifest, domain, "validation", context, seed=0)
+        packed = PackedDomain(folder, manifest, domain, "validation", context, 0, verify)
         rows = torch.from_numpy(np.stack([packed[i] for i in range(min(max_sequences, packed.samples))]))
         result[domain] = (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
     if not result:

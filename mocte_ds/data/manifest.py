@@ -3,17 +3,20 @@
 import hashlib
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mocte_ds.data.stored_tokenizer import AnyTokenizer, open_tokenizer
+from mocte_ds.data.verify import Amount, token_type, verify_file
 from mocte_ds.errors import DataError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 SPLITS = ("train", "validation")
 
@@ -28,7 +31,12 @@ class Manifest:
     eod_id: int
     validation_share: float
     domains: dict[str, dict[str, Any]]
-    """By domain: "source_sha256", and for "train" and "validation" the numbers of "documents" and "tokens"."""
+    """By domain: "source_sha256", for "train" and "validation" the numbers of "documents" and "tokens", and what was
+    found of "near_duplicates" (:class:`mocte_ds.data.split.Split`)."""
+    near_duplicates: dict[str, Any] = field(default_factory=dict)
+    """How they were searched for: "words" of a run in common, "kept_share" of the runs that were looked at."""
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """Hashes of the chunks of each .bin and .idx (:mod:`mocte_ds.data.verify`)."""
 
     @property
     def sha256(self) -> str:
@@ -36,8 +44,8 @@ class Manifest:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Store as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Store as JSON, with the hash."""
+        path.write_text(json.dumps({**asdict(self), "sha256": self.sha256}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: str | Path) -> "Manifest":
@@ -48,20 +56,34 @@ class Manifest:
         """
         path = Path(folder) / NAME
         try:
-            manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
-            for facts in manifest.domains.values():
-                _ = facts["source_sha256"], [facts[s][key] for s in SPLITS for key in ("documents", "tokens")]
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found = values["format"]
+            if found == FORMAT:
+                stored = values.pop("sha256")
+                manifest = cls(**values)
+                manifest._require_sound(stored)
         except FileNotFoundError as error:
             raise DataError(f"{folder} holds no prepared data (no {NAME}); tools/prepare_data.py makes it.") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is damaged ({error!r}); prepare the data again.") from error
-        if manifest.format != FORMAT:
-            raise DataError(
-                f"{path} has format {manifest.format}, this version reads {FORMAT}; prepare the data again."
-            )
+        if found != FORMAT:
+            raise DataError(f"{path} has format {found!r}, this version reads {FORMAT}; prepare the data again.")
         return manifest
+
+    def _require_sound(self, stored: str) -> None:
+        """Raise ValueError, KeyError or TypeError for what this class would not have written."""
+        if self.sha256 != stored:
+            raise ValueError("it is not what its own hash was made of")
+        numbers = [self.vocab_size, self.eod_id]
+        for facts in self.domains.values():
+            _ = facts["source_sha256"]
+            numbers += [facts[split][key] for split in SPLITS for key in ("documents", "tokens")]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError("a number that is not 0 or more")
+        if not all(isinstance(hashes, list) for hashes in self.files.values()):
+            raise TypeError("hashes that are not lists")
 
     def require_tokenizer(self, path: str | Path) -> AnyTokenizer:
         """Load a tokenizer and make sure that the data was prepared with it.
@@ -84,8 +106,17 @@ def prefix(folder: str | Path, domain: str, split: str) -> Path:
     return Path(folder) / f"{domain}_{split}"
 
 
-def open_indexed(folder: str | Path, manifest: Manifest, domain: str, split: str) -> "IndexedDataset":
-    """Open one memory-mapped data set and compare its size with the manifest's.
+def open_indexed(
+    folder: str | Path, manifest: Manifest, domain: str, split: str, verify: Amount | None = "auto"
+) -> "IndexedDataset":
+    """Open one memory-mapped data set and compare it with the manifest.
+
+    Args:
+        folder: prepared data.
+        manifest: of it.
+        domain: its name.
+        split: `train` or `validation`.
+        verify: how much of the files is held against their hashes; None: nothing, since that was done already.
 
     Raises:
         DataError: files are missing, cut off or damaged.
@@ -95,12 +126,22 @@ def open_indexed(folder: str | Path, manifest: Manifest, domain: str, split: str
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     path, facts = prefix(folder, domain, split), manifest.domains[domain][split]
+    documents, tokens = facts["documents"], facts["tokens"]
     try:
         size, index_size = (Path(f"{path}{end}").stat().st_size for end in (".bin", ".idx"))
         # 34 bytes in front, then length, place and end of every document in 4 + 8 + 8 bytes, and the first start in 8.
-        expected = 34 + 20 * facts["documents"] + 8
+        expected = 34 + 20 * documents + 8
         if index_size != expected:
             raise DataError(f"{path}.idx has {index_size} bytes instead of {expected}; prepare the data again.")
+        width = np.dtype(token_type(manifest.vocab_size)).itemsize
+        if size != tokens * width:
+            raise DataError(
+                f"{path}.bin holds {size // width} tokens and {size} bytes, {NAME} tells of {documents} documents and "
+                f"{tokens} tokens of {width} bytes; prepare the data again."
+            )
+        if verify is not None:
+            for end in (".bin", ".idx"):
+                verify_file(Path(folder), manifest, f"{path.name}{end}", verify)
         data = IndexedDataset(str(path))
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} is missing; prepare the data again.") from error
@@ -108,10 +149,10 @@ def open_indexed(folder: str | Path, manifest: Manifest, domain: str, split: str
         raise
     except Exception as error:  # numpy, struct and assertions of megatron-core
         raise DataError(f"{path}.idx cannot be read ({error}); prepare the data again.") from error
-    tokens = int(data.sequence_lengths.sum(dtype="int64"))
-    if len(data) != facts["documents"] or tokens != facts["tokens"] or size != tokens * data.index.dtype_size:
+    found = int(data.sequence_lengths.sum(dtype="int64"))
+    if len(data) != documents or found != tokens or (len(data) and data.sequence_lengths.min() < 1):
         raise DataError(
-            f"{path}.bin and .idx hold {len(data)} documents, {tokens} tokens and {size} bytes, {NAME} tells of "
-            f"{facts['documents']} documents and {facts['tokens']} tokens; prepare the data again."
+            f"{path}.idx holds {len(data)} documents and {found} tokens, {NAME} tells of {documents} documents and "
+            f"{tokens} tokens; prepare the data again."
         )
     return data

@@ -70,7 +70,7 @@ class Attention(nn.Module):
         has_norm = config.qk_norm or config.head_norm
         self.q_norm, self.k_norm = (RMSNorm(n, config.norm_eps) if has_norm else nn.Identity() for n in normed)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, document: Tensor | None = None) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if not self.by_head:
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
         if rotation is not None:
             q, k = _rotate(q, *rotation), _rotate(k, *rotation)
-        mixed = causal_attention(q, k, v, self.window)
+        mixed = causal_attention(q, k, v, self.window, document)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -95,8 +95,8 @@ class Layer(nn.Module):
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, document: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, document)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -107,27 +107,35 @@ def make_norm(config: DecoderConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, document: Tensor | None = None
+) -> Tensor:
     """Softmax attention of (B, H, T, h) queries on (B, K, T, h) keys and values, causal.
 
-    With a window each query sees that many keys, its own included.
+    With a window each query sees that many keys, its own included; with (B, T) numbers of documents only keys of its
+    own document.
 
     scaled_dot_product_attention, except for short contexts in bf16 on a CPU, where its backward pass is slow: forward
     and backward of (4, 4, 256, 32) with 2 key/value heads take 9.9 ms there and 5.3 ms as below, (2, 4, 512, 32) 16 ms
     and 11 ms (one core with avx512_bf16, torch 2.13). From T = 1024 on, and in fp32, it is the faster one.
     """
-    length = q.shape[2]
-    if window is not None and window < length:
-        near = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=q.shape[1] != k.shape[1])
-    if q.device.type != "cpu" or q.dtype is not torch.bfloat16 or q.shape[2] > _PLAIN_CONTEXT:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    window = None if window is not None and window >= length else window
+    seen = None if window is None and document is None else _seen(length, window, document, q.device)
+    if q.device.type != "cpu" or q.dtype is not torch.bfloat16 or length > _PLAIN_CONTEXT:
+        if seen is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=grouped)
     batch, heads, length, size = q.shape
     pairs, group = batch * k.shape[1], heads // k.shape[1]
+    if seen is None:
+        seen = torch.ones(1, length, length, dtype=torch.bool, device=q.device).tril()
+    hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))
+    if len(hidden) > 1:
+        hidden = hidden.repeat_interleave(k.shape[1], dim=0)
     # The queries of one key/value head stand below each other, so that keys need not be repeated.
-    future = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
     scores = torch.baddbmm(
-        future.expand(pairs, -1, -1),
+        hidden.repeat(1, group, 1).expand(pairs, -1, -1),
         q.reshape(pairs, group * length, size),
         k.reshape(pairs, length, size).transpose(1, 2),
         alpha=size**-0.5,
@@ -136,13 +144,34 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     return (weights @ v.reshape(pairs, length, size)).view(batch, heads, length, size)
 
 
-def rotary_angles(config: DecoderConfig, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, turned features of a head) of rotary positions, halves layout as in transformers."""
+def _seen(length: int, window: int | None, document: Tensor | None, device: torch.device) -> Tensor:
+    """(B or 1, T, T) bool: the keys that each query sees."""
+    near = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if window is not None:
+        near = near.triu(1 - window)
+    return near[None] if document is None else near & (document[:, :, None] == document[:, None, :])
+
+
+def rotary_angles(
+    config: DecoderConfig, length: int, like: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of rotary positions, halves layout as in transformers; r turned features of a head.
+
+    Args:
+        config: of the decoder.
+        length: T.
+        like: tensor whose device and type the result has.
+        positions: (B, T) of each token in its document; None: 0 to T - 1 everywhere.
+
+    Returns:
+        (T, r) each, or (B, 1, T, r) with positions.
+    """
     # First the frequency, then its multiple, as in transformers: rounding the other way round shifts late positions.
     frequency = frequencies(config.rotary_size, config.rope_theta, config.rope_scaling, like.device)
     angle = torch.arange(length, device=like.device).float()[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    cos, sin = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    return (cos, sin) if positions is None else (cos[positions][:, None], sin[positions][:, None])
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class Trainer:
         # Looked at before a model of the sizes that it claims is made.
         init = InitialWeights(self.run.init) if self.run.init is not None and start.checkpoints is None else None
         _seed_everything(t.seed)
-        model = Decoder(self.run.model)
+        end = start.manifest.eod_id if self.run.data.document_mask else None
+        model = Decoder(self.run.model, end)
         if init:
             init.require_fit(self.config, model, (settings.get("zero_optimization") or {}).get("stage", 0))
             init.fill(model)
@@ -69,9 +70,10 @@ class Trainer:
             t.micro_batch,
             t.seed,
             self.run.data.weights,
+            verify=None,  # make_start has done it
         )
         validated = self.run.evaluation.sequences_per_domain
-        held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES)
+        held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES, None)
         scored = {name: (ids[:validated], labels[:validated]) for name, (ids, labels) in held_out.items()}
         self.validation = Validation(scored, t.micro_batch)
         if self.config:

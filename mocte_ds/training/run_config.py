@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from mocte_ds.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, Seed, Share
 from mocte_ds.checkpoints.sizes import stored_sizes
 from mocte_ds.config import MocteConfig
+from mocte_ds.data.verify import Amount
 from mocte_ds.deepspeed_settings import checked_settings
 from mocte_ds.errors import ConfigError
 from mocte_ds.models import DecoderConfig, preset
@@ -37,6 +38,12 @@ class DataSection:
     """Folder made by tools/prepare_data.py; it holds the tokenizer too. Required."""
     weights: dict[str, NotNegative] | None = None
     """Share of each domain, any scale; null: by tokens."""
+    document_mask: bool = False
+    """Whether a token sees only its own document of a packed sequence, with positions from the document's start;
+    false: attention goes over the borders of documents (docs/data.md)."""
+    verify: Amount = "auto"
+    """How much of the data is held against its hashes when a run starts: `all`, a `sample` of each file, or `auto`: all
+    of a file of up to 256 MiB, else a sample. Token ids are always checked."""
 
 
 @dataclass(frozen=True)
@@ -172,12 +179,13 @@ class RunConfig:
             "deepspeed.fp16.enabled": bool((self.deepspeed.get("fp16") or {}).get("enabled")),
             "deepspeed.mocte is there": "mocte" in self.deepspeed,
         }
-        return {**model, "model.init": self.init, "data.weights": self.data.weights, **training, **deepspeed}
+        data = {f"data.{key}": getattr(self.data, key) for key in ("weights", "document_mask")}
+        return {**model, "model.init": self.init, **data, **training, **deepspeed}
 
 
 def identity_defaults() -> dict[str, Any]:
     """Values of :meth:`RunConfig.identity` where nothing is said, key by key; keys that must be given are not there."""
-    usual: dict[str, Any] = {"model.init": None, "data.weights": None}
+    usual: dict[str, Any] = {"model.init": None, "data.weights": None, "data.document_mask": False}
     for section, cls in (("model", DecoderConfig), ("training", TrainingSection)):
         usual |= {f"{section}.{f.name}": f.default for f in fields(cls) if f.default is not MISSING}
     return usual

@@ -1,5 +1,6 @@
 """What a run starts from: everything is looked at and checked here, before any process waits for another."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from mocte_ds.checkpoints.manifest import Manifest as Saved
 from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
+from mocte_ds.data.verify import verify_prepared
 from mocte_ds.training.changes import Changes, as_before, read_identity, require_same_run
 from mocte_ds.training.out_folder import CHECKPOINTS, require_out
 from mocte_ds.training.run_config import RunConfig, identity_defaults
@@ -80,4 +82,12 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int, allow_da
         other = [checkpoints] if checkpoints is not None and not own else []
         sources = [prepared, *([Path(run.init)] if run.init else []), *other]
         require_out(out, sources, tokenizer, own, start.step if own else 0, run.training.steps)
+        verify_prepared(prepared, manifest, run.data.verify, *_place_on_host())
     return start
+
+
+def _place_on_host() -> tuple[int, int]:
+    """Number of this process among those of its host, and how many there are: every host may have its own files."""
+    # DeepSpeed's launcher and torchrun have different names for the second.
+    count = os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_RANK", "0")), int(count)

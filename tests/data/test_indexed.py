@@ -175,7 +175,7 @@ def test_bad_arguments_and_manifests(corpus, tokenizer, prepared, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="could not write prepared data"):
         prepare(corpus, tmp_path / "file" / "out", tokenizer)
-    for content in ("{", "[]", '{"format": 1}', '{"format": 1, "domains": {"a": {}}}'):
+    for content in ("{", "[]", '{"format": 2}', '{"format": 2, "domains": {"a": {}}}', "[" * 100_000):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(DataError, match="manifest.json is damaged"):
             Manifest.read(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from mocte_ds.data import Manifest
+from mocte_ds.data.manifest import FORMAT
 
 RUN = {
     "model": {"preset": "quickstart"},
@@ -26,7 +27,7 @@ def run_file(tmp_path: Path) -> Path:
     data.mkdir()
     split = {"documents": 1, "tokens": 100}
     domains = {"law": {"source_sha256": "0", "train": split, "validation": split}}
-    Manifest(1, "0", 2048, 2, 0.1, domains).write(data / "manifest.json")
+    Manifest(FORMAT, "0", 2048, 2, 0.1, domains).write(data / "manifest.json")
     path = tmp_path / "runs" / "small.yaml"
     path.parent.mkdir()
     path.write_text(yaml.safe_dump({**RUN, "data": {"prepared": str(data)}}), encoding="utf-8")

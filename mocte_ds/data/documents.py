@@ -1,0 +1,159 @@
+"""The documents of one file: JSON lines, plain text cut at blank lines, or a parquet table."""
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mocte_ds.data.lines import MAX_BYTES, TooLong, numbered_lines
+from mocte_ds.errors import DataError
+
+# Few: each may be as long as a document may be.
+_PARQUET_ROWS = 16
+_KINDS = (".jsonl", ".json", ".ndjson", ".txt", ".parquet")
+_COMPRESSED = (".gz", ".zst")
+FORMATS = ".jsonl, .json (JSON lines) or .txt, plain or as .gz or .zst, or .parquet"
+
+
+def file_suffix(name: str) -> str:
+    """The part of a file's name that says how it is read, in lower case; empty for another format."""
+    lower = name.lower()
+    packed = next((end for end in _COMPRESSED if lower.endswith(end)), "")
+    kind = next((end for end in _KINDS if lower.removesuffix(packed).endswith(end)), "")
+    return "" if not kind or (packed and kind == ".parquet") else kind + packed
+
+
+class DocumentFile:
+    """Texts of one file, in order; those of nothing but white space are left out.
+
+    Iterating raises DataError, with file and line, for a file that cannot be read, text that is not UTF-8, an entry
+    without "text", and a document of more than 64 MiB: no more than one document is in memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Keep the path; nothing is read yet."""
+        self.path = path
+
+    def __iter__(self) -> Iterator[str]:
+        import pyarrow
+
+        try:
+            if self.path.stat().st_size == 0:
+                raise DataError(f"{self.path} is empty; fill it or remove it.")
+            for text in self._read():
+                if text.strip():
+                    yield text
+        except TooLong as error:
+            raise DataError(
+                f"{self.path}, line {error.line}: {error}; cut it into documents of at most {MAX_BYTES >> 20} MiB."
+            ) from error
+        except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+            raise DataError(f"{self.path} cannot be read: {error}; is it complete?") from error
+
+    def _read(self) -> Iterator[str]:
+        suffix = file_suffix(self.path.name)
+        if suffix == ".parquet":
+            return self._rows()
+        return self._paragraphs() if suffix.startswith(".txt") else self._entries()
+
+    def _entries(self) -> Iterator[str]:
+        """Texts of JSON lines."""
+        # json and not a reader of tables: those guess types (texts that look like dates become time stamps).
+        for number, line in self._lines():
+            if line.strip():
+                yield self._parsed(number, line)
+
+    def _paragraphs(self) -> Iterator[str]:
+        """Runs of lines between lines of nothing but white space."""
+        lines: list[str] = []
+        size = 0
+        for number, line in self._lines():
+            if line.strip():
+                lines.append(line)
+                size += len(line)
+                if size > MAX_BYTES:
+                    raise TooLong("text without a blank line", number)
+            elif lines:
+                yield "\n".join(lines)
+                lines, size = [], 0
+        yield "\n".join(lines)
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        for number, line in numbered_lines(self.path):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{self.path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line); store "
+                    "the file as UTF-8."
+                ) from error
+
+    def _parsed(self, number: int, line: str) -> str:
+        """The text of one JSON line."""
+        where = f"{self.path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f'{where}: no JSON ({error}); every line must be an object like {{"text": "..."}}.'
+            ) from error
+        if not isinstance(entry, dict):
+            raise DataError(
+                f'{where}: no object but {type(entry).__name__}; every line must be like {{"text": "..."}}.'
+            )
+        if not isinstance(entry.get("text"), str):
+            found = f"text is {type(entry['text']).__name__}" if "text" in entry else f"keys: {_few(sorted(entry))}"
+            raise DataError(f'{where}: no text under "text" ({found}).')
+        try:
+            entry["text"].encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: half of a surrogate pair at character {error.start}; mend the text.") from error
+        return entry["text"]
+
+    def _rows(self) -> Iterator[str]:
+        """Texts of a parquet table, some rows at a time."""
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            file = parquet.ParquetFile(self.path, page_checksum_verification=True)
+            self._require_text_column(file.schema_arrow)
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{self.path} is no parquet file: {str(error).splitlines()[0]}") from error
+        number = 0
+        with file:
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=["text"]):
+                for value in batch.column(0):
+                    number += 1
+                    yield self._cell(value, number)
+
+    def _cell(self, value: Any, number: int) -> str:
+        where = f"{self.path}, row {number}"
+        try:
+            text = value.as_py()
+        except UnicodeDecodeError as error:
+            raise DataError(f'{where}: column "text" is not UTF-8; store it as UTF-8.') from error
+        if text is None:
+            raise DataError(f'{where}: no text under "text" (null).')
+        if len(text) > MAX_BYTES:
+            raise DataError(f"{where}: a text of more than {MAX_BYTES >> 20} MiB; cut it into several documents.")
+        return text
+
+    def _require_text_column(self, schema: Any) -> None:
+        from pyarrow import types
+
+        names = _few(schema.names)
+        count = schema.names.count("text")
+        if count == 0:
+            raise DataError(f'{self.path}: no column "text" (found: {names}).')
+        if count > 1:
+            raise DataError(f'{self.path}: {count} columns are called "text" (found: {names}); rename all but one.')
+        kind = schema.field("text").type
+        inner = kind.value_type if types.is_dictionary(kind) else kind
+        if not (types.is_string(inner) or types.is_large_string(inner) or types.is_string_view(inner)):
+            raise DataError(f'{self.path}: column "text" holds {kind}, not strings.')
+
+
+def _few(names: list[str], count: int = 20) -> str:
+    return f"{names}" if len(names) <= count else f"{names[:count]} and {len(names) - count} more"
