@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.output:
+        _require_writable(args.output)  # not after hours
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
         import torch
@@ -29,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         if gpu:
             torch.cuda.set_device(args.local_rank)
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    from mocte_ds.checkpoints.files import replace_text
     from mocte_ds.evaluation.lm import evaluate, table
 
     results = evaluate(
@@ -40,15 +44,28 @@ def main(argv: list[str] | None = None) -> int:
         include_path=args.include_path,
     )
     if results:
+        print(json.dumps(results) if args.json else table(results), flush=True)
         if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
-        print(json.dumps(results) if args.json else table(results))
+            try:
+                replace_text(args.output, json.dumps(results, indent=1) + "\n")
+            except OSError as error:
+                raise ConfigError(f"could not write {args.output}: {error}; the results are printed above.") from error
     if several:
         from mocte_ds.dist.end import end_process_groups
 
         end_process_groups()
     return 0
+
+
+def _require_writable(output: Path) -> None:
+    """Refuse a file that cannot be written, before anything is evaluated."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        writable = not output.is_dir() and os.access(output.parent, os.W_OK)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output {str(output)[:200]} cannot be written: {error}; name another file.") from error
+    if not writable:
+        raise ConfigError(f"--output {output} cannot be written: it is a folder, or lies in one that is only read.")
 
 
 if __name__ == "__main__":
