@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         include_path=args.include_path,
     )
     if results:
+        print(json.dumps(results) if args.json else table(results), flush=True)
         if args.output:
-            _write(args.output, json.dumps(results, indent=1))
-        print(json.dumps(results) if args.json else table(results))
+            _write(args.output, json.dumps(results, indent=1) + "\n")
     if several:
         from mocte_ds.dist.end import end_process_groups
 
@@ -69,7 +69,8 @@ def _write(path: Path, text: str) -> None:
     try:
         put(path.parent, {path.name: text.encode()}, _TOOL)
     except OSError as error:
-        raise MocteError(f"could not write {path}: {error.strerror or error}; name another --output.") from error
+        reason = error.strerror or error
+        raise MocteError(f"could not write {path}: {reason}; the results are printed above.") from error
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The tokenizer of a Hugging Face folder, for data that an imported model is trained on."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from mocte_ds.errors import DataError
+from mocte_ds.foreign_json import read_object, require_small
 
 MAIN_FILE = "tokenizer.json"
 FILES = (
@@ -45,6 +45,7 @@ class HFTokenizer:
                 f"{self.path} has no {MAIN_FILE}; AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes "
                 "it of the older files."
             )
+        require_small(self.path, DataError)
         try:
             content = file.read_bytes()
             self._model = Tokenizer.from_str(content.decode("utf-8"))
@@ -52,7 +53,10 @@ class HFTokenizer:
             self._model.no_padding()
             # A text that spells a special token must not end a document.
             self._model.encode_special_tokens = True
-        except Exception as error:  # the library raises bare Exceptions
+            self._require_unchanged()
+        except (KeyboardInterrupt, SystemExit, DataError):
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and panics, which are none
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(f"{file} cannot be read: {text[0]}.") from error
         self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -67,12 +71,15 @@ class HFTokenizer:
             )
         self.eod_id: int = eod
         """Id of the token that ends every document."""
-        self.sha256 = hashlib.sha256(content + str(self.eod_id).encode()).hexdigest()
-        """Hash of tokenizer.json and the id above."""
+        self.begin = self._begin()
+        """Ids that the tokenizer itself puts in front of every text, such as <s>; the model has learned texts so."""
+        ends = " ".join(map(str, [self.eod_id, *self.begin]))
+        self.sha256 = hashlib.sha256(content + ends.encode()).hexdigest()
+        """Hash of tokenizer.json and the ids above."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
-        return self._model.encode(text, add_special_tokens=False).ids
+        """Ids of a text as a document: what the tokenizer puts in front of it, and no other special tokens."""
+        return self.begin + self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """The text again, as far as the tokenizer keeps it."""
@@ -92,12 +99,24 @@ class HFTokenizer:
         found = found[0] if isinstance(found, list) and found else found
         return found if isinstance(found, int) else None
 
+    def _begin(self) -> list[int]:
+        """As AutoTokenizer has it; nothing where it is the end of the document before."""
+        add, bos = self._json("tokenizer_config.json").get("add_bos_token"), self.special["bos"]
+        if add is None:
+            encoding = self._model.encode("a", add_special_tokens=True)
+            added = encoding.special_tokens_mask
+            begin = encoding.ids[: added.index(0)] if 0 in added else []
+        else:
+            begin = [bos] if add and bos is not None else []
+        return [] if begin == [self.eod_id] else begin
+
+    def _require_unchanged(self) -> None:
+        """Hold the files against what an export says of them, if they lie in one."""
+        from mocte_ds.checkpoints.hf.checksums import Checksums
+
+        if sums := Checksums.read(self.path, DataError):
+            sums.require_files(DataError, FILES)
+
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
-        if not path.is_file():
-            return {}
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{path} cannot be read: {error}.") from error
-        return values if isinstance(values, dict) else {}
+        return read_object(path, DataError) if path.exists() else {}

@@ -14,7 +14,11 @@ import torch.distributed as dist
 import yaml
 
 from mocte_ds.dist.collectives import gather_objects, gather_rows, world
-from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.errors import ConfigError
+from mocte_ds.evaluation.network import load_network
+from mocte_ds.evaluation.results import collect, table
+
+__all__ = ["evaluate", "offline_tasks", "table"]
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -47,17 +51,16 @@ def evaluate(
         seed: of the few-shot examples.
 
     Returns:
-        On rank 0: {"model", "tasks": {name: {"metric": value, "metric_stderr": ..., "items": n, "chance": ...}},
-        "ranks", "limit", "lm_eval": its version}; on other ranks {}.
+        On rank 0: {"model", "tasks": see :func:`mocte_ds.evaluation.results.collect`, "ranks", "limit", "lm_eval": its
+        version}; on other ranks {}.
 
     Raises:
-        CheckpointError: no model in the folder, or one that cannot be loaded.
-        ConfigError: an unknown task; names the nearest ones.
+        CheckpointError: no model in the folder, or one that is damaged, changed or cannot be loaded.
+        ConfigError: an unknown task (names the nearest ones), one of ``include_path`` that fails, or a number of items
+            that makes no sense.
     """
     folder = Path(model_dir)
-    for name in ("config.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is no exported model: {name} is missing; tools/export_hf.py makes one.")
+    _require_counts(tasks, limit, batch_size, num_fewshot)
     known = offline_tasks()
     if include_path is None:
         for task in tasks:
@@ -79,35 +82,45 @@ def evaluate(
     with _task_folder() as shipped, tempfile.TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = Path(cache)
         folders = [shipped] + ([str(include_path)] if include_path else [])
-        manager = TaskManager(include_path=folders, include_defaults=False)
         model = _model(folder, batch_size, device, rank, size)
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            log_samples=False,
-        )
+        try:
+            manager = TaskManager(include_path=folders, include_defaults=False)
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(dict.fromkeys(tasks)),
+                limit=limit,
+                num_fewshot=num_fewshot,
+                task_manager=manager,
+                bootstrap_iters=1000,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                log_samples=False,
+            )
+        except Exception as error:  # tasks are programs of others and fail in every way
+            if include_path is None:
+                raise
+            text = str(error).strip().splitlines() or ["no more is known"]
+            raise ConfigError(
+                f"lm-eval could not run {', '.join(tasks)} with the task files of {include_path}: "
+                f"{type(error).__name__}: {text[0]}. Mend the task file, or leave the task out."
+            ) from error
         model.barrier()
     if rank != 0:
         return {}
-    results = {}
-    for task in tasks:
-        values = {}
-        for key, value in found["results"][task].items():
-            metric, _, _ = key.partition(",")
-            if isinstance(value, int | float) and metric not in ("alias", "sample_len"):
-                values[metric] = value
-        counts = found.get("n-samples", {}).get(task, {})
-        chance = (known.get(task, {}).get("metadata") or {}).get("chance")
-        results[task] = {**values, "items": counts.get("effective"), "chance": chance}
+    chances = {name: (task.get("metadata") or {}).get("chance") for name, task in known.items()}
+    results = collect(found, chances)
     return {"model": str(folder), "tasks": results, "ranks": size, "limit": limit, "lm_eval": lm_eval.__version__}
+
+
+def _require_counts(tasks: Sequence[str], limit: int | None, batch_size: int, num_fewshot: int | None) -> None:
+    """Raise ConfigError for numbers that make no evaluation."""
+    if not tasks:
+        raise ConfigError(f"no task is named; these ship with mocte-ds: {sorted(offline_tasks())}.")
+    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} = {value} must be {least} or more.")
 
 
 @contextlib.contextmanager
@@ -138,33 +151,17 @@ def _model(folder: Path, batch_size: int, device: str | None, rank: int, size: i
             if size > 1:
                 dist.barrier()
 
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            """HFLM puts the token that begins a text in front itself: the tokenizer must not do so a second time."""
+            kept, self.add_bos_token = self.add_bos_token, False
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally:
+                self.add_bos_token = kept
+
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        # Nothing is fetched, and no code from the folder runs.
-        only = {"local_files_only": True, "trust_remote_code": False}
-        network = AutoModelForCausalLM.from_pretrained(folder, **only).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **only)
-    except Exception as error:  # transformers raises many types for a damaged folder
-        text = str(error).splitlines()[0] if str(error) else ""
-        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {text}") from error
-    model = RankedLM(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    network, tokenizer = load_network(folder)
+    model = RankedLM(pretrained=network.to(device), tokenizer=tokenizer, batch_size=batch_size, device=device)
     model._rank, model._world_size = rank, size
     return model
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results as lines to read: task, items, metric, value, standard error, chance."""
-    lines = [f"{'task':<28}{'items':>6}  {'metric':<12}{'value':>8}{'stderr':>9}{'chance':>8}"]
-    for task, values in results["tasks"].items():
-        chance = values.get("chance")
-        for metric, value in values.items():
-            if metric in ("items", "chance") or metric.endswith("_stderr"):
-                continue
-            error = values.get(f"{metric}_stderr")
-            right = f"{error:>9.4f}" if isinstance(error, float) else f"{'-':>9}"
-            floor = f"{chance:>8.2f}" if chance is not None else f"{'-':>8}"
-            lines.append(f"{task:<28}{values['items'] or 0:>6}  {metric:<12}{value:>8.4f}{right}{floor}")
-    return "\n".join(lines)

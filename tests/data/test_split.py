@@ -50,7 +50,8 @@ def test_groups_stay_together_also_between_domains() -> None:
     corpus = {
         "a": [" ".join(words(n, 40)) + " " + shared[n % 60] for n in range(200)],
         "b": [
-            shared[n] + " " + " ".join(words(5000 + n, 40)) if n < 60 else " ".join(words(8000 + n, 50)) for n in range(300)
+            shared[n] + " " + " ".join(words(5000 + n, 40)) if n < 60 else " ".join(words(8000 + n, 50))
+            for n in range(300)
         ],
     }
     split = splitter(corpus, 0.1)

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW(llama.parameters(), lr=3e-3)
     for _ in range(60):
         for text in known:
-            ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+            ids = torch.tensor([tokenizer.encode(text)])
             llama(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -57,8 +57,8 @@ def chosen_by_transformers(folder: Path) -> list[tuple[int, int]]:
     for item in items("openbookqa"):
         scores = []
         for choice in item["choices"]:
-            start = tokenizer.encode(item["question"], add_special_tokens=False)
-            whole = torch.tensor([tokenizer.encode(f"{item['question']} {choice}", add_special_tokens=False)])
+            start = tokenizer.encode(item["question"])
+            whole = torch.tensor([tokenizer.encode(f"{item['question']} {choice}")])
             with torch.no_grad():
                 logs = model(input_ids=whole).logits.log_softmax(-1)[0]
             places = range(len(start), whole.shape[1])

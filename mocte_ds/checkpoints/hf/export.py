@@ -10,11 +10,12 @@ import psutil
 import torch
 
 from mocte_ds.checkpoints.hf.card import model_card
+from mocte_ds.checkpoints.hf.checksums import write_checksums
 from mocte_ds.checkpoints.hf.compare import compare
 from mocte_ds.checkpoints.hf.dense import Layout
 from mocte_ds.checkpoints.hf.kept_tokenizer import run_tokenizer
 from mocte_ds.checkpoints.hf.layouts import choose_layout
-from mocte_ds.checkpoints.hf.shards import CHECKSUMS_FILE, SHARD_BYTES, Entry, write_shards
+from mocte_ds.checkpoints.hf.shards import SHARD_BYTES, Entry, write_shards
 from mocte_ds.checkpoints.hf.whole import require_free, require_room, whole, write_json
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
@@ -79,7 +80,7 @@ def export(
         compared, checksums = compare(source, layout, pending)
         facts |= compared
         facts["peak_bytes"] = peak_bytes()
-        write_json(pending / CHECKSUMS_FILE, checksums)
+        write_checksums(pending, checksums)
         (pending / "README.md").write_text(model_card(source.state, facts), encoding="utf-8")
         write_json(pending / _FACTS_FILE, {**facts, "step": source.state["step"]})
     return facts

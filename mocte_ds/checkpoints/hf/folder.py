@@ -1,18 +1,35 @@
 """The weights of a Hugging Face folder under the names of its class; read one at a time, never pickles."""
 
-import json
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mocte_ds.checkpoints.hf.shards import CHECKSUMS_FILE, INDEX_FILE, SINGLE_FILE, Shards, checksum
+from mocte_ds.checkpoints.hf.checksums import Checksums
+from mocte_ds.checkpoints.hf.shards import INDEX_FILE, SINGLE_FILE, Shards
 from mocte_ds.errors import CheckpointError
 
 # What files of older versions hold beside the weights: tables that are computed anew.
-_COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
+COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def require_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors.
+
+    Raises:
+        CheckpointError: pickles only, or nothing.
+    """
+    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        found = (
+            f"its weights are pickles ({pickles[0]}), which run code when they are opened and are never opened "
+            "here; store the model as safetensors (save_pretrained) on a machine that may run them"
+            if pickles
+            else "its weights are missing"
+        )
+        raise CheckpointError(f"{folder} cannot be loaded: it holds neither {SINGLE_FILE} nor {INDEX_FILE}: {found}.")
 
 
 class Folder:
@@ -30,17 +47,9 @@ class Folder:
                 fp32, bf16 and fp16.
         """
         self.folder = folder
-        if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
-            found = (
-                f"its weights are pickles ({pickles[0]}), which run code when they are opened and are never opened "
-                "here; store the model as safetensors (save_pretrained) on a machine that may run them"
-                if pickles
-                else "its weights are missing"
-            )
-            raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: {found}.")
+        require_weights(folder)
         self._shards = Shards(folder)
-        kept = [name for name in self._shards.files if not _COMPUTED.fullmatch(name)]
+        kept = [name for name in self._shards.files if not COMPUTED.fullmatch(name)]
         # The first files of GPT-2 leave the prefix out.
         bare = architecture == "GPT2LMHeadModel" and not any(name.startswith("transformer.") for name in kept)
         self._stored = {f"transformer.{name}" if bare else name: name for name in kept}
@@ -54,7 +63,12 @@ class Folder:
                 raise CheckpointError(
                     f"{folder / self.files[name]}: {name} is stored as {kind}; {', '.join(_DTYPES)} are supported."
                 )
-            self.blanks[name] = torch.empty(shape, dtype=_DTYPES[kind], device="meta")
+            try:
+                self.blanks[name] = torch.empty(shape, dtype=_DTYPES[kind], device="meta")
+            except (RuntimeError, TypeError, OverflowError) as error:
+                raise CheckpointError(
+                    f"{folder / self.files[name]}: {name} has a shape that no tensor has: {str(shape)[:80]}."
+                ) from error
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored.
@@ -68,21 +82,10 @@ class Folder:
         """Compare every tensor with what an export said of it, if the folder is one.
 
         Raises:
-            CheckpointError: one was changed since.
+            CheckpointError: one is missing, too much, or was changed since.
         """
-        path = self.folder / CHECKSUMS_FILE
-        if not path.is_file():
-            return
-        try:
-            sums = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
-        for name in self.files:
-            if name in sums and checksum(self.read(name)) != sums[name]:
-                raise CheckpointError(
-                    f"{self.folder / self.files[name]}: {name} is not what {CHECKSUMS_FILE} says; if it was trained on "
-                    f"since the export, remove {CHECKSUMS_FILE}."
-                )
+        if sums := Checksums.read(self.folder):
+            sums.require_tensors(list(self._shards.files), self._shards.read)
 
     def forget(self, name: str) -> None:
         """Leave a tensor out: another one stands for it."""

@@ -1,6 +1,5 @@
 """The tokenizer of an imported model, handed on unchanged, and whichever tokenizer a run was trained with."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from mocte_ds.checkpoints.hf.tokenizer import SourceTokenizer
 from mocte_ds.data.hf_tokenizer import FILES, HFTokenizer
 from mocte_ds.data.stored_tokenizer import FOLDER, tokenizer_in
 from mocte_ds.errors import CheckpointError
+from mocte_ds.foreign_json import read_object
 
 _TOKENIZERS = [name for name in FILES if name not in (CONFIG_FILE, "generation_config.json")]
 
@@ -32,10 +32,19 @@ class KeptTokenizer:
 
     @property
     def special(self) -> SpecialIds:
-        """Ids as the model's config has them, else as the tokenizer's."""
+        """Ids as the model's config has them, else as the tokenizer's.
+
+        Raises:
+            CheckpointError: the config is damaged, or names something else than ids.
+        """
         file, found = self.path / CONFIG_FILE, self.tokenizer.special if self.tokenizer else {}
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return SpecialIds(**{name: values.get(f"{name}_token_id", found.get(name)) for name in ("bos", "eos", "pad")})
+        values = read_object(file, CheckpointError) if file.exists() else {}
+        ids = {name: values.get(f"{name}_token_id", found.get(name)) for name in ("bos", "eos", "pad")}
+        for name, value in ids.items():
+            for number in value if isinstance(value, list) else [value]:  # some models end by one of several
+                if number is not None and type(number) is not int:
+                    raise CheckpointError(f"{file}: {name}_token_id = {str(value)[:80]!r} is not the id of a token.")
+        return SpecialIds(**ids)
 
     def require_fit(self, vocab_size: int) -> None:
         """Raise CheckpointError where the model has no embedding for some token."""

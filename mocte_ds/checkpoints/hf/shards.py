@@ -13,12 +13,11 @@ from torch import Tensor
 
 from mocte_ds.checkpoints.source import REMAP_BYTES
 from mocte_ds.errors import CheckpointError
+from mocte_ds.foreign_json import read_object
 
 SHARD_BYTES = 2_000_000_000
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-CHECKSUMS_FILE = "checksums.json"
-"""What an export says of each of its tensors."""
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -122,13 +121,9 @@ class Shards:
         if not path.is_file():
             self.files = dict.fromkeys(self._names(SINGLE_FILE), SINGLE_FILE)
             return
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            wanted: dict[str, set[str]] = {name: set() for name in weight_map.values()}
-            for name, file in weight_map.items():
-                wanted[file].add(name)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+        wanted: dict[str, set[str]] = {}
+        for name, file in self._weight_map(path).items():
+            wanted.setdefault(file, set()).add(name)
         for file, names in wanted.items():
             different = names ^ self._names(file)
             if different:
@@ -169,9 +164,19 @@ class Shards:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder / file} cannot be read: {error}.") from error
 
+    def _weight_map(self, path: Path) -> dict[str, str]:
+        """File of each tensor, as the index says."""
+        found = read_object(path, CheckpointError).get("weight_map")
+        if not isinstance(found, dict) or not found:
+            raise CheckpointError(f"{path} has no weight_map, the file of each tensor; it is damaged.")
+        for file in found.values():
+            if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+                raise CheckpointError(f"{path} names {str(file)[:80]!r}, which is not a file of the folder.")
+        return found
+
     def _names(self, file: str) -> set[str]:
-        if Path(file).name != file:
-            raise CheckpointError(f"{INDEX_FILE} names {file!r}, which is no file of the folder.")
+        if not (self.folder / file).is_file():
+            raise CheckpointError(f"{self.folder / file} is missing, or is not a file.")
         try:
             with safe_open(self.folder / file, "pt") as content:
                 return set(content.keys())

@@ -48,9 +48,12 @@ class SourceTokenizer:
 
     @property
     def special(self) -> SpecialIds:
-        """Ids of <s>, </s> and the padding, which is </s> where there is no piece for it."""
-        begin, end, pad = self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.pad_id()
-        known = [number if number >= 0 else None for number in (begin, end, pad if pad >= 0 else end)]
+        """Ids of what begins a text, of </s>, and of the padding, which is </s> where there is no piece for it.
+
+        A text begins with </s>, the end of the document before it, as in training; no document there holds <s>.
+        """
+        end, pad = self.pieces.eos_id(), self.pieces.pad_id()
+        known = [number if number >= 0 else None for number in (end, end, pad if pad >= 0 else end)]
         return SpecialIds(*known)
 
     def require_fit(self, vocab_size: int) -> None:
@@ -63,6 +66,8 @@ class SourceTokenizer:
 
     def write(self, out: Path, max_length: int) -> None:
         """Write tokenizer.json, tokenizer_config.json and the sentencepiece model itself.
+
+        As all texts of the training, every text begins with </s>, which this tokenizer puts in front by itself.
 
         Ids are sentencepiece's, with the exceptions of this format: the text of a special token ("</s>") becomes that
         token; the character U+2581 counts as a space; and a unigram model may cut a very long run of one character
@@ -86,6 +91,7 @@ class SourceTokenizer:
             model_max_length=max_length,
             clean_up_tokenization_spaces=False,
             add_prefix_space=False,
+            add_bos_token="bos_token" in special,
         )
         try:
             tokenizer.save_pretrained(out)

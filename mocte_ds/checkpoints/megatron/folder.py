@@ -1,6 +1,8 @@
 """Writes and reads megatron-core's distributed checkpoints; nothing in one is executed."""
 
+import io
 import pickle
+import pickletools
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -135,12 +137,20 @@ def _require_plain(folder: Path) -> None:
     """
     path = folder / METADATA_FILE
     try:
-        with open(path, "rb") as file:
-            _Plain(file).load()
+        content = path.read_bytes()
+        _require_bounded(content)
+        _Plain(io.BytesIO(content)).load()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: {folder} is no distributed checkpoint of megatron-core.") from error
     except Exception as error:  # pickle raises many types for a damaged file
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _require_bounded(content: bytes) -> None:
+    """Refuse a pickle that claims more than its own bytes bear out: memory is taken for the number of a memo."""
+    for code, value, _ in pickletools.genops(content):
+        if code.name.endswith("PUT") and int(value) > len(content):
+            raise pickle.UnpicklingError(f"it numbers an object {value}, and has {len(content)} bytes")
 
 
 class _Plain(pickle.Unpickler):

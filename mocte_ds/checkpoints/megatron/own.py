@@ -1,20 +1,23 @@
 """What a run has and megatron-core's model does not, in a folder beside it, so that the way back loses nothing."""
 
-from collections.abc import Iterable
+from collections.abc import json
 from pathlib import Path
 from typing import Any
 
+import Iterable
 import torch
 from torch import Tensor
 
 from mocte_ds.checkpoints.files import hash_file, to_json
 from mocte_ds.checkpoints.hf.shards import Entry, Shards, write_shards
 from mocte_ds.checkpoints.manifest import Manifest, require_whole
-from mocte_ds.checkpoints.megatron.model import Settings
+from mocte_ds.checkpoints.megatron.model import Settings, settings_of
 from mocte_ds.checkpoints.megatron.pairs import Pair, all_pairs
 from mocte_ds.checkpoints.source import Source, empty_decoder
-from mocte_ds.errors import CheckpointError, ConfigError
-from mocte_ds.json_files import read_json
+from mocte_ds.errors import CheckpointError, MocteError
+from mocte_ds.foreign_json import read_object
+from mocte_ds.models import DecoderConfig
+from mocte_ds.sections import parse_section
 
 OWN_FOLDER = "mocte_ds"
 _STATE_FILE, _FORMAT = "state.json", 1
@@ -85,14 +88,34 @@ class MegatronSource(Source):
             )
         self.manifest = require_whole(own)
         values = _read_state(own / _STATE_FILE)
-        self.settings = Settings(values["transformer_config"], values["gpt_model"], values["router_scale"])
-        state = values["state"]
-        mocte = None if state["mocte"] is None else {"config": state["mocte"], "blocks": state["blocks"]}
-        super().__init__(empty_decoder(state["model"], mocte, own / _STATE_FILE), state, dtype)
-        self.pairs = all_pairs(self, self.settings)
+        try:
+            state = values["state"]
+            _require_backed(state, folder)
+            mocte = None if state["mocte"] is None else {"config": state["mocte"], "blocks": state["blocks"]}
+            super().__init__(empty_decoder(state["model"], mocte, own / _STATE_FILE), state, dtype)
+            self.settings = Settings(values["transformer_config"], values["gpt_model"], values["router_scale"])
+            self.pairs = all_pairs(self, self.settings)
+            int(state["step"])
+        except MocteError:
+            raise
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{own / _STATE_FILE} does not describe a run ({type(error).__name__}: {str(error)[:200]}): it is "
+                "damaged; convert the checkpoint again."
+            ) from error
         self._rest = Shards(own) if rest(self, self.pairs) else None
         self._theirs: dict[str, Tensor] = {}
         self._pairs = {name: (pair, number) for pair in self.pairs for number, name in enumerate(pair.sources)}
+        self._require_settings(own / _STATE_FILE)
+
+    def _require_settings(self, path: Path) -> None:
+        """Refuse settings of another model than the run's: megatron-core would take memory for whatever they say."""
+        wanted = settings_of(self)
+        if json.loads(json.dumps(self.settings.to_dict())) != json.loads(json.dumps(wanted.to_dict())):
+            raise CheckpointError(
+                f"{path}: the settings of megatron-core's model are not those of the run's model: it is damaged; "
+                "convert the checkpoint again."
+            )
 
     def take(self, tensors: dict[str, Tensor]) -> None:
         """Set the tensors of megatron-core's model, by their name there.
@@ -113,11 +136,20 @@ class MegatronSource(Source):
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        values = read_json(path)
-    except ConfigError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != _FORMAT:
-        raise CheckpointError(f"{path} has format {found!r}; this version reads format {_FORMAT}.")
+    values = read_object(path, CheckpointError)
+    if values.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} has format {values.get('format')!r}; this version reads format {_FORMAT}.")
     return values
+
+
+def _require_backed(state: dict[str, Any], folder: Path) -> None:
+    """Refuse a model with more parameters than the folder has bytes, before anything is built of it."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    sizes, mocte = state["model"], state["mocte"]
+    experts = 0 if mocte is None else mocte["num_experts"] * len(mocte.get("banks") or [None]) * len(state["blocks"])
+    fits = isinstance(sizes["num_layers"], int) and max(sizes["num_layers"], experts) <= there
+    if not fits or parse_section(DecoderConfig, sizes, "model").num_params() > there:
+        raise CheckpointError(
+            f"{folder} has {there:,} bytes, fewer than the parameters of the model that its {_STATE_FILE} describes: "
+            "it is damaged, or files are missing."
+        )

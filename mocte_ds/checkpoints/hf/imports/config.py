@@ -1,50 +1,82 @@
 """Which decoder a Hugging Face folder holds: its config, key by key; what our decoders do not compute is refused."""
 
-import json
+import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.checkpoints.hf.checksums import Checksums
+from mocte_ds.checkpoints.hf.claims import require_backed, require_experts, require_layers
+from mocte_ds.checkpoints.hf.folder import Folder
 from mocte_ds.checkpoints.hf.imports.keys import Foreign, Keys, llama_like, require_whole_attention
 from mocte_ds.checkpoints.hf.imports.mixtures import glm4moe, mixtral, olmoe, qwen2moe
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.foreign_json import read_object, require_small
 from mocte_ds.models import DecoderConfig
 
 CONFIG_FILE = "config.json"
 
 
-def read_config(folder: Path, max_positions: int | None = None, fixed_router: bool = False) -> Foreign:
-    """Read a folder's config.
+def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bool = False) -> tuple[Foreign, Folder]:
+    """Read a folder's config, and look into its files; the config is believed only as far as they bear it out.
 
     Args:
         folder: in Hugging Face format; only read, no code in it is run.
         max_positions: shorter context than the folder's; None: the folder's.
         fixed_router: routers of experts do not train on.
 
+    Returns:
+        The config in our terms, and the tensors.
+
     Raises:
-        CheckpointError: no config, an architecture that is not supported, or a key whose value our decoders do not
-            compute; names the key and what to do.
+        CheckpointError: no config, an architecture that is not supported, a key whose value our decoders do not compute
+            or the files do not bear out, or files that are missing or damaged; names which and what to do.
     """
     path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        names = values.get("architectures") or [None]
-        name = str(names[0])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: {folder} is no model in Hugging Face format.") from error
-    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
-    if name not in _READERS:
-        raise CheckpointError(
-            f"{path}: the architecture {name} is not supported; these are: {', '.join(_READERS)}. What is exported as "
-            "MocteForCausalLM comes from a checkpoint, which is the better start."
-        )
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: {folder} is no model in Hugging Face format.")
+    require_small(folder, CheckpointError)
+    if sums := Checksums.read(folder):
+        sums.require_files()
+    values = read_object(path, CheckpointError)
+    name = _architecture(values, path)
+    files = Folder(folder, name)
+    require_backed(values, {name: tuple(blank.shape) for name, blank in files.blanks.items()}, path)
     keys = Keys(path, _transformers_config(folder), max_positions, fixed_router)
     keys.require("quantization_config", None, "take the folder without quantisation.")
     try:
-        return _READERS[name](name, keys)
-    except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
+        foreign = _READERS[name](name, keys)
+        _require_finite(asdict(foreign.decoder))
+    except (ConfigError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{path} has sizes that no decoder of ours has: {error}") from error
+    layers = "transformer.h" if foreign.decoder.style == "gpt2" else "model.layers"
+    require_layers(foreign.decoder.num_layers, files.files, layers, path)
+    if foreign.mocte:
+        modules = foreign.mocte["modules"]
+        count = foreign.decoder.num_layers if isinstance(modules, str) else len(modules)
+        require_experts(foreign.mocte["num_experts"], count, files.files, path)
+    return foreign, files
+
+
+def _require_finite(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _require_finite(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} = {value} is not a finite number.")
+
+
+def _architecture(values: dict[str, Any], path: Path) -> str:
+    """Name of the class that a config names first."""
+    names = values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str) or name not in _READERS:
+        raise CheckpointError(
+            f"{path}: the architecture {str(name)[:80]} is not supported; these are: {', '.join(_READERS)}. What is "
+            "exported as MocteForCausalLM comes from a checkpoint, which is the better start."
+        )
+    return name
 
 
 def _transformers_config(folder: Path) -> Any:
@@ -96,7 +128,7 @@ def _gpt2(name: str, keys: Keys) -> Foreign:
     sizes = {
         "vocab_size": keys["vocab_size"],
         "hidden_size": d,
-        "intermediate_size": keys["n_inner"] or 4 * d,
+        "intermediate_size": 4 * d if keys["n_inner"] is None else keys["n_inner"],
         "num_layers": keys["n_layer"],
         "num_heads": keys["n_head"],
         "max_positions": keys.max_positions,

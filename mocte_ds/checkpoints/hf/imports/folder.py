@@ -17,7 +17,7 @@ from mocte_ds.checkpoints.hf.dense import Layout, SpecialIds, gpt2, llama, stock
 from mocte_ds.checkpoints.hf.experts import glm4moe, mixtral, olmoe, qwen2moe
 from mocte_ds.checkpoints.hf.export import peak_bytes
 from mocte_ds.checkpoints.hf.folder import Folder
-from mocte_ds.checkpoints.hf.imports.config import CONFIG_FILE, read_config
+from mocte_ds.checkpoints.hf.imports.config import CONFIG_FILE, read_folder
 from mocte_ds.checkpoints.hf.imports.emerge import Emerged
 from mocte_ds.checkpoints.hf.imports.experts import plan_mixture
 from mocte_ds.checkpoints.hf.imports.keys import Foreign
@@ -56,11 +56,15 @@ class FolderSource(Source):
             CheckpointError: tensors are missing, left over or of another shape.
         """
         path, sizes = folder.folder / CONFIG_FILE, asdict(foreign.decoder)
-        model, state = empty_decoder(sizes, None, path), start_state(foreign.decoder)
-        if foreign.mocte:
-            config = MocteConfig.from_dict(foreign.mocte)
-            state = start_state(foreign.decoder, config, matching_modules(model, config.modules))
-            model = empty_decoder(sizes, {"config": state["mocte"], "blocks": state["blocks"]}, path)
+        state = start_state(foreign.decoder)
+        try:
+            model = empty_decoder(sizes, None, path)
+            if foreign.mocte:
+                config = MocteConfig.from_dict(foreign.mocte)
+                state = start_state(foreign.decoder, config, matching_modules(model, config.modules))
+                model = empty_decoder(sizes, {"config": state["mocte"], "blocks": state["blocks"]}, path)
+        except (RuntimeError, OverflowError, ConfigError) as error:
+            raise CheckpointError(f"{path} has sizes of which no model can be built: {error}") from error
         super().__init__(model, state)
         self.folder, self.foreign = folder, foreign
         self.plan: Plan = plan_mixture(folder, foreign, model) if foreign.mocte else plan_dense(folder, model)
@@ -116,10 +120,10 @@ def import_hf(
     folder, start = Path(folder), psutil.Process().memory_info().rss
     out = require_free(Path(out), folder, _TOOL)
     tell(f"reading {folder}")
-    foreign = read_config(folder, max_positions, fixed_router)
+    foreign, files = read_folder(folder, max_positions, fixed_router)
     if foreign.mocte and corpus:
         raise ConfigError(f"{folder} has experts already; leave the corpus out.")
-    source = FolderSource(Folder(folder, foreign.architecture), foreign)
+    source = FolderSource(files, foreign)
     kept = KeptTokenizer(folder)
     kept.require_fit(foreign.decoder.vocab_size)
     tokenizer = kept.tokenizer

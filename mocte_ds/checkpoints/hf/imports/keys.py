@@ -1,5 +1,6 @@
 """The keys of a Hugging Face config in our terms, and how a value that no decoder of ours computes is refused."""
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ class Keys:
 
     def __init__(self, path: Path, config: Any, max_positions: int | None, fixed_router: bool) -> None:
         self.path, self.config, self.fixed_router = path, config, fixed_router
-        most = config.max_position_embeddings
+        most = getattr(config, "max_position_embeddings", None)
+        if not isinstance(most, int) or most < 1:
+            raise CheckpointError(f"{path}: max_position_embeddings = {most!r} must be 1 or more.")
         if max_positions is not None and not 1 <= max_positions <= most:
             raise CheckpointError(f"max_positions = {max_positions} must lie between 1 and the folder's {most}.")
-        self.max_positions = max_positions or most
+        self.max_positions = most if max_positions is None else max_positions
 
     def __getitem__(self, key: str) -> Any:
         return getattr(self.config, key, None)
@@ -41,15 +44,14 @@ class Keys:
 
     def refuse(self, key: str, value: Any, why: str) -> None:
         """Raise CheckpointError for a key."""
-        raise CheckpointError(f"{self.path}: {key} = {value!r}: {why}")
+        raise CheckpointError(f"{self.path}: {key} = {reprlib.repr(value)}: {why}")
 
 
-def llama_like(keys: Keys, intermediate_size: int | None = None, partial: bool = False, **more: Any) -> DecoderConfig:
+def llama_like(keys: Keys, partial: bool = False, **more: Any) -> DecoderConfig:
     """Sizes that all Llama-like configs share.
 
     Args:
         keys: of the config.
-        intermediate_size: instead of the config's.
         partial: whether the class turns the configured share of a head's features.
         **more: other fields of the result.
 
@@ -57,7 +59,7 @@ def llama_like(keys: Keys, intermediate_size: int | None = None, partial: bool =
         CheckpointError: a value that our decoders do not compute.
     """
     keys.require("hidden_act", "silu")
-    rope = dict(keys["rope_parameters"] or {})
+    rope = {} if keys["rope_parameters"] is None else dict(keys["rope_parameters"])
     theta, share = rope.pop("rope_theta", 10000.0), rope.pop("partial_rotary_factor", 1.0)
     if (kind := rope.pop("rope_type", "default")) not in ("default", "linear", "llama3"):
         keys.refuse(
@@ -69,12 +71,12 @@ def llama_like(keys: Keys, intermediate_size: int | None = None, partial: bool =
     if share != 1.0 and not partial:
         keys.refuse("rope_parameters.partial_rotary_factor", share, "1.0 is supported.")
     heads, d = keys["num_attention_heads"], keys["hidden_size"]
-    head_dim = keys["head_dim"] or d // heads
+    head_dim = d // heads if keys["head_dim"] is None else keys["head_dim"]
     return DecoderConfig(
         "llama",
         keys["vocab_size"],
         d,
-        intermediate_size or keys["intermediate_size"],
+        keys["intermediate_size"],
         keys["num_hidden_layers"],
         heads,
         keys["num_key_value_heads"],

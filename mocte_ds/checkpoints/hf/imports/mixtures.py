@@ -23,7 +23,8 @@ def qwen2moe(name: str, keys: Keys) -> Foreign:
     """Experts in some layers, beside a shared one that must be empty."""
     if keys["use_sliding_window"]:
         require_whole_attention(keys, keys["sliding_window"])
-    every, dense = keys["decoder_sparse_step"], keys["mlp_only_layers"] or []
+    every, dense = keys["decoder_sparse_step"], keys["mlp_only_layers"]
+    dense = [] if dense is None else dense
     layers = [i for i in range(keys["num_hidden_layers"]) if i not in dense and (i + 1) % every == 0]
     sizes = _ffn_sizes(keys, layers, keys["moe_intermediate_size"])
     decoder = llama_like(keys, qkv_bias=bool(keys["qkv_bias"]), ffn_sizes=sizes)
@@ -35,7 +36,10 @@ def glm4moe(name: str, keys: Keys) -> Foreign:
     """Narrow experts beside a shared FFN, behind dense layers."""
     for key in ("n_group", "topk_group"):
         keys.require(key, 1, "our routers choose among all experts.")
-    layers = list(range(keys["first_k_dense_replace"], keys["num_hidden_layers"]))
+    first, count = keys["first_k_dense_replace"], keys["num_hidden_layers"]
+    if not 0 <= first <= count:
+        keys.refuse("first_k_dense_replace", first, f"it must lie between 0 and the {count} layers.")
+    layers = list(range(first, count))
     normalised, width = bool(keys["norm_topk_prob"]), keys["moe_intermediate_size"]
     mocte = _kept(keys, keys["n_routed_experts"], normalised, layers)
     mocte["expert"] = {"kind": "lora", "width": width}

@@ -1,0 +1,116 @@
+"""What an export says of each of its tensors and files; whoever loads the folder later holds it against that."""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from mocte_ds.checkpoints.files import hash_file
+from mocte_ds.checkpoints.hf.shards import checksum
+from mocte_ds.checkpoints.hf.whole import write_json
+from mocte_ds.errors import CheckpointError, MocteError
+from mocte_ds.foreign_json import read_object
+
+CHECKSUMS_FILE = "checksums.json"
+_LEFT_OUT = (CHECKSUMS_FILE, "README.md", "export.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_ADVICE = f"export the checkpoint again; if you changed it on purpose, remove {CHECKSUMS_FILE}"
+_SUM = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """Of an exported folder."""
+
+    folder: Path
+    tensors: dict[str, str]
+    """sha256 of each tensor, as of :func:`mocte_ds.checkpoints.hf.shards.checksum`."""
+    files: dict[str, str]
+    """sha256 of each file beside the weights; empty in exports of version 0.1.0."""
+
+    @classmethod
+    def read(cls, folder: Path, kind: type[MocteError] = CheckpointError) -> "Checksums | None":
+        """Those of a folder; None where there are none: others wrote it, or it was changed on purpose.
+
+        Args:
+            folder: only read.
+            kind: of the error.
+
+        Raises:
+            MocteError: of the given kind: the list is damaged.
+        """
+        path = folder / CHECKSUMS_FILE
+        if not path.exists():
+            return None
+        values = read_object(path, kind)
+        if not values.keys() <= {"tensors", "files"}:  # version 0.1.0 has the tensors alone
+            values = {"tensors": values, "files": {}}
+        tensors, files = values.get("tensors"), values.get("files")
+        for sums in (tensors, files):
+            if not isinstance(sums, dict) or not all(isinstance(s, str) and _SUM.fullmatch(s) for s in sums.values()):
+                raise kind(f"{path} is damaged: it is not a list of sha256 sums; {_ADVICE}.")
+        if any(Path(name).name != name for name in files):
+            raise kind(f"{path} is damaged: it names files outside of its folder; {_ADVICE}.")
+        return cls(folder, tensors, files)
+
+    def require_files(self, kind: type[MocteError] = CheckpointError, names: Collection[str] | None = None) -> None:
+        """Refuse a folder whose config, tokenizer or code is not the exported one.
+
+        Args:
+            kind: of the error.
+            names: files that are looked at; None: all.
+
+        Raises:
+            MocteError: of the given kind: names the file.
+        """
+        for name, wanted in self.files.items():
+            if names is not None and name not in names:
+                continue
+            path = self.folder / name
+            try:
+                found = hash_file(path).sha256
+            except OSError as error:
+                raise kind(f"{path}, which the export wrote, cannot be read: {error.strerror or error}.") from error
+            if found != wanted:
+                raise kind(f"{path} is not what {CHECKSUMS_FILE} says; {_ADVICE}.")
+
+    def require_tensors(self, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+        """Refuse a folder whose weights are not the exported ones.
+
+        Args:
+            names: of all tensors in its files.
+            read: a tensor by its name.
+
+        Raises:
+            CheckpointError: names a tensor that is missing, too much, or changed.
+        """
+        if missing := self.tensors.keys() - set(names):
+            raise CheckpointError(
+                f"{self.folder} has no tensor {min(missing)} ({len(missing)} are missing), which {CHECKSUMS_FILE} "
+                f"names; {_ADVICE}."
+            )
+        if extra := set(names) - self.tensors.keys():
+            raise CheckpointError(f"{self.folder} holds {min(extra)}, which {CHECKSUMS_FILE} does not name; {_ADVICE}.")
+        for name in names:
+            if checksum(read(name)) != self.tensors[name]:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is not what {CHECKSUMS_FILE} says: its file is damaged, or it was trained "
+                    f"on since the export; {_ADVICE}."
+                )
+
+
+def write_checksums(folder: Path, tensors: Mapping[str, str]) -> None:
+    """Write the list of a finished export.
+
+    Args:
+        folder: with all its files.
+        tensors: their sums.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    paths = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    files = {p.name: hash_file(p).sha256 for p in paths if p.name not in _LEFT_OUT and not p.name.endswith(_WEIGHTS)}
+    write_json(folder / CHECKSUMS_FILE, {"tensors": dict(tensors), "files": files})
