@@ -1,10 +1,10 @@
 """What a run has and megatron-core's model does not, in a folder beside it, so that the way back loses nothing."""
 
-from collections.abc import json
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import Iterable
 import torch
 from torch import Tensor
 
