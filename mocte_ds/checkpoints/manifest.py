@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mocte_ds.checkpoints.files import FileFacts, hash_file, replace_text
-from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.dist.collectives import from_rank_zero, gather_objects, world
 from mocte_ds.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST_FILE = "mocte_manifest.json"
+_BEGINNING = b'{\n "format": '  # of every manifest
 _SHOWN = 5  # problems in one message
 
 
@@ -50,7 +51,9 @@ class Manifest:
                 f"0.1.0 wrote has none. Write the name of another checkpoint into {folder.parent / 'latest'}."
             ) from error
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+            raise CheckpointError(
+                f"{path} cannot be read: {type(error).__name__}: {error}.{_moved_manifest(folder)}"
+            ) from error
         if found != FORMAT:
             raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}.")
         try:
@@ -112,12 +115,12 @@ def require_whole_on_ranks(folder: Path, content: bool = True) -> Manifest:
         content: False: names and sizes only.
     """
     rank, size = world()
-    problems, manifest = [], None
+    problems, extra, manifest = [], [], None
     try:
         manifest = Manifest.read(folder)
         problems = _problems(folder, manifest, sorted(manifest.files)[rank::size], content)
         if rank == 0:
-            problems = _extra(folder, manifest) + problems
+            extra = _extra(folder, manifest)
         failure = None
     except CheckpointError as error:
         failure = str(error)
@@ -125,7 +128,8 @@ def require_whole_on_ranks(folder: Path, content: bool = True) -> Manifest:
     failures = [text for text, _ in found if text]
     if failures or manifest is None:
         raise CheckpointError(failures[0])
-    _raise_for(folder, [problem for _, part in found for problem in part])
+    # In the order of the files, however many ranks have looked at them.
+    _raise_for(folder, from_rank_zero(extra) + sorted(problem for _, part in found for problem in part))
     return manifest
 
 
@@ -133,6 +137,19 @@ def problems_by_file(folder: Path, manifest: Manifest) -> dict[str, str]:
     """What is wrong with each file, nothing where it is the one that was saved; files too many are there too."""
     found = {name: "; ".join(_problems(folder, manifest, [name], True)) for name in sorted(manifest.files)}
     return {**found, **dict(zip(_strangers(folder, manifest), _extra(folder, manifest), strict=True))}
+
+
+def _moved_manifest(folder: Path) -> str:
+    """A sentence that names the file which looks like the manifest; nothing where there is none."""
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.name != MANIFEST_FILE and path.is_file():
+                with open(path, "rb") as file:
+                    if file.read(len(_BEGINNING)) == _BEGINNING:
+                        return f" {path.name} holds a manifest: files were mixed up."
+    except OSError:
+        pass
+    return ""
 
 
 def _is_file_name(name: str) -> bool:

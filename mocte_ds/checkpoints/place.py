@@ -141,9 +141,12 @@ def remove_leftovers(root: Path) -> None:
 
 def find_checkpoint(root: Path, tag: str) -> Path | None:
     """Folder of a checkpoint, also of one that a killed save was about to replace; None: not there."""
+    if tag in ("", ".", "..") or Path(tag).name != tag:
+        return None
     for name in (tag, REPLACED.format(tag)):
-        if tag and (root / name).is_dir():
-            return root / name
+        with contextlib.suppress(OSError):  # a name that is too long
+            if (root / name).is_dir():
+                return root / name
     return None
 
 
@@ -154,7 +157,7 @@ def resolve_tag(load_dir: str | Path) -> str | None:
         CheckpointError: `latest` is damaged or names a folder that does not exist.
     """
     latest = Path(load_dir) / "latest"
-    if not latest.is_file():
+    if not os.path.isfile(latest):
         return None
     try:
         tag = latest.read_text(encoding="utf-8").strip()
@@ -163,7 +166,9 @@ def resolve_tag(load_dir: str | Path) -> str | None:
     # An empty name would be the folder itself, and the run would start anew as if there were no checkpoint.
     folder = find_checkpoint(Path(load_dir), tag)
     if folder is None:
-        raise CheckpointError(f"{latest} names the checkpoint '{tag}', which is not there; write another tag into it.")
+        raise CheckpointError(
+            f"{latest} names the checkpoint '{tag[:100]}', which is not there; write another tag into it."
+        )
     return folder.name
 
 
@@ -174,9 +179,9 @@ def find_tag(checkpoint: str | Path) -> Path:
         CheckpointError: it is neither.
     """
     folder = Path(checkpoint).absolute()
-    if (folder / MANIFEST_FILE).is_file() or (folder / MODEL_FILE).is_file():
+    if os.path.isfile(folder / MANIFEST_FILE) or os.path.isfile(folder / MODEL_FILE):
         return folder
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder} is no folder; name a run's checkpoints folder, or one tag in it.")
     tag = resolve_tag(folder)
     if tag is None:

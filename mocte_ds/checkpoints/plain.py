@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -170,12 +171,15 @@ def _pickled_bytes(path: Path) -> int:
     """Bytes of a file's values without its tensors; nothing in it may claim to be larger than the file is.
 
     Raises:
-        ValueError: not a file that torch.save writes today.
+        ValueError, UnpicklingError: not a file that torch.save writes today.
         OSError: it cannot be read.
     """
     size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise pickle.UnpicklingError("it is not a file that torch.save writes") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
         raise ValueError("it claims to hold more bytes than it has")
     return sum(entry.file_size for entry in entries if entry.filename.endswith("data.pkl"))

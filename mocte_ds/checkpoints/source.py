@@ -138,7 +138,10 @@ class StoredSource(Source):
             )
         layers = client["model"]["num_layers"]
         if type(layers) is not int or layers > len(shared["module"]):
-            raise CheckpointError(f"{path} holds {len(shared['module'])} tensors, for {layers!r:.80} layers.")
+            raise CheckpointError(
+                f"{folder} does not fit its own model: missing tensors of {layers!r:.80} layers, "
+                f"{len(shared['module'])} are there."
+            )
         if saved:
             require_experts(saved["mocte"]["config"], manifest.files, folder / STATE_FILE)
         model = empty_decoder(client["model"], saved["mocte"] if saved else None, folder / STATE_FILE)

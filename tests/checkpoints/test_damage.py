@@ -40,7 +40,7 @@ def test_the_checkpoints_are_whole_and_plain(written):
         for file in weights:
             assert torch.load(folder / file, weights_only=True)
         assert (len(weights), manifest.world_size, len(manifest.run)) == (
-            {"ffn": 14, "lora": 10, "dense": 5}[name],
+            {"ffn": 15, "lora": 11, "dense": 5}[name],
             2,
             32,
         )

@@ -2,6 +2,7 @@
 
 import enum
 import pickle
+import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from pytest import mark, raises
 
+from mocte_ds.checkpoints.outline import read_outline
 from mocte_ds.checkpoints.plain import read_plain, size_in_bytes, to_plain
 from mocte_ds.errors import CheckpointError
 from mocte_ds.zero.checkpoint_files import PlainFiles, own_files
@@ -106,6 +108,7 @@ def test_objects_of_deepspeed_come_back(tmp_path):
     scaler.cur_iter, scaler.cur_scale, scaler.cur_hysteresis = 7, 2.0**15, 1
     files, state = PlainFiles(), {"loss_scaler": scaler, "static": LossScaler(8.0)}
     state["param_slice_mappings"] = [OrderedDict(weight=fragment_address(3, 4))]
+    files._collected = {}  # as within a save
     files.save({"optimizer_state_dict": state}, str(tmp_path / "zero.pt"))
     assert not (tmp_path / "zero.pt").exists()
     torch.save(files._collected["zero.pt"], tmp_path / "zero.pt")
@@ -154,3 +157,34 @@ def test_torn_files(tmp_path, size):
         read_plain(tmp_path / "file.pt")
     with raises(CheckpointError, match="other.pt is missing"):
         read_plain(tmp_path / "other.pt")
+
+
+def test_files_that_claim_more_than_they_have(tmp_path):
+    """Compressed parts, sizes beyond the file, and values that hold each other without end."""
+    path = tmp_path / "file.pt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as before, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in before.namelist():
+            packed.writestr(name, before.read(name))
+    with raises(CheckpointError, match="small.pt cannot be read: .*claims to hold more bytes"):
+        read_plain(tmp_path / "small.pt")
+    content = path.read_bytes()
+    pickled = content.replace(b"M\xe8\x03", b"J\xff\xff\xff\x7f"[:3], 1)
+    path.write_bytes(pickled)
+    with raises(CheckpointError, match="file.pt"):
+        read_outline(path)
+    bomb: list = []
+    for _ in range(60):
+        bomb = [bomb] * 9
+    torch.save({"mocte": bomb}, path)
+    with raises(CheckpointError, match="nested too deeply or too often"):
+        read_plain(path)
+    deep: list = []
+    for _ in range(300):
+        deep = [deep]
+    torch.save(deep, path)
+    with raises(CheckpointError, match="nested too deeply or too often"):
+        read_plain(path)
+    torch.save(torch.zeros(1000), path, _use_new_zipfile_serialization=False)
+    with raises(CheckpointError, match="not a file that torch.save writes"):
+        read_plain(path)

@@ -13,16 +13,17 @@ import torch
 from pytest import fixture, mark, raises
 
 from mocte_ds.checkpoints import place
+from mocte_ds.checkpoints.files import FileFacts
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest, require_whole
-from mocte_ds.checkpoints.place import Place, find_checkpoint, remove_leftovers, resolve_tag
+from mocte_ds.checkpoints.place import Place, find_checkpoint, find_tag, remove_leftovers, resolve_tag
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states, restore_random_states
 from mocte_ds.checkpoints.save import Saver
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.zero.checkpoint_files import use_plain_files
 from tests.checkpoints import ranks
-from tests.checkpoints.damage import digest, seal
+from tests.checkpoints.damage import digest, seal, swap
 from tests.ownership.trees import tree
 from tests.spawn import spawn
 
@@ -132,8 +133,60 @@ def test_latest(saved):
         (saved / "latest").write_bytes(content)
         with raises(CheckpointError, match=message):
             resolve_tag(saved)
+    (saved / "one" / "two").mkdir()
+    for tag in ("x" * 5000, "one/two", "..", ".", "/tmp", "a\0b"):
+        (saved / "latest").write_text(tag)
+        with raises(CheckpointError, match="names the checkpoint .* is not there") as caught:
+            resolve_tag(saved)
+        assert len(str(caught.value)) < 500
     (saved / "latest").write_bytes(b"one\n")
     assert resolve_tag(saved) == "one"
+    assert resolve_tag(saved / ("x" * 5000)) is None
+    with raises(CheckpointError, match="is no folder"):
+        find_tag(saved / ("x" * 5000))
+
+
+def test_a_manifest_under_another_name(saved):
+    swap(saved / "one" / MANIFEST_FILE, saved / "one" / STATE_FILE)
+    with raises(
+        CheckpointError, match=f"{MANIFEST_FILE} cannot be read: .*{STATE_FILE} holds a manifest: files were mixed"
+    ):
+        require_whole(saved / "one")
+
+
+@mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 10**9}, "world_size is 1000000000, with 3 files"),
+        ({"world_size": 0}, "world_size 0"),
+        ({"world_size": True}, "world_size True"),
+        ({"step": -1}, "step -1"),
+        ({"step": 2**70}, "step 118"),
+        ({"run": None}, "run None"),
+        ({"name": "../one"}, "'../one' is not the name of a file"),
+        ({"name": ".."}, "is not the name of a file"),
+        ({"name": "a\0b"}, "is not the name of a file"),
+        ({"name": "\ud800"}, "is not the name of a file"),
+        ({"bytes": "8"}, "how long small.json is"),
+    ],
+)
+def test_manifests_that_claim_the_impossible(saved, changes, message):
+    """With a checksum that agrees, as somebody who tampers would write it."""
+    old = Manifest.read(saved / "one")
+    files = dict(old.files)
+    if "name" in changes:
+        files[changes.pop("name")] = files["small.json"]
+    if "bytes" in changes:
+        files["small.json"] = FileFacts(changes.pop("bytes"), "0")
+    Manifest(**{"run": old.run, "step": old.step, "world_size": 1, "files": files, **changes}).write(saved / "one")
+    with raises(CheckpointError, match=f"was changed after it was written.*{message}"):
+        Manifest.read(saved / "one")
+
+
+def test_a_manifest_nested_too_deeply(saved):
+    (saved / "one" / MANIFEST_FILE).write_text("[" * 200_000)
+    with raises(CheckpointError, match="cannot be read: RecursionError"):
+        Manifest.read(saved / "one")
 
 
 def test_a_tag_is_replaced_whole(saved):
