@@ -15,7 +15,7 @@ from mocte_ds.moe.expert_rows import ExpertRows
 from tests.spawn import spawn
 
 V, T, SEQUENCES, N = 64, 32, 16, 48
-STEPS = 7
+STEPS = 5
 
 
 def small_model() -> torch.nn.Module:
@@ -114,7 +114,7 @@ def flops_of_checks() -> list[tuple[int, int]]:
     pairs = []
     # scikit-learn's distances are a formula, and no product of matrices.
     with patch.object(search, "_distance_flops", lambda *_: 0):
-        for step in range(9):
+        for step in range(7):
             loss = engine(input_ids=tokens(step), labels=tokens(step).roll(-1, 1))
             engine.backward(loss)
             with FlopCounterMode(display=False) as counter:
@@ -140,10 +140,10 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def test_ranks_ep_size_and_micro_batches_do_not_matter() -> None:
-    cases = [(1, 1), (1, 4), (1, 1, 1024.0)]  # the loss scale is no part of a gradient's norm
+    cases = [(1, 1), (1, 4, 1024.0)]  # the loss scale is no part of a gradient's norm
     alone, flops = spawn(alone_on_a_rank, 1, cases, timeout=240, deepspeed=True)[0]
-    assert all(told == counted for told, counted in flops) and sum(told > 0 for told, _ in flops) == 4
-    for two in [*spawn(layouts, 2, [(1, 1), (2, 1), (1, 2)], timeout=240, deepspeed=True), alone[1:]]:
+    assert all(told == counted for told, counted in flops) and sum(told > 0 for told, _ in flops) == 3
+    for two in [*spawn(layouts, 2, [(1, 1), (2, 2)], timeout=240, deepspeed=True), alone[1:]]:
         for found in two:
             same(alone[0], found)
     probes = [probe for block in alone[0]["probes"] for probe in block]
