@@ -58,7 +58,7 @@ class HFTokenizer:
             raise
         except BaseException as error:  # the library raises bare Exceptions, and panics, which are none
             text = str(error).strip().splitlines() or [type(error).__name__]
-            raise DataError(f"{file} cannot be read: {text[0]}.") from error
+            raise DataError(f"{file} cannot be read: {text[0][:300]}.") from error
         self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         """Largest id + 1."""
         self.special = {name: self._special(name) for name in ("bos", "eos", "pad")}
@@ -101,13 +101,9 @@ class HFTokenizer:
 
     def _begin(self) -> list[int]:
         """As AutoTokenizer has it; nothing where it is the end of the document before."""
-        add, bos = self._json("tokenizer_config.json").get("add_bos_token"), self.special["bos"]
-        if add is None:
-            encoding = self._model.encode("a", add_special_tokens=True)
-            added = encoding.special_tokens_mask
-            begin = encoding.ids[: added.index(0)] if 0 in added else []
-        else:
-            begin = [bos] if add and bos is not None else []
+        encoding = self._model.encode("a", add_special_tokens=True)
+        added = encoding.special_tokens_mask
+        begin = encoding.ids[: added.index(0)] if 0 in added else []
         return [] if begin == [self.eod_id] else begin
 
     def _require_unchanged(self) -> None:
