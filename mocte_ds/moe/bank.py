@@ -23,10 +23,11 @@ class ClusterMOELayer(MOELayer):
         super().__init__(gate, stock.experts, stock.ep_group_name, stock.ep_size, stock.num_local_experts)
         self.context, self.expert_rows = context, expert_rows
         num_experts = stock.ep_size * stock.num_local_experts
-        self.routed = torch.zeros(num_experts, dtype=torch.int64)
-        self.step_load = torch.zeros(num_experts, dtype=torch.int64)
+        # On the CPU also where a model is made on the meta device: no weights are ever loaded into these.
+        self.routed = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
+        self.step_load = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
         """(E,) of :attr:`routed`, what the optimizer step that goes on has added on this rank."""
-        self.share = torch.full((num_experts,), 1.0 / num_experts)
+        self.share = torch.full((num_experts,), 1.0 / num_experts, device="cpu")
         """(E,) share of the tokens that each expert got in the last optimizer step, all ranks together."""
         self.by_source: Tensor | None = None
         """(S, E) tokens of each source and expert while the controller samples."""

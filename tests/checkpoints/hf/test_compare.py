@@ -94,7 +94,7 @@ def test_truncated_and_missing_files(export):
     with raises(CheckpointError, match="model.safetensors cannot be read"):
         compare(source, layout, folder)
     path.unlink()
-    with raises(CheckpointError, match="model.safetensors cannot be read"):
+    with raises(CheckpointError, match="model.safetensors is missing"):
         compare(source, layout, folder)
 
 

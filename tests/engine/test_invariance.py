@@ -1,0 +1,80 @@
+"""The same global batches give the same run, whatever the ranks, expert-parallel groups and micro-batches."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine import runs
+from tests.spawn import spawn
+
+STEPS = 40
+# Ranks, ep_size, sequences of a micro-batch, micro-batches of a step.
+LAYOUTS = {
+    1: [(1, 1, 8, 1), (1, 1, 2, 4)],
+    2: [(2, 1, 4, 1), (2, 2, 4, 1), (2, 2, 2, 2)],
+    4: [(4, 2, 2, 1)],
+}
+FREEZE = {"policy": "trainability", "alpha": 0.97, "beta": 0.6, "checks": 1, "after_checks": 2, "rows": 32}
+ROUTERS = {
+    "hard": {"kind": "token"},
+    "learned": {"kind": "token", "weight": "softmax", "learn": True, "aux": 0.1},
+}
+
+
+def settings(router: str, ep_size: int, micro: int, parts: int) -> dict[str, Any]:
+    """DeepSpeed config in fp32 with automatic emergence and freezing."""
+    config = runs.config(ep_size=ep_size, check_every=0.1, router=ROUTERS[router], freeze={**FREEZE, "iterations": 12})
+    del config["bf16"]
+    return {**config, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": parts}
+
+
+def train(layouts: list[tuple[int, int, int, int]]) -> dict[tuple, dict[str, Any]]:
+    """Events and global losses of each router and layout, one run after the other on these ranks."""
+    return {(router, *layout): _train(router, *layout) for router in ROUTERS for layout in layouts}
+
+
+def _train(router: str, ranks: int, ep_size: int, micro: int, parts: int) -> dict[str, Any]:
+    import mocte_ds
+
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=settings(router, ep_size, micro, parts))
+    rank, events, losses = torch.distributed.get_rank(), [], []
+    engine.mocte.on_event(events.append)
+    for step in range(STEPS):
+        ids, domain = runs.batch(step, 0)
+        total = torch.zeros((), dtype=torch.float64)
+        for part in range(parts):
+            first = (part * ranks + rank) * micro
+            mine = slice(first, first + micro)
+            engine.mocte.annotate(domain[mine], ["low", "high"])
+            loss = engine(input_ids=ids[mine], labels=ids[mine]).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().double() / (parts * ranks)
+        torch.distributed.all_reduce(total)
+        losses.append(float(total))
+    decided = [
+        (event["event"], event["step"], event["block"], event.get("expert"))
+        for event in events
+        if event["event"] in ("emergence", "freeze", "thaw", "anneal")
+    ]
+    engine.destroy()
+    return {"losses": losses, "decided": decided}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[tuple, dict[str, Any]]:
+    found: dict[tuple, dict[str, Any]] = {}
+    for ranks, layouts in LAYOUTS.items():
+        found.update(spawn(train, ranks, layouts, timeout=240, deepspeed=True)[0])
+    return found
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("layout", [layout for layouts in LAYOUTS.values() for layout in layouts][1:], ids=str)
+def test_same_events_and_losses(results, router, layout):
+    expected, found = results[(router, *LAYOUTS[1][0])], results[(router, *layout)]
+    kinds = [event[0] for event in expected["decided"]]
+    assert kinds.count("emergence") == 2 and "freeze" in kinds, kinds
+    assert found["decided"] == expected["decided"]
+    assert torch.tensor(found["losses"]).sub(torch.tensor(expected["losses"])).abs().max() < 1e-5
