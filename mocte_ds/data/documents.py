@@ -155,5 +155,7 @@ class DocumentFile:
             raise DataError(f'{self.path}: column "text" holds {kind}, not strings.')
 
 
-def _few(names: list[str], count: int = 20) -> str:
-    return f"{names}" if len(names) <= count else f"{names[:count]} and {len(names) - count} more"
+def _few(names: list[str], count: int = 20, length: int = 60) -> str:
+    """Some names of a list, each cut off where it is long: they are the file's."""
+    shown = [name if len(name) <= length else f"{name[:length]}..." for name in names[:count]]
+    return f"{shown}" if len(names) <= count else f"{shown} and {len(names) - count} more"

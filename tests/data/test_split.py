@@ -49,11 +49,9 @@ def test_groups_stay_together_also_between_domains() -> None:
     shared = [" ".join(words(1000 + n, 20)) for n in range(60)]
     corpus = {
         "a": [" ".join(words(n, 40)) + " " + shared[n % 60] for n in range(200)],
-        "b": [
-            shared[n] + " " + " ".join(words(5000 + n, 40)) if n < 60 else " ".join(words(8000 + n, 50))
-            for n in range(300)
-        ],
+        "b": [f"{shared[n]} {' '.join(words(5000 + n, 40))}" for n in range(60)],
     }
+    corpus["b"] += [" ".join(words(8000 + n, 50)) for n in range(60, 300)]
     split = splitter(corpus, 0.1)
     sides = [np.append(split.held_out["a"][n::60], split.held_out["b"][n]) for n in range(60)]
     assert all(side.all() or not side.any() for side in sides)

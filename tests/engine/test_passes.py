@@ -129,7 +129,11 @@ def test_splits_and_loops_give_one_run() -> None:
                 for mine, plain in zip(rank["shares"], first[0]["shares"], strict=True):
                     assert torch.equal(mine, plain) and not torch.allclose(mine, torch.full((4,), 0.25)), name
                 for parameter, weight in first[0]["weights"].items():
-                    torch.testing.assert_close(rank["weights"][parameter], weight, rtol=1e-4, atol=2e-5, msg=name)
+                    # Adam turns a gradient that is rounding alone into a part of a step of .01; a wrong scale or a
+                    # lost token would be steps apart.
+                    torch.testing.assert_close(
+                        rank["weights"][parameter], weight, rtol=1e-4, atol=2e-4, msg=f"{name}: {parameter}"
+                    )
             # Together the ranks have the same sample, whichever of them has which row.
             orders = [torch.cat([rank["keys"] for rank in parts]).argsort() for parts in (first, found)]
             for fact in ("keys", "ids", "sources", "features"):
