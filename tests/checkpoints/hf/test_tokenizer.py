@@ -65,9 +65,8 @@ def test_ids_are_those_of_sentencepiece_and_texts_come_back(model, tmp_path):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     longest = 0
     for text in FIXED + sum(TEXTS.values(), []) + random_texts(pieces, 1500):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        # As in training, a text begins after the end of another one.
-        assert tokenizer.encode(text) == [mine.eod_id, *ids]
+        first, *ids = tokenizer.encode(text, add_special_tokens=True)
+        assert first == mine.eod_id  # as a document follows the end of another
         assert ids == pieces.encode(text) == mine.encode(text), repr(text)
         assert tokenizer.decode(ids) == text, repr(text)
         longest = max(longest, max((len(pieces.id_to_piece(i)) for i in ids), default=0))
@@ -121,8 +120,7 @@ def test_without_a_piece_for_padding(tmp_path):
     )
     assert SourceTokenizer(path).special.pad == 2
     tokenizer = exported(path, tmp_path)
-    assert tokenizer.pad_token_id == 2
-    assert tokenizer.encode("a  stone", add_special_tokens=False) == Tokenizer(path).encode("a  stone")
+    assert tokenizer.pad_token_id == 2 and tokenizer.encode("a  stone") == [2, *Tokenizer(path).encode("a  stone")]
 
 
 @mark.parametrize(
