@@ -95,7 +95,8 @@ ROUTERS = [
 ]
 # Every freeze is decided by what experts have learned since the last check, and prepared by a slower rate.
 PROGRESS = {**FREEZING, "policy": "progress", "gamma": 1.0, "beta": 1.0, "anneal": 0.05}
-CLOCKS = ("seconds", "bytes", "beside")  # what two runs never have in common
+# What two runs never have in common; and the pass for gradient conflict makes other products of matrices at stage 3.
+CLOCKS = ("seconds", "bytes", "beside", "flops")
 
 
 def settings(stage: int, changes: dict[str, Any]) -> dict[str, Any]:
