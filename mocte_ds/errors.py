@@ -4,6 +4,9 @@
 class MocteError(Exception):
     """Base of all errors whose message is written for the user; command lines print it without a stack trace."""
 
+    exit_code = 2
+    """Of a command line that it ends. Launchers do not start a run again after 2: the user has to mend something."""
+
 
 class ConfigError(MocteError, ValueError):
     """A key or value of a configuration is unknown, out of range or contradicts another one."""

@@ -1,12 +1,15 @@
 """When another rank ends in the middle: one line with the first cause instead of what gloo or NCCL say of it."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
 
 from mocte_ds.errors import MocteError
+from mocte_ds.ownership import note_built, require_ours
 
 CAUSE_FILE = "last_error.json"
+_TOOL = "pretrain"
 _PATIENCE = 2.0  # seconds that a rank which fails has for writing down why
 _SIGNS = (
     "connection closed by peer",
@@ -22,6 +25,8 @@ _SIGNS = (
 
 class LostRank(MocteError):
     """Another rank has ended; the message holds what is known of the reason."""
+
+    exit_code = 1
 
 
 def peer_is_lost(error: BaseException) -> bool:
@@ -49,13 +54,16 @@ def write_cause(folder: Path, rank: int, error: BaseException) -> None:
     try:
         with open(folder / CAUSE_FILE, "x", encoding="utf-8") as file:
             json.dump({"rank": rank, "error": text}, file)
-    except OSError:
+        note_built(folder, [CAUSE_FILE], _TOOL)
+    except (OSError, MocteError):  # a full disk, or a damaged marker: this rank has its own error to tell
         return
 
 
 def forget_cause(folder: Path) -> None:
-    """Remove what an earlier start has left."""
-    (folder / CAUSE_FILE).unlink(missing_ok=True)
+    """Remove what an earlier start has left; a file of somebody else under this name stays."""
+    with contextlib.suppress(OSError, MocteError):
+        require_ours(folder, [CAUSE_FILE], _TOOL)
+        (folder / CAUSE_FILE).unlink(missing_ok=True)
 
 
 def lost_rank(folder: Path) -> LostRank:

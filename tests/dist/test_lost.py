@@ -36,6 +36,13 @@ def test_the_first_cause_is_said_by_all(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(lost, "_PATIENCE", 0.1)
     assert "without leaving word" in str(lost.lost_rank(tmp_path))
     lost.write_cause(tmp_path / "nowhere", 0, ValueError("x"))
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / lost.CAUSE_FILE).exists() and not (tmp_path / "nowhere").exists()
     lost.write_cause(tmp_path, 0, KeyError("x"))
     assert "on rank 0: KeyError: 'x'" in str(lost.lost_rank(tmp_path))
+
+
+def test_a_file_of_somebody_else_stays(tmp_path: Path) -> None:
+    (tmp_path / lost.CAUSE_FILE).write_text("mine", encoding="utf-8")
+    lost.write_cause(tmp_path, 0, ValueError("x"))
+    lost.forget_cause(tmp_path)
+    assert (tmp_path / lost.CAUSE_FILE).read_text(encoding="utf-8") == "mine"
