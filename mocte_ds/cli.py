@@ -36,7 +36,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         main: takes no arguments; returns an exit code or None for success.
 
     Errors that a user can mend, ours (:class:`MocteError`) and the machine's (a full disk, a path that cannot be
-    used), are printed as one message, exit code 2 or the error's own. Anything else is a defect of ours and keeps its stack trace.
+    used), are printed as one message; the exit code is 2, or the error's own. Anything else is a defect of ours and
+    keeps its stack trace.
     """
     try:
         code = main() or 0

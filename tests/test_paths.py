@@ -20,6 +20,7 @@ TOOLS: dict[str, list[str]] = {
     "import_hf": ["folder", "OUT"],
     "evaluate": ["model", "--output", "OUT"],
     "report": ["run", "--out", "OUT"],
+    "zero_to_fp32": ["checkpoints", "OUT"],
     "reshape": ["checkpoints", "OUT", "--world-size", "2"],
     "to_megatron": ["checkpoints", "OUT"],
     "sweep": [str(ROOT / "launch" / "sweeps" / "routers.yaml"), "--out", "OUT"],

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
+from mocte_ds.ownership import note_built, require_apart
+from mocte_ds.paths import require_folder_for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
 
+    require_folder_for(args.out, "OUT")
+    require_apart(args.out, args.checkpoint)
     from mocte_ds.checkpoints.fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
     print(f"checking {args.checkpoint} ...", file=sys.stderr, flush=True)
     path = convert_zero_checkpoint_to_fp32_state_dict(
         args.checkpoint, args.out, args.tag, args.exclude_frozen_parameters
     )
+    note_built(args.out, [path.name], "zero_to_fp32")
     facts = {"path": str(path), "bytes": path.stat().st_size}
     print(json.dumps(facts) if args.json else f"done: {path}, {facts['bytes'] / 1e6:,.1f} MB")
     return 0

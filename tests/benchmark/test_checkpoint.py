@@ -87,7 +87,7 @@ def test_disk_is_written_by_all_ranks_together(tmp_path) -> None:
         (("--ranks", 0), "--ranks 0"),
         (("--ep", 3), "ep_size"),
         (("--folder", "nowhere"), "--folder nowhere is no folder"),
-        (("--width", 10**9), "needs about"),
+        (("--width", 2**24), "needs about"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(options, message, tmp_path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mocte_ds.ownership import put
 from mocte_ds.report import write_report
 from mocte_ds.report.figures import ALL
 from mocte_ds.report.page import SECTIONS, page
@@ -240,8 +241,7 @@ def test_a_run_that_was_cut_off_and_damaged(tmp_path: Path) -> None:
         lines = log.read_text().splitlines()
         log.write_text("\n".join([*lines[:5], "\x00\x00garbage", *lines[6:-1], lines[-1][:50]]))
     (tmp_path / "run.json").write_text("")
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "flops.png").write_bytes(b"old")
+    put(tmp_path / "report", {"flops.png": b"old"}, "report")
     (tmp_path / "ledger.json").unlink()
     result = write_report(tmp_path, progress=False)
     assert list(result["missing"]) == ["flops"] and not (tmp_path / "report" / "flops.png").exists()
