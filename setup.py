@@ -41,6 +41,6 @@ setup(
     extras_require={
         "eval": ["lm-eval==0.4.13", "accelerate>=1.0"],
         "plots": ["matplotlib>=3.8"],
-        "dev": ["pytest>=8", "ruff==0.17.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],
     },
 )

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Sets up and runs lint, format and type checks, then all tests on the CPU (at most 45 minutes; about 20 on two cores).
+# Sets up and runs lint, format and type checks, then all tests on the CPU (at most 75 minutes; about 35 on two cores).
 #
 #   bash launch/test.sh [options of pytest]
+#
+#   MOCTE_TEST_WORKERS  test files that run at the same time                      (default: 2)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
@@ -17,4 +19,4 @@ mypy
 python -m mocte_ds.training.cpu_op cpu_adam fused_adam
 echo "tests: pytest"
 # INT lets pytest print what hung and its closing line; a group that does not end is killed.
-exec timeout --signal=INT --kill-after=30 2700 python -m pytest "$@"
+exec timeout --signal=INT --kill-after=30 4500 python -m pytest -n "${MOCTE_TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -62,4 +62,4 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = tool(tmp_path, "--out", tmp_path / "file" / "report")
     assert done.returncode == 2
-    assert "cannot write the report into" in done.stderr and "--out" in done.stderr
+    assert "is a file, and a folder is needed" in done.stderr and "--out" in done.stderr
