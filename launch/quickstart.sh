@@ -23,6 +23,10 @@ done
 
 . launch/setup.sh
 . launch/ranks.sh
+if [ "$fast_bf16" = 0 ]; then
+  echo "this CPU has no instructions for bf16: training in fp32"
+  options=(--set deepspeed.bf16.enabled=false ${options[@]+"${options[@]}"})
+fi
 [ "$processes" -gt 1 ] || options+=(--set deepspeed.mocte.ep_size=1)
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 
