@@ -22,7 +22,7 @@ def test_quickstart_with_few_steps(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["launch/quickstart.sh", "--out", out, *(word for change in CHANGES for word in ("--set", change))]
     variables = {"MOCTE_SKIP_SETUP": "1", "EVAL_LIMIT": "4"}
-    code, output = bash(*command, timeout=280, **variables)
+    code, output = bash(*command, timeout=600, **variables)
     assert code == 0, output[-4000:]
     assert [row["step"] for row in read_log(out)] == list(range(1, 25))
     assert "emergence" in [event["event"] for event in read_log(out, "events")]
@@ -37,7 +37,7 @@ def test_quickstart_with_few_steps(tmp_path: Path) -> None:
     ids = tokenizer("The", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] >= ids.shape[1] + 1
 
-    code, output = bash(*command, timeout=280, **variables)
+    code, output = bash(*command, timeout=600, **variables)
     assert code == 0, output[-4000:]
     for found in ("found", "done already", f"found {out}/export", f"found {out}/evaluation/results.json"):
         assert found in output

@@ -16,7 +16,7 @@ SCRIPTS = sorted(ROOT.glob("launch/*.sh")) + [ROOT / "launch" / "slurm.sbatch", 
 BIN = Path(sys.executable).parent
 
 
-def bash(*command: object, path: Path | None = None, timeout: float = 120, **variables: str) -> tuple[int, str]:
+def bash(*command: object, path: Path | None = None, timeout: float = 300, **variables: str) -> tuple[int, str]:
     """Exit code and output of a command; programs in ``path`` are found first."""
     before = f"{path}{os.pathsep}" if path else ""
     environment = {**os.environ, "PATH": f"{before}{BIN}{os.pathsep}{os.environ['PATH']}", **variables}
