@@ -11,9 +11,9 @@ import warnings
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
-from mocte_ds.dist.lost import forget_cause, lost_rank, peer_is_lost, write_cause
 from mocte_ds.errors import MocteError
 from mocte_ds.paths import require_folder_for
+from mocte_ds.training.lost import forget_cause, lost_rank, peer_is_lost, write_cause
 from mocte_ds.training.run_config import read_run
 
 EXTENSIONS = Path(__file__).resolve().parents[1] / ".cache" / "torch_extensions"

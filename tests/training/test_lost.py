@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mocte_ds.dist import lost
 from mocte_ds.errors import DataError
+from mocte_ds.training import lost
 
 
 def chained(first: BaseException, second: BaseException) -> BaseException:
