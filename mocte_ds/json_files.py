@@ -9,7 +9,7 @@ from typing import Any
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.plain_values import MOST, require_plain
-from mocte_ds.shown import name_shown, shown
+from mocte_ds.shown import name_shown, path_shown, shown
 
 MOST_BYTES = 64 << 20
 """Of a JSON file; an index of a very large model has a few MB."""
@@ -29,20 +29,18 @@ def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
     try:
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):
-            raise ConfigError(f"cannot read {name_shown(path)}: it is not a file.")
+            raise ConfigError(f"cannot read {path_shown(path)}: it is not a file.")
         if facts.st_size > most_bytes:
             raise ConfigError(
-                f"cannot read {path}: {facts.st_size:,} bytes, and {most_bytes:,} are the most for such a file."
+                f"cannot read {path_shown(path)}: {facts.st_size:,} bytes, and {most_bytes:,} are the most for such a file."
             )
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read {path}: it is not UTF-8 text (byte {error.start}).") from error
+        raise ConfigError(f"cannot read {path_shown(path)}: it is not UTF-8 text (byte {error.start}).") from error
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(
-            f"cannot read {name_shown(str(path))}: {getattr(error, 'strerror', None) or error}."
-        ) from error
+        raise ConfigError(f"cannot read {path_shown(path)}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def read_json(path: str | Path) -> Any:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from mocte_ds.errors import MocteError
-from mocte_ds.shown import name_shown
+from mocte_ds.shown import path_shown
 
 
 def is_file(path: Path) -> bool:
@@ -54,6 +54,6 @@ def _nearest_there(path: Path, option: str) -> Path:
             continue
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise MocteError(f"{option} {name_shown(str(path))}: {reason}; name another path.") from error
+            raise MocteError(f"{option} {path_shown(path)}: {reason}; name another path.") from error
         return place
     return Path(".")

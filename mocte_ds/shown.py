@@ -8,6 +8,8 @@ from typing import Any
 
 _WORD = 60
 """Characters of a name that are compared and shown."""
+_PATH = 1024
+"""Characters of a path that are shown."""
 
 
 class _Short(reprlib.Repr):
@@ -37,6 +39,14 @@ def name_shown(name: Any) -> str:
     """The name of a key as it is written, or quoted and cut where that would not be readable."""
     text = name if isinstance(name, str) else shown(name)
     return text if text.isprintable() and len(text) <= _WORD else shown(text)
+
+
+def path_shown(path: Any) -> str:
+    """The path, whole where people can copy it; quoted where it is not printable, and cut past the longest real ones."""
+    text = str(path)
+    if len(text) > _PATH:
+        text = f"{text[: _PATH // 2]}...{text[-_PATH // 2 :]}"
+    return text if text.isprintable() and text else repr(text)
 
 
 def nearest(name: Any, allowed: Iterable[str], cutoff: float = 0.6) -> str:

@@ -12,7 +12,7 @@ from yaml.constructor import ConstructorError
 from mocte_ds.errors import ConfigError
 from mocte_ds.json_files import read_text
 from mocte_ds.plain_values import MOST, MOST_LEVELS
-from mocte_ds.shown import name_shown
+from mocte_ds.shown import name_shown, path_shown
 
 MOST_BYTES = 1 << 20
 """Of a file; PyYAML reads about 100 kB in a second, and a run file has 2 kB."""
@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> Any:
     Raises:
         ConfigError: a file that cannot be read; in one line, with the place.
     """
-    return parse_yaml(read_text(path, MOST_BYTES), f"cannot read {path}")
+    return parse_yaml(read_text(path, MOST_BYTES), f"cannot read {path_shown(path)}")
 
 
 def parse_yaml(text: str, what: str) -> Any:
