@@ -32,7 +32,8 @@ def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
             raise ConfigError(f"cannot read {path_shown(path)}: it is not a file.")
         if facts.st_size > most_bytes:
             raise ConfigError(
-                f"cannot read {path_shown(path)}: {facts.st_size:,} bytes, and {most_bytes:,} are the most for such a file."
+                f"cannot read {path_shown(path)}: {facts.st_size:,} bytes, and {most_bytes:,} are the most for such a "
+                "file."
             )
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -42,7 +42,7 @@ def name_shown(name: Any) -> str:
 
 
 def path_shown(path: Any) -> str:
-    """The path, whole where people can copy it; quoted where it is not printable, and cut past the longest real ones."""
+    """The whole path, so that people can copy it; quoted if not printable, cut past the longest real ones."""
     text = str(path)
     if len(text) > _PATH:
         text = f"{text[: _PATH // 2]}...{text[-_PATH // 2 :]}"
