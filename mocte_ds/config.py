@@ -99,8 +99,9 @@ class PrefixConfig:
 class FreezeConfig:
     """Which experts stop training, and when."""
 
-    policy: Literal["trainability", "progress", "paper", "grad-norm", "inverted", "random", "off"] = "trainability"
-    """Rule that decides; see mocte_ds.trainability.policy."""
+    policy: str = "trainability"
+    """Rule that decides: trainability, progress, paper, grad-norm, inverted, random, off, or a registered one of yours
+    (docs/extending.md)."""
     alpha: NotNegative = 0.2
     """LEVEL: lambda under this share of the expert's own peak."""
     beta: NotNegative = 0.05
@@ -211,6 +212,10 @@ class MocteConfig:
                 f"mocte.ep_size = {self.ep_size} does not divide the {world_size} data-parallel ranks; "
                 f"allowed with {self.num_experts} experts: {divisors}."
             )
+        # Registered by the package itself and by users' scripts; not known before these are imported.
+        from mocte_ds.trainability import require_policy
+
+        require_policy(self.freeze.policy)
         if self.freeze.prefix.end < self.freeze.prefix.start:
             raise ConfigError(
                 f"mocte.freeze.prefix.end = {self.freeze.prefix.end} is before start = {self.freeze.prefix.start}."

@@ -171,7 +171,7 @@ class MocteEngine(UnitEngine):
             if path is None:
                 raise CheckpointError(f"the checkpoint {folder} has no model states of DeepSpeed: incomplete.")
             client_state.pop("tokens_seen")  # the controller has them too
-            self.mocte.proof.begin(self.mocte)
+            self.mocte.proof.begin(self.mocte.run)
             self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, read))
         return path, client_state
 
@@ -246,7 +246,7 @@ def initialize(
         args=args,
         model=model,
         optimizer=optimizer,
-        model_parameters=registry.groups(controller.trainable_units()),
+        model_parameters=registry.groups(controller.run.trainable_units()),
         training_data=training_data,
         lr_scheduler=lr_scheduler,
         mpu=mpu,
@@ -257,7 +257,7 @@ def initialize(
         # Stage 3 is for models that do not fit on a device: it moves one parameter at a time.
         dont_change_device=resolved.zero_config.stage == 3,
     )
-    engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.interval)
+    engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from mocte_ds.controller.decide import ClusterStatus
 from mocte_ds.controller.flops import FlopCount, of_all_ranks
 from mocte_ds.controller.gradients import block_conflict, read_conflict
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.progress import Progress, ProgressFacts
 from mocte_ds.controller.reading import BlockReading
+from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.search import ClusterSearch
-from mocte_ds.controller.state import RunState
 from mocte_ds.controller.trainability import measure_trainability
 
 
@@ -53,7 +54,7 @@ class Check:
         check = cls(run.step, run.share, readings, search)
         # Every block costs a pass, which only one policy has to have at each check.
         with FlopCount() as looking:
-            found = check.progress = progress.measure(run, conflict_now or run.config.freeze.policy == "progress")
+            found = check.progress = progress.measure(run, conflict_now or progress.at_every_check)
         with FlopCount() as kernels:
             trained = measure_trainability(run, found)
         check.sampled = trained.sampled
@@ -78,6 +79,17 @@ class Check:
         self.search = None
         self.flops["clusters"] = sum(reading.found.flops for reading in self.readings.values() if reading.found)
         self.seconds["waiting"] = self.seconds.get("waiting", 0.0) + time.perf_counter() - started
+
+    def cluster_status(self) -> dict[int, ClusterStatus]:
+        """What decisions read of the search, by block."""
+        return {
+            index: ClusterStatus(
+                reading.rows,
+                reading.found.detection if reading.found else None,
+                reading.found.stability if reading.found else None,
+            )
+            for index, reading in self.readings.items()
+        }
 
     def event(self, run: RunState) -> dict[str, Any]:
         """The check's line in the log."""

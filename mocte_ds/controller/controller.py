@@ -1,41 +1,33 @@
-"""What happens at a check, top to bottom: spectrum -> clusters -> emergence -> trainability -> freezing."""
+"""`engine.mocte`: what users call, and what the engine calls around every forward pass and after every step."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.check import Check
-from mocte_ds.controller.decisions import (
-    Change,
-    apply_changes,
-    decide_freezing,
-    decide_prefix,
-    emergence_reason,
-    start_annealing,
-    unlocked_blocks,
-)
-from mocte_ds.controller.flops import FlopCount, of_all_ranks
+from mocte_ds.controller.apply import apply_changes, set_rates
+from mocte_ds.controller.changer import Changer
+from mocte_ds.controller.checks import Checks
+from mocte_ds.controller.decide import Change, unlocked_blocks
+from mocte_ds.controller.events import EventListener, Events
+from mocte_ds.controller.flops import FlopCount
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.measurements import finish_readings, read_blocks
-from mocte_ds.controller.reading import BlockReading
-from mocte_ds.controller.resume import ResumableRun
-from mocte_ds.dist.collectives import gather_objects, require_same
+from mocte_ds.controller.passes import Passes
+from mocte_ds.controller.progress import Progress
+from mocte_ds.controller.proof import Proof
+from mocte_ds.controller.run_state import RunState
+from mocte_ds.dist.collectives import max_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
+from mocte_ds.moe.context import BatchContext
 from mocte_ds.zero import UnitOptimizer, UnitRegistry
 
-EventListener = Callable[[dict[str, Any]], None]
 
-
-class Controller(ResumableRun):
-    """`engine.mocte`: owns the modes of all blocks and experts, decides at checks, acts between optimizer steps.
-
-    A check measures behind one optimizer step and decides `apply_after` steps later; in between the search for clusters
-    goes on in a thread. The later step is the same on all ranks and in a resumed run.
-    """
+class Controller:
+    """Owns the modes of all blocks and experts: decides at checks, acts between optimizer steps."""
 
     def __init__(
         self, config: MocteConfig, blocks: list[Block], registry: UnitRegistry, ep_rank: int, total_steps: int
@@ -49,30 +41,66 @@ class Controller(ResumableRun):
             ep_rank: this rank's place in its expert-parallel group.
             total_steps: optimizer steps of the run.
         """
-        super().__init__(config, blocks, registry, ep_rank, total_steps)
-        for block, collector in zip(blocks, self.collectors, strict=True):
-            block.observe = collector.see
-        # What some blocks have seen of a pass that was not completed, others have not.
-        self.context.on_abandoned = self.forget_samples
-        self._listeners: list[EventListener] = []
+        self.run = RunState(config, blocks, registry, ep_rank, total_steps)
+        self.passes, self.events = Passes(self.run), Events(self.run)
+        self.proof, self.progress = Proof(), Progress(config)
+        self.changer = Changer(self.run, self.proof, self.progress, self.events)
+        self.checks = Checks(self.run, self.passes, self.progress, self.proof, self.events, self.changer)
+        self.mid_step = False
+        """Whether gradients wait for an optimizer step."""
         self._domain: Tensor | None = None
         """Of the next forward pass."""
-        self._sampled_step = -1
-        """Steps done before the one that was sampled last."""
+        for block, collector in zip(blocks, self.run.samples.collectors, strict=True):
+            block.observe = collector.see
+        # What some blocks have seen of a pass that was not completed, others have not.
+        self.context.on_abandoned = self.run.samples.clear
 
     def bind(
         self, module: torch.nn.Module, optimizer: UnitOptimizer, scheduler: Any, rank: int, sequences_per_step: int
     ) -> None:
         """Hand over the engine's module, optimizer and scheduler, this rank's number and the global batch size."""
-        self.module, self.optimizer, self.scheduler, self.rank = module, optimizer, scheduler, rank
-        self.sequences_per_step = sequences_per_step
+        run = self.run
+        run.module, run.optimizer, run.scheduler = module, optimizer, scheduler
+        run.rank, run.sequences_per_step = rank, sequences_per_step
         self.progress.bind(module)
-        # Few rows a sequence: neighbours in a sequence are alike.
-        spectrum = self.config.spectrum
-        enough = max((spectrum.rows << spectrum.doublings) / 16, spectrum.documents) / sequences_per_step
-        self.window = min(self.interval, max(1, round(enough + 0.5)))
+        self.checks.set_window(sequences_per_step)
 
     # ---- for users -------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> MocteConfig:
+        """The "mocte" block."""
+        return self.run.config
+
+    @property
+    def blocks(self) -> list[BlockHandle]:
+        """The blocks, in the order of the model."""
+        return self.run.blocks
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.run.step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run; shares of the budget refer to it."""
+        return self.run.total_steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the steps that are done, all ranks together; no padding."""
+        return self.run.tokens
+
+    @property
+    def frozen_layers(self) -> int:
+        """Layers of the front that are frozen, the embeddings with the first."""
+        return self.run.frozen_layers
+
+    @property
+    def context(self) -> BatchContext:
+        """What the blocks share about forward passes."""
+        return self.run.context
 
     def annotate(self, domain: Tensor | None, names: list[str]) -> None:
         """Say where the next forward pass's batch comes from, so that checks can compare clusters with sources.
@@ -81,12 +109,12 @@ class Controller(ResumableRun):
             domain: (B,) index into ``names``, or None.
             names: names of the sources.
         """
-        self._domain, self.domain_names = domain, list(names)
+        self._domain, self.run.domain_names = domain, list(names)
 
     def set_probe(self, input_ids: Tensor, domain: Tensor | None = None) -> None:
         """Look at these sequences at every check; without them, at some of the first step's.
 
-        Held-out sequences are better: what experts learn of them is no memory. The model is called with `input_ids`.
+        Held-out sequences are better: a lower loss on them is not memory. The model is called with `input_ids`.
 
         Args:
             input_ids: (S, T) the same on all ranks; the first ones are used, as many as `probe_tokens` asks for.
@@ -106,26 +134,26 @@ class Controller(ResumableRun):
 
     def on_event(self, listener: EventListener) -> None:
         """Call ``listener`` with every event (check, projection, emergence, freeze, thaw), on rank 0 only."""
-        self._listeners.append(listener)
+        self.events.listen(listener)
 
     def emerge(self, block: int) -> None:
         """Turn a block's experts on now (collective, between two steps)."""
         self._require_between_steps("emerge")
-        handle = self._handle(block)
+        handle = self.run.block(block)
         if handle.mode is not BlockMode.WARMUP:
             raise MocteError(f"block {block} ({handle.name}) is {handle.mode}: its experts have emerged already.")
         with FlopCount() as spectrum:
-            readings, search = read_blocks(self, [handle], in_background=False)
-        finish_readings(self, readings, search)
+            readings, search = read_blocks(self.run, [handle], in_background=False)
+        finish_readings(self.run, readings, search)
         # All ranks know what the search has cost all of them.
-        searched = sum(r.found.flops for r in readings.values() if r.found) if self.rank == 0 else 0
+        searched = sum(r.found.flops for r in readings.values() if r.found) if self.run.rank == 0 else 0
         spent = {"spectrum": spectrum.total, "clusters": searched}
-        self._apply([Change("emergence", block, None, "called", by_hand=True)], readings, spent)
+        self.changer.apply([Change("emergence", block, None, "called", by_hand=True)], readings, spent)
 
     def freeze(self, block: int, expert: int) -> None:
         """Freeze an expert now (collective, between two steps); it stays frozen until :meth:`thaw` is called for it."""
         self._demand(block, expert, ExpertMode.TRAINING, "freeze")
-        self._apply([Change("freeze", block, expert, "called", by_hand=True)], {})
+        self.changer.apply([Change("freeze", block, expert, "called", by_hand=True)], {})
 
     def thaw(self, block: int, expert: int) -> None:
         """Let a frozen expert train again, with fresh moments (collective, between two steps).
@@ -133,9 +161,9 @@ class Controller(ResumableRun):
         What was measured before has no part in a decision to freeze it again.
         """
         self._demand(block, expert, ExpertMode.FROZEN, "thaw")
-        if self.in_frozen_front(self.blocks[block]):
+        if self.run.in_frozen_front(self.blocks[block]):
             raise MocteError(f"cannot thaw expert {expert} of block {block}: it lies in a layer of the frozen front.")
-        self._apply([Change("thaw", block, expert, "called", by_hand=True)], {})
+        self.changer.apply([Change("thaw", block, expert, "called", by_hand=True)], {})
 
     def freeze_prefix(self, layers: int) -> None:
         """Freeze the embeddings and the first ``layers`` layers now (collective, between two steps).
@@ -156,14 +184,15 @@ class Controller(ResumableRun):
                 f"freeze_prefix({layers}): {self.frozen_layers} layers of the front are frozen, and "
                 f"mocte.freeze.prefix.layers allows {most}."
             )
-        open_blocks = [name for layer in range(layers) for name in unlocked_blocks(self, layer)]
+        blocks = self.run.status(self.run.share, self.step).blocks
+        open_blocks = [name for layer in range(layers) for name in unlocked_blocks(blocks, layer)]
         if open_blocks:
             raise MocteError(f"freeze_prefix({layers}): {open_blocks[0]} still trains; freeze all its experts first.")
-        self._apply([Change("prefix", None, None, "called", by_hand=True, layers=layers)], {})
+        self.changer.apply([Change("prefix", None, None, "called", by_hand=True, layers=layers)], {})
 
     def optimizer_bytes(self) -> int:
         """Bytes of fp32 master weights and optimizer state on this rank."""
-        return self.optimizer.optimizer_bytes()
+        return self.run.optimizer.optimizer_bytes()
 
     def auxiliary_loss(self) -> Tensor | None:
         """What backward will add for even loads of learned routers, without a graph; None for nothing.
@@ -175,19 +204,12 @@ class Controller(ResumableRun):
 
     def expert_load(self) -> list[list[int]]:
         """Tokens routed to each expert of each block since the last call, all ranks together (collective)."""
-        result = []
-        for number, routed in enumerate(self.routed()):
-            result.append((routed - self._load_seen[number]).tolist())
-            self._load_seen[number] = routed
-        return result
+        return self.passes.routed_since_last_call()
 
     # ---- called by the engine --------------------------------------------------------------------------------------
 
     def before_micro_batch(self, rank: int, ranks: int, micro: int, args: tuple, kwargs: dict) -> None:
         """Tell the blocks where in the run the next pass that trains stands.
-
-        Passes are counted, not the engine's steps: DeepSpeed counts no steps within `no_sync`, or where a loop calls
-        `step` once for several passes.
 
         Args:
             rank: of this process among those that share the data.
@@ -196,139 +218,76 @@ class Controller(ResumableRun):
             args: of the model's call.
             kwargs: of the model's call.
         """
-        place = (self.passes * ranks + rank) * micro
-        self.passes, self.pass_sequences = self.passes + 1, ranks * micro
+        run, place = self.run, self.passes.begin(rank, ranks, micro)
         domain, self._domain = self._domain, None
         if self.progress.active and not self.progress.probe.complete:
-            self.progress.probe.offer(args, kwargs, place, self.sequences_per_step, domain)
-        left = self.interval - self.step % self.interval
-        for_check = self.config.auto and left <= self.window
-        # A check wants the rows of its window. What it has read stays until the next window, for emerge(); without
-        # checks the rows of the last step do.
-        if self._sampled_step != self.step and (left == self.window or not self.config.auto):
-            self.forget_samples()
-        self._sampled_step = self.step
-        warming_up = any(handle.mode is BlockMode.WARMUP for handle in self.blocks)
-        self.context.announce(
-            first_sequence=self.sequences + place,
+            self.progress.probe.offer(args, kwargs, place, run.sequences_per_step, domain)
+        for_check = self.checks.begin_pass()
+        warming_up = any(handle.mode is BlockMode.WARMUP for handle in run.blocks)
+        run.context.announce(
+            first_sequence=self.passes.sequences + place,
             micro_batch=micro,
             domain=domain,
-            sources=len(self.domain_names),
-            sampling=for_check or (warming_up and not self.config.auto),
+            sources=len(run.domain_names),
+            sampling=for_check or (warming_up and not run.config.auto),
         )
 
     def after_step(self, step: int) -> None:
-        """Do what is due after optimizer step ``step``."""
-        self.step, self.mid_step = step, False
-        self.close_step()
-        self.proof.after_step(self)
-        self.progress.close_step(self)
-        if self._check is not None and (step >= self._check.step + self._delay or step == self.total_steps):
-            self._decide()
-        if self.config.auto and step % self.interval == 0 and step <= self.total_steps:
-            self._measure()
-            if not self._delay or step == self.total_steps:
-                self._decide()
-        self.set_rates()
+        """Do what is due after optimizer step ``step`` (collective)."""
+        self.run.step, self.mid_step = step, False
+        self.passes.close_step()
+        self.proof.after_step(self.run)
+        self.progress.close_step(self.run)
+        self.checks.after_step()
+        set_rates(self.run)
 
-    @property
-    def _delay(self) -> int:
-        """Steps from a check's measurements to its decisions: a check is over before the next one begins."""
-        return min(self.config.apply_after, self.interval - 1)
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
-    # ---- the check -------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, in plain values and tensors (collective)."""
+        self.proof.require_frozen_unmoved(self.run)
+        check = self.checks.state_dict()  # first: the end of a search changes what the blocks remember
+        return {**self.run.state_dict(), **self.passes.state_dict(), "check": check}
 
-    def _measure(self) -> None:
-        """The first half of a check (collective)."""
-        self.proof.require_frozen_unmoved(self)
-        for handle, counts in zip(self.blocks, self.routed(), strict=True):
-            for expert, count in zip(handle.experts, counts.tolist(), strict=True):
-                expert.tokens = count
-        every = self.config.conflict_every
-        conflict_now = self.progress.active and every > 0 and (self.step // self.interval) % every == 0
-        self._check = Check.measure(self, self.progress, conflict_now, in_background=self._delay > 0)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a saved state: modes, then the partition that follows from them (before weights are loaded)."""
+        self.run.load_state_dict(state)
+        self.passes.load_state_dict(state)
+        self.checks.load_state_dict(state.get("check"))
+        apply_changes(self.run, [], {})
+        set_rates(self.run)
 
-    def _decide(self) -> None:
-        """The second half: emergence and freezing, from the same numbers on all ranks (collective)."""
-        check, self._check = self._check, None
-        assert check is not None
-        check.finish(self)
-        changes = []
-        for handle in self.blocks:
-            reason = emergence_reason(handle, check.readings[handle.index], self.config.clusters, check.share)
-            if reason:
-                changes.append(Change("emergence", handle.index, None, reason))
-        decided = decide_freezing(self, check.share, check.step)
-        changes += start_annealing(self.blocks, decided, self.config.freeze.anneal, self.share)
-        changes += decide_prefix(self, check.share, changes)
-        self._emit(check.event(self))
-        if changes:
-            self._apply(changes, check.readings)
-        if self.share >= 1.0:
-            self._emit_projections(check.readings)
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What only this rank has: its part of the probe set, its experts of the last check, and its samples."""
+        return {**self.progress.state_dict(), "world": world()[1], **self.checks.rank_state_dict()}
 
-    def _apply(
-        self, changes: list[Change], readings: dict[int, BlockReading], spent: dict[str, int] | None = None
-    ) -> None:
-        """Carry out a plan that all ranks agree on, in one rebuild of the partition.
+    def load_rank_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Restore what :meth:`rank_state_dict` returned, after :meth:`load_state_dict` (collective).
 
-        Args:
-            changes: the plan.
-            readings: of the blocks that emerge.
-            spent: FLOPs that these have cost on this rank, by part, where no check tells of them.
+        With another number of ranks, or where a rank has none, the probe set is collected again, and a check that has
+        measured but not decided is left out.
         """
-        require_same([str(change) for change in changes], f"plan of changes after step {self.step}")
-        emerging = {change.block for change in changes if change.kind == "emergence"}
-        self._emit_projections({i: reading for i, reading in readings.items() if i in emerging})
-        self.proof.require_frozen_unmoved(self)
-        before = gather_objects(self.optimizer_bytes())
-        with FlopCount() as births:
-            facts = apply_changes(self, changes, readings)
-        self.proof.begin(self)
-        after = gather_objects(self.optimizer_bytes())
-        with FlopCount() as looking:
-            self.progress.remember_routes(self, emerging)
-        own = {"spectrum": 0, "clusters": births.total, "progress": looking.total}
-        facts[0]["flops"] = of_all_ranks({part: n + (spent or {}).get(part, 0) for part, n in own.items()})
-        for change, fact in zip(changes, facts, strict=True):
-            event = {"event": change.kind, "block": change.block, "reason": change.reason, **fact}
-            if change.block is not None:
-                handle = self.blocks[change.block]
-                event["name"] = handle.name
-                if change.expert is not None:
-                    event.update(expert=change.expert, **{"lambda": handle.experts[change.expert].trainability})
-            sizes = {"optimizer_bytes_before": sum(before), "optimizer_bytes_after": sum(after)}
-            by_rank = {"optimizer_bytes_by_rank_before": before, "optimizer_bytes_by_rank_after": after}
-            self._emit({**event, **sizes, **by_rank})
+        device = next(self.run.module.parameters()).device
+        usable = state is not None and state.get("world") == world()[1]
+        if int(max_over_ranks(torch.tensor(0 if usable else 1))):
+            state = None
+        if state is not None:
+            self.progress.load_state_dict(state, device)
+        self.checks.load_rank_state_dict(state, device)
 
-    # ---- events ----------------------------------------------------------------------------------------------------
-
-    def _emit_projections(self, readings: dict[int, BlockReading]) -> None:
-        for index, reading in readings.items():
-            self._emit({"event": "projection", "block": index, **reading.projection(self.domain_names)})
-
-    def _emit(self, event: dict[str, Any]) -> None:
-        if self.rank == 0:
-            event = {"event": event["event"], "step": self.step, "tokens": self.tokens, **event}
-            for listener in self._listeners:
-                listener(event)
-
-    def _handle(self, block: int) -> BlockHandle:
-        if not 0 <= block < len(self.blocks):
-            raise MocteError(f"there is no block {block}: the model has blocks 0 to {len(self.blocks) - 1}.")
-        return self.blocks[block]
+    # ---- refusals --------------------------------------------------------------------------------------------------
 
     def _require_between_steps(self, verb: str) -> None:
         """A change of the partition in the middle of a step would lose the gradients that it holds."""
         if self.mid_step:
             raise MocteError(
-                f"{verb} was called between a backward pass and the optimizer's step; call it behind engine.step() of "
+                f"{verb} was called between a backward pass and the optimizer's step; call it after engine.step() of "
                 "the last micro-batch of a step."
             )
 
     def _demand(self, block: int, expert: int, mode: ExpertMode, verb: str) -> None:
         self._require_between_steps(verb)
-        experts = self._handle(block).experts
+        experts = self.run.block(block).experts
         if not 0 <= expert < len(experts):
             raise MocteError(f"block {block} has no expert {expert}: it has experts 0 to {len(experts) - 1}.")
         if experts[expert].mode is not mode:

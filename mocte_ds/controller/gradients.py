@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.probe import ProbeSet
-from mocte_ds.controller.state import RunState
+from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import gather_objects, max_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode

@@ -6,12 +6,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from mocte_ds.controller.birth import Rows
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.reading import BlockReading
+from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.search import ClusterSearch, Documents
-from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import gather_rows, sum_over_ranks
-from mocte_ds.moe.birth import Rows
 from mocte_ds.moe.block import BlockMode
 from mocte_ds.spectrum.subspace import Subspace, certified_rank, gate_rank, sampled_svd, split_half_angles
 
@@ -50,8 +50,8 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
     config, started = run.config.spectrum, time.perf_counter()
     names = [handle.name for handle in handles]
     for doubled in range(config.doublings + 1):
-        choice = run.stream.choose_tokens(doubled)
-        samples = [run.collectors[handle.index].tokens(choice) for handle in handles]
+        choice = run.samples.stream.choose_tokens(doubled)
+        samples = [run.samples.collectors[handle.index].tokens(choice) for handle in handles]
         total_rows = len(choice.order)
         readings = {h.index: BlockReading(s, total_rows, choice.order) for h, s in zip(handles, samples, strict=True)}
         if total_rows < 2:
@@ -123,8 +123,8 @@ def _start_search(
     Rows are put in the order of their hashes, so that nothing hangs on which rank had which row.
     """
     config, started = run.config, time.perf_counter()
-    choice = run.stream.documents.choose()
-    samples = [run.collectors[handle.index].documents(choice) for handle in handles]
+    choice = run.samples.stream.documents.choose()
+    samples = [run.samples.collectors[handle.index].documents(choice) for handle in handles]
     if len(choice.order) < max(16, 2 * config.num_experts) or not readings[handles[0].index].rows:
         return None
     domains = gather_rows(samples[0][1][:, None])[choice.order, 0].cpu()

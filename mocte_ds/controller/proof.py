@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from mocte_ds.controller.state import RunState
+from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.errors import MocteError
 from mocte_ds.zero import held

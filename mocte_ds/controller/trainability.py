@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from mocte_ds.controller.handles import BlockHandle, ExpertHandle
 from mocte_ds.controller.progress import ProgressFacts
-from mocte_ds.controller.state import RunState
+from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.trainability import Probe, top_eigenpair
+from mocte_ds.trainability.policy import OFF, POLICIES
 from mocte_ds.zero import expert_unit, let_go, on_its_own
 
 _BYTES = 24
@@ -43,8 +44,9 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFac
         MocteError: an expert's weights or rows are not finite; on all ranks.
     """
     facts, started = TrainabilityFacts(), time.perf_counter()
-    if run.config.freeze.policy == "off":
+    if run.config.freeze.policy == OFF:
         return facts
+    may_thaw = POLICIES.get(run.config.freeze.policy, "mocte.freeze.policy").may_thaw
     let_go(run.module)
     places, rank = gather_objects(run.ep_rank), world()[0]
     replicas = [other for other, place in enumerate(places) if place == run.ep_rank]
@@ -54,7 +56,7 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFac
         sampled = bank.deepspeed_moe.expert_rows.found()
         facts.sampled.setdefault(handle.index, []).extend(sampled)
         full = [k for k, rows in enumerate(sampled) if rows == run.config.freeze.rows]
-        full = [k for k in full if _watched(handle.experts[number * bank.num_experts + k], run.config.freeze.policy)]
+        full = [k for k in full if _watched(handle.experts[number * bank.num_experts + k], may_thaw)]
         if not full:
             continue
         device = next(bank.parameters()).device
@@ -134,7 +136,7 @@ def _progress_of(progress: list[float] | None, block: Block, k: int) -> tuple[fl
     return progress[k], sum(bank) / size
 
 
-def _watched(expert: ExpertHandle, policy: str) -> bool:
-    """Whether a policy reads this expert: while it trains, and frozen as long as it may be thawed."""
-    may_thaw = policy == "trainability" and expert.mode is ExpertMode.FROZEN and not expert.thawed
-    return expert.mode is ExpertMode.TRAINING or may_thaw
+def _watched(expert: ExpertHandle, may_thaw: bool) -> bool:
+    """Whether the policy reads this expert: while it trains, and frozen as long as it may be thawed."""
+    thaws = may_thaw and expert.mode is ExpertMode.FROZEN and not expert.thawed
+    return expert.mode is ExpertMode.TRAINING or thaws

@@ -3,9 +3,12 @@
 from mocte_ds.trainability.conflict import Conflict, coherence, conflict
 from mocte_ds.trainability.ghost import ghost_gram
 from mocte_ds.trainability.kernel import lambda_max, top_eigenpair
-from mocte_ds.trainability.policy import Decision, Policy, Probe, make_policy
+from mocte_ds.trainability.policy import POLICIES, Case, Decision, Policy, Probe, policy, require_policy
+from mocte_ds.trainability.rules import progress_share  # and with it the policies that come with the package
 
 __all__ = [
+    "POLICIES",
+    "Case",
     "Conflict",
     "Decision",
     "Policy",
@@ -14,6 +17,8 @@ __all__ = [
     "conflict",
     "ghost_gram",
     "lambda_max",
-    "make_policy",
+    "policy",
+    "progress_share",
+    "require_policy",
     "top_eigenpair",
 ]

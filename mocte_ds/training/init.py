@@ -10,7 +10,7 @@ from mocte_ds.checkpoints.names import expert_parameter
 from mocte_ds.checkpoints.source import StoredSource
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
-from mocte_ds.controller.decisions import apply_changes
+from mocte_ds.controller.apply import apply_changes
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
@@ -78,14 +78,15 @@ class InitialWeights:
             tensor.copy_(self._source.read(stored))
 
     @torch.no_grad()
-    def begin(self, run: Controller) -> None:
+    def begin(self, mocte: Controller) -> None:
         """Give the blocks of an engine the checkpoint's gates and experts, and let all of them train (collective).
 
         Args:
-            run: `engine.mocte`, before the first step.
+            mocte: `engine.mocte`, before the first step.
         """
         if not self._emerged:
             return
+        run = mocte.run
         for handle in run.blocks:
             if handle.name not in self._emerged:
                 continue
@@ -103,7 +104,7 @@ class InitialWeights:
             handle.refresh_mode()
         # The optimizer's groups follow from the modes; master weights are made of the weights, moments start anew.
         apply_changes(run, [], {})
-        run.proof.begin(run)
+        mocte.proof.begin(run)
 
 
 def _structure(settings: dict[str, Any]) -> dict[str, Any]:

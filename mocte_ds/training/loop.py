@@ -204,7 +204,7 @@ class Trainer:
         """
         loads = self.engine.mocte.expert_load() if self.config else []
         blocks = [{**block, "load": counts} for block, counts in zip(blocks, loads, strict=True)]
-        sampled = bool(self.config) and self.engine.mocte.samples_after(self.engine.global_steps - 1)
+        sampled = bool(self.config) and self.engine.mocte.checks.samples_after(self.engine.global_steps - 1)
         tokens = self.run.training.batch_tokens
         self.ledger.step(self.run.model, tokens, self.run.context, self.config, blocks, frozen, sampled)
         return loads or None

@@ -1,6 +1,5 @@
 """What benchmarks share: clocks, memory, run plans; and the command line around them."""
 
-import inspect
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.memory import available_bytes, require_memory
 from mocte_ds.benchmark.measure.run_plan import read_plan, sampling_window
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.controller import Controller
+from mocte_ds.controller.checks import Checks
 from mocte_ds.errors import MocteError
 from tests.benchmark.conftest import RUN
 from tools.benchmark import main
@@ -81,10 +80,10 @@ def test_plan_of_one_process(run_file: Path) -> None:
 )
 def test_sampling_window_is_the_controllers(steps: int, rows: int, documents: int, sequences: int) -> None:
     config = MocteConfig.from_dict({"modules": "x", "spectrum": {"rows": rows, "documents": documents}})
-    stub = SimpleNamespace(config=config, interval=steps, progress=SimpleNamespace(bind=lambda _model: None))
-    arguments = dict.fromkeys(list(inspect.signature(Controller.bind).parameters)[1:])
-    Controller.bind(stub, **{**arguments, "sequences_per_step": sequences})
-    assert sampling_window(config, steps, sequences) == stub.window
+    checks = Checks(SimpleNamespace(config=config, total_steps=1), None, None, None, None, None)
+    checks.interval = steps
+    checks.set_window(sequences)
+    assert sampling_window(config, steps, sequences) == checks.window
 
 
 @pytest.mark.parametrize(

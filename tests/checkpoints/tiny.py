@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from mocte_ds.clusters import balanced_kmeans, linear_gate, subspace_without_mean
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.birth import set_random_gate
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, attach
-from mocte_ds.moe.birth import set_random_gate
 from mocte_ds.moe.context import Tokens
 
 VOCAB, EXPERTS = 96, 4

@@ -9,8 +9,8 @@ import torch
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import search
+from mocte_ds.controller.birth import set_random_gate
 from mocte_ds.moe import BlockMode, attach
-from mocte_ds.moe.birth import set_random_gate
 from mocte_ds.moe.expert_rows import ExpertRows
 from tests.spawn import spawn
 
@@ -215,8 +215,8 @@ def test_padding_and_recomputation_are_left_out() -> None:
 
 
 def test_what_a_hand_has_frozen_only_a_hand_thaws() -> None:
-    from mocte_ds.controller.decisions import decide_freezing
-    from mocte_ds.controller.state import RunState
+    from mocte_ds.controller.decide import decide_freezing
+    from mocte_ds.controller.run_state import RunState
     from mocte_ds.moe import ExpertMode
     from mocte_ds.trainability import Probe
 
@@ -232,7 +232,7 @@ def test_what_a_hand_has_frozen_only_a_hand_thaws() -> None:
     for expert in handle.experts:
         expert.held = False
     handle.load_state_dict(saved)
-    changes = decide_freezing(run, handle.experts[0].history[-1].share, 11)
+    changes = decide_freezing(run.status(handle.experts[0].history[-1].share, 11), run.config)
     assert [(change.kind, change.expert) for change in changes] == [("thaw", 1)]
 
 

@@ -29,7 +29,7 @@ def conflict_after_emergence(ep_size: int) -> dict[int, dict[int, dict[str, floa
         bank = handle.block.banks[0]
         generator = torch.Generator().manual_seed(handle.index)
         bank.gate.key.set(torch.randn(4, 32, generator=generator), torch.zeros(4))
-        first = bank.first_local(engine.mocte.ep_rank)
+        first = bank.first_local(engine.mocte.run.ep_rank)
         for local, expert in enumerate(bank.local_experts):
             generator.manual_seed(10 * handle.index + first + local)
             with torch.no_grad():
@@ -38,7 +38,7 @@ def conflict_after_emergence(ep_size: int) -> dict[int, dict[int, dict[str, floa
         handle.document_mean, handle.document_basis = torch.zeros(32), basis
         handle.document_centroids = torch.tensor([[1.0, 0], [-1.0, 0], [0, 1.0], [0, -1.0]])
         handle.document_prices = torch.zeros(4)
-    return read_conflict(engine.mocte, engine.mocte.progress.probe)
+    return read_conflict(engine.mocte.run, engine.mocte.progress.probe)
 
 
 def test_two_ranks_measure_what_one_does() -> None:

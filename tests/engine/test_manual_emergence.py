@@ -26,7 +26,7 @@ def run() -> tuple[list[dict[str, Any]], list[int]]:
             ids, _ = runs.batch(step, turn)
             engine.backward(engine(ids, ids))
             engine.step()
-        rows.append(len(engine.mocte.collectors[0].tokens()[0]))
+        rows.append(len(engine.mocte.run.samples.collectors[0].tokens()[0]))
     engine.mocte.emerge(1)
     return events, rows
 

@@ -57,8 +57,8 @@ def run(how: str, micro: int, router: dict[str, Any], ragged: bool = False, stag
     for step in range(STEPS):
         ids_, mask = batch(step, ragged)
         if step == EMERGES:
-            keys = engine.mocte.collectors[0]._tokens.merged_keys()
-            rows = engine.mocte.collectors[1].tokens()
+            keys = engine.mocte.run.samples.collectors[0]._tokens.merged_keys()
+            rows = engine.mocte.run.samples.collectors[1].tokens()
             for number in range(2):
                 engine.mocte.emerge(block=number)
         if how == "plain":
@@ -89,7 +89,7 @@ def run(how: str, micro: int, router: dict[str, Any], ragged: bool = False, stag
         "sources": rows[2],
         "load": engine.mocte.expert_load(),
         "tokens": engine.tokens_seen,
-        "sequences": engine.mocte.sequences,
+        "sequences": engine.mocte.passes.sequences,
         "shares": [handle.block.banks[0].deepspeed_moe.share for handle in engine.mocte.blocks],
         "weights": {name: p.detach().clone() for name, p in engine.module.named_parameters() if "expert" not in name},
     }

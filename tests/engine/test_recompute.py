@@ -46,7 +46,7 @@ def run(recompute: bool, block: dict[str, Any]) -> dict[str, Any]:
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-    collectors = engine.mocte.collectors
+    collectors = engine.mocte.run.samples.collectors
     layers = [bank.deepspeed_moe for bank in engine.mocte.blocks[1].block.banks]
     return {
         "calls": len(calls),

@@ -6,7 +6,7 @@ import torch
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.gradients import read_conflict
 from mocte_ds.controller.probe import ProbeSet
-from mocte_ds.controller.state import RunState
+from mocte_ds.controller.run_state import RunState
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import BlockMode, attach
 from mocte_ds.spectrum import sampled_svd, split_half_angles

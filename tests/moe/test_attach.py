@@ -6,9 +6,9 @@ from deepspeed.moe.layer import MoE
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.birth import copy_dense_weights
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe import Block, BlockMode, attach
-from mocte_ds.moe.birth import copy_dense_weights
 from mocte_ds.moe.forward import ForwardState, documents_of
 
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -6,10 +6,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig, RouterConfig
+from mocte_ds.controller.birth import copy_dense_weights, inherit
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.balance import Balance
-from mocte_ds.moe.birth import copy_dense_weights, inherit
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate

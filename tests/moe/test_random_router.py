@@ -4,8 +4,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.birth import copy_dense_weights, set_random_gate
 from mocte_ds.moe import BlockMode, attach
-from mocte_ds.moe.birth import copy_dense_weights, set_random_gate
 
 V, E = 64, 4
 

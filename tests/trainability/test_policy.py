@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from mocte_ds.config import FreezeConfig
 from mocte_ds.errors import ConfigError
-from mocte_ds.trainability import Policy, Probe, make_policy
-from mocte_ds.trainability.policy import level, progress_share, rate, smoothed
+from mocte_ds.trainability import Policy, Probe
+from mocte_ds.trainability.policy import level, rate, smoothed
+from mocte_ds.trainability.rules import progress_share
 
 ALPHA, BETA, CHECKS, UNTIL = 0.2, 0.05, 3, 0.9
 FALLING = [100.0, 80.0, 50.0, 25.0, 12.0] + [10.0] * 20
@@ -20,7 +22,9 @@ def history(values: list[float], norms: list[float] | None = None, first: float 
 
 
 def policy(name: str = "trainability", **changes: float) -> Policy:
-    return make_policy(name, **{"alpha": ALPHA, "beta": BETA, "checks": CHECKS, "until": UNTIL, "seed": 0, **changes})
+    seed = changes.pop("seed", 0)
+    given = {"alpha": ALPHA, "beta": BETA, "checks": CHECKS, "until": UNTIL, **changes}
+    return Policy(FreezeConfig(policy=name, **given), seed)
 
 
 def first_freeze(rule: Policy, probes: list[Probe], born: float = 0.1, who: tuple[int, int] = (0, 0)) -> int | None:
@@ -143,9 +147,8 @@ def test_random_freezes_half_by_half_way_whatever_the_birth(born: float) -> None
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_no_policy_decides_on_what_is_not_finite(name: str, bad: float) -> None:
     def probes(values: list[float]) -> list[Probe]:
-        rule = policy(name)
         made = history(values, values)
-        return [replace(p, progress=0.001 * p.value, fair=1.0) for p in made] if rule.name == "progress" else made
+        return [replace(p, progress=0.001 * p.value, fair=1.0) for p in made] if name == "progress" else made
 
     quiet = [100.0, 80.0, 50.0, 25.0] + [10.0] * 12
     rising = [10.0 * 1.3**i for i in range(16)]

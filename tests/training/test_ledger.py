@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mocte_ds.config import MocteConfig, RouterConfig
+from mocte_ds.controller.birth import set_random_gate
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import BlockMode, attach, dispatch
-from mocte_ds.moe.birth import set_random_gate
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.training.ledger import Ledger

@@ -200,7 +200,7 @@ def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
     """This rank's parameters, experts by their global numbers: `layers.0.2.up_proj.weight`."""
     named = {}
     for handle in engine.mocte.blocks:
-        for name, unit in engine.mocte.registry.units.items():
+        for name, unit in engine.mocte.run.registry.units.items():
             head, _, number = name.rpartition(".")
             if head == handle.name and number.isdigit():
                 expert = handle.block.banks[0].local_experts[int(number) % len(handle.block.banks[0].local_experts)]

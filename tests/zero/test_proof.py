@@ -30,7 +30,7 @@ def start() -> Any:
 
 def write_to_frozen(engine: Any) -> None:
     if torch.distributed.get_rank() == 0:
-        engine.mocte.registry.units[FROZEN].parameters[0].data[0, 0] += 1e-3
+        engine.mocte.run.registry.units[FROZEN].parameters[0].data[0, 0] += 1e-3
 
 
 def undo_steps_of_live(engine: Any) -> None:

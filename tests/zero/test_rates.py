@@ -23,7 +23,7 @@ def steps_of_units(factor: float) -> dict[str, list[torch.Tensor]]:
     for step in range(3):
         if step == 1:
             engine.mocte.emerge(block=0)
-        units = engine.mocte.registry.units
+        units = engine.mocte.run.registry.units
         before = {name: [p.detach().clone() for p in unit.parameters] for name, unit in units.items()}
         ids, _ = runs.batch(step, 0)
         engine.backward(engine(input_ids=ids, labels=ids).loss)

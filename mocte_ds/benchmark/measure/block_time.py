@@ -10,9 +10,9 @@ from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.freeze_plan import FreezeSizes
 from mocte_ds.benchmark.measure.memory import require_memory
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.birth import set_random_gate
 from mocte_ds.models.layers import SwiGLU
 from mocte_ds.moe import Block, BlockMode, attach
-from mocte_ds.moe.birth import set_random_gate
 
 FORMULA = (
     "recovered = (seconds with all experts training - seconds with all frozen) / seconds of the weight-gradient "

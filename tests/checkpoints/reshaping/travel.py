@@ -26,7 +26,7 @@ def optimizer_of(engine: Any) -> dict[str, list[Tensor]]:
     if not hasattr(engine, "mocte"):
         return _flat_groups(engine.optimizer, moments)
     found = {}
-    for unit in engine.mocte.registry.units.values():
+    for unit in engine.mocte.run.registry.units.values():
         state = engine.optimizer.unit_state(unit.name)
         for number, parameter in enumerate(unit.parameters):
             if parameter in state:

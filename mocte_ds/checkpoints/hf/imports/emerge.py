@@ -15,14 +15,14 @@ from mocte_ds.checkpoints.names import EXPERT_PARAMETER
 from mocte_ds.checkpoints.source import Source, empty_decoder
 from mocte_ds.checkpoints.weights import Made, Tensors
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.birth import set_gate
 from mocte_ds.controller.measurements import finish_readings, read_blocks
-from mocte_ds.controller.state import RunState
+from mocte_ds.controller.run_state import RunState
 from mocte_ds.data.corpus import read_corpus
 from mocte_ds.data.stored_tokenizer import AnyTokenizer
 from mocte_ds.errors import ConfigError, DataError
 from mocte_ds.models.layers import rotary_angles
 from mocte_ds.moe.attach import matching_modules
-from mocte_ds.moe.birth import set_gate
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import Part, make_expert
 from mocte_ds.moe.forward import ForwardState
@@ -125,7 +125,9 @@ class Emerged:
         x = self.source.read("model.embed_tokens.weight")[ids]
         if config.style == "gpt2":
             x = x + self.source.read("model.embed_positions.weight")[: ids.shape[1]]
-        collectors = {handle.name: collector for handle, collector in zip(run.blocks, run.collectors, strict=True)}
+        collectors = {
+            handle.name: collector for handle, collector in zip(run.blocks, run.samples.collectors, strict=True)
+        }
         rotation = rotary_angles(config, ids.shape[1], x) if config.style == "llama" else None
         for number in range(config.num_layers):
             layer = self.source.part(f"model.layers.{number}")

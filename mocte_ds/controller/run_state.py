@@ -1,18 +1,21 @@
-"""What the parts of a check share: the blocks, the engine's pieces they act on, and where the run stands."""
+"""What the parts of the controller share: the blocks, the engine's parts that they act on, and where the run stands."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.decide import BlockStatus, RunStatus
 from mocte_ds.controller.handles import BlockHandle
+from mocte_ds.controller.samples import Samples
+from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
-from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
 from mocte_ds.zero import TRUNK, UnitOptimizer, UnitRegistry, dense_unit, expert_unit, router_unit
 
 
 class RunState:
-    """State of one run on this rank; the controller is one, and hands itself to the functions of this folder."""
+    """State of one run on this rank, handed to the functions of this folder."""
 
     module: torch.nn.Module
     optimizer: UnitOptimizer
@@ -25,19 +28,71 @@ class RunState:
         self.config, self.registry, self.ep_rank, self.total_steps = config, registry, ep_rank, total_steps
         self.blocks = [BlockHandle(i, block) for i, block in enumerate(blocks)]
         self.context = blocks[0].context
-        s = config.spectrum
-        self.stream = SampleStream(s.rows, s.documents, config.seed, config.eod_id, s.doublings)
-        self.collectors = [FeatureCollector(block.hidden_size, self.stream) for block in blocks]
+        self.samples = Samples(config, blocks)
         self.frozen_layers = 0
         """Layers of the front that are frozen, the embeddings with the first."""
         self.domain_names: list[str] = []
         self.step = 0
+        """Optimizer steps that are done."""
         self.tokens = 0
+        """Tokens of these steps, all ranks together; no padding."""
+        self.rank = 0
+        self.sequences_per_step = 0
+        """The global batch."""
 
     @property
     def share(self) -> float:
         """Part of the budget that is done."""
         return self.step / self.total_steps
+
+    def block(self, index: int) -> BlockHandle:
+        """The block of that number.
+
+        Raises:
+            MocteError: there is none.
+        """
+        if not 0 <= index < len(self.blocks):
+            raise MocteError(f"there is no block {index}: the model has blocks 0 to {len(self.blocks) - 1}.")
+        return self.blocks[index]
+
+    def status(self, share: float, step: int) -> RunStatus:
+        """The run as decisions see it.
+
+        Args:
+            share: share of the budget that was done at the measurements.
+            step: optimizer step of the measurements.
+        """
+        front = self.registry.front
+        blocks = [
+            BlockStatus(
+                handle.index,
+                handle.name,
+                handle.mode,
+                handle.experts,
+                handle.born_share,
+                handle.streak,
+                front.layer_of(handle.block) if front is not None else None,
+            )
+            for handle in self.blocks
+        ]
+        return RunStatus(blocks, share, step, self.share, front is not None, self.frozen_layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, the same on all ranks."""
+        return {
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "total_steps": self.total_steps,
+            "frozen_layers": self.frozen_layers,
+            "blocks": [handle.state_dict() for handle in self.blocks],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; the partition is to follow."""
+        self.step, self.tokens, self.frozen_layers = state["step"], state["tokens"], state["frozen_layers"]
+        for handle, saved in zip(self.blocks, state["blocks"], strict=True):
+            handle.load_state_dict(saved)
 
     def experts_that(self, mode: ExpertMode) -> set[str]:
         """Names of the units of all experts in a mode, over all ranks."""

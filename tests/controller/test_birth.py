@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, inherit, set_gate, set_random_gate
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, attach
-from mocte_ds.moe.birth import FeatureSample, Rows, copy_dense_weights, inherit, set_gate, set_random_gate
 from mocte_ds.moe.context import Tokens
 
 V, D, E, N = 50, 16, 4, 800

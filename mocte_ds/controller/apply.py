@@ -1,0 +1,154 @@
+"""Carries a plan out: changes modes, routing and the optimizer's partition."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mocte_ds.controller.birth import copy_dense_weights, inherit, set_gate, set_random_gate
+from mocte_ds.controller.decide import Change
+from mocte_ds.controller.handles import BlockHandle
+from mocte_ds.controller.reading import BlockReading
+from mocte_ds.controller.run_state import RunState
+from mocte_ds.dist.collectives import max_over_ranks
+from mocte_ds.errors import MocteError
+from mocte_ds.moe.block import Block, ExpertMode
+from mocte_ds.moe.forward import ForwardState
+from mocte_ds.zero import UnitState, dense_unit, expert_unit, follow_groups, let_go, on_its_own, whole
+
+
+def apply_changes(
+    run: RunState, changes: Sequence[Change], readings: Mapping[int, BlockReading]
+) -> list[dict[str, Any]]:
+    """Change modes, routing and the optimizer's partition (collective).
+
+    Each emergence rebuilds the partition for itself, so that the state of one dense FFN at a time is held whole;
+    everything else together does so once.
+
+    Returns:
+        Facts for the event of each change.
+    """
+    facts: list[dict[str, Any]] = []
+    outputs_before = {}
+    let_go(run.module)
+    for change in changes:
+        if change.block is None:
+            run.frozen_layers = change.layers
+            facts.append({"layers": change.layers})
+            continue
+        handle = run.blocks[change.block]
+        block = handle.block
+        if change.kind == "emergence":
+            reading = readings[change.block]
+            sampled = reading.basis is not None
+            if sampled:
+                set_gate(block, run.config, reading.sample())
+            else:
+                set_random_gate(block, run.config)
+            outputs_before[change.block] = _output(run, handle, reading)
+            born = _give_dense_state(run, block) if block.kind == "ffn" else {}
+            for expert in handle.experts:
+                expert.mode, expert.changed_at = ExpertMode.TRAINING, run.step
+            handle.born_share = run.share
+            handle.refresh_mode()
+            _rebuild_partition(run, born)
+            facts.append({"gate": "clusters of the sampled features" if sampled else "random: no feature was seen yet"})
+        else:
+            expert = handle.experts[change.expert]
+            if change.kind == "anneal":
+                expert.annealed_from = run.share
+                facts.append({})
+                continue
+            expert.annealed_from = None
+            frozen = change.kind == "freeze"
+            expert.mode = ExpertMode.FROZEN if frozen else ExpertMode.TRAINING
+            expert.changed_at, expert.held = run.step, frozen and change.by_hand
+            expert.thawed = expert.thawed or not (frozen or change.by_hand)
+            facts.append({})
+        handle.refresh_mode()
+    _rebuild_partition(run, {})
+    for change, fact in zip(changes, facts, strict=True):
+        if change.kind == "emergence":
+            reading, handle = readings[change.block], run.blocks[change.block]
+            fact["clusters"] = reading.found.detection.count if reading.found else None
+            change_of_output = _relative_change(outputs_before[change.block], _output(run, handle, reading))
+            if all(router.weight == "hard" for router in run.config.routers):
+                _require_no_jump(handle.name, change_of_output)
+            fact["output_change"] = change_of_output
+    return facts
+
+
+def _give_dense_state(run: RunState, block: Block) -> UnitState:
+    """Let a block's `ffn` experts start as copies of the dense FFN: its weights, and what to make their state of."""
+    experts = [parameter for bank in block.banks for parameter in bank.local_experts.parameters()]
+    with whole([*block.dense.parameters(), *experts], changed=True):
+        copy_dense_weights(block)
+        return run.optimizer.own_part(inherit(block, run.optimizer.unit_state(dense_unit(block))))
+
+
+def _rebuild_partition(run: RunState, born: UnitState) -> None:
+    trainable = run.trainable_units()
+    if run.registry.front is not None:
+        run.registry.front.run_without_graph(run.module, run.frozen_layers)
+    for unit in run.registry.units.values():
+        if unit.name == "trunk":
+            continue
+        for parameter in unit.parameters:
+            parameter.requires_grad_(unit.name in trainable)
+            if unit.name not in trainable:
+                parameter.grad = None
+    groups = run.registry.groups(trainable)
+    if run.optimizer.changed_by(groups):
+        count = len(run.optimizer.optimizer.param_groups)
+        sources = run.optimizer.regroup(groups, born)
+        follow_groups(run.scheduler, count, sources)
+
+
+@torch.no_grad()
+def _output(run: RunState, handle: BlockHandle, reading: BlockReading) -> torch.Tensor | None:
+    """The block's output on this rank's sampled features."""
+    features, ids, _ = reading.tokens
+    if reading.rows < 2 or reading.mean is None:
+        return None
+    block, training = handle.block, handle.block.training
+    block.eval()
+    try:
+        like = next(block.dense.parameters())
+        with on_its_own(block), run.context.running(ForwardState(ids)):
+            return block(features.to(like.device, like.dtype)).float()
+    finally:
+        block.train(training)
+
+
+def _relative_change(before: torch.Tensor | None, after: torch.Tensor | None) -> float | None:
+    """Largest change of an output at emergence over the largest output, all ranks together."""
+    if before is None or after is None:
+        return None
+    change = (after - before).abs().max() if before.numel() else torch.zeros(())
+    scale = before.abs().max() if before.numel() else torch.zeros(())
+    change, scale = float(max_over_ranks(change)), float(max_over_ranks(scale))
+    return change / scale if scale > 0 else change
+
+
+def _require_no_jump(name: str, change: float | None) -> None:
+    """With a hard weight nothing but rounding may change at emergence.
+
+    Raises:
+        MocteError: the function jumped, so an expert is not the copy that it should be.
+    """
+    if change is not None and change > 0.05:
+        raise MocteError(
+            f"emergence changed the output of {name} by {change:.1%} of its largest value; the experts are no copies "
+            "of the dense FFN. The run stops because training would go on from another function."
+        )
+
+
+def set_rates(run: RunState) -> None:
+    """Tell the optimizer which part of the learning rate annealing experts get at the next step."""
+    anneal = run.config.freeze.anneal
+    run.optimizer.rate_factors = {
+        expert_unit(handle.block, k): max(0.0, 1.0 - (run.share - expert.annealed_from) / anneal)
+        for handle in run.blocks
+        for k, expert in enumerate(handle.experts)
+        if expert.annealed_from is not None
+    }

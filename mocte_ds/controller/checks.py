@@ -1,0 +1,133 @@
+"""When a run looks at itself: the window of a check, its measurements, and its decisions some steps later."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mocte_ds.controller.changer import Changer
+from mocte_ds.controller.check import Check
+from mocte_ds.controller.decide import decide
+from mocte_ds.controller.events import Events
+from mocte_ds.controller.passes import Passes
+from mocte_ds.controller.progress import Progress
+from mocte_ds.controller.proof import Proof
+from mocte_ds.controller.run_state import RunState
+
+
+class Checks:
+    """A check measures after one optimizer step and decides `apply_after` steps later.
+
+    In between, the search for clusters runs in a thread. The later step is the same on all ranks and in a resumed run.
+    """
+
+    def __init__(
+        self, run: RunState, passes: Passes, progress: Progress, proof: Proof, events: Events, changer: Changer
+    ) -> None:
+        """Of a run and what watches it."""
+        self._run, self._passes, self._progress = run, passes, progress
+        self._proof, self._events, self._changer = proof, events, changer
+        self.interval = max(1, round(run.config.check_every * run.total_steps))
+        """Optimizer steps between two checks."""
+        self.window = self.interval
+        """Steps before a check whose features it samples."""
+        self._pending: Check | None = None
+        """Measured, and not yet decided on."""
+        self._shared_state: dict[str, Any] | None = None
+        """Of a check out of a checkpoint, until this rank's own part of it has come."""
+        self._sampled_step = -1
+        """Steps done before the one that was sampled last."""
+
+    def set_window(self, sequences_per_step: int) -> None:
+        """Make the window long enough that few rows come from one sequence: neighbours in a sequence are alike."""
+        spectrum = self._run.config.spectrum
+        enough = max((spectrum.rows << spectrum.doublings) / 16, spectrum.documents) / sequences_per_step
+        self.window = min(self.interval, max(1, round(enough + 0.5)))
+
+    def samples_after(self, steps: int) -> bool:
+        """Whether a check wants the features of the step that follows ``steps`` finished ones."""
+        return self._run.config.auto and self.interval - steps % self.interval <= self.window
+
+    def begin_pass(self) -> bool:
+        """Begin a new sample where a window begins; whether the pass that is about to run is sampled for a check.
+
+        What a check has read stays until the next window, for `emerge()`; without checks the rows of the last step do.
+        """
+        run = self._run
+        if self._sampled_step != run.step and (
+            not run.config.auto or self.interval - run.step % self.interval == self.window
+        ):
+            run.samples.clear()
+        self._sampled_step = run.step
+        return self.samples_after(run.step)
+
+    def after_step(self) -> None:
+        """Measure, decide, or do neither, as the step that was just done asks for (collective)."""
+        run = self._run
+        last = run.step == run.total_steps
+        if self._pending is not None and (run.step >= self._pending.step + self._delay or last):
+            self._decide()
+        if run.config.auto and run.step % self.interval == 0 and run.step <= run.total_steps:
+            self._measure()
+            if not self._delay or last:
+                self._decide()
+
+    @property
+    def _delay(self) -> int:
+        """Steps from a check's measurements to its decisions: a check is over before the next one begins."""
+        return min(self._run.config.apply_after, self.interval - 1)
+
+    def _measure(self) -> None:
+        run = self._run
+        self._proof.require_frozen_unmoved(run)
+        for handle, counts in zip(run.blocks, self._passes.routed(), strict=True):
+            for expert, count in zip(handle.experts, counts.tolist(), strict=True):
+                expert.tokens = count
+        every = run.config.conflict_every
+        conflict_now = self._progress.active and every > 0 and (run.step // self.interval) % every == 0
+        self._pending = Check.measure(run, self._progress, conflict_now, in_background=self._delay > 0)
+
+    def _decide(self) -> None:
+        run, check = self._run, self._pending
+        assert check is not None
+        self._pending = None
+        check.finish(run)
+        plan = decide(run.status(check.share, check.step), check.cluster_status(), run.config)
+        for block, streak in plan.streaks.items():
+            run.blocks[block].streak = streak
+        self._events.emit(check.event(run))
+        if plan.changes:
+            self._changer.apply(plan.changes, check.readings)
+        if run.share >= 1.0:
+            self._events.emit_projections(check.readings)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What all ranks know of a check that is not decided (collective: its search is brought to an end)."""
+        return self._pending.state_dict(self._run) if self._pending else None
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What only this rank has: its samples, where the next check needs them, and its part of a pending check."""
+        run = self._run
+        # The next check needs the rows of its window so far; those of an earlier one are large and no longer needed.
+        needed = not run.config.auto or self.interval - run.step % self.interval < self.window
+        return {
+            "samples": run.samples.state_dict() if needed else None,
+            "check": self._pending.own_state_dict() if self._pending else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Restore what :meth:`state_dict` returned; the check is complete with :meth:`load_rank_state_dict`."""
+        self._pending, self._shared_state = None, state
+
+    def load_rank_state_dict(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
+        """Restore what :meth:`rank_state_dict` returned; None: a pending check is dropped."""
+        shared, self._shared_state = self._shared_state, None
+        if state is None:
+            return
+        self._run.samples.clear()
+        if state["samples"]:
+            self._run.samples.load_state_dict(state["samples"], device)
+        if shared and state["check"]:
+            self._pending = Check.restored(shared, state["check"], device)

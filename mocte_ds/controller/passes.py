@@ -1,0 +1,108 @@
+"""Counts what forward passes did in each optimizer step: sequences, tokens, and the loads of the experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mocte_ds.controller.run_state import RunState
+from mocte_ds.dist.collectives import sum_over_ranks
+
+
+class Passes:
+    """Numbers the sequences of the run and sums tokens and loads over the ranks.
+
+    Passes are counted, not the engine's steps: DeepSpeed counts no steps within `no_sync`, or where a loop calls `step`
+    once for several passes.
+    """
+
+    def __init__(self, run: RunState) -> None:
+        """Begin before the first step."""
+        self._run = run
+        self._layers = [bank.deepspeed_moe for handle in run.blocks for bank in handle.block.banks]
+        self.sequences = 0
+        """Sequences of all passes up to the last optimizer step; the numbers of the next step begin here."""
+        self._own = 0
+        """Passes of this rank in the current optimizer step."""
+        self._size = 0
+        """Sequences of a pass, all ranks together."""
+        self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in run.blocks]
+
+    def begin(self, rank: int, ranks: int, micro: int) -> int:
+        """Count a pass that is about to run.
+
+        Args:
+            rank: of this process among those that share the data.
+            ranks: how many these are.
+            micro: sequences of a micro-batch.
+
+        Returns:
+            Place of its first sequence in the optimizer step.
+        """
+        place = (self._own * ranks + rank) * micro
+        self._own, self._size = self._own + 1, ranks * micro
+        return place
+
+    def close_step(self) -> None:
+        """Sum the step's tokens and loads over the ranks, in one all-reduce for all blocks (collective).
+
+        Integers, so that the sums depend neither on the number of ranks nor on how the batch was split.
+        """
+        run, context = self._run, self._run.context
+        layers = [layer for layer in self._layers if layer.gate.balanced]
+        parts = [torch.tensor([int(context.step_tokens), self._own]), *[layer.step_load for layer in layers]]
+        summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+        tokens, passes = summed[0].tolist()
+        run.tokens += tokens
+        self.sequences += self._own * self._size
+        if tokens and passes:
+            context.usual_tokens = tokens / passes
+        for layer, load in zip(layers, summed[1:], strict=True):
+            if int(load.sum()):
+                layer.share = (load.double() / load.sum()).float().to(layer.share.device)
+            layer.step_load.zero_()
+        context.step_tokens, self._own, context.loss_scale = 0, 0, None
+
+    def routed(self) -> list[Tensor]:
+        """(E,) tokens routed to the experts of each block since the start, all ranks together (collective)."""
+        blocks = [handle.block for handle in self._run.blocks]
+        counts = [torch.cat([bank.deepspeed_moe.routed for bank in block.banks]) for block in blocks]
+        total = sum_over_ranks(torch.cat(counts).clone())
+        return list(total.split([count.numel() for count in counts]))
+
+    def routed_since_last_call(self) -> list[list[int]]:
+        """Tokens routed to each expert of each block since the last call, all ranks together (collective)."""
+        result = []
+        for number, routed in enumerate(self.routed()):
+            result.append((routed - self._load_seen[number]).tolist())
+            self._load_seen[number] = routed
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, the same on all ranks (collective)."""
+        return {
+            "sequences": self.sequences,
+            "usual_tokens": self._run.context.usual_tokens,
+            "shares": [layer.share for layer in self._layers],
+            "routed": self.routed(),
+            "load_seen": self._load_seen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        run, context = self._run, self._run.context
+        # Checkpoints of older versions have no balance of loads: it begins even, as at a birth.
+        self.sequences = state.get("sequences", run.step * run.sequences_per_step)
+        self._own, context.step_tokens = 0, 0
+        context.usual_tokens = state.get("usual_tokens")
+        shares = state.get("shares") or [layer.share for layer in self._layers]
+        for layer, share in zip(self._layers, shares, strict=True):
+            layer.share = share.to(layer.share.device)
+            layer.step_load.zero_()
+        for handle, routed in zip(run.blocks, state["routed"], strict=True):
+            parts = routed.split([bank.num_experts for bank in handle.block.banks])
+            for bank, part in zip(handle.block.banks, parts, strict=True):
+                # Totals are kept on one rank, so that the sum over ranks stays the total.
+                bank.deepspeed_moe.routed = part.clone() if run.rank == 0 else torch.zeros_like(part)
+        self._load_seen = [seen.clone() for seen in state["load_seen"]]
