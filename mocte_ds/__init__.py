@@ -6,17 +6,15 @@ from typing import Any
 from mocte_ds.auto_classes import register_models
 
 __version__ = "0.1.0"
-__all__ = ["clusters", "initialize", "spectrum", "trainability"]
+__all__ = ["MocteEngine", "clusters", "initialize", "spectrum", "trainability"]
 
 register_models()
 
 
 def __getattr__(name: str) -> Any:
     # DeepSpeed takes seconds to import; tools that only read files do not need it.
-    if name == "initialize":
-        from mocte_ds.engine import initialize
-
-        return initialize
+    if name in ("initialize", "MocteEngine"):
+        return getattr(importlib.import_module("mocte_ds.engine"), name)
     if name in __all__:
         return importlib.import_module(f"mocte_ds.{name}")
     raise AttributeError(f"module 'mocte_ds' has no attribute '{name}'")

@@ -26,10 +26,11 @@ class ExpertConfig:
 class RouterConfig:
     """How a token finds its expert."""
 
-    kind: Literal["token", "type", "prefix", "previous", "hash", "random"] = "token"
-    """`token`: nearest cluster of the feature; `prefix`: of the document's mean feature so far; `type`: table token id
-    -> cluster; `previous`: random table of the id before. Baselines: `hash`: random table of the id; `random`: random
-    directions of the feature (with `learn`: the router of Switch and of sparse upcycling)."""
+    kind: str = "token"
+    """A routing key. `token`: nearest cluster of the feature; `prefix`: of the document's mean feature so far; `type`:
+    table token id -> cluster; `previous`: random table of the id before. Baselines: `hash`: random table of the id;
+    `random`: random directions of the feature (with `learn`: the router of Switch and of sparse upcycling). Or a key
+    that you have registered (docs/extending.md)."""
     bias: bool = True
     """False: a gate without bias, from directions orthogonal to the mean (stock Mixtral has none)."""
     weight: Literal["hard", "softmax", "sigmoid"] = "hard"
@@ -212,7 +213,8 @@ class MocteConfig:
                 f"mocte.ep_size = {self.ep_size} does not divide the {world_size} data-parallel ranks; "
                 f"allowed with {self.num_experts} experts: {divisors}."
             )
-        # Registered by the package itself and by users' scripts; not known before these are imported.
+        # Here, because these modules read this one; users' scripts register more.
+        from mocte_ds.moe.keys import KEYS
         from mocte_ds.trainability import require_policy
 
         require_policy(self.freeze.policy)
@@ -234,12 +236,13 @@ class MocteConfig:
             raise ConfigError("mocte.banks holds a router for each bank, at least one; leave mocte.router out then.")
         for number, router in enumerate(self.routers):
             where = "mocte.router" if self.banks is None else f"mocte.banks[{number}]"
-            if router.kind not in ("token", "prefix", "random") and router.weight == "softmax" and not router.learn:
+            key = KEYS.get(router.kind, f"{where}.kind")
+            if not key.has_logits and router.weight == "softmax" and not router.learn:
                 raise ConfigError(
                     f"{where}.weight 'softmax' needs logits, which kind '{router.kind}' does not have; use kind "
                     "'token', 'prefix' or 'random', weight 'hard', or learn true."
                 )
-            if router.weight == "sigmoid" and router.kind != "random":
+            if router.weight == "sigmoid" and not key.by_chance:
                 raise ConfigError(f"{where}.weight 'sigmoid' is for kind 'random', not for '{router.kind}'.")
             if router.scale != 1.0 and router.weight != "sigmoid":
                 raise ConfigError(f"{where}.scale = {router.scale} must be positive, and 1 without weight 'sigmoid'.")

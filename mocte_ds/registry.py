@@ -1,6 +1,6 @@
 """Names that a config may use for classes and functions, the user's own among them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from mocte_ds.errors import ConfigError
@@ -12,30 +12,37 @@ Item = TypeVar("Item")
 class Registry(Generic[Item]):
     """Items by name, in the order of their registration."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, others: Sequence[str] = ()) -> None:
         """Empty.
 
         Args:
             what: what the items are, for messages, e.g. "freeze policy".
+            others: names that the config knows and no item may have.
         """
-        self.what = what
+        self.what, self._others = what, list(others)
         self._items: dict[str, Item] = {}
+        self._places: dict[str, str] = {}
 
-    def register(self, name: str) -> Callable[[Item], Item]:
+    def register(self, name: str, origin: object = None) -> Callable[[Item], Item]:
         """Decorator that adds an item.
 
+        Args:
+            name: in the config.
+            origin: the class or function that was written for it; None: the item itself.
+
         Raises:
-            ConfigError: the name is taken by another item. The same item, from a module that is loaded again, replaces
-                the old one.
+            ConfigError: the name is taken. The same class or function out of a module that is loaded again replaces the
+                old one.
         """
 
         def add(item: Item) -> Item:
-            old = self._items.get(name)
-            if old is not None and _origin(old) != _origin(item):
+            place = _place(item if origin is None else origin)
+            old = self._places.get(name)
+            if name in self._others or (old is not None and old != place):
                 raise ConfigError(
-                    f"there is already a {self.what} named {name!r} ({_origin(old)}); choose another name."
+                    f"there is already a {self.what} {name!r} ({old or 'built in'}); choose another name."
                 )
-            self._items[name] = item
+            self._items[name], self._places[name] = item, place
             return item
 
         return add
@@ -51,14 +58,13 @@ class Registry(Generic[Item]):
             ConfigError: no such item; with the nearest name.
         """
         if name not in self._items:
-            raise ConfigError(f"{where} = {shown(name)} is not one of {self.names()}.{nearest(name, self._items)}")
+            names = [*self._items, *self._others]
+            raise ConfigError(
+                f"{where} = {shown(name)} is not one of {names}.{nearest(name, names)} If it is your own {self.what}, "
+                "import the module that registers it first."
+            )
         return self._items[name]
 
-    def names(self) -> list[str]:
-        """All names."""
-        return list(self._items)
 
-
-def _origin(item: object) -> str:
-    item = getattr(item, "test", item)
+def _place(item: object) -> str:
     return f"{getattr(item, '__module__', '?')}.{getattr(item, '__qualname__', item)}"

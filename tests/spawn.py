@@ -74,7 +74,7 @@ def spawn(
 
 def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool, backend: str) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="mocte-spawn-") as folder:
-        port, processes = _free_port(), []
+        port, processes = free_port(), []
         context = multiprocessing.get_context("forkserver")
         # Imports take seconds; the server makes them once, for all ranks of all tests.
         context.set_forkserver_preload(PRELOADED)
@@ -201,7 +201,7 @@ def _environment(rank: int, world_size: int, port: int, backend: str) -> dict[st
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

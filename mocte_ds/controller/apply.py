@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mocte_ds.controller.birth import copy_dense_weights, inherit, set_gate, set_random_gate
+from mocte_ds.controller.birth import copy_dense_weights, inherit, set_gate
 from mocte_ds.controller.decide import Change
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.reading import BlockReading
@@ -41,10 +41,7 @@ def apply_changes(
         if change.kind == "emergence":
             reading = readings[change.block]
             sampled = reading.basis is not None
-            if sampled:
-                set_gate(block, run.config, reading.sample())
-            else:
-                set_random_gate(block, run.config)
+            set_gate(block, run.config, reading.sample() if sampled else None)
             outputs_before[change.block] = _output(run, handle, reading)
             born = _give_dense_state(run, block) if block.kind == "ffn" else {}
             for expert in handle.experts:

@@ -9,10 +9,8 @@ from torch import Tensor
 from mocte_ds.clusters import balanced_kmeans, hash_table, linear_gate, subspace_without_mean, type_table
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.dist.collectives import from_rank_zero, gather_rows
-from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import Part, copy_slice
-from mocte_ds.moe.keys import TABLES
 from mocte_ds.zero.unit_optimizer import UnitState
 
 # Shapes: n tokens and m documents of this rank, d features, k directions.
@@ -63,56 +61,68 @@ def gate_seed(seed: int, block: Block, bank: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def set_gate(block: Block, config: MocteConfig, sample: FeatureSample) -> None:
-    """Fix the routing of a block by the clusters of its sampled features (collective)."""
+class Birth:
+    """What the routing key of one bank is made of: a sample's clusters, or chance; handed to :meth:`Key.fit`."""
+
+    def __init__(self, block: Block, number: int, config: MocteConfig, sample: FeatureSample | None) -> None:
+        """Of one bank.
+
+        Args:
+            block: the block.
+            number: of the bank.
+            config: the "mocte" block.
+            sample: sampled features; None: the block emerges on call, before any feature was seen.
+        """
+        bank = block.banks[number]
+        self.router: RouterConfig = bank.gate.router
+        self.num_experts, self.hidden_size = bank.num_experts, block.hidden_size
+        self.seed = gate_seed(config.seed, block, number)
+        """Of what chance decides in this bank alone."""
+        self.tokens = sample.tokens if sample else None
+        """Features of single tokens; None without a sample."""
+        self.documents = sample.documents if sample else None
+        """Mean features of documents; None where none was sampled."""
+        self._token_ids = sample.token_ids if sample else None
+
+    def nearest_cluster(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(E, d) and (E,): the linear map whose largest output is the nearest of E balanced clusters (collective)."""
+        # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
+        basis = rows.basis if self.router.bias else subspace_without_mean(rows.basis, rows.mean)
+        points = rows.coordinates(basis)
+        clusters = balanced_kmeans(points, self.num_experts, self.seed, directions=not self.router.bias)
+        weight, bias = (from_rank_zero(t.to(basis)) for t in linear_gate(clusters, basis, rows.mean))
+        if self.router.weight == "softmax":
+            sharpness = from_rank_zero(_sharpness(rows.gathered(rows.features @ weight.T + bias)))
+            weight, bias = weight * sharpness, bias * sharpness
+        return weight, bias
+
+    def table_of_clusters(self, vocab_size: int) -> Tensor:
+        """(V,) int64 cluster of each token id's mean feature; ids that were not sampled are dealt out (collective)."""
+        assert self.tokens is not None and self._token_ids is not None
+        coordinates = self.tokens.coordinates().cpu()
+        ids = self.tokens.gathered(self._token_ids[:, None])[:, 0].cpu()
+        return from_rank_zero(type_table(ids, coordinates, vocab_size, self.num_experts, self.seed))
+
+    def random_table(self, vocab_size: int) -> Tensor:
+        """(V,) int64 expert of each token id, by chance, all experts equally often."""
+        return hash_table(vocab_size, self.num_experts, self.seed)
+
+    def directions(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(E, d) normal random directions and (E,) zeros.
+
+        Args:
+            scale: standard deviation. 1 makes the softmax sharp, as a weight needs that must not shrink the block's
+                output.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        weight = scale * torch.randn(self.num_experts, self.hidden_size, generator=generator)
+        return weight, torch.zeros(self.num_experts)
+
+
+def set_gate(block: Block, config: MocteConfig, sample: FeatureSample | None = None) -> None:
+    """Fix the routing of a block by the clusters of its sampled features, without a sample by chance (collective)."""
     for number, bank in enumerate(block.banks):
-        _set_bank(bank, bank.gate.router, sample, gate_seed(config.seed, block, number))
-
-
-def _set_bank(bank: Bank, router: RouterConfig, sample: FeatureSample, seed: int) -> None:
-    key, experts = bank.gate.key, bank.num_experts
-    if router.kind == "type":
-        rows = sample.tokens
-        coordinates, ids = rows.coordinates().cpu(), rows.gathered(sample.token_ids[:, None])[:, 0].cpu()
-        key.set(from_rank_zero(type_table(ids, coordinates, key.cluster_table.numel(), experts, seed)))
-        return
-    if router.kind in TABLES:
-        key.set(hash_table(key.cluster_table.numel(), experts, seed))
-        return
-    if router.kind == "random":
-        _set_directions(bank, seed)
-        return
-    # A document's mean feature so far is nearest to a cluster of documents' means.
-    rows = sample.documents if router.kind == "prefix" and sample.documents is not None else sample.tokens
-    # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
-    basis = rows.basis if router.bias else subspace_without_mean(rows.basis, rows.mean)
-    clusters = balanced_kmeans(rows.coordinates(basis), experts, seed, directions=not router.bias)
-    weight, bias = (from_rank_zero(t.to(basis)) for t in linear_gate(clusters, basis, rows.mean))
-    if router.weight == "softmax":
-        sharpness = from_rank_zero(_sharpness(rows.gathered(rows.features @ weight.T + bias)))
-        weight, bias = weight * sharpness, bias * sharpness
-    key.set(weight, bias)
-
-
-def set_random_gate(block: Block, config: MocteConfig) -> None:
-    """Route by random directions: for emergence on call before any feature was seen."""
-    for number, bank in enumerate(block.banks):
-        key, seed = bank.gate.key, gate_seed(config.seed, block, number)
-        if bank.gate.router.kind in TABLES:
-            key.set(hash_table(key.cluster_table.numel(), bank.num_experts, seed))
-        else:
-            _set_directions(bank, seed)
-
-
-def _set_directions(bank: Bank, seed: int) -> None:
-    """Random directions; for kind `random` as small as Switch starts its router (Fedus et al., 2021).
-
-    Variance 1 for the other kinds: their softmax must be sharp, for a weight under 1 shrinks the block's output.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    shape = bank.gate.key.cluster_weight.shape
-    scale = (0.1 / shape[1]) ** 0.5 if bank.gate.router.kind == "random" else 1.0
-    bank.gate.key.set(scale * torch.randn(shape, generator=generator), torch.zeros(shape[0]))
+        bank.gate.key.fit(Birth(block, number, config, sample))
 
 
 def _sharpness(logits: Tensor) -> float:

@@ -10,7 +10,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.moe.experts import ffn_shape
-from mocte_ds.moe.keys import TABLES
+from mocte_ds.moe.keys import KEYS
 
 
 def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
@@ -29,7 +29,7 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
     names = matching_modules(model, config.modules)
     context = BatchContext(config.eod_id)
     context.follow(model, names)
-    tables = any(router.kind in TABLES for router in config.routers)
+    tables = any(KEYS.get(router.kind, "router.kind").reads_ids for router in config.routers)
     vocab_size = _vocab_size(model) if tables else None
     blocks = []
     for name in names:

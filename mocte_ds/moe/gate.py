@@ -77,9 +77,8 @@ class ClusterGate(nn.Module):
             return self.key.choose(features.detach().float(), tokens)[:, None], None, None
         learns = self.router.learn
         features = features.float()
-        # Clusters' logits are sharp: through them the features would get gradients many times those of the loss.
-        of_clusters = not learns or self.router.kind != "random"
-        logits = self.key.logits(features.detach() if of_clusters else features, tokens)
+        through = learns and self.key.by_chance
+        logits = self.key.logits(features if through else features.detach(), tokens)
         if learns:
             logits = logits + F.linear(features, self.cluster_residual.float())
         k, sigmoid = self.router.top_k, self.router.weight == "sigmoid"

@@ -1,11 +1,19 @@
-"""Routing keys: what of a token decides its expert. Each reads features, token ids or the document up to the token."""
+"""Routing keys: what of a token decides its expert. A new key is one class here, or in a user's script.
+
+docs/extending.md shows how. A key says what it reads, how it is made from the clusters that a check has found
+(:meth:`Key.fit`), what it costs (:meth:`Key.flops`) and whether stock classes can hold it (`stock`). The config, the
+birth of experts, the FLOPs ledger and the export ask the class.
+"""
+
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.errors import MocteError
+from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.moe.context import Tokens
+from mocte_ds.registry import Registry
 
 # Shapes: B sequences of T tokens, n = B T rows, d features, E experts, V token ids.
 
@@ -14,12 +22,46 @@ TABLE_LOGIT = 4.0
 
 
 class Key(nn.Module):
-    """A routing key: token ids, features and documents in, a choice or logits out. Nothing in it is trained."""
+    """A routing key: token ids, features and documents in, a choice or logits out. Nothing in it is trained.
 
-    remembers = False
-    """Whether it keeps something from pass to pass in generation."""
+    What it stores is buffers, so that it moves with the model, stays in its precision and is saved with a checkpoint.
+    """
+
+    reads_ids: ClassVar[bool] = False
+    """Whether it reads token ids; then a model must be called with `input_ids`, and ``vocab_size`` is known."""
+    has_logits: ClassVar[bool] = True
+    """Whether :meth:`logits` says how near each expert is, which weight `softmax` needs; a fixed number for the chosen
+    expert over the others does not."""
+    remembers: ClassVar[bool] = False
+    """Whether it keeps something from pass to pass in generation (:class:`Tokens`)."""
+    stock: ClassVar[bool] = False
+    """Whether it is a linear map of the token's own feature, which stock classes of transformers and megatron hold."""
+    by_chance: ClassVar[bool] = False
+    """Whether a trained router's gradient goes through it into the features. Clusters' logits are sharp: through them
+    the features would get gradients many times those of the loss."""
+
     name = ""
-    """What that is kept under; no two keys of a model share one."""
+    """What it is kept under in generation; no two keys of a model share one."""
+
+    def __init__(self, hidden_size: int, num_experts: int, vocab_size: int | None = None) -> None:
+        """An empty key.
+
+        Args:
+            hidden_size: d.
+            num_experts: E.
+            vocab_size: V; None for keys that do not read ids.
+        """
+        super().__init__()
+        self.hidden_size, self.num_experts, self.vocab_size = hidden_size, num_experts, vocab_size or 0
+
+    def fit(self, birth: Any) -> None:
+        """Store what decides, from the clusters of the sampled features (collective).
+
+        Args:
+            birth: a :class:`mocte_ds.controller.birth.Birth`: clusters, tables and directions of this block and bank;
+                without a sample, of chance alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.fit")
 
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
         """(n,) int64 expert of each token.
@@ -34,17 +76,43 @@ class Key(nn.Module):
         """(n, E) fp32; the largest one is the choice."""
         raise MocteError(f"{type(self).__name__} has no logits.")
 
+    @classmethod
+    def flops(cls, hidden_size: int, num_experts: int) -> float:
+        """FLOPs per token of one choice, products of matrices only."""
+        return 0.0
 
+
+KEYS: Registry[type[Key]] = Registry("routing key")
+
+
+def make_key(kind: str, hidden_size: int, num_experts: int, vocab_size: int | None) -> Key:
+    """An empty key of a registered kind.
+
+    Raises:
+        ConfigError: no such kind, or the kind reads token ids and the model has no vocabulary.
+    """
+    cls = KEYS.get(kind, "router.kind")
+    if cls.reads_ids and not vocab_size:
+        raise ConfigError(f"router.kind = {kind!r} reads token ids, and the model has no vocabulary.")
+    return cls(hidden_size, num_experts, vocab_size)
+
+
+@KEYS.register("token")
 class LinearKey(Key):
-    """`token`: the nearest cluster of the token's own feature; `random`: the same with random directions.
+    """`token`: the nearest cluster of the token's own feature.
 
     logits = 2 C V^T (h - mu) - |C|^2 + prices (docs/method.md, section 4), as an (E, d) matrix and an (E,) vector.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
-        super().__init__()
+    stock = True
+
+    def __init__(self, hidden_size: int, num_experts: int, vocab_size: int | None = None) -> None:
+        super().__init__(hidden_size, num_experts, vocab_size)
         self.register_buffer("cluster_weight", torch.zeros(num_experts, hidden_size))
         self.register_buffer("cluster_bias", torch.zeros(num_experts))
+
+    def fit(self, birth: Any) -> None:
+        self.set(*(birth.nearest_cluster(birth.tokens) if birth.tokens else birth.directions()))
 
     def set(self, weight: Tensor, bias: Tensor) -> None:
         """Store the map: (E, d) and (E,)."""
@@ -56,30 +124,23 @@ class LinearKey(Key):
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(features.float(), self.cluster_weight, self.cluster_bias)
 
-
-class PrefixKey(LinearKey):
-    """`prefix`: the nearest cluster of the document's mean feature up to and with this token.
-
-    The mean of linear logits is the logit of the mean, so E running sums a sequence are all the state: causal, the same
-    in one pass or token by token, and each document of a packed sequence starts anew. Padding is left out.
-    """
-
-    remembers = True
-
-    def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
-        own = super().logits(features, tokens)
-        if tokens.begins is None:
-            return own  # single rows
-        return tokens.running_mean(self.name, own.view(*tokens.begins.shape, -1)).view_as(own)
+    @classmethod
+    def flops(cls, hidden_size: int, num_experts: int) -> float:
+        return 2.0 * num_experts * hidden_size
 
 
-class TableKey(Key):
-    """`type` and `hash`: a fixed table from the token's id to its expert, made of clusters or at random."""
+@KEYS.register("type")
+class TypeKey(Key):
+    """`type`: a fixed table from the token's id to the cluster of the id's mean feature."""
 
-    def __init__(self, vocab_size: int, num_experts: int) -> None:
-        super().__init__()
-        self.num_experts = num_experts
-        self.register_buffer("cluster_table", torch.zeros(vocab_size, dtype=torch.int64))
+    reads_ids, has_logits = True, False
+
+    def __init__(self, hidden_size: int, num_experts: int, vocab_size: int | None = None) -> None:
+        super().__init__(hidden_size, num_experts, vocab_size)
+        self.register_buffer("cluster_table", torch.zeros(self.vocab_size, dtype=torch.int64))
+
+    def fit(self, birth: Any) -> None:
+        self.set(birth.table_of_clusters(self.vocab_size) if birth.tokens else birth.random_table(self.vocab_size))
 
     def set(self, table: Tensor) -> None:
         """Store the table: (V,) expert of each token id."""
@@ -95,10 +156,35 @@ class TableKey(Key):
         return TABLE_LOGIT * F.one_hot(self.choose(features, tokens), self.num_experts).float()
 
 
-class PreviousKey(TableKey):
+@KEYS.register("prefix")
+class PrefixKey(LinearKey):
+    """`prefix`: the nearest cluster of the document's mean feature up to and including this token.
+
+    The mean of linear logits is the logit of the mean, so E running sums per sequence are all the state: causal, the
+    same in one pass or token by token, and each document of a packed sequence begins a new mean. Padding is left out.
+    """
+
+    remembers, stock = True, False
+
+    def fit(self, birth: Any) -> None:
+        rows = birth.documents or birth.tokens
+        self.set(*(birth.nearest_cluster(rows) if rows else birth.directions()))
+
+    def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
+        own = super().logits(features, tokens)
+        if tokens.begins is None:
+            return own  # single rows
+        return tokens.running_mean(self.name, own.view(*tokens.begins.shape, -1)).view_as(own)
+
+
+@KEYS.register("previous")
+class PreviousKey(TypeKey):
     """`previous`: a random table from the id of the token before; the first token of a document counts its own id."""
 
     remembers = True
+
+    def fit(self, birth: Any) -> None:
+        self.set(birth.random_table(self.vocab_size))
 
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
         if tokens.ids is None or tokens.ids.numel() != features.shape[0]:
@@ -106,13 +192,22 @@ class PreviousKey(TableKey):
         return self.cluster_table[tokens.before().reshape(-1).to(self.cluster_table.device)]
 
 
-KINDS = ("token", "type", "prefix", "previous", "hash", "random")
-TABLES = ("type", "previous", "hash")
+@KEYS.register("hash")
+class HashKey(TypeKey):
+    """`hash`: a random table from the token's id; a baseline."""
+
+    def fit(self, birth: Any) -> None:
+        self.set(birth.random_table(self.vocab_size))
 
 
-def make_key(kind: str, hidden_size: int, num_experts: int, vocab_size: int | None) -> Key:
-    """An empty key of a kind (see :data:`KINDS`)."""
-    if kind in TABLES:
-        table = PreviousKey if kind == "previous" else TableKey
-        return table(vocab_size or 0, num_experts)
-    return PrefixKey(hidden_size, num_experts) if kind == "prefix" else LinearKey(hidden_size, num_experts)
+@KEYS.register("random")
+class RandomKey(LinearKey):
+    """`random`: random directions of the feature, as small as Switch starts its router (Fedus et al., 2021).
+
+    With `learn` it is the router of Switch and of sparse upcycling; a baseline.
+    """
+
+    by_chance = True
+
+    def fit(self, birth: Any) -> None:
+        self.set(*birth.directions((0.1 / self.hidden_size) ** 0.5))

@@ -8,7 +8,6 @@ from typing import Literal
 from mocte_ds.config import FreezeConfig
 from mocte_ds.errors import ConfigError
 from mocte_ds.registry import Registry
-from mocte_ds.shown import nearest, shown
 
 OFF = "off"
 """The policy that never freezes; it measures nothing."""
@@ -108,7 +107,7 @@ class Rule:
     """Fields of :class:`Probe` that it reads beside `value`; with "progress" every check measures it."""
 
 
-POLICIES: Registry[Rule] = Registry("freeze policy")
+POLICIES: Registry[Rule] = Registry("freeze policy", others=[OFF])
 
 
 def policy(
@@ -130,13 +129,11 @@ def policy(
     """
 
     def add(test: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
-        if name == OFF:
-            raise ConfigError(f"{OFF!r} is the policy that never freezes; choose another name.")
         fields = Probe.__dataclass_fields__
         for field in reads:
             if field not in fields:
                 raise ConfigError(f"the freeze policy {name!r} reads {field!r}; a probe has {', '.join(fields)}.")
-        POLICIES.register(name)(Rule(test, in_a_row, may_thaw, tuple(reads)))
+        POLICIES.register(name, origin=test)(Rule(test, in_a_row, may_thaw, tuple(reads)))
         return test
 
     return add
@@ -148,9 +145,8 @@ def require_policy(name: str) -> None:
     Raises:
         ConfigError: with the names that there are.
     """
-    if name != OFF and name not in POLICIES.names():
-        allowed = [*POLICIES.names(), OFF]
-        raise ConfigError(f"mocte.freeze.policy = {shown(name)} is not one of {allowed}.{nearest(name, allowed)}")
+    if name != OFF:
+        POLICIES.get(name, "mocte.freeze.policy")
 
 
 def reads_of(name: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.models import DecoderConfig
+from mocte_ds.moe.keys import KEYS
 
 
 @dataclass
@@ -196,10 +197,11 @@ def gate_flops(model: DecoderConfig, config: MocteConfig, tokens: int) -> GateFl
     """
     matrix = 2.0 * config.num_experts * model.hidden_size * tokens
     routers = config.routers
-    forward = sum((router.kind in ("token", "prefix", "random")) + router.learn for router in routers)
-    learned = sum(router.learn for router in routers)
-    by_chance = sum(router.learn and router.kind == "random" for router in routers)
-    return GateFlops(forward * matrix, learned * matrix, (learned + by_chance) * matrix)
+    keys = [KEYS.get(router.kind, "router.kind") for router in routers]
+    prior = [key.flops(model.hidden_size, config.num_experts) * tokens for key in keys]
+    learned = matrix * sum(router.learn for router in routers)
+    through = sum(p for p, key, r in zip(prior, keys, routers, strict=True) if r.learn and key.by_chance)
+    return GateFlops(sum(prior) + learned, learned, learned + through)
 
 
 def added_flops(model: DecoderConfig, config: MocteConfig, layer: int, tokens: int, load: float) -> float:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, inherit, set_gate, set_random_gate
+from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, inherit, set_gate
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, attach
 from mocte_ds.moe.context import Tokens
@@ -65,12 +65,12 @@ def test_tables(kind: str) -> None:
 
 def test_random_gate_uses_all_experts_and_is_the_same_everywhere() -> None:
     block, config = born(kind="token")
-    set_random_gate(block, config)
+    set_gate(block, config)
     features = torch.randn(500, D)
     index = block.banks[0].gate(features, Tokens())[0][:, 0]
     other, config = born(kind="token")
     torch.manual_seed(99)
-    set_random_gate(other, config)
+    set_gate(other, config)
     assert len(index.unique()) == E and torch.equal(other.banks[0].gate(features, Tokens())[0][:, 0], index)
 
 
@@ -114,7 +114,7 @@ def test_no_two_blocks_or_banks_share_what_chance_decides(kind: str) -> None:
     for layers in (2, 3):
         blocks = attach(Decoder(DecoderConfig("llama", 997, D, 24, layers, 2, max_positions=8)), config)
         for block in blocks:
-            set_random_gate(block, config)
+            set_gate(block, config)
         found[layers] = {
             (block.name, number): next(bank.gate.key.buffers()).clone()
             for block in blocks

@@ -9,7 +9,7 @@ import torch
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import search
-from mocte_ds.controller.birth import set_random_gate
+from mocte_ds.controller.birth import set_gate
 from mocte_ds.moe import BlockMode, attach
 from mocte_ds.moe.expert_rows import ExpertRows
 from tests.spawn import spawn
@@ -159,7 +159,7 @@ def one_layer(rows: int) -> tuple[list[Any], Any]:
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "freeze": {"rows": rows}})
     blocks = attach(model, config)
     for block in blocks:
-        set_random_gate(block, config)
+        set_gate(block, config)
         block.mode = BlockMode.SPECIALISING
     return blocks, model
 

@@ -92,7 +92,7 @@ def test_generation_with_a_cache_routes_like_one_pass(kind: str) -> None:
 
 
 def test_previous_key_reads_the_token_before_in_the_same_document() -> None:
-    key = PreviousKey(V, E)
+    key = PreviousKey(D, E, V)
     key.set(torch.arange(V) % E)
     ids = torch.tensor([[5, 7, EOD, 9, 10]])
     index = key.choose(torch.zeros(5, D), ForwardState(ids, EOD).tokens((1, 5, D)))

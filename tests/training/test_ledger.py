@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mocte_ds.config import MocteConfig, RouterConfig
-from mocte_ds.controller.birth import set_random_gate
+from mocte_ds.controller.birth import set_gate
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import BlockMode, attach, dispatch
 from mocte_ds.moe.context import Tokens
@@ -140,7 +140,7 @@ def test_every_kind_of_step(router: str, kind: str, recompute: bool, locked: boo
     config = None if kind == "dense" else MocteConfig.from_dict(values)
     blocks = attach(model, config) if config else []
     for block in blocks if kind != "warmup" else []:
-        set_random_gate(block, config)
+        set_gate(block, config)
         block.mode = BlockMode.SPECIALISING
         block.banks.requires_grad_(not locked)
         block.context.micro_step = 1
@@ -174,7 +174,7 @@ def test_several_experts_a_token(top_k: int) -> None:
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "router": router})
     model = Decoder(LLAMA).to(torch.bfloat16)
     for block in attach(model, config):
-        set_random_gate(block, config)
+        set_gate(block, config)
         block.mode = BlockMode.SPECIALISING
         for parameter in block.banks.parameters():
             parameter.requires_grad_(True)

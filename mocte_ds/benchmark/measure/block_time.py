@@ -10,7 +10,7 @@ from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.freeze_plan import FreezeSizes
 from mocte_ds.benchmark.measure.memory import require_memory
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.birth import set_random_gate
+from mocte_ds.controller.birth import set_gate
 from mocte_ds.models.layers import SwiGLU
 from mocte_ds.moe import Block, BlockMode, attach
 
@@ -95,7 +95,7 @@ def _block(sizes: FreezeSizes, clock: Clock) -> Block:
     holder.to(clock.device, sizes.torch_dtype)
     (block,) = attach(holder, config)
     block.to(clock.device)
-    set_random_gate(block, config)
+    set_gate(block, config)
     block.mode = BlockMode.SPECIALISING
     return block
 

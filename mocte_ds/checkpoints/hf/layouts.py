@@ -94,7 +94,7 @@ def _require_exportable(source: Source, block: Block) -> None:
     if len(block.banks) != 1:
         raise CheckpointError(f"{block.name} has {len(block.banks)} banks of experts; stock classes have one.")
     gate = block.banks[0].gate
-    if gate.router.kind not in ("token", "random"):  # a linear map of the token's own feature
+    if not gate.key.stock:
         raise CheckpointError(
             f"no stock class routes by router.kind '{gate.router.kind}'; for one, train with router.kind 'token' "
             "and router.bias false."

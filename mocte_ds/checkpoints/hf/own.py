@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from mocte_ds.checkpoints.hf.dense import Layout, SpecialIds, Stored
 from mocte_ds.checkpoints.source import Source
+from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import ffn_shape
-from mocte_ds.moe.keys import TABLES
+from mocte_ds.moe.keys import KEYS
 
 FILES = ("configuration_mocte.py", "modeling_mocte.py", "routing_mocte.py", "tokens_mocte.py")
 _ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale")
@@ -29,13 +30,18 @@ def own(source: Source, special: SpecialIds, reason: str | None = None) -> Layou
         special: ids of the tokenizer's special tokens.
         reason: why it is no stock class, for the model card.
     """
-    from mocte_ds.checkpoints.hf.configuration_mocte import MocteLMConfig
+    from mocte_ds.checkpoints.hf.configuration_mocte import KINDS, MocteLMConfig
 
     model, emerged, settings = source.config, source.emerged, source.state["mocte"] or {}
     fields: dict[str, Any] = special.fields()
     if emerged:
         block = next(iter(emerged.values()))
         routers = [bank.gate.router for bank in block.banks]
+        if strange := [router.kind for router in routers if router.kind not in KINDS]:
+            raise CheckpointError(
+                f"router.kind '{strange[0]}' is a key of your own, and the exported class has {', '.join(KINDS)}; "
+                "load the checkpoint with mocte_ds.initialize in a script that registers it."
+            )
         fields |= {
             "expert_layers": sorted(emerged),
             "num_experts": block.banks[0].num_experts,
@@ -84,7 +90,7 @@ def own(source: Source, special: SpecialIds, reason: str | None = None) -> Layou
             "expert_layers": [0] if layer in emerged else [],
             "ffn_sizes": [model.ffn_size(layer)] if model.ffn_sizes else None,
         },
-        model.vocab_size if any(router["kind"] in TABLES for router in config.routers) else 1,
+        model.vocab_size if any(KEYS.get(router["kind"], "router.kind").reads_ids for router in config.routers) else 1,
         emerged,
         FILES,
         reason,

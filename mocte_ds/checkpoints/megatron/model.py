@@ -137,7 +137,7 @@ def _require_convertible(source: Source, block: Block) -> None:
     if len(block.banks) != 1:
         raise refuse(f"{len(block.banks)} banks of experts")
     router = block.banks[0].gate.router
-    if router.kind not in ("token", "random"):
+    if not block.banks[0].gate.key.stock:
         raise refuse(f"the router.kind '{router.kind}'")
     if router.weight == "sigmoid":
         raise refuse("the router.weight 'sigmoid'")
