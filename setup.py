@@ -1,10 +1,41 @@
-"""Package mocte-ds: `pip install -e .[eval,plots,dev]`."""
+"""Package mocte-ds: `pip install -e .[all,dev]`."""
 
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
+HUGGING_FACE = ["transformers>=5.0,<6", "tokenizers>=0.20", "safetensors>=0.4", "sentencepiece>=0.2", "protobuf>=4"]
+EXTRAS = {
+    # launch/pretrain.py, tools/train_tokenizer.py, tools/prepare_data.py
+    "train": [
+        "megatron-core>=0.16,<0.17",  # its indexed datasets
+        "sentencepiece>=0.2",
+        "tokenizers>=0.20",
+        "pyarrow>=15",
+        "pyyaml>=6",
+        "tensorboard>=2.15",
+    ],
+    # tools/export_hf.py, tools/import_hf.py
+    "hf": HUGGING_FACE,
+    # tools/to_megatron.py
+    "megatron": ["megatron-core>=0.16,<0.17"],
+    # launch/evaluate.py
+    "eval": [*HUGGING_FACE, "lm-eval==0.4.13", "accelerate>=1.0", "datasets>=4.0", "pyyaml>=6"],
+    # tools/report.py, tools/sweep.py
+    "report": ["matplotlib>=3.8", "pyyaml>=6"],
+}
+APPLICATION = ["train", "hf", "megatron", "eval", "report"]
+DEV = [
+    "pytest>=8",
+    "pytest-cov>=5",
+    "pytest-xdist>=3.6",
+    "pre-commit>=3.7",
+    "ruff==0.17.6",
+    "mypy>=1.11",
+    "types-PyYAML",
+    "types-tqdm",
+]
 
 setup(
     name="mocte-ds",
@@ -19,28 +50,19 @@ setup(
     entry_points={"console_scripts": ["mocte-ds = mocte_ds.command:main"]},
     package_data={"mocte_ds": ["corpus/*.jsonl.gz", "evaluation/tasks/*"]},
     python_requires=">=3.11",
+    # What `import mocte_ds; mocte_ds.initialize` needs in anybody's training script.
     install_requires=[
         # mocte_ds/zero relies on private parts of DeepSpeed; conformance.py names the checked versions.
         "deepspeed==0.19.8",
         "torch>=2.8",
-        "megatron-core>=0.16,<0.17",
-        "transformers>=5.0,<6",
-        "sentencepiece>=0.2",
         "scikit-learn>=1.5",
-        "datasets>=4.0",
         "numpy>=1.26",
+        "scipy>=1.11",
         "psutil>=5.9",
-        "pyyaml>=6",
         "tqdm>=4.66",
-        "safetensors>=0.4",
-        "tensorboard>=2.15",
         "ninja>=1.11",
-        # DeepSpeed's launcher and megatron-core import pkg_resources and distutils through it.
+        # DeepSpeed's launcher imports pkg_resources and distutils through it.
         "setuptools",
     ],
-    extras_require={
-        "eval": ["lm-eval==0.4.13", "accelerate>=1.0"],
-        "plots": ["matplotlib>=3.8"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],
-    },
+    extras_require={**EXTRAS, "all": sorted({name for extra in APPLICATION for name in EXTRAS[extra]}), "dev": DEV},
 )

@@ -80,7 +80,7 @@ install_packages() {
     quiet_pip torch==2.13.0
   fi
   echo "set-up: installing mocte-ds and what it needs (some minutes the first time)"
-  quiet_pip -e "$MOCTE_ROOT[eval,plots,dev]"
+  quiet_pip -e "$MOCTE_ROOT[all,dev]"
 }
 
 mocte_setup() {

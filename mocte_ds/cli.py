@@ -11,6 +11,22 @@ from mocte_ds.errors import MocteError
 
 _ROOM, _PLACE = "make room, or name another folder", "name another path"
 _RIGHTS = "change its rights, or name another path"
+_EXTRAS = {
+    "yaml": "train",
+    "megatron": "train",
+    "sentencepiece": "train",
+    "tokenizers": "train",
+    "pyarrow": "train",
+    "tensorboard": "train",
+    "transformers": "hf",
+    "safetensors": "hf",
+    "google": "hf",
+    "lm_eval": "eval",
+    "accelerate": "eval",
+    "datasets": "eval",
+    "matplotlib": "report",
+}
+"""Packages that `import mocte_ds` does without, and the extra of setup.py that brings each."""
 _WAYS_OUT = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
@@ -36,8 +52,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         main: takes no arguments; returns an exit code or None for success.
 
     Errors that a user can mend, ours (:class:`MocteError`) and the machine's (a full disk, a path that cannot be
-    used), are printed as one message; the exit code is 2, or the error's own. Anything else is a defect of ours and
-    keeps its stack trace.
+    used, a package of an extra that is not installed), are printed as one message; the exit code is 2, or the error's
+    own. Anything else is a defect of ours and keeps its stack trace.
     """
     try:
         code = main() or 0
@@ -49,6 +65,13 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             raise
         where = f"{error.filename}: " if error.filename else ""
         told = f"error: {where}{error.strerror}; {_WAYS_OUT[error.errno]}."
+        print(told, file=sys.stderr, flush=True)
+        code = 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        told = f"error: this needs the package {package}; pip install 'mocte-ds[{_EXTRAS[package]}]', or [all]."
         print(told, file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
