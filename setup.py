@@ -27,6 +27,8 @@ EXTRAS = {
 }
 APPLICATION = ["train", "hf", "megatron", "eval", "report"]
 DEV = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.5",
     "pytest>=8",
     "pytest-cov>=5",
     "pytest-xdist>=3.6",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs lint, format and type checks, then all tests on the CPU (at most 75 minutes; about 35 on two cores).
+# Sets up and runs lint, format and type checks, builds the docs, then runs all tests on the CPU (at most 75 minutes; about 35 on two cores).
 #
 #   bash launch/test.sh [options of pytest]
 #
@@ -15,6 +15,8 @@ echo "checks: ruff format"
 ruff format --check .
 echo "checks: mypy"
 mypy
+echo "checks: mkdocs"
+NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict
 # Before the tests, while the compiler has the machine's memory for itself.
 python -m mocte_ds.training.cpu_op cpu_adam fused_adam
 echo "tests: pytest"
