@@ -3,15 +3,22 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mocte_ds.errors import ConfigError
-from mocte_ds.json_files import read_json
+from mocte_ds.checkpoints.manifest import MANIFEST_FILE
+from mocte_ds.checkpoints.manifest import Manifest as CheckpointManifest
+from mocte_ds.data.documents import DocumentFile
+from mocte_ds.data.manifest import Manifest as DataManifest
+from mocte_ds.errors import CheckpointError, ConfigError, DataError, MocteError, NotOurs
+from mocte_ds.json_files import read_json, read_object
+from mocte_ds.ownership.marker import MARKER, Marker
 from mocte_ds.plain_values import require_plain
 from mocte_ds.shown import shown
+from mocte_ds.training.changes import IDENTITY_FILE, changes_so_far, read_identity
 from mocte_ds.yaml_files import parse_yaml, read_yaml
 
 # From the YAML 1.2 specification, chapter 10.3 (core schema), and its differences from 1.1.
@@ -130,6 +137,70 @@ def test_json_that_is_read(tmp_path: Path) -> None:
     path, values = tmp_path / "values.json", {"a": [1, 2.5, None, True, 2**64 - 1], "b": {"a": "é"}}
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(values).encode())
     assert read_json(path) == values, "with a byte order mark too"
+
+
+def test_json_of_others_may_hold_what_their_programs_write(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text('{"model_max_length": 1000000000000000019884624838656, "limit": [0.0, Infinity], "x": NaN}')
+    with pytest.raises(ConfigError, match="64 bits"):
+        read_object(path)
+    values = read_object(path, DataError, foreign=True)
+    assert values["model_max_length"] == int(1e30) and values["limit"][1] == math.inf and math.isnan(values["x"])
+    for text, told in {
+        '{"a": 1, "a": 2}': "the key 'a' is there twice",
+        "[" * 100_000: "nested too deep",
+        '{"a": ' + "9" * 10**7 + "}": "10,000,000 digits",
+        "[1]": "holds a list, not an object",
+        "{": "is not JSON",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(DataError, match=told) as caught:
+            read_object(path, DataError, foreign=True)
+        assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
+    path.unlink()
+    with pytest.raises(CheckpointError, match="tokenizer_config.json is missing"):
+        read_object(path, CheckpointError)
+
+
+TWICE = '"seed": 1, "seed": 2'
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "read"),
+    [
+        (IDENTITY_FILE, CheckpointError, read_identity),
+        (MANIFEST_FILE, CheckpointError, CheckpointManifest.read),
+        ("manifest.json", DataError, DataManifest.read),
+        (MARKER, NotOurs, Marker.read),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_reader_of_a_file_that_may_be_damaged_is_the_strict_one(
+    tmp_path: Path, name: str, kind: type[MocteError], read: Callable[[Path], object]
+) -> None:
+    path = tmp_path / name
+    for text in ("{" + TWICE + "}", "[" * 100_000, '{"a": ' + "9" * 10**6 + "}", '{"a": NaN}', "\xff", "[]"):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(kind, match=name):
+            read(tmp_path)
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(kind, match="are the most"):
+        read(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(kind, match="not a file"):
+        read(tmp_path)
+    assert changes_so_far(path, 10) == []
+
+
+def test_a_line_of_a_corpus_with_two_texts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "score": NaN, "id": 99999999999999999999999}\n{"text": "two", "text": "three"}\n')
+    found = iter(DocumentFile(path))
+    assert next(found) == "one"
+    with pytest.raises(DataError, match="line 2: .*'text' is there twice"):
+        next(found)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

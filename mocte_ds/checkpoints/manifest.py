@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from mocte_ds.checkpoints.files import FileFacts, hash_file, replace_text
 from mocte_ds.dist.collectives import from_rank_zero, gather_objects, world
 from mocte_ds.errors import CheckpointError
+from mocte_ds.json_files import parse_json, read_text
 
 FORMAT = 2
 MANIFEST_FILE = "mocte_manifest.json"
@@ -41,16 +43,16 @@ class Manifest:
             CheckpointError: it is missing, damaged or of another format.
         """
         path = folder / MANIFEST_FILE
-        try:
-            text = path.read_text(encoding="utf-8")
-            values = json.loads(text)
-            found = values["format"]
-        except FileNotFoundError as error:
+        if not os.path.lexists(path):
             raise CheckpointError(
                 f"{path} is missing: {folder} is no whole checkpoint of this version (format {FORMAT}); what version "
                 f"0.1.0 wrote has none. Write the name of another checkpoint into {folder.parent / 'latest'}."
-            ) from error
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            )
+        try:
+            text = read_text(path, kind=CheckpointError)
+            values = parse_json(text, "it", CheckpointError)
+            found = values["format"]
+        except (CheckpointError, LookupError, TypeError) as error:
             raise CheckpointError(
                 f"{path} cannot be read: {type(error).__name__}: {error}.{_moved_manifest(folder)}"
             ) from error

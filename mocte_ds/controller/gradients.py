@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.run_state import RunState
-from mocte_ds.dist.collectives import gather_objects, max_over_ranks, world
+from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.moe.expert_rows import ExpertRows
 from mocte_ds.trainability import coherence, conflict, ghost_gram
 from mocte_ds.zero import let_go, on_its_own
 
-# Rows of an expert that the Gram matrix is made of; its cost grows with the square.
-ROWS = 256
+Key = tuple[int, int]
+"""Block and expert."""
 DENSE = -1
 """Number of a block's dense FFN among its experts."""
 
@@ -36,7 +37,7 @@ class _Seen:
 
 @dataclass
 class _Groups:
-    """Groups of the probe set's sequences, over all ranks, -1 where unknown; what "conflict" is between."""
+    """Groups of the probe set's sequences, by their numbers, -1 where unknown; what "conflict" is between."""
 
     source: Tensor
     """(N,) of the text."""
@@ -47,52 +48,78 @@ class _Groups:
 def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[str, float]]]:
     """Coherence and conflict of every dense FFN in warm-up and every expert after it (collective).
 
+    Each is measured once, on exactly `freeze.rows` rows of the probe set that have a gradient, chosen by hash over all
+    ranks, or not at all where there are fewer: kappa's floor is 1/n, so numbers of different n do not compare.
+
     Returns:
         By block and expert (:data:`DENSE` for the dense FFN): "rows", "kappa", and, where at least two sources have
         gradients there, "cosine", "negative", "R" and "Q" between the sources (see :class:`Conflict`); the same with
-        "cluster_" in front between the clusters of the documents. Replicas of an expert are averaged.
+        "cluster_" in front between the clusters of the documents. The same on all ranks.
     """
     blocks = [handle.block for handle in run.blocks]
     modules = _modules(run, blocks)
-    seen: dict[tuple[int, int], _Seen] = {}
+    seen: dict[Key, _Seen] = {}
     means: dict[int, Tensor] = {}
-    stride = int(max_over_ranks(torch.tensor(len(probe.domain))))
     hooks = [module.register_forward_hook(_keep(seen, key)) for key, module in modules.items()]
     real = probe.real if probe.complete else None
     hooks += [block.register_forward_hook(_keep_mean(means, i, real)) for i, block in enumerate(blocks)]
     try:
-        device = next(run.module.parameters()).device
-        look = probe.read_gradient(run.module, blocks, device, world()[0] * stride)
+        look = probe.read_gradient(run.module, blocks, next(run.module.parameters()).device)
     finally:
         for hook in hooks:
             hook.remove()
     if look is None:
         let_go(run.module)
         return {}
-    groups = _groups(run, probe.domain, means, stride)
+    groups = _groups(run, probe, means)
     keys = [key for key in sorted(seen) if seen[key].output.requires_grad]
     outputs = [seen[key].output for key in keys]
-    # Behind a frozen front that holds all blocks nothing has a gradient.
+    # After a frozen front that holds all blocks nothing has a gradient.
     gradients = torch.autograd.grad(look.loss, outputs, allow_unused=True) if outputs else ()
     let_go(run.module)
-    own = {}
-    found_gradients = dict(zip(keys, gradients, strict=True))
-    for key in sorted(modules):
-        gradient = found_gradients.get(key)
-        with on_its_own(modules[key]):  # by all that share it, also where nothing was found
-            if gradient is not None:
-                numbers = _numbers(modules[key], key, seen[key].rows, gradient, look.sequence.get(key), groups)
-                if numbers:
+    kept = [ExpertRows(len(handle.experts) + 1, run.config.freeze.rows, run.config.seed) for handle in run.blocks]
+    for (block, k), gradient in zip(keys, gradients, strict=True):
+        if gradient is not None and (block, k) in look.places:
+            _offer(kept[block], k, seen[block, k].rows, gradient, look.places[block, k])
+    del seen, outputs, gradients
+    return _measured(run, modules, kept, groups)
+
+
+def _offer(kept: ExpertRows, k: int, rows: Tensor, gradient: Tensor, places: Tensor) -> None:
+    """Let a module's rows that count and have a gradient be chosen from: (row, gradient, number of the sequence)."""
+    n = len(places)  # experts' rows are padded after these
+    gradient, places = gradient.reshape(rows.shape[0], -1)[:n], places.to(rows.device)
+    number = places[:, :1]
+    counts = (number[:, 0] >= 0) & (gradient != 0).any(dim=1)
+    features = torch.cat([rows[:n].float(), gradient.float(), number.float()], dim=1)
+    kept.offer(features, torch.full_like(number, k - DENSE), places[:, 0], places[:, 1], counts)
+
+
+def _measured(
+    run: RunState, modules: dict[Key, nn.Module], kept: list[ExpertRows], groups: _Groups
+) -> dict[int, dict[int, dict[str, float]]]:
+    """The numbers of all modules of which there are enough rows; those that have one take turns (collective)."""
+    places, rank = gather_objects(run.ep_rank), world()[0]
+    own: dict[Key, dict[str, float]] = {}
+    turn = 0
+    for block, rows in enumerate(kept):
+        full = [number for number, count in enumerate(rows.found()) if count == rows.count]
+        width = 2 * run.blocks[block].block.hidden_size + 1
+        for number in full:
+            key, turn = (block, number + DENSE), turn + 1
+            # One at a time: all together would be copies of them on every rank.
+            merged = rows.merged([number], width, next(run.module.parameters()).device)[0]
+            if key not in modules:
+                continue
+            sharers = [other for other, place in enumerate(places) if key[1] == DENSE or place == run.ep_rank]
+            with on_its_own(modules[key]):  # by all that share it, though one of them measures
+                if sharers[turn % len(sharers)] == rank and (numbers := _numbers(modules[key], block, merged, groups)):
                     own[key] = numbers
     found: dict[int, dict[int, dict[str, float]]] = {}
-    everywhere = gather_objects(own)
-    for block, k in sorted({key for part in everywhere for key in part}):
-        parts = [part[block, k] for part in everywhere if (block, k) in part]
-        names = dict.fromkeys(name for part in parts for name in part)
-        means_of = {name: _mean([part[name] for part in parts if name in part]) for name in names}
-        means_of["rows"] = sum(part["rows"] for part in parts)
-        found.setdefault(block, {})[k] = means_of
-    return found
+    for part in gather_objects(own):
+        for (block, k), numbers in part.items():
+            found.setdefault(block, {})[k] = numbers
+    return {block: dict(sorted(found[block].items())) for block in sorted(found)}
 
 
 def block_conflict(found: dict[int, dict[str, float]] | None) -> dict[str, float] | None:
@@ -104,9 +131,9 @@ def block_conflict(found: dict[int, dict[str, float]] | None) -> dict[str, float
     return {**means, "rows": sum(numbers["rows"] for numbers in found.values())}
 
 
-def _modules(run: RunState, blocks: list[Block]) -> dict[tuple[int, int], nn.Module]:
+def _modules(run: RunState, blocks: list[Block]) -> dict[Key, nn.Module]:
     """The modules that are looked at on this rank, by block and expert."""
-    modules: dict[tuple[int, int], nn.Module] = {}
+    modules: dict[Key, nn.Module] = {}
     for i, block in enumerate(blocks):
         if block.mode is BlockMode.WARMUP:
             modules[i, DENSE] = block.dense
@@ -117,7 +144,7 @@ def _modules(run: RunState, blocks: list[Block]) -> dict[tuple[int, int], nn.Mod
     return modules
 
 
-def _keep(seen: dict[tuple[int, int], _Seen], key: tuple[int, int]) -> Any:
+def _keep(seen: dict[Key, _Seen], key: Key) -> Any:
     def hook(_module: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         seen[key] = _Seen(args[0].detach().reshape(-1, args[0].shape[-1]), output)
@@ -138,16 +165,21 @@ def _keep_mean(means: dict[int, Tensor], block: int, real: Tensor | None) -> Any
     return hook
 
 
-def _groups(run: RunState, domain: Tensor, means: dict[int, Tensor], stride: int) -> _Groups:
-    """Source and clusters of the sequences of all ranks, in the order of their numbers (collective)."""
-    own = {handle.index: _clusters_of(handle, means[handle.index]) for handle in run.blocks}
-    parts = gather_objects((domain.tolist(), own))
+def _groups(run: RunState, probe: ProbeSet, means: dict[int, Tensor]) -> _Groups:
+    """Source and clusters of the sequences of all ranks, by their numbers (collective)."""
+    clusters = {handle.index: _clusters_of(handle, means[handle.index]) for handle in run.blocks}
+    parts = gather_objects((probe.number.tolist(), probe.domain.tolist(), clusters))
+    size = max(number for part in parts for number in part[0]) + 1
 
     def joined(lists: list[list[int]]) -> Tensor:
-        return torch.tensor([value for part in lists for value in [*part, *[-1] * (stride - len(part))]])
+        table = torch.full((size,), -1)
+        for (numbers, *_), values in zip(parts, lists, strict=True):
+            for number, value in zip(numbers, values, strict=True):
+                if number >= 0:
+                    table[number] = value
+        return table
 
-    clusters = {block: joined([part[1][block] for part in parts]) for block in own}
-    return _Groups(joined([part[0] for part in parts]), clusters)
+    return _Groups(joined([part[1] for part in parts]), {i: joined([part[2][i] for part in parts]) for i in clusters})
 
 
 def _clusters_of(handle: BlockHandle, means: Tensor) -> list[int]:
@@ -156,30 +188,21 @@ def _clusters_of(handle: BlockHandle, means: Tensor) -> list[int]:
     return [-1] * len(means) if last is None else last.assign(means.cpu()).tolist()
 
 
-def _numbers(
-    module: nn.Module,
-    key: tuple[int, int],
-    rows: Tensor,
-    gradient: Tensor,
-    sequence: Tensor | None,
-    groups: _Groups,
-) -> dict[str, float] | None:
-    """The numbers of one module, from an even choice of its rows; None where no row has a gradient."""
-    gradient = gradient.reshape(rows.shape[0], -1).float()
-    count = rows.shape[0] if sequence is None else len(sequence)  # experts' rows are padded behind these
-    chosen = slice(0, count, max(1, math.ceil(count / ROWS)))
+def _numbers(module: nn.Module, block: int, merged: Tensor, groups: _Groups) -> dict[str, float] | None:
+    """The numbers of one module from its chosen rows; None where they have no finite gradients."""
+    width = merged.shape[1] // 2
+    rows, gradient, number = merged[:, :width], merged[:, width:-1], merged[:, -1].long().cpu()
     try:
-        gram = ghost_gram(module, rows[chosen].float(), gradient[chosen])
-        found = {"rows": float(gram.shape[0]), "kappa": coherence(gram)}
+        gram = ghost_gram(module, rows, gradient)
+        # A row without a direction is left out of kappa, which would then be of fewer rows.
+        if bool((gram.diagonal() < torch.finfo(gram.dtype).tiny).any()):
+            return None
+        found = {"rows": float(len(rows)), "kappa": coherence(gram)}
     except MocteError:
-        return None  # nothing was routed there, or nothing of it reaches the loss
-    if sequence is None:
-        return found
-    number = sequence[chosen].cpu()
-    for prefix, table in (("", groups.source), ("cluster_", groups.cluster[key[0]])):
-        group = torch.where(number >= 0, table[number.clamp(min=0)], -1)
+        return None
+    for prefix, table in (("", groups.source), ("cluster_", groups.cluster[block])):
         try:
-            between = conflict(gram, group.to(gram.device), unbiased=True)
+            between = conflict(gram, table[number].to(gram.device), unbiased=True)
         except MocteError:
             continue  # all of one group
         named = {"cosine": between.mean_cosine, "negative": between.negative, "R": between.ratio, "Q": between.q}

@@ -45,9 +45,9 @@ class ProbeGradient:
 
     loss: Tensor
     """() sum over the tokens that count, of the loss of the token after each."""
-    sequence: dict[tuple[int, int], Tensor]
-    """(block, expert) to (n,) the sequence of each row that the expert read, -1 where it does not count; expert -1 is
-    the block's dense FFN."""
+    places: dict[tuple[int, int], Tensor]
+    """(block, expert) to (n, 2) of each row that the expert read, its sequence (:attr:`ProbeSet.number`; -1 where it
+    does not count) and its place in it; expert -1 is the block's dense FFN."""
 
 
 class ProbeSet:
@@ -64,6 +64,7 @@ class ProbeSet:
         self._parts: list[Call] = []
         self._valid: list[Tensor] = []
         self._domain: list[Tensor] = []
+        self._number: list[Tensor] = []
         self._labelled: list[Tensor] = []
         self.complete = False
         self.collected = False
@@ -100,6 +101,7 @@ class ProbeSet:
 
         known = domain if domain is not None else torch.full((ids.shape[0],), -1)
         self._domain.append(known.cpu()[chosen])
+        self._number.append(number[chosen] // stride)
 
         def cut(value: Any) -> Any:
             fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == ids.shape[0]
@@ -124,7 +126,7 @@ class ProbeSet:
         self._valid = [torch.ones(len(mine), dtype=torch.bool)]
         if not len(mine):  # company, see below
             mine, self._valid = chosen[:1], [torch.zeros(1, dtype=torch.bool)]
-        self._parts, self._domain = [((), {"input_ids": ids[mine].cpu()})], [known[mine]]
+        self._parts, self._domain, self._number = [((), {"input_ids": ids[mine].cpu()})], [known[mine]], [mine]
         self._labelled = [torch.ones(ids[mine].shape, dtype=torch.bool)]
         if self.needs_labels:
             self._parts[0][1]["labels"] = ids[mine].cpu()
@@ -142,6 +144,7 @@ class ProbeSet:
         parts = [self._parts[i] for i in same]
         self._parts, self._valid = [joined(parts)], [torch.cat([self._valid[i] for i in same])]
         self._domain = [torch.cat([self._domain[i] for i in same])]
+        self._number = [torch.cat([self._number[i] for i in same])]
         self._labelled = [torch.cat([self._labelled[i] for i in same])]
         self.complete = self.collected = True
 
@@ -166,6 +169,12 @@ class ProbeSet:
         return torch.where(self._valid[0], self._domain[0], -1) if self.complete else torch.empty(0, dtype=torch.int64)
 
     @property
+    def number(self) -> Tensor:
+        """(S,) number in the set of each of this rank's sequences, however they are shared out; -1 for company."""
+        empty = torch.empty(0, dtype=torch.int64)
+        return torch.where(self._valid[0], self._number[0], -1) if self.complete else empty
+
+    @property
     def real(self) -> Tensor:
         """(S, T) bool: tokens that count; neither padding nor sequences that only keep company."""
         ids = self._ids(self._parts[0])
@@ -188,17 +197,8 @@ class ProbeSet:
         args, kwargs = self._parts[0]
         return ForwardState.of_call(dict(kwargs), args[0] if args else None, self._eod_id)
 
-    def read_gradient(
-        self, module: nn.Module, blocks: list[Block], device: torch.device, first: int
-    ) -> ProbeGradient | None:
-        """One pass with a graph (collective); None where :meth:`read` gives none, or where there are no logits.
-
-        Args:
-            module: the model.
-            blocks: its blocks.
-            device: where the model is.
-            first: number of this rank's first sequence; experts read rows of other ranks too.
-        """
+    def read_gradient(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeGradient | None:
+        """One pass with a graph (collective); None where :meth:`read` gives none, or where there are no logits."""
         if not self._everywhere():
             return None
         args, kwargs = self._parts[0]
@@ -210,23 +210,23 @@ class ProbeSet:
 
         part = ([cut(value) for value in args], {name: cut(value) for name, value in kwargs.items()})
         ids = self._ids(part)
-        # Neither rows of padding nor those of sequences that only keep company count, nor does a sequence's last token.
-        number = (first + torch.arange(len(ids)))[:, None].expand_as(ids)
-        number = torch.where(self.real[:, :GRADIENT_TOKENS], number, -1)
-        with torch.enable_grad(), _looking(module, blocks, number.to(device)) as look:
+        # Neither rows of padding nor those of sequences that only keep company count.
+        number = torch.where(self.real[:, :GRADIENT_TOKENS], self.number[:, None], -1)
+        places = torch.stack([number, torch.arange(ids.shape[1]).expand_as(ids)], dim=-1)
+        with torch.enable_grad(), _looking(module, blocks, places.to(device)) as look:
             logits = _logits(self._forward(module, device, part), ids)
             if logits is None:
                 return None
             target = torch.full_like(ids, -100)
             target[:, :-1] = torch.where(self.targets[:, : ids.shape[1] - 1], ids[:, 1:], -100)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten().to(logits.device), reduction="sum")
-            sequence = {}
+            found = {}
             for i, block in enumerate(blocks):
-                sequence[i, -1] = number.flatten()
+                found[i, -1] = places.flatten(0, 1)
                 for place, bank in enumerate(block.banks):
-                    found = look.rows.get(bank.deepspeed_moe, {})
-                    sequence.update({(i, place * bank.num_experts + k): rows for k, rows in found.items()})
-            return ProbeGradient(loss, sequence)
+                    read = look.rows.get(bank.deepspeed_moe, {})
+                    found.update({(i, place * bank.num_experts + k): rows for k, rows in read.items()})
+            return ProbeGradient(loss, found)
 
     def count(self) -> int:
         """Tokens of the set over all ranks (collective); 0 where it is not complete."""
@@ -247,7 +247,8 @@ class ProbeSet:
         if not self.complete:
             return None
         args, kwargs = self._parts[0]
-        facts = {"valid": self._valid[0], "domain": self._domain[0], "labelled": self._labelled[0]}
+        facts = {"valid": self._valid[0], "domain": self._domain[0], "number": self._number[0]}
+        facts["labelled"] = self._labelled[0]
         return {"args": list(args), "kwargs": dict(kwargs), **facts}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -257,6 +258,8 @@ class ProbeSet:
             self._domain = [state["domain"]]
             every = torch.ones(self._ids(self._parts[0]).shape, dtype=torch.bool)
             self._labelled = [state.get("labelled", every)]  # older checkpoints have none
+            rank, ranks = world()  # nor have they the numbers: any that no other rank has will do
+            self._number = [state.get("number", rank + ranks * torch.arange(len(state["valid"])))]
             self.complete = True
 
     def _losses(self, output: Any, ids: Tensor) -> Tensor | None:
@@ -276,12 +279,12 @@ class ProbeSet:
 
 
 @contextmanager
-def _looking(module: nn.Module, blocks: list[Block], groups: Tensor | None = None) -> Iterator[Look]:
+def _looking(module: nn.Module, blocks: list[Block], places: Tensor | None = None) -> Iterator[Look]:
     """Evaluation mode with routes recorded; afterwards everything is as it was."""
     training = module.training
     module.eval()
     try:
-        with blocks[0].context.looking(groups) as look:
+        with blocks[0].context.looking(places) as look:
             yield look
     finally:
         module.train(training)

@@ -1,6 +1,5 @@
 """The documents of one file: JSON lines, plain text cut at blank lines, or a parquet table."""
 
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from mocte_ds.data.lines import MAX_BYTES, TooLong, numbered_lines
 from mocte_ds.errors import DataError
+from mocte_ds.json_files import parse_json
 
 # Few: each may be as long as a document may be.
 _PARQUET_ROWS = 16
@@ -93,8 +93,8 @@ class DocumentFile:
         """The text of one JSON line."""
         where = f"{self.path}, line {number}"
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(line, "it", DataError, foreign=True)
+        except DataError as error:
             raise DataError(
                 f'{where}: no JSON ({error}); every line must be an object like {{"text": "..."}}.'
             ) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.errors import DataError
-from mocte_ds.foreign_json import read_object, require_small
+from mocte_ds.json_files import read_object, require_small
 
 MAIN_FILE = "tokenizer.json"
 FILES = (
@@ -115,4 +115,4 @@ class HFTokenizer:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
-        return read_object(path, DataError) if path.exists() else {}
+        return read_object(path, DataError, foreign=True) if path.exists() else {}

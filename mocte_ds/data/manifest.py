@@ -12,6 +12,7 @@ import numpy as np
 from mocte_ds.data.stored_tokenizer import AnyTokenizer, open_tokenizer
 from mocte_ds.data.verify import Amount, token_type, verify_file
 from mocte_ds.errors import DataError
+from mocte_ds.json_files import read_object
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -56,14 +57,14 @@ class Manifest:
         """
         path = Path(folder) / NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_object(path, DataError) if path.exists() else None
+            if values is None:
+                raise DataError(f"{folder} holds no prepared data (no {NAME}); tools/prepare_data.py makes it.")
             found = values["format"]
             if found == FORMAT:
                 stored = values.pop("sha256")
                 manifest = cls(**values)
                 manifest._require_sound(stored)
-        except FileNotFoundError as error:
-            raise DataError(f"{folder} holds no prepared data (no {NAME}); tools/prepare_data.py makes it.") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

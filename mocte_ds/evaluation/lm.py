@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from mocte_ds.dist.collectives import gather_objects, gather_rows, world
 from mocte_ds.errors import ConfigError
 from mocte_ds.evaluation.network import load_network
 from mocte_ds.evaluation.results import collect, table
+from mocte_ds.yaml_files import read_yaml
 
 __all__ = ["evaluate", "offline_tasks", "table"]
 
@@ -25,7 +25,7 @@ TASKS = Path(__file__).parent / "tasks"
 
 def offline_tasks() -> dict[str, dict[str, Any]]:
     """The tasks that ship with the package: name -> its YAML."""
-    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(TASKS.glob("*.yaml"))}
+    return {path.stem: read_yaml(path) for path in sorted(TASKS.glob("*.yaml"))}
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from mocte_ds.checkpoints.hf.claims import require_backed, require_experts
 from mocte_ds.checkpoints.hf.folder import COMPUTED, require_weights
 from mocte_ds.checkpoints.hf.shards import Shards
 from mocte_ds.errors import CheckpointError
-from mocte_ds.foreign_json import read_object, require_small
+from mocte_ds.json_files import read_object, require_small
 
 # Nothing is fetched, and no code from the folder runs.
 _ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -45,8 +45,8 @@ def load_network(folder: Path) -> tuple[nn.Module, Any]:
     sums = Checksums.read(folder)
     if sums:
         sums.require_files()
-    values = read_object(folder / "config.json", CheckpointError)
-    read_object(folder / "tokenizer_config.json", CheckpointError)
+    values = read_object(folder / "config.json", CheckpointError, foreign=True)
+    read_object(folder / "tokenizer_config.json", CheckpointError, foreign=True)
     require_weights(folder)
     shards = Shards(folder)
     shapes = {name: tuple(shards.outline(name)[1]) for name in shards.files}

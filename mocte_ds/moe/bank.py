@@ -102,20 +102,20 @@ class ClusterMOELayer(MOELayer):
 
     def _record(self, index: Tensor, look: Look) -> None:
         look.routes[self] = index[:, 0]
-        if look.groups is not None and look.groups.numel() == len(index):
-            look.rows[self] = self._record_groups(index, look.groups.reshape(-1, 1).float())
+        if look.places is not None and look.places.shape[:-1].numel() == len(index):
+            look.rows[self] = self._record_places(index, look.places.flatten(0, -2).float())
 
-    def _record_groups(self, index: Tensor, groups: Tensor) -> dict[int, Tensor]:
-        """Send the tokens' groups the way that their features took; by global expert those of its rows."""
+    def _record_places(self, index: Tensor, places: Tensor) -> dict[int, Tensor]:
+        """Send the tokens' places the way that their features took; by global expert those of its rows."""
         first = self.num_local_experts * dist.get_rank(group=self.ep_group) if self.ep_size > 1 else 0
         stand_ins = [nn.Identity() for _ in range(self.num_local_experts)]
         found: dict[int, Tensor] = {}
 
         def keep(expert: int, rows: Tensor) -> None:
-            found[first + expert] = rows[:, 0].round().long().cpu()
+            found[first + expert] = rows.round().long().cpu()
 
-        groups = _for_each(groups, index)
-        route_through(groups, index.flatten(), stand_ins, self.routed.numel(), self.ep_group, self.ep_size, keep)
+        places = _for_each(places, index)
+        route_through(places, index.flatten(), stand_ins, self.routed.numel(), self.ep_group, self.ep_size, keep)
         return found
 
     def clear_samples(self) -> None:

@@ -199,9 +199,9 @@ class BatchContext:
             self._passes.pop()
 
     @contextmanager
-    def looking(self, groups: Tensor | None = None) -> Iterator[Look]:
+    def looking(self, places: Tensor | None = None) -> Iterator[Look]:
         """Record the way of the tokens of the passes that begin within it; see :class:`Look`."""
-        look, before = Look(groups), self._look
+        look, before = Look(places), self._look
         self._look = look
         try:
             yield look

@@ -24,12 +24,12 @@ _BEYOND = 1 << 40
 class Look:
     """Which way the tokens of a forward pass took, by layer of experts."""
 
-    groups: Tensor | None = None
-    """(B, T) number of a group for each token, whose way to the experts is recorded too; None: nobody asks."""
+    places: Tensor | None = None
+    """(B, T, c) whole numbers under 2**24 of each token, which are to travel to the experts too; None: nobody asks."""
     routes: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     """(n,) best expert of each token."""
     rows: dict["ClusterMOELayer", dict[int, Tensor]] = field(default_factory=dict)
-    """By global expert the groups of the rows that it read."""
+    """By global expert (m, c) int64 places of the rows that it read."""
 
 
 @dataclass(eq=False)

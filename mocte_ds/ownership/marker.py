@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mocte_ds.errors import NotOurs
+from mocte_ds.json_files import parse_json, read_text
 from mocte_ds.ownership.facts import FileFacts
 
 MARKER, CHECKPOINT_MANIFEST = ".mocte-ds.json", "mocte_manifest.json"
@@ -67,8 +68,8 @@ class Marker:
         try:
             if path.is_symlink():
                 raise ValueError("a link")
-            text = path.read_text(encoding="utf-8")
-            values = json.loads(text)
+            text = read_text(path, kind=NotOurs)
+            values = parse_json(text, "it", NotOurs)
             if values["format"] != _FORMAT:
                 raise ValueError(f"format {values['format']!r}")
             if "work" in values:
@@ -80,7 +81,7 @@ class Marker:
                 raise ValueError("it does not agree with its own checksum")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (NotOurs, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise NotOurs(
                 f"{path} is not what mocte-ds wrote ({error}), so that nothing in {folder} is shown to be ours. "
                 "Nothing was changed; name another folder, or remove that file and what you do not need."

@@ -8,7 +8,8 @@ from typing import Any
 
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.plain import only_plausible, read_plain
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.json_files import read_object
 from mocte_ds.training.run_config import RunConfig
 from mocte_ds.training.schedule import follow_new_length
 
@@ -43,15 +44,12 @@ def read_identity(folder: Path) -> dict[str, Any]:
         CheckpointError: the file that tells is missing or damaged.
     """
     try:
-        values = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(folder / IDENTITY_FILE, CheckpointError)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{folder / IDENTITY_FILE} cannot be read ({error}): no whole checkpoint of launch/pretrain.py. Put the "
-            f"name of another checkpoint into {folder.parent / 'latest'}, or start anew in another --out."
+            f"{folder} is not a whole checkpoint of launch/pretrain.py: {error} Put the name of another checkpoint "
+            f"into {folder.parent / 'latest'}, or start again in another --out."
         ) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / IDENTITY_FILE} holds no names with values; it was changed.")
-    return values
 
 
 def as_before(run: RunConfig, before: Mapping[str, Any], folder: Path) -> RunConfig:
@@ -148,9 +146,8 @@ def told_changes(changes: Changes, engine: Any, position: int) -> list[tuple[str
 def changes_so_far(path: Path, step: int) -> list[dict[str, Any]]:
     """Changes that earlier resumes have written into a run.json, up to a step; none where there is no such file."""
     try:
-        listed = json.loads(path.read_text(encoding="utf-8")).get("changes", [])
-        return [entry for entry in listed if entry["step"] <= step]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return [entry for entry in read_object(path).get("changes", []) if entry["step"] <= step]
+    except (ConfigError, LookupError, TypeError):
         return []
 
 

@@ -1,10 +1,12 @@
 """Builds the ops that DeepSpeed compiles at their first use on a CPU, once, with nobody waiting for a dead process."""
 
 import fcntl
+import glob
 import os
 import subprocess
 import sys
 import sysconfig
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -25,12 +27,18 @@ from deepspeed.accelerator import get_accelerator
 get_accelerator().get_op_builder(sys.argv[1])().load(verbose=False)
 """
 _TAIL = 2000
+_PAUSE = 0.2
+_YOUNG = 900.0
+"""Seconds; no op takes longer to build."""
 
 
 class KernelBaton:
     """In place of torch's FileBaton, a file that stays when its holder is killed: a lock that the system frees.
 
     Whoever comes second waits, and then builds what is not built: ninja does nothing where the first one was done.
+    Torch's file is taken too, for plain DeepSpeed processes that build in the same folder: they wait for us, and we for
+    them as long as one of this machine's processes has the file open. One that nobody has open was left by a killed
+    process, and is removed.
     """
 
     def __init__(self, lock_file_path: str, *_: object, **__: object) -> None:
@@ -39,20 +47,54 @@ class KernelBaton:
         Args:
             lock_file_path: torch's, below the folder of the op.
         """
-        self._path = f"{lock_file_path}.flock"
-        self._file: int | None = None
+        self._theirs, self._path = Path(lock_file_path), f"{lock_file_path}.flock"
+        self._files: list[int] = []
 
     def try_acquire(self) -> bool:
         """Wait for the lock; True."""
-        self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        return True
+        self._files = [os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)]
+        fcntl.flock(self._files[0], fcntl.LOCK_EX)
+        told = False
+        while True:
+            try:
+                self._files.append(os.open(self._theirs, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC))
+                return True
+            except FileExistsError:
+                if not _is_open(self._theirs):
+                    self._theirs.unlink(missing_ok=True)
+                    continue
+            if not told:
+                told = True
+                print(
+                    f"waiting for another process that compiles in {self._theirs.parent}", file=sys.stderr, flush=True
+                )
+            time.sleep(_PAUSE)
 
     def release(self) -> None:
         """Let go of it."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        if self._files:
+            self._theirs.unlink(missing_ok=True)
+            for file in reversed(self._files):
+                os.close(file)
+            self._files = []
+
+
+def _is_open(path: Path) -> bool:
+    """Whether some process of this machine has a file open; where the system does not tell, whether it is young."""
+    try:
+        wanted = path.stat()
+    except FileNotFoundError:
+        return False
+    if not Path("/proc/self/fd").is_dir():
+        return time.time() - wanted.st_mtime < _YOUNG
+    for place in glob.iglob("/proc/[0-9]*/fd/*"):
+        try:
+            found = os.stat(place)
+        except OSError:  # closed, or another user's
+            continue
+        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+            return True
+    return False
 
 
 def use_kernel_lock() -> None:

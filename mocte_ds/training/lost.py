@@ -5,7 +5,8 @@ import json
 import time
 from pathlib import Path
 
-from mocte_ds.errors import MocteError
+from mocte_ds.errors import ConfigError, MocteError
+from mocte_ds.json_files import read_object
 from mocte_ds.ownership import note_built, require_ours
 
 CAUSE_FILE = "last_error.json"
@@ -75,9 +76,9 @@ def lost_rank(folder: Path) -> LostRank:
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         try:
-            values = json.loads((folder / CAUSE_FILE).read_text(encoding="utf-8"))
+            values = read_object(folder / CAUSE_FILE)
             return LostRank(f"another rank ended; the first cause, on rank {values['rank']}: {values['error']}")
-        except (OSError, ValueError, LookupError, TypeError):
+        except (ConfigError, LookupError):
             time.sleep(0.05)
     return LostRank(
         "another rank ended without leaving word of why: it was killed (by the system, short of memory?), or its "

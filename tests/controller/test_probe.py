@@ -15,10 +15,11 @@ from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, ExpertMode, attach
+from mocte_ds.spectrum.sample import Selection, hash_keys
 from mocte_ds.trainability import coherence, conflict
 from mocte_ds.zero import expert_unit
 
-V, T, EOD, BATCH = 40, 12, 0, 16
+V, T, EOD, BATCH, N = 40, 24, 0, 16, 16
 IDS = torch.randint(1, V, (BATCH, T), generator=torch.Generator().manual_seed(1))
 IDS[0, 5] = EOD
 
@@ -72,7 +73,7 @@ def model(kind: str) -> tuple[torch.nn.Module, list[Block]]:
 
 
 def state(made: torch.nn.Module, blocks: list[Block], units: dict) -> RunState:
-    config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "eod_id": EOD})
+    config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "eod_id": EOD, "freeze": {"rows": N}})
     run = RunState(config, blocks, SimpleNamespace(units=units), ep_rank=0, total_steps=10)
     run.module = made
     return run
@@ -212,10 +213,10 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     probe = ProbeSet(4 * T, EOD)
     probe.offer((), {"input_ids": IDS}, 0, BATCH, torch.arange(BATCH) // 8)
     probe.finish()
-    basis, mean = torch.linalg.qr(torch.randn(16, 2))[0], torch.randn(16)
+    basis, mean = torch.linalg.qr(torch.randn(16, 2))[0], torch.zeros(16)
     for handle in run.blocks:
         handle.document_mean, handle.document_basis = mean, basis
-        handle.document_centroids, handle.document_prices = torch.randn(4, 2), torch.zeros(4)
+        handle.document_centroids, handle.document_prices = 0.2 * torch.randn(4, 2), torch.zeros(4)
     found = read_conflict(run, probe)
     assert set(found) == {0, 1} and set(found[0]) == {DENSE}
     ids, source = IDS[[0, 4, 8, 12]], torch.tensor([0, 0, 1, 1]).repeat_interleave(T)
@@ -223,7 +224,8 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     valid[:, -1] = False
     valid &= ids != EOD
 
-    def gram(look: torch.nn.Module) -> torch.Tensor:
+    def gram(look: torch.nn.Module, mine: torch.Tensor | None = None) -> torch.Tensor:
+        """Of all tokens (zeros where the expert does not read them): experts read theirs in order, then padding."""
         caught = {}
         hook = look.register_forward_hook(lambda _m, args, out: caught.update(x=args[0], y=out))
         logits = made(input_ids=ids)
@@ -233,6 +235,10 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
         (slope,) = torch.autograd.grad(loss, caught["y"])
         x, slope = caught["x"].detach().reshape(-1, 16), slope.reshape(-1, 16)
         rows = []
+        if mine is not None:
+            both = x.new_zeros(2, 4 * T, 16)
+            both[:, mine] = torch.stack([x, slope])[:, : int(mine.sum())]
+            x, slope = both
         for a, b in zip(x, slope, strict=True):
             parts = torch.autograd.grad((look(a[None])[0] * b).sum(), list(look.parameters()))
             rows.append(torch.cat([part.flatten() for part in parts]).double())
@@ -244,26 +250,42 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     hook.remove()
     z = (caught[0].mean(1) - mean) @ basis
     cluster = (z[:, None] - run.blocks[0].document_centroids).square().sum(2).argmin(1).repeat_interleave(T)
-    own = gram(blocks[0].dense)
-    between = conflict(own, source, unbiased=True)
+    place = hash_keys(torch.arange(4)[:, None], torch.arange(T), run.config.seed ^ 0x5EED).flatten()
+
+    def chosen(gradients: torch.Tensor, mine: torch.Tensor | None = None) -> torch.Tensor:
+        """Of the tokens that have a gradient, those that all ranks would choose; none where they are too few."""
+        able = (gradients.diagonal() > 0) if mine is None else (gradients.diagonal() > 0) & mine
+        selection = Selection(N, run.config.seed ^ 0x5EED)
+        selection.offer(place[able])
+        rows = (place[:, None] == selection.keys).nonzero()
+        return rows[rows[:, 1].argsort(), 0] if len(rows) == N else rows[:0, 0]
+
+    whole = gram(blocks[0].dense)
+    order = chosen(whole)
+    own, source_of, cluster_of = whole[order[:, None], order], source[order], cluster[order]
+    between = conflict(own, source_of, unbiased=True)
     assert found[0][DENSE]["kappa"] == pytest.approx(coherence(own), rel=1e-4)
     cosine = found[0][DENSE].get("cosine", math.nan)  # left out where there is none
     assert cosine == pytest.approx(between.mean_cosine, abs=1e-4, nan_ok=True)
     assert found[0][DENSE]["Q"] == pytest.approx(between.q, abs=1e-4)
     assert found[0][DENSE]["R"] == pytest.approx(between.ratio, rel=1e-3)
-    by_cluster = conflict(own, cluster, unbiased=True)
-    assert len(cluster.unique()) > 1, "the test needs sequences of two clusters"
+    by_cluster = conflict(own, cluster_of, unbiased=True)
+    assert len(cluster_of.unique()) > 1, "the test needs sequences of two clusters"
     assert found[0][DENSE]["cluster_Q"] == pytest.approx(by_cluster.q, abs=1e-4)
-    busy = [k for k, count in enumerate(torch.bincount(_routes(made, blocks[1], ids), minlength=4)) if count > 4]
-    for k in busy:
-        mine = source[_routes(made, blocks[1], ids) == k]
-        expert = blocks[1].banks[0].local_experts[k]
-        padded = gram(expert)[: len(mine), : len(mine)]
-        assert found[1][k]["kappa"] == pytest.approx(coherence(padded), rel=1e-4)
+    routes, busy = _routes(made, blocks[1], ids), []
+    for k in range(4):
+        whole = gram(blocks[1].banks[0].local_experts[k], routes == k)
+        order = chosen(whole, routes == k)
+        assert (k in found[1]) == (len(order) == N), "an expert with fewer rows is not measured"
+        if not len(order):
+            continue
+        busy.append(k)
+        own, mine = whole[order[:, None], order], source[order]
+        assert found[1][k]["rows"] == N and found[1][k]["kappa"] == pytest.approx(coherence(own), rel=1e-4)
         if len(mine.unique()) == 2 and min(torch.bincount(mine)) > 2:
-            cosine = conflict(padded, mine, unbiased=True).mean_cosine
+            cosine = conflict(own, mine, unbiased=True).mean_cosine
             assert found[1][k].get("cosine", math.nan) == pytest.approx(cosine, abs=1e-4, nan_ok=True)
-    assert busy and all(p.grad is None for p in made.parameters())
+    assert 0 < len(busy) < 4 and all(p.grad is None for p in made.parameters())
     summary = block_conflict(found[1])
     assert summary["rows"] == sum(numbers["rows"] for numbers in found[1].values()) and block_conflict({}) is None
 

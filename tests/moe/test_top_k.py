@@ -91,14 +91,15 @@ def test_outputs_and_gradients(top_k: int, normalise: bool, weighing: str) -> No
 def test_what_is_recorded_is_the_best_expert() -> None:
     model, block = emerged(top_k=2)
     features = torch.randn(2, T // 2, D)
-    with block.context.looking(torch.arange(T).view(2, -1)) as look:
+    with block.context.looking(torch.stack([torch.arange(T), 7 * torch.arange(T)], -1).view(2, -1, 2)) as look:
         model.eval()(features)
     layer, gate = block.banks[0].deepspeed_moe, block.banks[0].gate
     weight, bias = gate.linear()
     order = (features.reshape(T, D) @ weight.T + bias).argsort(dim=-1, descending=True)
     assert torch.equal(look.routes[layer], order[:, 0])
     for k, rows in look.rows[layer].items():
-        assert sorted(rows.tolist()) == sorted((order[:, :2] == k).any(1).nonzero()[:, 0].tolist())
+        assert sorted(rows[:, 0].tolist()) == (order[:, :2] == k).any(1).nonzero()[:, 0].tolist()
+        assert torch.equal(rows[:, 1], 7 * rows[:, 0])
 
 
 @pytest.mark.parametrize(

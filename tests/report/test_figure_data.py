@@ -1,6 +1,7 @@
 """What the figures draw is what the logs say, recomputed here from the written logs alone."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,23 @@ def test_flops(run: Run, logs: Logs) -> None:
     assert {"33.40 %", "32.90 %", "0.070 %", "0.00020 %", "1.20 %", "3.00 %"} <= {
         text.get_text() for text in axis.texts
     }
+
+
+def test_a_cluster_number_that_no_run_has_takes_no_memory(tmp_path: Path) -> None:
+    """A damaged log may have any number; only what has points is drawn, in the colour of its number."""
+    logs = write_run(tmp_path)
+    for event in of_kind(logs, "projection"):
+        event["cluster"] = [10**12 if number == 1 else number for number in event["cluster"]]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in logs["events"]))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (2 << 30), before[1]))
+    try:
+        figure = drawn(ALL["projection"], read_run(tmp_path), False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    for block in range(2):
+        last = of_kind(logs, "projection", block)[-1]
+        axis = panel(figure, f"{read_run(tmp_path).blocks[block]}, by cluster")
+        legend = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert legend == [f"cluster {n} ({last['cluster'].count(n)})" for n in sorted(set(last["cluster"]))]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.utils.cpp_extension
+from torch.utils.file_baton import FileBaton
 
 from mocte_ds.training import cpu_op
 
@@ -48,6 +49,38 @@ def test_torch_builds_under_a_lock_that_the_system_frees(tmp_path: Path) -> None
     baton.release()
     cpu_op.use_kernel_lock()
     assert torch.utils.cpp_extension.FileBaton is cpu_op.KernelBaton
+
+
+PLAIN = """import os, sys, time
+os.open(sys.argv[1], os.O_CREAT | os.O_EXCL)  # as torch.utils.file_baton does
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_plain_process_that_builds_in_the_same_folder_is_waited_for_and_waits(tmp_path: Path) -> None:
+    """It takes torch's file and knows nothing of our lock: both would write the same object files."""
+    lock = tmp_path / "lock"
+    plain, ours = FileBaton(str(lock)), cpu_op.KernelBaton(str(lock))
+    ours.try_acquire()
+    assert plain.try_acquire() is False, "it waits until our file is gone"
+    ours.release()
+    assert plain.try_acquire() is True
+    waiting = threading.Thread(target=ours.try_acquire, daemon=True)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    plain.release()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    ours.release()
+    with subprocess.Popen([sys.executable, "-c", PLAIN, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        holder.kill()
+    assert lock.exists(), "torch's own would wait for this file for ever"
+    assert ours.try_acquire() is True
+    ours.release()
+    assert not lock.exists()
 
 
 def test_what_is_built_for_this_environment_is_used(built: Path) -> None:

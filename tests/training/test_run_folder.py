@@ -46,7 +46,7 @@ def test_latest_without_its_folder(tmp_path: Path) -> None:
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     identity = {"model.hidden_size": 128, "training.betas": [0.9, 0.95], "ranks": 2}
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         require_same_run(identity, tmp_path)
     (tmp_path / IDENTITY_FILE).write_text(json.dumps(identity), encoding="utf-8")
     require_same_run({**identity, "training.betas": [0.9, 0.95]}, tmp_path)

@@ -11,7 +11,7 @@ from mocte_ds.checkpoints.files import hash_file
 from mocte_ds.checkpoints.hf.shards import checksum
 from mocte_ds.checkpoints.hf.whole import write_json
 from mocte_ds.errors import CheckpointError, MocteError
-from mocte_ds.foreign_json import read_object
+from mocte_ds.json_files import read_object
 
 CHECKSUMS_FILE = "checksums.json"
 _LEFT_OUT = (CHECKSUMS_FILE, "README.md", "export.json")

@@ -9,7 +9,7 @@ from mocte_ds.checkpoints.hf.tokenizer import SourceTokenizer
 from mocte_ds.data.hf_tokenizer import FILES, HFTokenizer
 from mocte_ds.data.stored_tokenizer import FOLDER, tokenizer_in
 from mocte_ds.errors import CheckpointError
-from mocte_ds.foreign_json import read_object
+from mocte_ds.json_files import read_object
 
 _TOKENIZERS = [name for name in FILES if name not in (CONFIG_FILE, "generation_config.json")]
 
@@ -38,7 +38,7 @@ class KeptTokenizer:
             CheckpointError: the config is damaged, or names something else than ids.
         """
         file, found = self.path / CONFIG_FILE, self.tokenizer.special if self.tokenizer else {}
-        values = read_object(file, CheckpointError) if file.exists() else {}
+        values = read_object(file, CheckpointError, foreign=True) if file.exists() else {}
         ids = {name: values.get(f"{name}_token_id", found.get(name)) for name in ("bos", "eos", "pad")}
         for name, value in ids.items():
             for number in value if isinstance(value, list) else [value]:  # some models end by one of several

@@ -1,6 +1,5 @@
 """One layer at a time of an exported folder, loaded by transformers as a model of one layer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from mocte_ds.checkpoints.hf.dense import Layout
 from mocte_ds.checkpoints.hf.folder import Folder
 from mocte_ds.checkpoints.hf.shards import Shards
 from mocte_ds.errors import CheckpointError
+from mocte_ds.json_files import read_object
 
 _EMBEDDING, _HEAD = (".embed_tokens.weight", ".wte.weight"), "lm_head.weight"
 
@@ -37,7 +37,7 @@ class Pieces:
         self.folder, self.layout, self.shards = folder, layout, shards or Shards(folder)
         try:
             written = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            self.values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self.values = read_object(folder / "config.json", CheckpointError, foreign=True)
             self.config_class = type(written)
         except Exception as error:  # transformers raise many types for a config that they do not know
             raise CheckpointError(f"transformers cannot load {folder}: {_first_line(error)}") from error

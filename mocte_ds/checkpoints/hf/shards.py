@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mocte_ds.checkpoints.source import REMAP_BYTES
 from mocte_ds.errors import CheckpointError
-from mocte_ds.foreign_json import read_object
+from mocte_ds.json_files import read_object
 
 SHARD_BYTES = 2_000_000_000
 INDEX_FILE = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from mocte_ds.checkpoints.megatron.model import Settings, settings_of
 from mocte_ds.checkpoints.megatron.pairs import Pair, all_pairs
 from mocte_ds.checkpoints.source import Source, empty_decoder
 from mocte_ds.errors import CheckpointError, MocteError
-from mocte_ds.foreign_json import read_object
+from mocte_ds.json_files import read_object
 from mocte_ds.models import DecoderConfig
 from mocte_ds.sections import parse_section
 

@@ -1,6 +1,6 @@
 """Figure: documents in the first two singular directions, coloured by cluster and, beside it, by domain."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,7 +25,8 @@ def projections(run: Run) -> dict[int, Row]:
 
 def _is_whole(event: Row) -> bool:
     points, clusters, domains = (event.get(name) or [] for name in ("points", "cluster", "domain"))
-    return 0 < len(points) == len(clusters) == len(domains) and None not in clusters
+    numbered = all(isinstance(number, int) for number in clusters)
+    return 0 < len(points) == len(clusters) == len(domains) and numbered
 
 
 def missing(run: Run) -> str | None:
@@ -45,9 +46,11 @@ def draw(run: Run, narrow: bool) -> Figure:
     for (by_cluster, by_domain), (block, event) in zip(np.reshape(grid, (-1, 2)), found.items(), strict=True):
         clusters = [f"cluster {number}" for number in event["cluster"]]
         points = np.array(event["points"], dtype=float)
-        order = [f"cluster {number}" for number in range(max(event["cluster"]) + 1)]
+        # Those that have points, never all up to the largest number: a damaged log may have any there.
+        order = {f"cluster {number}": number for number in sorted(set(event["cluster"])) if number >= 0}
         names.append((by_cluster, _scatter(by_cluster, points, clusters, order)))
-        names.append((by_domain, _scatter(by_domain, points, event["domain"], run.domains)))
+        order = {name: number for number, name in enumerate(run.domains)}
+        names.append((by_domain, _scatter(by_domain, points, event["domain"], order)))
         by_cluster.set_title(f"{run.blocks[block]}, by cluster")
         by_domain.set_title(f"{run.blocks[block]}, by domain")
         for axis in (by_cluster, by_domain):
@@ -57,11 +60,18 @@ def draw(run: Run, narrow: bool) -> Figure:
     return figure
 
 
-def _scatter(axis: Axes, points: np.ndarray, category: Sequence[str], order: Sequence[str]) -> list[Cloud]:
-    """Draw points by category, with a legend right of them; each category that has points as a cloud."""
+def _scatter(axis: Axes, points: np.ndarray, category: Sequence[str], order: Mapping[str, int]) -> list[Cloud]:
+    """Draw points by category, with a legend right of them; each category that has points as a cloud.
+
+    Args:
+        axis: to draw on.
+        points: (n, 2).
+        category: of each point.
+        order: of the categories in the legend, with the number that each is coloured by.
+    """
     clouds = []
     of = np.array(category)
-    for index, name in enumerate(order):
+    for name, index in order.items():
         mine = points[of == name]
         if len(mine):
             color, marker = category_color(index), category_marker(index)

@@ -12,7 +12,7 @@ from mocte_ds.checkpoints.hf.folder import Folder
 from mocte_ds.checkpoints.hf.imports.keys import Foreign, Keys, llama_like, require_whole_attention
 from mocte_ds.checkpoints.hf.imports.mixtures import glm4moe, mixtral, olmoe, qwen2moe
 from mocte_ds.errors import CheckpointError, ConfigError
-from mocte_ds.foreign_json import read_object, require_small
+from mocte_ds.json_files import read_object, require_small
 from mocte_ds.models import DecoderConfig
 
 CONFIG_FILE = "config.json"
@@ -39,7 +39,7 @@ def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bo
     require_small(folder, CheckpointError)
     if sums := Checksums.read(folder):
         sums.require_files()
-    values = read_object(path, CheckpointError)
+    values = read_object(path, CheckpointError, foreign=True)
     name = _architecture(values, path)
     files = Folder(folder, name)
     require_backed(values, {name: tuple(blank.shape) for name, blank in files.blanks.items()}, path)
