@@ -12,7 +12,7 @@ from mocte_ds.controller.reading import BlockReading
 from mocte_ds.controller.state import RunState
 from mocte_ds.dist.collectives import max_over_ranks
 from mocte_ds.errors import MocteError
-from mocte_ds.moe.birth import copy_dense_weights, inherit, set_gate, set_random_gate
+from mocte_ds.moe.birth import copy_dense_weights, draw_bypasses, inherit, set_gate, set_random_gate
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.trainability.policy import make_policy
@@ -177,7 +177,7 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
             else:
                 set_random_gate(block, run.config)
             outputs_before[change.block] = _output(run, handle, reading)
-            born = _give_dense_state(run, block) if block.kind == "ffn" else {}
+            born = _give_birth(run, block)
             for expert in handle.experts:
                 expert.mode, expert.changed_at = ExpertMode.TRAINING, run.step
             handle.born_share = run.share
@@ -209,9 +209,13 @@ def apply_changes(run: RunState, changes: list[Change], readings: dict[int, Bloc
     return facts
 
 
-def _give_dense_state(run: RunState, block: Block) -> UnitState:
-    """Let a block's `ffn` experts start as copies of the dense FFN: its weights, and what to make their state of."""
+def _give_birth(run: RunState, block: Block) -> UnitState:
+    """Weights of a block's experts, and what to make the state of `ffn` experts of: the dense FFN's."""
     experts = [parameter for bank in block.banks for parameter in bank.local_experts.parameters()]
+    if block.kind == "lora":
+        with whole(experts, changed=True):
+            draw_bypasses(block, run.config, run.ep_rank)
+        return {}
     with whole([*block.dense.parameters(), *experts], changed=True):
         copy_dense_weights(block)
         return run.optimizer.own_part(inherit(block, run.optimizer.unit_state(dense_unit(block))))
