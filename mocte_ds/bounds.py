@@ -57,4 +57,4 @@ Count = Annotated[int, Bounds(1)]
 """At least one."""
 CountOrZero = Annotated[int, Bounds(0)]
 Seed = Annotated[int, Bounds(0)]
-"""numpy and torch take no others everywhere; a run adds small numbers to it."""
+"""numpy and torch take no others everywhere."""

@@ -49,18 +49,23 @@ class RouterConfig:
     """Weight of a learned router's loss for even loads, which the engine adds to the model's loss."""
 
 
+MOST_ROWS = 1 << 24
+"""Of a sample: what the ranks keep of it lies in memory, once for each block."""
+
+
 @dataclass(frozen=True)
 class SpectrumConfig:
     """The distributed sampled SVD of the features."""
 
     rank: Annotated[int, Bounds(1, 1 << 16)] = 8
     """Singular directions that are kept."""
-    rows: Annotated[int, Bounds(16, 1 << 24)] = 2048
+    rows: Annotated[int, Bounds(16, MOST_ROWS)] = 2048
     """Token features sampled over all ranks for one check."""
-    documents: Annotated[int, Bounds(16, 1 << 24)] = 1024
+    documents: Annotated[int, Bounds(16, MOST_ROWS)] = 1024
     """Document means sampled over all ranks for one check."""
     doublings: Annotated[int, Bounds(0, 16)] = 2
-    """How often the sample is doubled while it determines fewer than min_rank directions of a block in warm-up."""
+    """How often the sample is doubled while it determines fewer than min_rank directions of a block in warm-up; doubled
+    so often, `rows` is at most 2^24."""
     min_rank: Count = 4
     """Directions that a gate should be made of."""
     max_angle: Share = 0.3
@@ -226,6 +231,12 @@ class MocteConfig:
             raise ConfigError(
                 f"mocte.num_experts = {self.num_experts} is more than spectrum.rows = {self.spectrum.rows} can tell "
                 f"apart (16 rows a cluster); raise spectrum.rows to at least {16 * self.num_experts}."
+            )
+        if self.spectrum.rows << self.spectrum.doublings > MOST_ROWS:
+            allowed = (MOST_ROWS // self.spectrum.rows).bit_length() - 1
+            raise ConfigError(
+                f"mocte.spectrum.doublings = {self.spectrum.doublings} makes more than {MOST_ROWS} rows of "
+                f"spectrum.rows = {self.spectrum.rows}; with so many rows it can be {allowed} at most."
             )
         if self.expert.width is not None:
             if self.expert.kind == "ffn":

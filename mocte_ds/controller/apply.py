@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mocte_ds.controller.birth import copy_dense_weights, inherit, set_gate
+from mocte_ds.controller.birth import copy_dense_weights, draw_bypasses, inherit, set_gate
 from mocte_ds.controller.decide import Change
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.reading import BlockReading
@@ -43,7 +43,7 @@ def apply_changes(
             sampled = reading.basis is not None
             set_gate(block, run.config, reading.sample() if sampled else None)
             outputs_before[change.block] = _output(run, handle, reading)
-            born = _give_dense_state(run, block) if block.kind == "ffn" else {}
+            born = _give_birth(run, block)
             for expert in handle.experts:
                 expert.mode, expert.changed_at = ExpertMode.TRAINING, run.step
             handle.born_share = run.share
@@ -75,9 +75,13 @@ def apply_changes(
     return facts
 
 
-def _give_dense_state(run: RunState, block: Block) -> UnitState:
-    """Let a block's `ffn` experts start as copies of the dense FFN: its weights, and what to make their state of."""
+def _give_birth(run: RunState, block: Block) -> UnitState:
+    """Weights of a block's experts, and what to make the state of `ffn` experts of: the dense FFN's."""
     experts = [parameter for bank in block.banks for parameter in bank.local_experts.parameters()]
+    if block.kind == "lora":
+        with whole(experts, changed=True):
+            draw_bypasses(block, run.config, run.ep_rank)
+        return {}
     with whole([*block.dense.parameters(), *experts], changed=True):
         copy_dense_weights(block)
         return run.optimizer.own_part(inherit(block, run.optimizer.unit_state(dense_unit(block))))

@@ -1,6 +1,5 @@
 """How a block's experts are born: the gate from the sampled features, the weights and moments from the dense FFN."""
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,8 @@ from mocte_ds.clusters import balanced_kmeans, hash_table, linear_gate, subspace
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.dist.collectives import from_rank_zero, gather_rows
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.experts import Part, copy_slice
+from mocte_ds.moe.experts import Part, copy_slice, draw_bypass
+from mocte_ds.seeds import derived_seed
 from mocte_ds.zero.unit_optimizer import UnitState
 
 # Shapes: n tokens and m documents of this rank, d features, k directions.
@@ -57,8 +57,19 @@ def gate_seed(seed: int, block: Block, bank: int) -> int:
     Mixed from the run's seed, the block's path in the model and the bank's number, so that no two of them share a table
     and none hangs on which other modules are blocks.
     """
-    text = f"{seed}/{block.name}/{bank}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return derived_seed(seed, block.name, bank)
+
+
+def bypass_seed(seed: int, block: str, bank: int, expert: int) -> int:
+    """Seed of the random matrices of a `lora` expert.
+
+    Args:
+        seed: of the run.
+        block: the block's path in the model.
+        bank: number of the bank.
+        expert: number in the bank, whichever rank holds it.
+    """
+    return derived_seed(seed, block, bank, "expert", expert)
 
 
 class Birth:
@@ -141,6 +152,23 @@ def copy_dense_weights(block: Block) -> None:
     for number, bank in enumerate(block.banks):
         for expert in bank.local_experts:
             copy_slice(block.dense, expert, Part(number, len(block.banks)))
+
+
+def draw_bypasses(block: Block, config: MocteConfig, ep_rank: int) -> None:
+    """Give each `lora` expert random matrices of its own; what it writes stays zero.
+
+    Experts that start alike get the same first gradients wherever they see the same tokens, and a bank of copies spans
+    fewer directions than its width. An expert's draw hangs on no number of ranks.
+
+    Args:
+        block: of kind `lora`.
+        config: the "mocte" block.
+        ep_rank: this rank's place among those that share the experts.
+    """
+    for number, bank in enumerate(block.banks):
+        for local, expert in enumerate(bank.local_experts):
+            k = bank.first_local(ep_rank) + local
+            draw_bypass(expert, bypass_seed(config.seed, block.name, number, k))
 
 
 def inherit(block: Block, dense_state: UnitState) -> UnitState:

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from mocte_ds.dist.collectives import gather_rows, sum_over_ranks, world
+from mocte_ds.seeds import derived_seed
 from mocte_ds.spectrum.sample import Selection, hash_keys
-
-_SALT = 0x5EED
-"""Keeps this choice apart from that of the spectrum's sample, which hashes the same places."""
 
 # Shapes: T tokens of a micro-batch on this rank, k experts a token, E experts of a bank, n rows an expert, d features.
 
@@ -31,7 +29,9 @@ class ExpertRows:
             rows: n.
             seed: of the choice.
         """
-        self.experts, self.count, self.seed = experts, rows, seed ^ _SALT
+        self.experts, self.count = experts, rows
+        # Apart from the spectrum's sample, which hashes the same places.
+        self.seed = derived_seed(seed, "rows of experts")
         self.clear()
 
     def clear(self) -> None:

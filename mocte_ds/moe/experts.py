@@ -101,7 +101,7 @@ def make_expert(
     Args:
         ffn: the block's dense FFN.
         kind: `ffn` (a copy, so that emergence does not change the function) or `lora` (a narrow FFN of the same form
-            whose output matrix is zero, so that it adds nothing at birth).
+            whose output matrix is zero, so that it adds nothing at birth; see :func:`draw_bypass`).
         width: hidden units of a `lora` expert; None: the FFN's width / num_experts / banks, at least 1.
         num_experts: E.
         name: the block's name, for messages.
@@ -134,6 +134,8 @@ def make_expert(
     setattr(expert, shape.output, output)
     if kind == "ffn":
         copy_slice(ffn, expert, part)
+    else:
+        draw_bypass(expert, 0)
     return expert
 
 
@@ -143,6 +145,27 @@ def copy_slice(ffn: nn.Module, expert: nn.Module, part: Part) -> None:
     weights = dict(ffn.named_parameters())
     for name, parameter in expert.named_parameters():
         parameter.copy_(part.cut(ffn, name, weights[name]))
+
+
+@torch.no_grad()
+def draw_bypass(expert: nn.Module, seed: int) -> None:
+    """Draw the matrices with which a `lora` expert reads the feature, as a fresh layer of their class has them.
+
+    On the CPU in fp32, so that devices and types do not change the draw.
+
+    Args:
+        expert: made by :func:`make_expert`.
+        seed: another seed gives unrelated matrices.
+    """
+    generator, shape = torch.Generator().manual_seed(seed), ffn_shape(expert)
+    for matrix in (getattr(expert, name) for name in shape.inputs):
+        bound = _in_out(matrix)[0] ** -0.5
+        if isinstance(matrix, nn.Linear):
+            for parameter in matrix.parameters():
+                uniform = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(uniform)
+        else:
+            matrix.weight.copy_(torch.empty(matrix.weight.shape).normal_(std=bound, generator=generator))
 
 
 def _is_matrix(module: object) -> bool:
@@ -158,12 +181,10 @@ def _in_out(matrix: nn.Module) -> tuple[int, int]:
 
 
 def _resized(matrix: nn.Module, inputs: int | None = None, outputs: int | None = None) -> nn.Module:
-    """A fresh matrix of the same class with another number of inputs or outputs, at the scale of a linear layer."""
+    """A fresh matrix of the same class with another number of inputs or outputs, still to be filled."""
     old_inputs, old_outputs = _in_out(matrix)
     n_in, n_out = inputs or old_inputs, outputs or old_outputs
     like = {"device": matrix.weight.device, "dtype": matrix.weight.dtype}
     if isinstance(matrix, nn.Linear):
         return nn.Linear(n_in, n_out, bias=matrix.bias is not None, **like)
-    resized = type(matrix)(n_out, n_in).to(**like)
-    nn.init.normal_(resized.weight, std=n_in**-0.5)
-    return resized
+    return type(matrix)(n_out, n_in).to(**like)

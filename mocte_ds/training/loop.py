@@ -21,6 +21,7 @@ from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, token
 from mocte_ds.dist.collectives import gather_rows, world
 from mocte_ds.errors import NonFiniteLoss
 from mocte_ds.models import Decoder
+from mocte_ds.seeds import derived_seed
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
@@ -59,7 +60,7 @@ class Trainer:
             init.begin(self.engine.mocte)
         prepare(self.engine, start.identity)
         # Every rank draws other numbers from here on; the weights above had to be the same.
-        _seed_everything(t.seed + 1000 + self.rank)
+        _seed_everything(derived_seed(t.seed, "rank", self.rank))
         self.loader = BlendedLoader(
             start.prepared,
             "train",
@@ -302,7 +303,7 @@ class Trainer:
 
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)  # takes no more
     torch.manual_seed(seed)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, inherit, set_gate
+from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, draw_bypasses, inherit, set_gate
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, attach
 from mocte_ds.moe.context import Tokens
@@ -104,6 +104,46 @@ def test_banks_of_random_gates_differ() -> None:
     set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
     first, second = (bank.gate.key.cluster_weight for bank in block.banks)
     assert not torch.equal(first, second)
+
+
+def bypasses(style: str, ep_size: int, seed: int = 0) -> dict[tuple[str, int, int, str], torch.Tensor]:
+    """Parameters of the `lora` experts of two blocks with two banks, as all ranks together hold them."""
+    banks = [{"kind": "hash"}, {"kind": "token"}]
+    settings = {"num_experts": E, "ep_size": ep_size, "banks": banks, "expert": {"kind": "lora"}, "seed": seed}
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", **settings})
+    found = {}
+    for ep_rank in range(ep_size):
+        torch.manual_seed(ep_rank)  # the draw must not hang on it
+        for block in attach(Decoder(DecoderConfig(style, V, D, 64, 2, 2, max_positions=8)), config):
+            draw_bypasses(block, config, ep_rank)
+            for number, bank in enumerate(block.banks):
+                for local, expert in enumerate(bank.local_experts):
+                    for name, parameter in expert.named_parameters():
+                        k = ep_rank * E // ep_size + local
+                        found[block.name, number, k, name] = parameter.detach().clone()
+    return found
+
+
+@pytest.mark.parametrize("style", ["llama", "gpt2"])
+def test_lora_experts_are_drawn_apart_and_add_nothing(style: str) -> None:
+    found = bypasses(style, 1)
+    output = "down_proj" if style == "llama" else "c_proj"
+    read = [value for (*_, name), value in found.items() if name.endswith("weight") and output not in name]
+    assert len(read) == 2 * 2 * E * (2 if style == "llama" else 1)
+    directions = torch.stack([value.flatten() for value in read])
+    # Entries of a fresh nn.Linear are uniform within d^-1/2.
+    assert float(directions.abs().max()) <= D**-0.5 and directions.std() == pytest.approx((3 * D) ** -0.5, rel=0.1)
+    cosines = torch.nn.functional.normalize(directions, dim=1)
+    cosines = cosines @ cosines.T - torch.eye(len(read))
+    assert float(cosines.abs().max()) < 6 * directions.shape[1] ** -0.5, "independent directions are nearly orthogonal"
+    assert not any(value.any() for (*_, name), value in found.items() if output in name)
+
+
+def test_lora_experts_are_the_same_whoever_holds_them() -> None:
+    whole, shared, other = bypasses("llama", 1), bypasses("llama", 2), bypasses("llama", 1, seed=1)
+    assert whole.keys() == shared.keys()
+    assert all(torch.equal(value, shared[key]) for key, value in whole.items())
+    assert not any(torch.equal(value, other[key]) for key, value in whole.items() if "down" not in key[-1])
 
 
 @pytest.mark.parametrize("kind", ["hash", "previous", "random", "type"])

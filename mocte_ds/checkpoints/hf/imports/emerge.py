@@ -15,7 +15,7 @@ from mocte_ds.checkpoints.names import EXPERT_PARAMETER
 from mocte_ds.checkpoints.source import Source, empty_decoder
 from mocte_ds.checkpoints.weights import Made, Tensors
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.birth import set_gate
+from mocte_ds.controller.birth import bypass_seed, set_gate
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.data.corpus import read_corpus
@@ -24,7 +24,7 @@ from mocte_ds.errors import ConfigError, DataError
 from mocte_ds.models.layers import rotary_angles
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.experts import Part, make_expert
+from mocte_ds.moe.experts import Part, draw_bypass, make_expert
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.zero import UnitRegistry
@@ -93,7 +93,7 @@ class Emerged:
             self.clusters[handle.name] = reading.found.detection.count if reading.found else None
         self.state = start_state(source.config, config, names)
         """Of a source of this model."""
-        self._newest: tuple[tuple[str, int], dict[str, Tensor]] = (("", -1), {})
+        self._newest: tuple[tuple[str, int, int], dict[str, Tensor]] = (("", -1, -1), {})
 
     def tensors(self, dense: Tensors) -> Tensors:
         """Every tensor of the model with experts.
@@ -111,7 +111,7 @@ class Emerged:
                 found[name] = dense[name.replace(f"{block}.dense.", f"{block}.", 1)]
             elif expert:
                 kind = dense[f"{block}.{expert[4]}"].dtype
-                make = partial(self._expert, block, int(expert[2]), expert[4], kind)
+                make = partial(self._expert, block, int(expert[2]), int(expert[3]), expert[4], kind)
                 found[name] = Made(kind, tuple(like.shape), (), make)
             else:
                 found[name] = like
@@ -140,16 +140,17 @@ class Emerged:
                 collector.see(torch.cat(seen), state)
             tell(f"features of layer {number + 1} of {config.num_layers}")
 
-    def _expert(self, block: str, bank: int, name: str, kind: torch.dtype) -> Tensor:
-        """A parameter of any expert of a bank: all of them are born alike."""
-        if self._newest[0] != (block, bank):
-            settings, banks = self.config.expert, len(self.config.routers)
+    def _expert(self, block: str, bank: int, number: int, name: str, kind: torch.dtype) -> Tensor:
+        """A parameter of an expert, born as in a run."""
+        settings = self.config.expert
+        wanted = (block, bank, 0 if settings.kind == "ffn" else number)  # copies of one slice are alike
+        if self._newest[0] != wanted:
+            part = Part(bank, len(self.config.routers))
             ffn = self.source.part(block)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.config.seed)
-                experts, part = self.config.num_experts, Part(bank, banks)
-                expert = make_expert(ffn, settings.kind, settings.width, experts, block, part)
-            self._newest = ((block, bank), expert.state_dict())
+            expert = make_expert(ffn, settings.kind, settings.width, self.config.num_experts, block, part)
+            if settings.kind == "lora":
+                draw_bypass(expert, bypass_seed(self.config.seed, block, bank, number))
+            self._newest = (wanted, expert.state_dict())
         return self._newest[1][name].to(kind)
 
 
