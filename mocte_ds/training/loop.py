@@ -70,7 +70,7 @@ class Trainer:
             t.micro_batch,
             t.seed,
             self.run.data.weights,
-            verify=None,  # make_start has done it
+            verify=None,  # Start.verify_data has done it
         )
         validated = self.run.evaluation.sequences_per_domain
         held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES, None)

@@ -46,9 +46,19 @@ class Start:
         own = self.checkpoints is not None and self.checkpoints == self.out / "checkpoints"
         return own and self.step >= self.run.training.steps
 
+    def verify_data(self) -> None:
+        """Hold the files of the data against their checksums, this process's share of those of its host.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        verify_prepared(self.prepared, self.manifest, self.run.data.verify, *_place_on_host())
+
 
 def make_start(run: RunConfig, out: Path, resume: str, world_size: int, allow_data_change: bool = False) -> Start:
-    """Check a run against its data, the number of ranks and the checkpoint that it goes on from.
+    """Check a run against its data, the number of ranks, its folder and the checkpoint that it goes on from.
+
+    Nothing is written. The bytes of the data are looked at by :meth:`Start.verify_data`.
 
     Args:
         run: the run file.
@@ -82,7 +92,6 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int, allow_da
         other = [checkpoints] if checkpoints is not None and not own else []
         sources = [prepared, *([Path(run.init)] if run.init else []), *other]
         require_out(out, sources, tokenizer, own, start.step if own else 0, run.training.steps)
-        verify_prepared(prepared, manifest, run.data.verify, *_place_on_host())
     return start
 
 
