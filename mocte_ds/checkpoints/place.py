@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mocte_ds.checkpoints.files import sync_folder
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE
+from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.names import MODEL_FILE
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, NotOurs
 from mocte_ds.ownership import workshop
-from mocte_ds.ownership.marker import write_new
+from mocte_ds.ownership.marker import Marker, write_new
 from mocte_ds.ownership.proof import is_checkpoint_of_ours, is_pointer
 
 PARTIAL, REPLACED = ".{}.mocte-partial", ".{}.mocte-replaced"
@@ -103,12 +103,11 @@ class Place:
     def swap_in(self) -> None:
         """Give the finished folder its name.
 
-        An older one of this name steps aside first, where readers still find it, until :meth:`forget_replaced`.
+        An older one of this name steps aside first, where readers still find it, until :meth:`settle`.
         """
         if self.final.exists():
             os.rename(self.final, self.replaced)
         os.rename(self.partial, self.final)
-        workshop.end(self.final)
         sync_folder(self.root)
 
     def move_latest(self) -> None:
@@ -118,8 +117,9 @@ class Place:
             os.replace(work / "latest", self.root / "latest")
         sync_folder(self.root)
 
-    def forget_replaced(self) -> None:
-        """Remove the older checkpoint of this name."""
+    def settle(self) -> None:
+        """Say that the save is done, `latest` included; the older checkpoint of this name goes."""
+        workshop.end(self.final)
         workshop.discard(self.replaced)
 
     def give_up(self) -> None:
@@ -150,14 +150,23 @@ def find_checkpoint(root: Path, tag: str) -> Path | None:
     return None
 
 
+def is_unsettled(folder: Path) -> bool:
+    """Whether a checkpoint got its name, and the save was killed before `latest` named it or a moment later."""
+    with contextlib.suppress(NotOurs):
+        marker = Marker.read(folder)
+        return marker is not None and marker.work == PARTIAL.format(folder.name)
+    return False
+
+
 def resolve_tag(load_dir: str | Path) -> str | None:
     """Name of the last good checkpoint's folder, None where there is none.
 
     Raises:
-        CheckpointError: `latest` is damaged or names a folder that does not exist.
+        CheckpointError: `latest` is damaged, names a folder that does not exist, or is missing beside a checkpoint.
     """
     latest = Path(load_dir) / "latest"
     if not os.path.isfile(latest):
+        _require_nothing_to_name(latest)
         return None
     try:
         tag = latest.read_text(encoding="utf-8").strip()
@@ -170,6 +179,35 @@ def resolve_tag(load_dir: str | Path) -> str | None:
             f"{latest} names the checkpoint '{tag[:100]}', which is not there; write another tag into it."
         )
     return folder.name
+
+
+def _require_nothing_to_name(latest: Path) -> None:
+    """Refuse a folder whose `latest` was lost: whoever takes it for a folder without checkpoints starts anew."""
+    found = sorted((step, path.name) for path in _folders(latest.parent) if (step := _settled_step(path)) is not None)
+    if not os.path.lexists(latest) and not found:
+        return
+    if os.path.isfile(latest):
+        return  # a save has ended meanwhile
+    what = "is not a file" if os.path.lexists(latest) else "is missing"
+    advice = f"write {found[-1][1]} into it to go on from there" if found else "remove it"
+    names = f", and {latest.parent} holds {', '.join(name for _, name in found[-3:])}" if found else ""
+    raise CheckpointError(f"{latest} {what}{names}: {advice}, or name another folder. Nothing was changed.")
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if not path.name.startswith(".")]
+    except OSError:
+        return []
+
+
+def _settled_step(folder: Path) -> int | None:
+    """The step of a checkpoint whose save was done."""
+    if not os.path.isfile(folder / MANIFEST_FILE) or is_unsettled(folder):
+        return None
+    with contextlib.suppress(CheckpointError):
+        return Manifest.read(folder).step
+    return None
 
 
 def find_tag(checkpoint: str | Path) -> Path:
