@@ -16,6 +16,7 @@ from mocte_ds.errors import MocteError
 from mocte_ds.paths import require_folder_for
 from mocte_ds.training.lost import LostRank, forget_cause, word_of_errors
 from mocte_ds.training.run_config import read_run
+from mocte_ds.training.run_lock import RunLock, run_lock
 
 if TYPE_CHECKING:
     from mocte_ds.training.start import Start
@@ -42,8 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # What is refused here leaves nothing in a folder that may be somebody else's.
         start = _checked(args, out)
-        with word_of_errors(out, rank):
-            return _pretrain(args, start, rank)
+        return _pretrain(args, start, rank)
     except MocteError as error:
         # Most errors are the same on all ranks. The launcher ends the others as soon as rank 0 has said it.
         if rank and not isinstance(error, LostRank):
@@ -64,8 +64,13 @@ def _pretrain(args: argparse.Namespace, start: "Start", rank: int) -> int:
         if rank == 0:
             print(f"done already: {start.out} has its {start.step} steps", file=sys.stderr)
         return 0
-    start.verify_data()
+    with run_lock(start.out) if rank == 0 else contextlib.nullcontext() as lock, word_of_errors(start.out, rank):
+        start.require_unchanged()
+        start.verify_data()
+        return _train(args, start, rank, lock)
 
+
+def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | None) -> int:
     # DeepSpeed takes seconds to import; nothing above should wait for that.
     if not args.verbose:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -86,8 +91,8 @@ def _pretrain(args: argparse.Namespace, start: "Start", rank: int) -> int:
     end_process_groups_at_exit()  # a run that is refused ends by an error
     if rank == 0:
         forget_cause(start.out)
-    deepspeed.comm.barrier()
-    trainer = Trainer(start)
+    start.require_agreed()
+    trainer = Trainer(start, lock)
     finished = trainer.train(args.stop_after)
     if rank == 0:
         step = trainer.engine.global_steps

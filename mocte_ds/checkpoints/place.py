@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mocte_ds.checkpoints.files import sync_folder
@@ -28,6 +28,7 @@ class Place:
 
     root: Path
     tag: str
+    _held: list[int] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tag or Path(self.tag).name != self.tag or self.tag.startswith("."):
@@ -71,10 +72,20 @@ class Place:
                 f"{free / 1e6:.0f} MB are free there. Nothing was written. {last_good(self.root)}"
             )
         self.partial.mkdir()
-        workshop.begin(self.partial)
-        sync_folder(self.root)
+        self._held.append(workshop.hold(self.partial, wait=True))
+        try:
+            workshop.begin(self.partial)
+            sync_folder(self.root)
+        except BaseException:
+            self.give_up()
+            raise
 
     def _require_ours(self) -> None:
+        if self.partial.is_dir() and workshop.is_in_use(self.partial):
+            raise CheckpointError(
+                f"could not save the checkpoint {self.final}: another save writes it at this moment. Nothing was "
+                "changed; wait for it, or save to another folder."
+            )
         for path in (self.final, self.partial, self.replaced):
             if os.path.lexists(path) and not is_checkpoint_of_ours(path):
                 raise CheckpointError(
@@ -121,20 +132,31 @@ class Place:
         """Say that the save is done, `latest` included; the older checkpoint of this name goes."""
         workshop.end(self.final)
         workshop.discard(self.replaced)
+        self._let_go()
 
     def give_up(self) -> None:
         """Remove what was written."""
         workshop.discard(self.partial)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        while self._held:
+            os.close(self._held.pop())
 
 
 def remove_leftovers(root: Path) -> None:
-    """Tidy up after saves that were killed; a checkpoint that was being replaced comes back, and others' files stay."""
+    """Tidy up after saves that were killed; a checkpoint that was being replaced comes back.
+
+    Saves under way, also those of other processes, and others' files stay.
+    """
     for path in sorted(root.iterdir()):
         found = _LEFTOVER.fullmatch(path.name)
         if not found or path.is_symlink() or not path.is_dir():
             continue
         if found[2] == "replaced" and not (root / found[1]).exists():
             os.rename(path, root / found[1])
+        elif workshop.is_in_use(path):
+            continue
         elif workshop.is_unfinished_work(path) or is_checkpoint_of_ours(path):
             workshop.discard(path)
 

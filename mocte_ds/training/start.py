@@ -10,6 +10,8 @@ from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
 from mocte_ds.data.verify import verify_prepared
+from mocte_ds.dist.collectives import require_same
+from mocte_ds.errors import CheckpointError
 from mocte_ds.training.changes import Changes, as_before, read_identity, require_same_run
 from mocte_ds.training.out_folder import CHECKPOINTS, require_out
 from mocte_ds.training.run_config import RunConfig, identity_defaults
@@ -45,6 +47,27 @@ class Start:
         """True if the budget is done and the checkpoint lies in the run's own folder."""
         own = self.checkpoints is not None and self.checkpoints == self.out / "checkpoints"
         return own and self.step >= self.run.training.steps
+
+    def require_unchanged(self) -> None:
+        """Refuse a folder in which another run has saved since it was looked at.
+
+        Raises:
+            CheckpointError: start again.
+        """
+        own = self.out / CHECKPOINTS
+        if self.checkpoints in (None, own) and resolve_tag(own) != self.tag:
+            raise CheckpointError(
+                f"{own} has got another checkpoint while this run started: another process was at work there. "
+                "Nothing was changed; start again, and the run goes on from it."
+            )
+
+    def require_agreed(self) -> None:
+        """Wait for all ranks, and refuse to begin where they have seen different checkpoints (collective).
+
+        Raises:
+            Disagreement: names them.
+        """
+        require_same((str(self.tag), self.step), "the checkpoint to go on from")
 
     def verify_data(self) -> None:
         """Hold the files of the data against their checksums, this process's share of those of its host.
