@@ -9,12 +9,17 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
 from mocte_ds.paths import require_folder_for
-from mocte_ds.training.lost import forget_cause, lost_rank, peer_is_lost, write_cause
+from mocte_ds.training.lost import LostRank, forget_cause, word_of_errors
 from mocte_ds.training.run_config import read_run
+from mocte_ds.training.run_lock import RunLock, run_lock
+
+if TYPE_CHECKING:
+    from mocte_ds.training.start import Start
 
 EXTENSIONS = Path(__file__).resolve().parents[1] / ".cache" / "torch_extensions"
 
@@ -36,31 +41,36 @@ def main(argv: list[str] | None = None) -> int:
     out = Path("runs") / args.run.stem if args.out is None else args.out
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return _pretrain(args, out)
-    except Exception as error:
-        if peer_is_lost(error):
-            raise lost_rank(out) from error
-        write_cause(out, rank, error)
+        # What is refused here leaves nothing in a folder that may be somebody else's.
+        start = _checked(args, out)
+        return _pretrain(args, start, rank)
+    except MocteError as error:
         # Most errors are the same on all ranks. The launcher ends the others as soon as rank 0 has said it.
-        if rank and isinstance(error, MocteError):
+        if rank and not isinstance(error, LostRank):
             time.sleep(3)
         raise
 
 
-def _pretrain(args: argparse.Namespace, out: Path) -> int:
+def _checked(args: argparse.Namespace, out: Path) -> "Start":
     run = read_run(args.run, args.set)
     require_folder_for(out, "--out")
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     from mocte_ds.training.start import make_start
 
-    start = make_start(run, out, args.resume, world_size, args.allow_data_change)
-    if rank == 0:
-        forget_cause(out)
+    return make_start(run, out, args.resume, int(os.environ.get("WORLD_SIZE", "1")), args.allow_data_change)
+
+
+def _pretrain(args: argparse.Namespace, start: "Start", rank: int) -> int:
     if start.finished:
         if rank == 0:
-            print(f"done already: {out} has its {start.step} steps", file=sys.stderr)
+            print(f"done already: {start.out} has its {start.step} steps", file=sys.stderr)
         return 0
+    with run_lock(start.out) if rank == 0 else contextlib.nullcontext() as lock, word_of_errors(start.out, rank):
+        start.require_unchanged()
+        start.verify_data()
+        return _train(args, start, rank, lock)
 
+
+def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | None) -> int:
     # DeepSpeed takes seconds to import; nothing above should wait for that.
     if not args.verbose:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -79,11 +89,14 @@ def _pretrain(args: argparse.Namespace, out: Path) -> int:
     with contextlib.redirect_stdout(sys.stdout if args.verbose else io.StringIO()):
         deepspeed.init_distributed(get_accelerator().communication_backend_name())
     end_process_groups_at_exit()  # a run that is refused ends by an error
-    trainer = Trainer(start)
+    if rank == 0:
+        forget_cause(start.out)
+    start.require_agreed()
+    trainer = Trainer(start, lock)
     finished = trainer.train(args.stop_after)
     if rank == 0:
         step = trainer.engine.global_steps
-        print(f"{'done' if finished else 'stopped'} at step {step}; the run is in {out}", file=sys.stderr)
+        print(f"{'done' if finished else 'stopped'} at step {step}; the run is in {start.out}", file=sys.stderr)
     deepspeed.comm.barrier()
     end_process_groups()
     return 0

@@ -1,5 +1,6 @@
 """The fp32 weights of a checkpoint, experts of all ranks among them, where DeepSpeed's zero_to_fp32 cannot read it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from mocte_ds.checkpoints.reshaping.optimizer import StoredOptimizer
 from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.checkpoints.weights import Made
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership import require_outside_whole
 
 WEIGHTS_FILE = "pytorch_model.bin"
 
@@ -59,10 +61,12 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         The file, for `torch.load(path, weights_only=True)`.
 
     Raises:
-        CheckpointError: as there; or the file is there already, or cannot be written.
+        CheckpointError: as there; or the file (or a link of its name) is there already, or cannot be written.
+        NotOurs: the folder is the whole output of a tool, or lies in one.
     """
     path = Path(output_dir) / WEIGHTS_FILE
-    if path.exists():
+    require_outside_whole(path.parent)
+    if os.path.lexists(path):
         raise CheckpointError(f"{path} is there already; name another folder to write to.")
     weights = _weights(checkpoint_dir, tag, exclude_frozen_parameters)
     try:

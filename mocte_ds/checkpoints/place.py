@@ -5,15 +5,15 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mocte_ds.checkpoints.files import sync_folder
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE
+from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.names import MODEL_FILE
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, NotOurs
 from mocte_ds.ownership import workshop
-from mocte_ds.ownership.marker import write_new
+from mocte_ds.ownership.marker import Marker, write_new
 from mocte_ds.ownership.proof import is_checkpoint_of_ours, is_pointer
 
 PARTIAL, REPLACED = ".{}.mocte-partial", ".{}.mocte-replaced"
@@ -28,6 +28,7 @@ class Place:
 
     root: Path
     tag: str
+    _held: list[int] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tag or Path(self.tag).name != self.tag or self.tag.startswith("."):
@@ -71,10 +72,20 @@ class Place:
                 f"{free / 1e6:.0f} MB are free there. Nothing was written. {last_good(self.root)}"
             )
         self.partial.mkdir()
-        workshop.begin(self.partial)
-        sync_folder(self.root)
+        self._held.append(workshop.hold(self.partial, wait=True))
+        try:
+            workshop.begin(self.partial)
+            sync_folder(self.root)
+        except BaseException:
+            self.give_up()
+            raise
 
     def _require_ours(self) -> None:
+        if self.partial.is_dir() and workshop.is_in_use(self.partial):
+            raise CheckpointError(
+                f"could not save the checkpoint {self.final}: another save writes it at this moment. Nothing was "
+                "changed; wait for it, or save to another folder."
+            )
         for path in (self.final, self.partial, self.replaced):
             if os.path.lexists(path) and not is_checkpoint_of_ours(path):
                 raise CheckpointError(
@@ -103,12 +114,11 @@ class Place:
     def swap_in(self) -> None:
         """Give the finished folder its name.
 
-        An older one of this name steps aside first, where readers still find it, until :meth:`forget_replaced`.
+        An older one of this name steps aside first, where readers still find it, until :meth:`settle`.
         """
         if self.final.exists():
             os.rename(self.final, self.replaced)
         os.rename(self.partial, self.final)
-        workshop.end(self.final)
         sync_folder(self.root)
 
     def move_latest(self) -> None:
@@ -118,23 +128,35 @@ class Place:
             os.replace(work / "latest", self.root / "latest")
         sync_folder(self.root)
 
-    def forget_replaced(self) -> None:
-        """Remove the older checkpoint of this name."""
+    def settle(self) -> None:
+        """Say that the save is done, `latest` included; the older checkpoint of this name goes."""
+        workshop.end(self.final)
         workshop.discard(self.replaced)
+        self._let_go()
 
     def give_up(self) -> None:
         """Remove what was written."""
         workshop.discard(self.partial)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        while self._held:
+            os.close(self._held.pop())
 
 
 def remove_leftovers(root: Path) -> None:
-    """Tidy up after saves that were killed; a checkpoint that was being replaced comes back, and others' files stay."""
+    """Tidy up after saves that were killed; a checkpoint that was being replaced comes back.
+
+    Saves under way, also those of other processes, and others' files stay.
+    """
     for path in sorted(root.iterdir()):
         found = _LEFTOVER.fullmatch(path.name)
         if not found or path.is_symlink() or not path.is_dir():
             continue
         if found[2] == "replaced" and not (root / found[1]).exists():
             os.rename(path, root / found[1])
+        elif workshop.is_in_use(path):
+            continue
         elif workshop.is_unfinished_work(path) or is_checkpoint_of_ours(path):
             workshop.discard(path)
 
@@ -150,14 +172,23 @@ def find_checkpoint(root: Path, tag: str) -> Path | None:
     return None
 
 
+def is_unsettled(folder: Path) -> bool:
+    """Whether a checkpoint got its name, and the save was killed before `latest` named it or a moment later."""
+    with contextlib.suppress(NotOurs):
+        marker = Marker.read(folder)
+        return marker is not None and marker.work == PARTIAL.format(folder.name)
+    return False
+
+
 def resolve_tag(load_dir: str | Path) -> str | None:
     """Name of the last good checkpoint's folder, None where there is none.
 
     Raises:
-        CheckpointError: `latest` is damaged or names a folder that does not exist.
+        CheckpointError: `latest` is damaged, names a folder that does not exist, or is missing beside a checkpoint.
     """
     latest = Path(load_dir) / "latest"
     if not os.path.isfile(latest):
+        _require_nothing_to_name(latest)
         return None
     try:
         tag = latest.read_text(encoding="utf-8").strip()
@@ -170,6 +201,35 @@ def resolve_tag(load_dir: str | Path) -> str | None:
             f"{latest} names the checkpoint '{tag[:100]}', which is not there; write another tag into it."
         )
     return folder.name
+
+
+def _require_nothing_to_name(latest: Path) -> None:
+    """Refuse a folder whose `latest` was lost: whoever takes it for a folder without checkpoints starts anew."""
+    found = sorted((step, path.name) for path in _folders(latest.parent) if (step := _settled_step(path)) is not None)
+    if not os.path.lexists(latest) and not found:
+        return
+    if os.path.isfile(latest):
+        return  # a save has ended meanwhile
+    what = "is not a file" if os.path.lexists(latest) else "is missing"
+    advice = f"write {found[-1][1]} into it to go on from there" if found else "remove it"
+    names = f", and {latest.parent} holds {', '.join(name for _, name in found[-3:])}" if found else ""
+    raise CheckpointError(f"{latest} {what}{names}: {advice}, or name another folder. Nothing was changed.")
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if not path.name.startswith(".")]
+    except OSError:
+        return []
+
+
+def _settled_step(folder: Path) -> int | None:
+    """The step of a checkpoint whose save was done."""
+    if not os.path.isfile(folder / MANIFEST_FILE) or is_unsettled(folder):
+        return None
+    with contextlib.suppress(CheckpointError):
+        return Manifest.read(folder).step
+    return None
 
 
 def find_tag(checkpoint: str | Path) -> Path:

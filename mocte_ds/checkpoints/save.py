@@ -210,7 +210,7 @@ class _Save(threading.Thread):
         self.place.swap_in()
         if self.save_latest:
             self.place.move_latest()
-        self.place.forget_replaced()
+        self.place.settle()
 
 
 def _agree(place: Place, failure: Exception | None) -> None:

@@ -15,24 +15,30 @@ MAX_HASHES = 64_000_000
 
 @dataclass(frozen=True)
 class Links:
-    """Pairs of documents that belong together."""
+    """Which documents have which text in common: each text with each of its n documents."""
 
     documents: int
-    first: np.ndarray
-    """(n,) int64 document."""
-    second: np.ndarray
-    """(n,) int64 a later document."""
+    text: np.ndarray
+    """(n,) int64 number of the text, ascending."""
+    document: np.ndarray
+    """(n,) int64."""
     spread: np.ndarray
-    """(n,) int64 how many documents have the text that they share; 0: the two are copies."""
+    """(n,) int64 how many documents have the text; 0: they are copies of each other."""
     kept_share: float
     """Share of the hashes that were looked at. Two documents with n runs of 13 words in common are missed with a
     probability of (1 - kept_share)^n."""
 
     def groups(self, use: np.ndarray) -> np.ndarray:
-        """(documents,) number of each document's group, by the chosen links: (n,) bool."""
+        """(documents,) number of each document's group.
+
+        Args:
+            use: (n,) bool. All documents of a text that are used with it belong together, whichever comes first.
+        """
+        text, document = self.text[use], self.document[use]
+        starts = np.flatnonzero(_is_first(text))
+        first = np.repeat(document[starts], np.diff(np.append(starts, len(text))))
         edges = coo_matrix(
-            (np.ones(int(use.sum()), dtype=np.int8), (self.first[use], self.second[use])),
-            shape=(self.documents, self.documents),
+            (np.ones(len(text), dtype=np.int8), (first, document)), shape=(self.documents, self.documents)
         )
         return connected_components(edges, directed=False)[1]
 
@@ -40,7 +46,7 @@ class Links:
 class LinkFinder:
     """Takes the documents of a corpus one after the other; memory is bounded but for 8 bytes per document.
 
-    All documents with the same hash are linked to the first of them (union-find does the rest). Where there are more
+    Where there are more
     hashes than :data:`MAX_HASHES`, only those below a limit are kept, and the limit is halved as often as needed: what
     is kept hangs on the text alone, so shared text keeps the same hashes in both documents (Broder, 1997).
     """
@@ -73,13 +79,18 @@ class LinkFinder:
         self._merge()
         hashes, owners = self._hashes[0], self._owners[0]
         self._hashes, self._owners, self._held = [], [], 0
-        found = [_shared(hashes, owners)]
+        text, document, spread = _shared(hashes, owners)
         del hashes, owners
         places = self.places()
-        first, second, _ = _shared(places, np.arange(len(places)))
-        found.append((first, second, np.zeros_like(first)))
-        pairs = [np.concatenate(parts) for parts in zip(*found, strict=True)]
-        return Links(len(places), pairs[0], pairs[1], pairs[2], 0.5**self._halvings)
+        copies, copy, _ = _shared(places, np.arange(len(places)))
+        copies += text[-1] + 1 if len(text) else 0
+        return Links(
+            len(places),
+            np.concatenate([text, copies]),
+            np.concatenate([document, copy]),
+            np.concatenate([spread, np.zeros_like(copy)]),
+            0.5**self._halvings,
+        )
 
     def _small(self, hashes: np.ndarray) -> np.ndarray:
         return hashes[hashes >> np.uint64(64 - self._halvings) == 0] if self._halvings else hashes
@@ -94,14 +105,20 @@ class LinkFinder:
         self._hashes, self._owners, self._held = [hashes], [owners], len(hashes)
 
 
+def _is_first(values: np.ndarray) -> np.ndarray:
+    """(n,) bool: where sorted values change."""
+    new = np.ones(len(values), dtype=bool)
+    new[1:] = values[1:] != values[:-1]
+    return new
+
+
 def _shared(hashes: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every hash with several owners: the first owner, each other one, and how many there are."""
+    """Of every hash with several owners: its number, each owner, and how many there are."""
     order = np.argsort(hashes, kind="stable")
     hashes, owners = hashes[order], owners[order]
-    new = np.ones(len(hashes), dtype=bool)
-    new[1:] = hashes[1:] != hashes[:-1]
-    starts = np.flatnonzero(new)
+    starts = np.flatnonzero(_is_first(hashes))
     counts = np.diff(np.append(starts, len(hashes)))
-    later = ~new
-    repeat = np.maximum(counts - 1, 0)
-    return np.repeat(owners[starts], repeat), owners[later], np.repeat(counts, repeat)
+    several = counts > 1
+    counts_each = np.repeat(counts, counts)
+    numbers = np.repeat(np.arange(int(several.sum()), dtype=np.int64), counts[several])
+    return numbers, owners[counts_each > 1], counts_each[counts_each > 1]

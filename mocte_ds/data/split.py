@@ -83,8 +83,7 @@ class _Groups:
         self._owner = np.repeat(np.arange(len(counts)), counts)
         self.common = np.full(len(counts), np.inf)
         for common in (*_COMMON, None):
-            limit = np.minimum(self.common[self._owner[links.first]], self.common[self._owner[links.second]])
-            self._label = links.groups(links.spread <= limit)
+            self._label = links.groups(links.spread <= self.common[self._owner[links.document]])
             self._measure(places)
             # Four times what is to be held out, so that it is chosen and not just what is left.
             wanted = min(4 * share, (1 + share) / 2) * counts

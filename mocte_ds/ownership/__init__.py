@@ -2,7 +2,7 @@
 
 from mocte_ds.ownership.facts import FileFacts, hash_file
 from mocte_ds.ownership.folders import mark, replace_folder, require_new_or_ours
-from mocte_ds.ownership.overlap import require_apart
+from mocte_ds.ownership.overlap import require_apart, require_outside_whole
 from mocte_ds.ownership.put import append, note_built, note_coming, note_growing, put, require_ours
 from mocte_ds.ownership.remove import remove
 
@@ -20,4 +20,5 @@ __all__ = [
     "require_apart",
     "require_new_or_ours",
     "require_ours",
+    "require_outside_whole",
 ]

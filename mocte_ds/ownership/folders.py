@@ -9,6 +9,7 @@ from pathlib import Path
 from mocte_ds.errors import NotOurs
 from mocte_ds.ownership.facts import hash_file
 from mocte_ds.ownership.marker import MARKER, Entry, Marker
+from mocte_ds.ownership.overlap import require_outside_whole
 from mocte_ds.ownership.proof import few, strangers
 from mocte_ds.ownership.workshop import NEW, OLD, clear, workshop
 
@@ -17,10 +18,12 @@ def require_new_or_ours(out: Path, by: str) -> Path:
     """``out`` as a full path without links, if nothing but an earlier output of the tool is there.
 
     Raises:
-        NotOurs: something else is there; names the first few files.
+        NotOurs: something else is there, of which it names the first few files; or it lies in the whole output of a
+            tool.
         OSError: it cannot be looked at.
     """
     out = out.absolute().resolve()
+    require_outside_whole(out.parent)
     if out.parent.is_dir():
         clear(out.parent)  # an earlier output may come back
     if not os.path.lexists(out):

@@ -1,9 +1,11 @@
 """Whether what is read and what is written are the same place, or one inside of the other."""
 
+import contextlib
 import os
 from pathlib import Path
 
 from mocte_ds.errors import NotOurs
+from mocte_ds.ownership.marker import CHECKPOINT_MANIFEST, Marker
 
 
 def require_apart(out: Path, *sources: Path, inside: bool = False) -> None:
@@ -20,6 +22,28 @@ def require_apart(out: Path, *sources: Path, inside: bool = False) -> None:
     for source in sources:
         if _within(out, source) or (not inside and _within(source, out)):
             raise NotOurs(f"{out} and {source}, which is only read, overlap; write to a place of its own.")
+
+
+def require_outside_whole(folder: Path) -> None:
+    """Refuse a folder that is the whole output of a tool or a checkpoint, or lies in one, through links too.
+
+    Raises:
+        NotOurs: names that output.
+    """
+    folder = folder.absolute().resolve()
+    for place in (folder, *folder.parents):
+        if (place / CHECKPOINT_MANIFEST).is_file() or _is_whole(place):
+            raise NotOurs(
+                f"{place} is the whole output of a tool, which other files would spoil. Nothing was changed; name "
+                "another place."
+            )
+
+
+def _is_whole(folder: Path) -> bool:
+    with contextlib.suppress(NotOurs):  # what it is about is not known any more
+        marker = Marker.read(folder)
+        return marker is not None and marker.whole
+    return False
 
 
 def _within(path: Path, other: Path) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mocte_ds.errors import NotOurs
 from mocte_ds.ownership.facts import FileFacts, hash_file
-from mocte_ds.ownership.marker import CHECKPOINT_MANIFEST, Entry, Marker, locked, safe_name, write_new
+from mocte_ds.ownership.marker import Entry, Marker, locked, safe_name, write_new
+from mocte_ds.ownership.overlap import require_outside_whole
 from mocte_ds.ownership.proof import few, trouble
 from mocte_ds.ownership.workshop import NEW, workshop
 
@@ -29,14 +30,10 @@ def require_ours(folder: Path, names: Iterable[str], by: str) -> None:
     Raises:
         NotOurs: names the first few, and says what to do.
     """
+    require_outside_whole(folder)
     if not folder.is_dir():
         return  # not there; or a file, which the system refuses when it is written to
     marker = Marker.read(folder)
-    if (marker and marker.whole) or (folder / CHECKPOINT_MANIFEST).is_file():
-        raise NotOurs(
-            f"{folder} is the whole output of a tool, which other files would spoil. Nothing was changed; name another "
-            "place."
-        )
     found = few(problem for name in names if (problem := trouble(folder, name, marker, by)))
     if found:
         raise NotOurs(f"{by} would write in place of what is not shown to be its own: {found}. {_ADVICE}")
@@ -69,6 +66,7 @@ def put(
     """
     if any(not safe_name(name) for name in files):
         raise ValueError(f"a name leaves its folder: {sorted(files)}")
+    require_outside_whole(folder)
     with workshop(folder) as work, locked(folder):
         pending = _written(work / NEW, files)
         facts = {name: hash_file(path) for name, path in pending.items()}

@@ -32,10 +32,8 @@ def workshop(parent: Path, target: str | None = None) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     clear(parent)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    number = hold(folder, wait=True)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         begin(folder, target)
         yield folder
     finally:
@@ -50,6 +48,27 @@ def begin(folder: Path, target: str | None = None) -> None:
         OSError: it cannot be written.
     """
     write_new(folder / MARKER, Marker(work=folder.name, target=target).text().encode())
+
+
+def hold(folder: Path, wait: bool = False) -> int:
+    """Show other processes that somebody works in a folder, until the number that is returned is closed.
+
+    Args:
+        folder: the folder.
+        wait: of a folder that was made this moment, where others only have a look.
+
+    Raises:
+        OSError: it is not there, or somebody works in it.
+    """
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(number)
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return number
 
 
 def end(folder: Path) -> None:
@@ -78,15 +97,10 @@ def is_unfinished_work(folder: Path) -> bool:
 
 def is_in_use(folder: Path) -> bool:
     """Whether a process works in a folder of unfinished work."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(hold(folder))
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(number)
     return False
 
 

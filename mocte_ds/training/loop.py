@@ -26,6 +26,7 @@ from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
+from mocte_ds.training.run_lock import RunLock
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry, expect_board
@@ -38,9 +39,14 @@ PROBE_SEQUENCES = 8
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, start: Start) -> None:
-        """Build the engine, open the data and go on from the checkpoint, if there is one (collective)."""
-        self.start, self.run, self.out = start, start.run, start.out
+    def __init__(self, start: Start, lock: RunLock | None = None) -> None:
+        """Build the engine, open the data and go on from the checkpoint, if there is one (collective).
+
+        Args:
+            start: from :func:`mocte_ds.training.start.make_start`.
+            lock: of the run's folder, on rank 0.
+        """
+        self.start, self.run, self.out, self.lock = start, start.run, start.out, lock
         self.rank, self.world_size = world()
         t, settings = self.run.training, start.settings
         self.config = MocteConfig.from_dict(settings["mocte"]) if "mocte" in settings else None
@@ -71,7 +77,7 @@ class Trainer:
             t.micro_batch,
             t.seed,
             self.run.data.weights,
-            verify=None,  # make_start has done it
+            verify=None,  # Start.verify_data has done it
         )
         validated = self.run.evaluation.sequences_per_domain
         held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES, None)
@@ -132,6 +138,8 @@ class Trainer:
         last = min(t.steps, stop_after if stop_after is not None else t.steps)
         batches, started = iter(self.loader), time.perf_counter()
         while self.engine.global_steps < last:
+            if self.lock:
+                self.lock.require_held()
             metrics, stopping = self._step(batches)
             step = metrics["step"]
             if step % self.run.validate_every == 0 or step == t.steps:
@@ -254,6 +262,8 @@ class Trainer:
             "tokens": step * self.run.training.batch_tokens,
             "ledger": self.ledger.to_dict(),
         }
+        if self.lock:
+            self.lock.require_held()
         save(self.engine, folder, checkpoint_tag(step), state)
         self._prune()
         if self.rank == 0:

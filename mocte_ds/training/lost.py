@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from mocte_ds.errors import ConfigError, MocteError
@@ -12,6 +13,8 @@ from mocte_ds.ownership import note_built, require_ours
 CAUSE_FILE = "last_error.json"
 _TOOL = "pretrain"
 _PATIENCE = 2.0  # seconds that a rank which fails has for writing down why
+_BEGUN = time.time()
+_APART = 10.0  # seconds between the starts of a run's ranks, by the clocks of their hosts
 _SIGNS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -42,8 +45,28 @@ def peer_is_lost(error: BaseException) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def word_of_errors(folder: Path, rank: int) -> Iterator[None]:
+    """Leave word of an error for the other ranks; in place of an echo of another rank's end, raise what it said.
+
+    Args:
+        folder: of the run, which the run may write into (:func:`mocte_ds.training.out_folder.require_out`).
+        rank: this one.
+
+    Raises:
+        LostRank: another rank has ended.
+    """
+    try:
+        yield
+    except Exception as error:
+        if peer_is_lost(error):
+            raise lost_rank(folder) from error
+        write_cause(folder, rank, error)
+        raise
+
+
 def write_cause(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave word of why this rank ends, for the others; the first one's stays.
+    """Leave word of why this rank ends, for the others; the first one's stays, that of an earlier start does not.
 
     Args:
         folder: of the run, which all ranks share; where it is not there, or cannot be written, nothing happens.
@@ -52,8 +75,12 @@ def write_cause(folder: Path, rank: int, error: BaseException) -> None:
     """
     text = " ".join(str(error).split())
     text = text if isinstance(error, MocteError) else f"{type(error).__name__}: {text}"
+    path = folder / CAUSE_FILE
     try:
-        with open(folder / CAUSE_FILE, "x", encoding="utf-8") as file:
+        if path.exists() and not _is_of_this_start(path):
+            forget_cause(folder)
+        require_ours(folder, [CAUSE_FILE], _TOOL)
+        with open(path, "x", encoding="utf-8") as file:
             json.dump({"rank": rank, "error": text}, file)
         note_built(folder, [CAUSE_FILE], _TOOL)
     except (OSError, MocteError):  # a full disk, or a damaged marker: this rank has its own error to tell
@@ -61,10 +88,17 @@ def write_cause(folder: Path, rank: int, error: BaseException) -> None:
 
 
 def forget_cause(folder: Path) -> None:
-    """Remove what an earlier start has left; a file of somebody else under this name stays."""
+    """Remove what an earlier start has left; a file of somebody else under this name stays.
+
+    No rank of this start may have failed by then: call it where all ranks have met.
+    """
     with contextlib.suppress(OSError, MocteError):
         require_ours(folder, [CAUSE_FILE], _TOOL)
         (folder / CAUSE_FILE).unlink(missing_ok=True)
+
+
+def _is_of_this_start(path: Path) -> bool:
+    return path.stat().st_mtime > _BEGUN - _APART
 
 
 def lost_rank(folder: Path) -> LostRank:
@@ -77,6 +111,8 @@ def lost_rank(folder: Path) -> LostRank:
     while time.monotonic() < deadline:
         try:
             values = read_object(folder / CAUSE_FILE)
+            if not _is_of_this_start(folder / CAUSE_FILE):
+                break
             return LostRank(f"another rank ended; the first cause, on rank {values['rank']}: {values['error']}")
         except (ConfigError, LookupError):
             time.sleep(0.05)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
-from mocte_ds.checkpoints.place import PARTIAL, resolve_tag
+from mocte_ds.checkpoints.place import PARTIAL, is_unsettled, resolve_tag
 from mocte_ds.errors import CheckpointError, ConfigError, MocteError
 from mocte_ds.ownership import put
+from mocte_ds.ownership.marker import MARKER
 from mocte_ds.ownership.workshop import begin, discard
 
 TOOL = "pretrain"
@@ -31,6 +32,7 @@ def resume_folder(out: Path, resume: str) -> Path | None:
 
     Raises:
         ConfigError: `no`, but the folder holds a run; or a folder without a checkpoint.
+        CheckpointError: `latest` was lost or is damaged.
     """
     own = out / "checkpoints"
     if resume == "auto":
@@ -91,7 +93,7 @@ def _not_ours(path: Path) -> str | None:
     if path.is_symlink() or not path.is_dir():
         return "it is not a folder"
     try:
-        known = {*Manifest.read(path).files, MANIFEST_FILE}
+        known = {*Manifest.read(path).files, MANIFEST_FILE, *([MARKER] if is_unsettled(path) else [])}
     except CheckpointError:
         return f"it has no whole {MANIFEST_FILE}"
     other = sorted(e.name for e in path.iterdir() if e.name not in known or e.is_symlink() or not e.is_file())

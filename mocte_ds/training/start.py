@@ -10,6 +10,8 @@ from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
 from mocte_ds.data.verify import verify_prepared
+from mocte_ds.dist.collectives import require_same
+from mocte_ds.errors import CheckpointError
 from mocte_ds.training.changes import Changes, as_before, read_identity, require_same_run
 from mocte_ds.training.out_folder import CHECKPOINTS, require_out
 from mocte_ds.training.run_config import RunConfig, identity_defaults
@@ -46,9 +48,40 @@ class Start:
         own = self.checkpoints is not None and self.checkpoints == self.out / "checkpoints"
         return own and self.step >= self.run.training.steps
 
+    def require_unchanged(self) -> None:
+        """Refuse a folder in which another run has saved since it was looked at.
+
+        Raises:
+            CheckpointError: start again.
+        """
+        own = self.out / CHECKPOINTS
+        if self.checkpoints in (None, own) and resolve_tag(own) != self.tag:
+            raise CheckpointError(
+                f"{own} has got another checkpoint while this run started: another process was at work there. "
+                "Nothing was changed; start again, and the run goes on from it."
+            )
+
+    def require_agreed(self) -> None:
+        """Wait for all ranks, and refuse to begin where they have seen different checkpoints (collective).
+
+        Raises:
+            Disagreement: names them.
+        """
+        require_same((str(self.tag), self.step), "the checkpoint to go on from")
+
+    def verify_data(self) -> None:
+        """Hold the files of the data against their checksums, this process's share of those of its host.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        verify_prepared(self.prepared, self.manifest, self.run.data.verify, *_place_on_host())
+
 
 def make_start(run: RunConfig, out: Path, resume: str, world_size: int, allow_data_change: bool = False) -> Start:
-    """Check a run against its data, the number of ranks and the checkpoint that it goes on from.
+    """Check a run against its data, the number of ranks, its folder and the checkpoint that it goes on from.
+
+    Nothing is written. The bytes of the data are looked at by :meth:`Start.verify_data`.
 
     Args:
         run: the run file.
@@ -82,7 +115,6 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int, allow_da
         other = [checkpoints] if checkpoints is not None and not own else []
         sources = [prepared, *([Path(run.init)] if run.init else []), *other]
         require_out(out, sources, tokenizer, own, start.step if own else 0, run.training.steps)
-        verify_prepared(prepared, manifest, run.data.verify, *_place_on_host())
     return start
 
 

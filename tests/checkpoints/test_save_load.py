@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -208,6 +209,7 @@ def test_killed_while_a_tag_is_replaced(saved, monkeypatch):
 
     here = Place(saved, "one")
     here.prepare(0)
+    os.close(here._held.pop())  # as the end of its process does
     with monkeypatch.context() as patch:
         rename = place.os.rename
         patch.setattr(place.os, "rename", lambda a, b: kill() if Path(a) == here.partial else rename(a, b))
@@ -221,9 +223,25 @@ def test_killed_while_a_tag_is_replaced(saved, monkeypatch):
     assert sorted(path.name for path in saved.iterdir()) == ["latest", "one", "two"]
 
 
+def test_a_save_under_way_is_no_leftover(saved):
+    """Another save, of this process or another one, neither removes it nor writes into it."""
+    one, two = Place(saved, "three"), Place(saved, "two")
+    one.prepare(0)
+    (one.partial / "file").write_text("half")
+    two.prepare(0)
+    with raises(CheckpointError, match="another save writes it at this moment"):
+        Place(saved, "three").prepare(0)
+    assert (one.partial / "file").read_text() == "half"
+    one.give_up()
+    two.give_up()
+    assert not list(saved.glob(".*"))
+
+
 def test_only_our_leftovers_are_removed(saved):
     """A save that was killed has left its mark, or a whole checkpoint; a name alone shows nothing."""
-    Place(saved, "two").prepare(0)
+    killed = Place(saved, "two")
+    killed.prepare(0)
+    os.close(killed._held.pop())  # as the end of its process does
     (saved / ".two.mocte-partial" / "file").write_text("half")
     shutil.copytree(saved / "one", saved / ".one.mocte-replaced")
     for name in (".three.mocte-partial", ".four.mocte-replaced", ".two.partial", "mocte-partial", ".mine"):

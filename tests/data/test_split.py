@@ -63,6 +63,26 @@ def test_groups_stay_together_also_between_domains() -> None:
     assert (more.held_out["a"] == split.held_out["a"]).all() and (more.held_out["b"][:-1] == split.held_out["b"]).all()
 
 
+@pytest.mark.parametrize("order", ["ab", "ba", "abc", "acb", "cab"])
+def test_a_limit_of_one_domain_does_not_tear_groups_of_others(order: str) -> None:
+    """Boilerplate chains the documents of `a`, which gets a limit; passages of `b` (and `c`) stand in `a` too."""
+    shared = [" ".join(words(1000 + n, 20)) for n in range(16)]
+    boiler = [" ".join(words(2000 + n, 20)) for n in range(160)]
+    drawn = np.random.default_rng(0).integers(0, 160, (400, 2))
+    corpus = {"a": [" ".join([*words(3000 + n, 60), boiler[i], boiler[j]]) for n, (i, j) in enumerate(drawn)]}
+    corpus["a"][:16] = [f"{text} {passage}" for text, passage in zip(corpus["a"], shared, strict=False)]
+    for number, name in enumerate("bc"):
+        corpus[name] = [
+            " ".join(words(5000 + 1000 * number + n, 60)) + (f" {shared[n // 5]}" if n < 80 else "") for n in range(200)
+        ]
+    split = splitter({name: corpus[name] for name in order}, 0.1)
+    assert split.found["a"]["common"] == 3 and split.found["b"]["common"] is None
+    others = [name for name in "bc" if name in order]
+    sides = np.concatenate([split.held_out[name][:80].reshape(16, 5) for name in others], axis=1)
+    assert (sides.all(axis=1) | ~sides.any(axis=1)).all(), "groups torn over both sides"
+    assert split.found["b"]["groups"] == 16 and split.found["b"]["documents"] == 80
+
+
 def test_boilerplate_of_all_documents_does_not_make_one_group() -> None:
     licence = " ".join(words(7, 40))
     split = splitter({"code": [f"{licence}\n{' '.join(words(n + 50, 40))}" for n in range(200)]}, 0.1)

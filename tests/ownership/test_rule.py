@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mocte_ds.errors import NotOurs
+from mocte_ds.checkpoints.fp32 import convert_zero_checkpoint_to_fp32_state_dict
+from mocte_ds.checkpoints.reshaping.reshape import reshape
+from mocte_ds.errors import CheckpointError, NotOurs
 from mocte_ds.ownership import (
     append,
     note_coming,
@@ -22,6 +24,7 @@ from mocte_ds.ownership.__main__ import main
 from mocte_ds.ownership.marker import MARKER
 from mocte_ds.ownership.workshop import workshop
 from tests.ownership.trees import tree
+from tests.training.test_run_folder import make_checkpoints
 
 TOOL = "some_tool"
 RECORD = b"\x05\0\0\0\0\0\0\0" + b"crc!" + b"event" + b"crc!"
@@ -175,6 +178,30 @@ def test_the_whole_output_of_a_tool_takes_no_other_files(tmp_path: Path) -> None
     with replace_folder(require_new_or_ours(out, TOOL), TOOL) as pending:
         (pending / "others").write_bytes(b"2")
     assert sorted(path.name for path in out.iterdir()) == [MARKER, "others"]
+
+
+def test_nor_do_folders_in_it(tmp_path: Path) -> None:
+    with replace_folder(tmp_path / "export", TOOL) as pending:
+        (pending / "sub").mkdir()
+        (pending / "sub" / "weights").write_bytes(b"1")
+    for name in ("run", "another"):
+        make_checkpoints(tmp_path / name, 20, latest=20)
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "step20")
+    before = tree(tmp_path)
+    for inside in ("export/sub", "export/new/deep", "run/step20/report", "link/report"):
+        for write in (
+            lambda out: put(out, {"index.html": b""}, "report"),
+            lambda out: append(out / "log", "x", "report"),
+            lambda out: require_new_or_ours(out / "other", "export_hf"),
+            lambda out: convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "none", out),
+            lambda out: reshape(tmp_path / "another" / "step20", out, 1, 1),
+        ):
+            with pytest.raises(NotOurs, match="would spoil"):
+                write(tmp_path / inside)
+    assert tree(tmp_path) == before
+    (tmp_path / "pytorch_model.bin").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="is there already"):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "run", tmp_path)
 
 
 def test_what_comes_in_meanwhile_stays(tmp_path: Path) -> None:

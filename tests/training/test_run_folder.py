@@ -7,8 +7,9 @@ import pytest
 
 from mocte_ds.checkpoints.files import hash_file
 from mocte_ds.checkpoints.manifest import Manifest
-from mocte_ds.checkpoints.place import remove_leftovers
+from mocte_ds.checkpoints.place import Place, remove_leftovers
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.ownership.workshop import begin
 from mocte_ds.training import run_folder
 from mocte_ds.training.changes import IDENTITY_FILE, Changes, changes_so_far, require_same_run
 from mocte_ds.training.run_config import identity_defaults
@@ -42,6 +43,33 @@ def test_latest_without_its_folder(tmp_path: Path) -> None:
     make_checkpoints(tmp_path / "checkpoints", 10, latest=20)
     with pytest.raises(CheckpointError, match="names the checkpoint 'step20', which is not there"):
         resume_folder(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("resume", ["auto", "no", "folder"])
+@pytest.mark.parametrize("left", ["nothing", "a dangling link", "a folder"])
+def test_a_lost_latest_does_not_start_anew(resume: str, left: str, tmp_path: Path) -> None:
+    make_checkpoints(own := tmp_path / "checkpoints", 9, 10, latest=10)
+    (own / "latest").unlink()
+    if left == "a dangling link":
+        (own / "latest").symlink_to("step12")
+    elif left == "a folder":
+        (own / "latest").mkdir()
+    out, resume = (tmp_path / "new", str(tmp_path)) if resume == "folder" else (tmp_path, resume)
+    with pytest.raises(CheckpointError, match="step9, step10: write step10 into it to go on from there"):
+        resume_folder(out, resume)
+
+
+def test_a_save_that_was_killed_before_latest_named_it_does_not_count(tmp_path: Path) -> None:
+    make_checkpoints(own := tmp_path / "checkpoints", 10, latest=10)
+    (own / "latest").unlink()
+    (own / "step10").rename(partial := Place(own, "step10").partial)
+    begin(partial)
+    Place(own, "step10").swap_in()
+    assert resume_folder(tmp_path, "auto") is None
+    (place := Place(own, "step10")).prepare(0)  # the next save of this name may take its place
+    place.give_up()
+    make_checkpoints(own, 20, 30, latest=30)
+    assert prune_checkpoints(own, keep=2) == [] and not (own / "step10").exists()
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:

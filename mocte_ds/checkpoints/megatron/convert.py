@@ -21,7 +21,7 @@ from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import Source, StoredSource
 from mocte_ds.checkpoints.weights import tensors_of, write_weights
 from mocte_ds.errors import CheckpointError, ConfigError
-from mocte_ds.ownership import require_apart
+from mocte_ds.ownership import require_apart, require_outside_whole
 
 _TOOL = "to_megatron"
 
@@ -134,4 +134,5 @@ def _require_new(out: Path, source: Path, dtype: str) -> Path:
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; remove it or name another folder.")
     require_apart(out, source)
+    require_outside_whole(out.parent)
     return out.absolute().resolve()

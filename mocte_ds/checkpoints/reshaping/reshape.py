@@ -16,7 +16,7 @@ from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.checkpoints.save import Saver
 from mocte_ds.errors import CheckpointError
-from mocte_ds.ownership import require_apart
+from mocte_ds.ownership import require_apart, require_outside_whole
 
 
 def reshape(
@@ -46,6 +46,7 @@ def reshape(
     if resolve_tag(root) is not None:
         raise CheckpointError(f"{root} holds other checkpoints already; name another folder to write to.")
     require_apart(target, folder)
+    require_outside_whole(root)
     manifest = require_whole(folder)
     with only_plausible(folder):
         written = Written(folder, manifest)
