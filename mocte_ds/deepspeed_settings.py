@@ -1,12 +1,13 @@
 """What is checked in a DeepSpeed config before DeepSpeed sees it, and its refusals as one message."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.plain_values import require_plain
-from mocte_ds.shown import name_shown, shown
+from mocte_ds.shown import name_shown, nearest, shown
 
 _SECTIONS = (
     "activation_checkpointing amp bf16 checkpoint comms_logger csv_monitor data_types elasticity flops_profiler fp16 "
@@ -54,6 +55,41 @@ def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed co
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{where}: zero_optimization.stage = {shown(stage)} must be 0, 1, 2 or 3.")
     return copy.deepcopy(kept)
+
+
+def require_scheduler(settings: Mapping[str, Any], where: str = "the DeepSpeed config") -> None:
+    """Refuse a scheduler that DeepSpeed could not make, before it makes anything.
+
+    Args:
+        settings: from :func:`checked_settings`.
+        where: its place, for messages.
+
+    Raises:
+        ConfigError: an unknown type, a parameter that the type does not have, or one that it needs and that is missing.
+    """
+    import torch
+    from deepspeed.runtime import lr_schedules
+
+    section = settings.get("scheduler") or {}
+    if "type" not in section:
+        return
+    kind, own = section["type"], list(lr_schedules.VALID_LR_SCHEDULES)
+    others = [name for name, item in vars(torch.optim.lr_scheduler).items() if inspect.isclass(item)]
+    if kind not in own and kind not in others:
+        known = [*own, *(name for name in others if name.endswith("LR"))]
+        raise ConfigError(f"{where}: scheduler.type = {shown(kind)} is not one of {own}.{nearest(kind, known)}")
+    maker = getattr(lr_schedules if kind in own else torch.optim.lr_scheduler, kind)
+    parameters = {name: p for name, p in inspect.signature(maker).parameters.items() if name != "optimizer"}
+    params = section.get("params", {})
+    for name in params:
+        if name not in parameters:
+            raise ConfigError(
+                f"{where}: scheduler.params.{name_shown(name)} is not a parameter of {kind}.{nearest(name, parameters)} It "
+                f"has {', '.join(parameters)}."
+            )
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in params]
+    if missing:
+        raise ConfigError(f"{where}: scheduler.params.{missing[0]} is missing; {kind} needs it.")
 
 
 def parsed_by_deepspeed(settings: dict[str, Any], mpu: Any = None) -> Any:

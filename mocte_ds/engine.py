@@ -19,7 +19,7 @@ from mocte_ds.checkpoints.plain import only_plausible
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
-from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed
+from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, require_scheduler
 from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_json
@@ -46,8 +46,9 @@ class MocteEngine(UnitEngine):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run a pass that trains stands."""
-        self.vocabulary.look(inputs, kwargs, self.global_steps)
-        if not (self.module.training and torch.is_grad_enabled()):  # engine.eval() sets the module only
+        trains = self.module.training and torch.is_grad_enabled()  # engine.eval() sets the module only
+        self.vocabulary.look(inputs, kwargs, self.global_steps, trains)
+        if not trains:
             return super().forward(*inputs, **kwargs)
         micro, rank = self.train_micro_batch_size_per_gpu(), dist.get_rank(group=self.data_parallel_group)
         self.mocte.before_micro_batch(rank, self.dp_world_size, micro, inputs, kwargs)
@@ -224,6 +225,8 @@ def initialize(
     settings = _read_config(config)
     block = MocteConfig.from_dict(settings.pop("mocte"))
     _check_deepspeed_part(settings, model, optimizer, mpu)
+    if lr_scheduler is None:
+        require_scheduler(settings)
     use_kernel_lock()
     if not dist.is_initialized():
         if get_accelerator().device_name() == "cpu":

@@ -1,4 +1,4 @@
-"""Token ids are looked at where a batch enters the model: outside of the vocabulary they fail deep inside or never."""
+"""Batches are looked at where they enter the model: what is wrong with them fails deep inside or never."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from mocte_ds.errors import DataError
 
+_IGNORED = -100
+
 
 class Vocabulary:
-    """How many ids a model has, and whether a batch keeps to them."""
+    """How many ids a model has, and whether a batch keeps to them and has something to learn."""
 
     def __init__(self, model: nn.Module, every: int) -> None:
         """Find the model's token embedding; nothing is looked at where it has none.
@@ -21,20 +23,24 @@ class Vocabulary:
         """
         self.size, self._every, self._next = embedding_size(model), every, 0
 
-    def look(self, args: tuple, kwargs: Mapping[str, Any], step: int) -> None:
-        """Check the ids of a batch: always on a CPU, at some steps on a GPU.
+    def look(self, args: tuple, kwargs: Mapping[str, Any], step: int, trains: bool = False) -> None:
+        """Check the ids and labels of a batch: always on a CPU, at some steps on a GPU.
 
         Args:
             args: of the model's call.
             kwargs: of the model's call; `input_ids`, or else the first of ``args``, holds the ids.
             step: optimizer steps done.
+            trains: whether the pass is one that trains; then the batch must have a label.
 
         Raises:
-            DataError: an id is negative or too large.
+            DataError: the batch is empty, an id is negative or too large, or every label is -100: the mean loss of no
+                token is NaN, and so is every weight after the step.
         """
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if self.size is None or not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
+        if self.size is None or not isinstance(ids, Tensor) or ids.is_floating_point():
             return
+        if not ids.numel():
+            raise DataError(f"step {step + 1}: the batch is empty, input_ids are {tuple(ids.shape)}; leave it out.")
         if ids.device.type != "cpu":
             if step < self._next:
                 return
@@ -45,6 +51,12 @@ class Vocabulary:
                 f"step {step + 1}: a token id is {least if least < 0 else most}, and the model's embedding has the ids "
                 f"0 to {self.size - 1}. Take the tokenizer that belongs to the model, or a model with a larger "
                 "vocabulary; padding needs an id too."
+            )
+        labels = kwargs.get("labels")
+        if trains and isinstance(labels, Tensor) and labels.numel() and bool((labels == _IGNORED).all()):
+            raise DataError(
+                f"step {step + 1}: every label of a micro-batch of {labels.shape[0]} sequences is {_IGNORED}, so its "
+                "mean loss is 0 / 0. Leave such micro-batches out, on all ranks alike, or make them larger."
             )
 
 

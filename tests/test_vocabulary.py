@@ -24,7 +24,8 @@ def test_ids_that_are_none() -> None:
     vocabulary.look((), {"input_ids": IDS}, 0)
     vocabulary.look((IDS,), {}, 0)
     vocabulary.look((IDS.float() * 100,), {}, 0)  # features, no ids
-    vocabulary.look((), {"input_ids": IDS[:0]}, 0)
+    with pytest.raises(DataError, match=r"step 4: the batch is empty, input_ids are \(0, 3\)"):
+        vocabulary.look((), {"input_ids": IDS[:0]}, 3)
     for step in (0, 1):
         with pytest.raises(DataError, match=f"step {step + 1}: a token id is 40, and .* the ids 0 to 39"):
             vocabulary.look((), {"input_ids": IDS + 1}, step)
@@ -46,3 +47,15 @@ def test_a_batch_on_a_gpu_is_looked_at_now_and_then() -> None:
         except DataError:
             looked.append(step)
     assert looked == [0, 10, 20]
+
+
+def test_a_micro_batch_without_a_label() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2, n_positions=100))
+    vocabulary, none = Vocabulary(model, every=10), torch.full_like(IDS, -100)
+    assert model(input_ids=IDS, labels=none).loss.isnan(), "what it is refused for"
+    with pytest.raises(DataError, match="step 8: every label of a micro-batch of 2 sequences is -100"):
+        vocabulary.look((), {"input_ids": IDS, "labels": none}, 7, trains=True)
+    one = none.clone()
+    one[1, 2] = 3
+    vocabulary.look((), {"input_ids": IDS, "labels": one}, 7, trains=True)
+    vocabulary.look((), {"input_ids": IDS, "labels": none}, 7)  # a validation pass changes no weight
