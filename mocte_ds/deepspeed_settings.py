@@ -83,9 +83,10 @@ def require_scheduler(settings: Mapping[str, Any], where: str = "the DeepSpeed c
     params = section.get("params", {})
     for name in params:
         if name not in parameters:
+            near = nearest(name, parameters)
             raise ConfigError(
-                f"{where}: scheduler.params.{name_shown(name)} is not a parameter of {kind}.{nearest(name, parameters)} It "
-                f"has {', '.join(parameters)}."
+                f"{where}: scheduler.params.{name_shown(name)} is not a parameter of {kind}.{near} It has "
+                f"{', '.join(parameters)}."
             )
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in params]
     if missing:

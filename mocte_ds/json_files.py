@@ -45,7 +45,7 @@ def read_text(path: str | Path, most_bytes: int = MOST_BYTES, kind: type[MocteEr
     except UnicodeDecodeError as error:
         raise kind(f"cannot read {path_shown(path)}: it is not UTF-8 text (byte {error.start}).") from error
     except FileNotFoundError as error:
-        raise kind(f"cannot read {path_shown(path)}: {path.name} is missing ({error.strerror}).") from error
+        raise kind(f"cannot read {path_shown(path)}: {error.strerror}; it is missing.") from error
     except (OSError, ValueError) as error:
         if isinstance(error, MocteError):
             raise

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 def _mocte_block(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values, dict) or not isinstance(values.get("mocte"), dict):
-        raise ConfigError(f'{path} is no DeepSpeed config with a "mocte" block.')
+        raise ConfigError(f'{path} is not a DeepSpeed config with a "mocte" block.')
     return values["mocte"]
 
 

@@ -134,7 +134,7 @@ def _read(args: argparse.Namespace, device: torch.device) -> CheckpointSizes:
     if device.type == "cuda" and args.ranks > torch.cuda.device_count():
         raise MocteError(f"--ranks {args.ranks}: torch sees {torch.cuda.device_count()} CUDA devices, one a rank.")
     if not args.folder.is_dir():
-        raise MocteError(f"--folder {args.folder} is no folder.")
+        raise MocteError(f"--folder {args.folder} is not a folder.")
     sizes = CheckpointSizes(**{name: getattr(args, name) for name in _SIZES}, dtype=args.dtype)
     # Refuses a number of experts or ranks, and a model, that make no sense.
     MocteConfig.from_dict(sizes.config(False)["mocte"], sizes.ranks)

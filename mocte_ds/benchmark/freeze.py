@@ -138,7 +138,8 @@ def _shares(given: str, experts: int) -> tuple[int, ...]:
     for share in shares:
         if share * experts % 100:
             raise MocteError(
-                f"--frozen {given}: {share} % of --experts {experts} is no whole number; give 4 experts or a multiple."
+                f"--frozen {given}: {share} % of --experts {experts} is not a whole number; give 4 experts or "
+                "a multiple."
             )
     return shares
 

@@ -45,16 +45,16 @@ class Manifest:
         path = folder / MANIFEST_FILE
         if not os.path.lexists(path):
             raise CheckpointError(
-                f"{path} is missing: {folder} is no whole checkpoint of this version (format {FORMAT}); what version "
-                f"0.1.0 wrote has none. Write the name of another checkpoint into {folder.parent / 'latest'}."
+                f"{path} is missing: {folder} is not a whole checkpoint of this version (format {FORMAT}); what "
+                f"version 0.1.0 wrote has none. Write the name of another checkpoint into {folder.parent / 'latest'}."
             )
         try:
             text = read_text(path, kind=CheckpointError)
-            values = parse_json(text, "it", CheckpointError)
+            values = parse_json(text, "it", CheckpointError, foreign=True)  # what it claims is looked at below
             found = values["format"]
         except (CheckpointError, LookupError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read: {type(error).__name__}: {error}.{_moved_manifest(folder)}"
+                f"{path} cannot be read: {type(error).__name__}: {error}{_moved_manifest(folder)}"
             ) from error
         if found != FORMAT:
             raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}.")

@@ -107,7 +107,7 @@ def read_outline(path: Path) -> Any:
         # torch says where the bytes of a storage lie; files of before torch 1.6 have no such place.
         start = tensor.untyped_storage()._checkpoint_offset
         if start is None or not tensor.is_contiguous():
-            raise CheckpointError(f"{path} holds a tensor in another form than ours: it is no file of a checkpoint.")
+            raise CheckpointError(f"{path} holds a tensor in another form than ours: it is not a file of a checkpoint.")
         start += tensor.storage_offset() * tensor.dtype.itemsize
         pieces = (Piece(path, start, tensor.numel() * tensor.dtype.itemsize),)
         if start + pieces[0].bytes > size:

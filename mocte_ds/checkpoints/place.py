@@ -242,10 +242,10 @@ def find_tag(checkpoint: str | Path) -> Path:
     if os.path.isfile(folder / MANIFEST_FILE) or os.path.isfile(folder / MODEL_FILE):
         return folder
     if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder} is no folder; name a run's checkpoints folder, or one tag in it.")
+        raise CheckpointError(f"{folder} is not a folder; name a run's checkpoints folder, or one tag in it.")
     tag = resolve_tag(folder)
     if tag is None:
-        raise CheckpointError(f"{folder} is no checkpoint: neither a file 'latest' nor {MODEL_FILE} is there.")
+        raise CheckpointError(f"{folder} is not a checkpoint: neither a file 'latest' nor {MODEL_FILE} is there.")
     return folder / tag
 
 

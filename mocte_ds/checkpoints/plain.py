@@ -142,7 +142,7 @@ def require_keys(values: Any, keys: tuple[str, ...], path: Path) -> dict[str, An
     """
     missing = [key for key in keys if key not in values] if isinstance(values, dict) else ["keys"]
     if missing:
-        raise CheckpointError(f"{path} has no {', '.join(missing)}: it is no file of a checkpoint of mocte_ds.")
+        raise CheckpointError(f"{path} has no {', '.join(missing)}: it is not a file of a checkpoint of mocte_ds.")
     return values
 
 

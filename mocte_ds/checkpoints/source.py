@@ -74,7 +74,7 @@ class Source:
         strange = [m.name for m in self.model.modules() if isinstance(m, Block) and m not in blocks.values()]
         if strange:
             raise CheckpointError(
-                f"the block {strange[0]} is no FFN of a layer (model.layers.N.mlp); no class has experts there."
+                f"the block {strange[0]} is not an FFN of a layer (model.layers.N.mlp); no class has experts there."
             )
         return blocks
 

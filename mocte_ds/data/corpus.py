@@ -41,7 +41,7 @@ def corpus_files(folder: str | Path) -> CorpusFiles:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; a corpus is a folder with one file per domain: {FORMATS}.")
+        raise DataError(f"{folder} is not a folder; a corpus is a folder with one file per domain: {FORMATS}.")
     found = CorpusFiles()
     origin: dict[str, str] = {}
     for path in _entries(folder):

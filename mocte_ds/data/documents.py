@@ -120,7 +120,7 @@ class DocumentFile:
             file = parquet.ParquetFile(self.path, page_checksum_verification=True)
             self._require_text_column(file.schema_arrow)
         except pyarrow.ArrowException as error:
-            raise DataError(f"{self.path} is no parquet file: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{self.path} is not a parquet file: {str(error).splitlines()[0]}") from error
         number = 0
         with file:
             for batch in file.iter_batches(_PARQUET_ROWS, columns=["text"]):

@@ -141,7 +141,7 @@ class BlendedLoader:
             raise DataError(f"rank = {rank} must be one of the {world_size} ranks from 0.")
         if batch_size % (world_size * micro_batch):
             raise DataError(
-                f"a global batch of {batch_size} sequences is no multiple of {world_size} ranks x {micro_batch} "
+                f"a global batch of {batch_size} sequences is not a multiple of {world_size} ranks x {micro_batch} "
                 "sequences of a micro-batch."
             )
         if seed < 0:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,18 +57,16 @@ class Manifest:
             DataError: there is none, or it is damaged or of another format.
         """
         path = Path(folder) / NAME
+        if not os.path.lexists(path):
+            raise DataError(f"{folder} holds no prepared data (no {NAME}); tools/prepare_data.py makes it.")
         try:
-            values = read_object(path, DataError) if path.exists() else None
-            if values is None:
-                raise DataError(f"{folder} holds no prepared data (no {NAME}); tools/prepare_data.py makes it.")
+            values = read_object(path, DataError)
             found = values["format"]
             if found == FORMAT:
                 stored = values.pop("sha256")
                 manifest = cls(**values)
                 manifest._require_sound(stored)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error!r}); prepare the data again.") from error
         if found != FORMAT:
             raise DataError(f"{path} has format {found!r}, this version reads {FORMAT}; prepare the data again.")

@@ -103,7 +103,7 @@ class Tokenizer:
                 raise ValueError("the file is empty")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except Exception as error:
-            raise DataError(f"{path} is no sentencepiece model: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path} is not a sentencepiece model: {str(error).splitlines()[0]}") from error
         self.sha256 = hashlib.sha256(content).hexdigest()
         """Hash of the model file."""
         if self.eod_id < 0:

@@ -40,7 +40,9 @@ def load_network(folder: Path) -> tuple[nn.Module, Any]:
     """
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is no exported model: {name} is missing; tools/export_hf.py makes one.")
+            raise CheckpointError(
+                f"{folder} is not an exported model: {name} is missing; tools/export_hf.py makes one."
+            )
     require_small(folder, CheckpointError)
     sums = Checksums.read(folder)
     if sums:

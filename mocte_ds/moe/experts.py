@@ -58,7 +58,9 @@ def feature_size(ffn: nn.Module, name: str) -> int:
     for module in ffn.modules():
         if _is_matrix(module):
             return _in_out(module)[0]
-    raise ConfigError(f"mocte.modules matches {name} ({type(ffn).__name__}), which has no linear layer: it is no FFN.")
+    raise ConfigError(
+        f"mocte.modules matches {name} ({type(ffn).__name__}), which has no linear layer: it is not an FFN."
+    )
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ def read_run(folder: Path | str) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise MocteError(f"{folder} is no folder; give the folder that a run wrote, e.g. runs/quickstart.")
+        raise MocteError(f"{folder} is not a folder; give the folder that a run wrote, e.g. runs/quickstart.")
     log = folder / "metrics.jsonl"
     if not log.is_file():
         raise MocteError(
-            f"{folder} is no run folder: it has no metrics.jsonl. Give the folder that launch/pretrain.py wrote "
+            f"{folder} is not a run folder: it has no metrics.jsonl. Give the folder that launch/pretrain.py wrote "
             f"(--out)."
         )
     notes: list[str] = []

@@ -22,7 +22,7 @@ _TAIL, _TOOL = 8, "sweep"
 
 
 def require_checkout() -> None:
-    """Raise MocteError where launch/pretrain.py is not there: it is no part of the installed package."""
+    """Raise MocteError where launch/pretrain.py is not there: it is not part of the installed package."""
     if not PRETRAIN.is_file():
         raise MocteError(
             f"sweeps start launch/pretrain.py, and {PRETRAIN} is not there: run tools/sweep.py in a checkout of this "

@@ -106,7 +106,7 @@ def read_sweep(path: Path) -> Sweep:
     """
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is no sweep file: it must have the keys run and arms or grid.")
+        raise ConfigError(f"{path} is not a sweep file: it must have the keys run and arms or grid.")
     try:
         file = parse_section(_SweepFile, values, "sweep")
         return _checked(file, path)
@@ -116,7 +116,7 @@ def read_sweep(path: Path) -> Sweep:
 
 def _checked(file: _SweepFile, path: Path) -> Sweep:
     if not file.run or not is_file(path.parent / file.run):
-        raise ConfigError(f"run = {shown(file.run)} is no file beside it; name the run file that all arms share.")
+        raise ConfigError(f"run = {shown(file.run)} is not a file beside it; name the run file that all arms share.")
     if not file.seeds or len(set(file.seeds)) < len(file.seeds):
         raise ConfigError(f"seeds = {shown(file.seeds)} must be at least one number, each of them once.")
     _require_changes(file.set, "set")
@@ -137,7 +137,7 @@ def _checked(file: _SweepFile, path: Path) -> Sweep:
     for arm in arms:
         _require_kept(arm, list(file.set), "set", same=False)
     if file.baseline is not None and file.baseline not in names:
-        raise ConfigError(f"baseline = {shown(file.baseline)} is none of the arms {shown(names)}.")
+        raise ConfigError(f"baseline = {shown(file.baseline)} is not one of the arms {shown(names)}.")
     return Sweep(
         (path.parent / file.run).resolve(),
         file.processes,

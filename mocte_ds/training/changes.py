@@ -111,7 +111,7 @@ def require_same_run(
         listed = "; ".join(f"{key}: checkpoint {before.get(key)!r}, run {now.get(key)!r}" for key in refused)
         hint = " --allow-data-change lets the data and the seed differ." if set(refused) & set(DATA_KEYS) else ""
         raise CheckpointError(
-            f"the checkpoint {folder} belongs to another configuration: {listed}. Use its values, or start anew in "
+            f"the checkpoint {folder} belongs to another configuration: {listed}. Use its values, or start again in "
             f"another --out.{hint}"
         )
     return Changes(steps, {key: {"checkpoint": before.get(key), "run": now.get(key)} for key in data})

@@ -121,7 +121,7 @@ class RunConfig:
         if t.batch_tokens % unit:
             near = max(1, round(t.batch_tokens / unit)) * unit
             raise ConfigError(
-                f"training.batch_tokens = {t.batch_tokens} is no multiple of {unit} = {world_size} ranks x "
+                f"training.batch_tokens = {t.batch_tokens} is not a multiple of {unit} = {world_size} ranks x "
                 f"micro_batch {t.micro_batch} x context {self.context}; {near} would be."
             )
         derived = {

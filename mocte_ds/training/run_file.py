@@ -24,7 +24,7 @@ def read_values(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     """
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is no run file: it must have the sections model, data, training and deepspeed.")
+        raise ConfigError(f"{path} is not a run file: it must have the sections model, data, training and deepspeed.")
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = _read_json(values["deepspeed"], path)
     for change in changes:
@@ -37,7 +37,7 @@ def _read_json(where: str, run_file: Path) -> Any:
         if is_file(candidate):
             return read_json(candidate)
     raise ConfigError(
-        f"{run_file}: deepspeed = {shown(where)} is no file (looked beside the run file and in the working folder)."
+        f"{run_file}: deepspeed = {shown(where)} is not a file (looked beside the run file and in the working folder)."
     )
 
 
@@ -46,7 +46,7 @@ def _apply(values: dict[str, Any], change: str) -> None:
     parts = key.split(".")
     if not separator or len(parts) < 2 or not all(parts):
         raise ConfigError(f"--set {shown(change)}: write section.key=value, e.g. --set training.steps=100.")
-    value = parse_yaml(text, f"--set {shown(change)}: the value is no YAML")
+    value = parse_yaml(text, f"--set {shown(change)}: the value is not YAML")
     section = values
     for part in parts[:-1]:
         section = section.setdefault(part, {})

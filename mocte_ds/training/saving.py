@@ -84,7 +84,7 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"the checkpoint {folder / tag} cannot be loaded: {text}. Put the name of another checkpoint into "
-            f"{folder / 'latest'}, or start anew in another --out."
+            f"{folder / 'latest'}, or start again in another --out."
         ) from error
     if path is None:
         raise CheckpointError(f"the checkpoint {folder / tag} is incomplete: DeepSpeed found no model states there.")

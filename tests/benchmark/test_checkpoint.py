@@ -86,7 +86,7 @@ def test_disk_is_written_by_all_ranks_together(tmp_path) -> None:
     [
         (("--ranks", 0), "--ranks 0"),
         (("--ep", 3), "ep_size"),
-        (("--folder", "nowhere"), "--folder nowhere is no folder"),
+        (("--folder", "nowhere"), "--folder nowhere is not a folder"),
         (("--width", 2**24), "needs about"),
     ],
 )

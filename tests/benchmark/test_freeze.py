@@ -169,7 +169,7 @@ def test_message_of_one_rank_ends_all() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--frozen", "0,30"], r"--frozen 0,30: 30 % of --experts 4 is no whole number"),
+        (["--frozen", "0,30"], r"--frozen 0,30: 30 % of --experts 4 is not a whole number"),
         (["--frozen", "25,50"], "must be whole percents that ascend from 0"),
         (["--frozen", "0,half"], "must be whole percents"),
         (["--frozen", "0,50,150"], "to at most 100"),

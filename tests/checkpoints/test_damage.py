@@ -163,7 +163,7 @@ def test_readers_of_the_model_look_at_the_files_that_they_read(fresh):
             load_model(fresh.parent / fresh.name)
         (fresh / name).write_bytes(content)
     (fresh / MANIFEST_FILE).unlink()
-    with raises(CheckpointError, match="manifest.json is missing: .* is no whole checkpoint of this version"):
+    with raises(CheckpointError, match="manifest.json is missing: .* is not a whole checkpoint of this version"):
         load_model(fresh)
 
 

@@ -100,4 +100,4 @@ def test_what_is_no_checkpoint(written, tmp_path):
     with raises(CheckpointError, match=f"{MANIFEST_FILE} cannot be read"):
         checkpoint_facts(folder)
     ended = subprocess.run([sys.executable, TOOL, tmp_path], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2 and "is no checkpoint" in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.returncode == 2 and "is not a checkpoint" in ended.stderr and "Traceback" not in ended.stderr

@@ -143,7 +143,7 @@ def test_latest(saved):
     (saved / "latest").write_bytes(b"one\n")
     assert resolve_tag(saved) == "one"
     assert resolve_tag(saved / ("x" * 5000)) is None
-    with raises(CheckpointError, match="is no folder"):
+    with raises(CheckpointError, match="is not a folder"):
         find_tag(saved / ("x" * 5000))
 
 
@@ -186,7 +186,7 @@ def test_manifests_that_claim_the_impossible(saved, changes, message):
 
 def test_a_manifest_nested_too_deeply(saved):
     (saved / "one" / MANIFEST_FILE).write_text("[" * 200_000)
-    with raises(CheckpointError, match="cannot be read: RecursionError"):
+    with raises(CheckpointError, match="cannot be read: .*RecursionError"):
         Manifest.read(saved / "one")
 
 

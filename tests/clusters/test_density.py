@@ -34,4 +34,4 @@ def test_only_an_emptier_region_parts() -> None:
         joined = join_groups(near, halves, 4.0)
         assert len(set(joined)) == expected, "what another method has cut is judged alike"
     labels = separate_groups(two(8.0)[1], np.ones(200), 150, 4.0)
-    assert set(labels) <= {-1, 0}, "a group under the least mass is no cluster"
+    assert set(labels) <= {-1, 0}, "a group under the least mass is not a cluster"

@@ -32,7 +32,7 @@ def test_it_finds_what_the_parts_find_and_knows_the_last_check() -> None:
     assert found.detection.found and found.detection.count == 3
     assert torch.equal(found.detection.labels, detect(given.coordinates).labels)
     assert found.agreement == {"nmi": pytest.approx(1.0), "purity": pytest.approx(1.0)}
-    assert found.stability == pytest.approx(1.0), "another basis of the same plane is no other clustering"
+    assert found.stability == pytest.approx(1.0), "another basis of the same plane is not another clustering"
     assert found.seconds > 0 and found.published["clusters"] == 3
     moved = LastDetection(given.mean, given.basis, torch.randn(30, 2), torch.arange(30) % 3)
     other = find_clusters(CONFIG, Documents(**{**vars(given), "last": moved}))

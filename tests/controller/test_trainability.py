@@ -141,7 +141,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def test_ranks_ep_size_and_micro_batches_do_not_matter() -> None:
-    cases = [(1, 1), (1, 4, 1024.0)]  # the loss scale is no part of a gradient's norm
+    cases = [(1, 1), (1, 4, 1024.0)]  # the loss scale is not part of a gradient's norm
     alone, flops = spawn(alone_on_a_rank, 1, cases, timeout=240, deepspeed=True)[0]
     assert all(told == counted for told, counted in flops) and sum(told > 0 for told, _ in flops) == 3
     for two in [*spawn(layouts, 2, [(1, 1), (2, 2)], timeout=240, deepspeed=True), alone[1:]]:

@@ -110,7 +110,7 @@ def test_bad_files(tmp_path):
     (tmp_path / "latin.txt").write_bytes("fine\n\ngröße".encode("latin-1"))
     check("latin.txt", "line 3: not UTF-8")
     (tmp_path / "no.parquet").write_bytes(b"no parquet")
-    check("no.parquet", "is no parquet file")
+    check("no.parquet", "is not a parquet file")
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     check("a.parquet", r"no column \"text\" \(found: \['body'\]\)")
     parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "b.parquet")
@@ -120,7 +120,7 @@ def test_bad_files(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         read_corpus(tmp_path / "none")
     with pytest.raises(DataError, match="holds no DOMAIN"):
         read_corpus(tmp_path)

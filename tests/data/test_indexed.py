@@ -170,7 +170,7 @@ def test_bad_arguments_and_manifests(corpus, tokenizer, prepared, tmp_path):
         prepare(corpus, tmp_path, tokenizer, workers=0)
     with pytest.raises(DataError, match="no such tokenizer"):
         prepare(corpus, tmp_path, tmp_path / "none.model")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         prepare(tmp_path / "none", tmp_path, tokenizer)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="could not write prepared data"):

@@ -171,7 +171,7 @@ def test_refusals(prepared, tmp_path, corpus):
     out = prepared[0]
     with pytest.raises(DataError, match="fewer than one sequence"):
         BlendedLoader(out, "train", 100_000, 8, 0, 1, 8)
-    with pytest.raises(DataError, match="no multiple of 3 ranks x 2"):
+    with pytest.raises(DataError, match="not a multiple of 3 ranks x 2"):
         BlendedLoader(out, "train", CONTEXT, 8, 0, 3, 2)
     with pytest.raises(DataError, match="rank = 2 must be one of the 2"):
         BlendedLoader(out, "train", CONTEXT, 8, 2, 2, 2)

@@ -104,7 +104,7 @@ def test_no_document_is_larger_than_the_bound(tmp_path: Path, monkeypatch: pytes
 
 def test_deep_json_and_tables_with_two_texts(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINE + b'{"text": "a", "b": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n")
-    with pytest.raises(DataError, match=r"a.jsonl, line 2: no JSON \(.*recursion"):
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: no JSON \(.*RecursionError"):
         list(Documents(tmp_path / "a.jsonl"))
     twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["text", "n", "text"])
     parquet.write_table(twice, tmp_path / "b.parquet")

@@ -8,7 +8,7 @@ import torch
 from tests.engine import runs
 from tests.spawn import spawn
 
-STEPS = 40
+STEPS = 34
 # Ranks, ep_size, sequences of a micro-batch, micro-batches of a step.
 LAYOUTS = {
     1: [(1, 1, 8, 1), (1, 1, 2, 4)],
@@ -24,7 +24,8 @@ ROUTERS = {
 
 def settings(router: str, ep_size: int, micro: int, parts: int) -> dict[str, Any]:
     """DeepSpeed config in fp32 with automatic emergence and freezing."""
-    config = runs.config(ep_size=ep_size, check_every=0.1, router=ROUTERS[router], freeze={**FREEZE, "iterations": 12})
+    freeze = {**FREEZE, "iterations": 12}
+    config = runs.config(ep_size=ep_size, check_every=0.1, router=ROUTERS[router], freeze=freeze, conflict_every=2)
     del config["bf16"]
     return {**config, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": parts}
 
@@ -58,8 +59,18 @@ def _train(router: str, ranks: int, ep_size: int, micro: int, parts: int) -> dic
         for event in events
         if event["event"] in ("emergence", "freeze", "thaw", "anneal")
     ]
+    # By step and block: of the dense FFN and the experts together, and of each expert.
+    conflicts = {
+        (event["measured_at"], block["block"]): (
+            block["conflict"],
+            [expert["kappa"] or 0.0 for expert in block["experts"]],
+        )
+        for event in events
+        if event["event"] == "check"
+        for block in event["blocks"]
+    }
     engine.destroy()
-    return {"losses": losses, "decided": decided}
+    return {"losses": losses, "decided": decided, "conflicts": conflicts}
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +89,19 @@ def test_same_events_and_losses(results, router, layout):
     assert kinds.count("emergence") == 2 and "freeze" in kinds, kinds
     assert found["decided"] == expected["decided"]
     assert torch.tensor(found["losses"]).sub(torch.tensor(expected["losses"])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("layout", [layout for layouts in LAYOUTS.values() for layout in layouts][1:], ids=str)
+def test_same_coherence_of_gradients(results, router, layout):
+    """The same rows, merged from all ranks: an average over an expert's replicas would be of fewer rows each."""
+    expected, found = results[(router, *LAYOUTS[1][0])]["conflicts"], results[(router, *layout)]["conflicts"]
+    measured = [kappas for _, kappas in expected.values()]
+    assert sum(kappa > 0 for kappas in measured for kappa in kappas) >= 16
+    assert any(not any(kappas) and numbers for numbers, kappas in expected.values()), "no dense FFN"
+    assert found.keys() == expected.keys()
+    for key, (numbers, kappas) in expected.items():
+        assert found[key][1] == pytest.approx(kappas, rel=2e-3), key
+        assert (numbers is None) == (found[key][0] is None)
+        if numbers is not None:
+            assert found[key][0]["rows"] == numbers["rows"] and numbers["rows"] % FREEZE["rows"] == 0

@@ -97,7 +97,7 @@ def test_table_says_value_error_and_chance() -> None:
 def test_unknown_task_and_wrong_folder(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="openbookqa_offlin' does not ship.*'openbookqa_offline'"):
         evaluate(folder, ["openbookqa_offlin"])
-    with pytest.raises(CheckpointError, match="no exported model: config.json is missing"):
+    with pytest.raises(CheckpointError, match="not an exported model: config.json is missing"):
         evaluate(tmp_path / "nothing", ["openbookqa_offline"])
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")

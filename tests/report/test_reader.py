@@ -135,5 +135,5 @@ def test_a_folder_without_a_step_is_an_error(tmp_path: Path, content: str | None
 
 
 def test_no_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(MocteError, match="is no folder"):
+    with pytest.raises(MocteError, match="is not a folder"):
         read_run(tmp_path / "nothing")

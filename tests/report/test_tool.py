@@ -45,7 +45,7 @@ def test_text_says_what_happened_and_where_the_page_is(tmp_path: Path) -> None:
     [
         (lambda folder: None, "it has no metrics.jsonl. Give the folder that launch/pretrain.py wrote"),
         (lambda folder: (folder / "metrics.jsonl").write_text("{"), "has no readable step"),
-        (lambda folder: folder.rmdir(), "is no folder"),
+        (lambda folder: folder.rmdir(), "is not a folder"),
     ],
 )
 def test_a_folder_without_a_run_is_an_error_that_says_what_to_do(tmp_path: Path, prepare: Any, message: str) -> None:

@@ -80,15 +80,15 @@ def test_changes_of_the_command_line_come_before_an_arms_own(sweep_file: Write) 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": [1]}, r"unknown key sweep.seed \(value \[1\]\). Did you mean 'seeds'\?"),
     ({"grids": {}}, "unknown key sweep.grids .*'grid'"),
-    ({"run": "left out"}, "run = '' is no file beside it; name the run file"),
-    ({"run": "small.yaml"}, "run = 'small.yaml' is no file beside it"),
-    ({"run": "../runs"}, "run = '../runs' is no file beside it"),
+    ({"run": "left out"}, "run = '' is not a file beside it; name the run file"),
+    ({"run": "small.yaml"}, "run = 'small.yaml' is not a file beside it"),
+    ({"run": "../runs"}, "run = '../runs' is not a file beside it"),
     ({"processes": 0}, "processes = 0 must be 1 or more"),
     ({"processes": "two"}, "sweep.processes = 'two' must be of type int"),
     ({"seeds": []}, r"seeds = \[\] must be at least one number"),
     ({"seeds": [1, 1]}, r"seeds = \[1, 1\] .*each of them once"),
     ({"seeds": 3}, "sweep.seeds = 3 must be of type list"),
-    ({"baseline": "sparse"}, r"baseline = 'sparse' is none of the arms \['dense', 'blocks'\]"),
+    ({"baseline": "sparse"}, r"baseline = 'sparse' is not one of the arms \['dense', 'blocks'\]"),
     ({"arms": {}}, "there is no arm"),
     ({"arms": "left out"}, "there is no arm"),
     ({"arms": {"a": 5}}, "arms.a = 5 must be a section of changes"),
@@ -124,8 +124,8 @@ def test_what_is_wrong_is_named(sweep_file: Write, keys: dict[str, Any], message
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no sweep file: it must have the keys run and arms or grid"),
-        ("- a", "is no sweep file"),
+        ("", "is not a sweep file: it must have the keys run and arms or grid"),
+        ("- a", "is not a sweep file"),
         ("arms: [", "cannot read .*expected"),
         ("arms: {a: {x.y: 1}, a: {x.y: 2}}", "the key 'a' is there twice.*line 1, column 21"),
         (

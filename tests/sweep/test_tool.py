@@ -201,7 +201,7 @@ def test_everything_is_checked_before_the_first_run(
     for arms, message in (
         (
             {"a": None, "b": {"training.batch_tokens": 5000}},
-            "arm b, seed 0: training.batch_tokens = 5000 is no multiple",
+            "arm b, seed 0: training.batch_tokens = 5000 is not a multiple",
         ),
         ({"a": None, "b": {"deepspeed.mocte.ep_size": 4}}, "arm b, seed 0: mocte.ep_size = 4 does not divide"),
         ({"a": None, "b": {"model.vocab_size": 1000}}, "arm b, seed 0: the tokenizer has 2048 pieces"),

@@ -70,7 +70,7 @@ def test_sizes_of_an_imported_start(tmp_path: Path) -> None:
     for change, told in (
         ("model.num_layers=3", "model.num_layers = 3, but 4 in model.init"),
         ("model.preset=quickstart", "model.preset and model.init both say"),
-        ("model.init=nowhere", "nowhere is no folder"),
+        ("model.init=nowhere", "nowhere is not a folder"),
     ):
         with pytest.raises(MocteError, match=told):
             read(tmp_path, values, change)
@@ -125,7 +125,10 @@ def test_bad_values_are_named(tmp_path: Path, change: str, message: str) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("training.batch_tokens=5000", r"no multiple of 4096 = 2 ranks x micro_batch 8 x context 256; 4096 would be"),
+        (
+            "training.batch_tokens=5000",
+            r"not a multiple of 4096 = 2 ranks x micro_batch 8 x context 256; 4096 would be",
+        ),
         ("deepspeed.gradient_clipping=5.0", "deepspeed.gradient_clipping = 5.0 contradicts"),
         ("deepspeed.optimizer={type: AdamW, params: {lr: 1.0}}", "params.lr = 1.0 contradicts"),
         ("deepspeed.mocte.total_steps=7", "mocte.total_steps = 7 contradicts"),
@@ -146,9 +149,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         read_run(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1", encoding="utf-8")
-    with pytest.raises(ConfigError, match="is no run file"):
+    with pytest.raises(ConfigError, match="is not a run file"):
         read_run(tmp_path / "list.yaml")
-    with pytest.raises(ConfigError, match="deepspeed = 'none.json' is no file"):
+    with pytest.raises(ConfigError, match="deepspeed = 'none.json' is not a file"):
         read(tmp_path, {**minimal(), "deepspeed": "none.json"})
 
 

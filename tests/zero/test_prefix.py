@@ -141,7 +141,7 @@ def test_a_layer_waits_for_its_block() -> None:
 
 
 class Raised(torch.nn.Module):
-    """A model with something that trains below its layers and is no embedding."""
+    """A model with something that trains below its layers and is not an embedding."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -133,7 +133,7 @@ class MocteLMConfig(PretrainedConfig):
             )
         for router in self.routers:
             if router.get("kind") not in KINDS or router["weight"] not in WEIGHTS:
-                raise ValueError(f"the router {router} is none of the kinds {KINDS} with a weight of {WEIGHTS}.")
+                raise ValueError(f"the router {router} is not one of the kinds {KINDS} with a weight of {WEIGHTS}.")
             if (router["learn"] or router["top_k"] > 1) and router["weight"] == "hard":
                 raise ValueError(f"the router {router} learns or chooses several, which needs weight 'softmax'.")
             if not 1 <= router["top_k"] <= self.num_experts:

@@ -80,7 +80,7 @@ class Layout:
     files: tuple[str, ...] = ()
     """Files of code that go with the weights."""
     reason: str | None = None
-    """Why it is no stock class."""
+    """Why it is not a stock class."""
 
 
 def llama_fields(config: DecoderConfig, special: SpecialIds) -> dict[str, Any]:

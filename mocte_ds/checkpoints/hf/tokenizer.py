@@ -42,7 +42,7 @@ class SourceTokenizer:
             raise CheckpointError(f"the tokenizer {path} cannot be read: {error}; name it with --tokenizer.") from error
         except Exception as error:  # sentencepiece and protobuf raise many types
             text = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(f"{path} is no sentencepiece model: {text[0]}") from error
+            raise CheckpointError(f"{path} is not a sentencepiece model: {text[0]}") from error
         if self.kind not in ("bpe", "unigram"):
             raise CheckpointError(f"{path} is of the kind {self.kind}; only 'bpe' and 'unigram' can be exported.")
 

@@ -92,7 +92,7 @@ def from_megatron(
     """
     found = Path(folder).absolute()
     if not found.is_dir():
-        raise CheckpointError(f"{found} is no folder.")
+        raise CheckpointError(f"{found} is not a folder.")
     target = _require_new(Path(out), found, dtype)
     tell(f"reading {found}")
     if (found / MANIFEST_FILE).is_file():  # a training with megatron-core writes none

@@ -141,7 +141,9 @@ def _require_plain(folder: Path) -> None:
         _require_bounded(content)
         _Plain(io.BytesIO(content)).load()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: {folder} is no distributed checkpoint of megatron-core.") from error
+        raise CheckpointError(
+            f"{path} is missing: {folder} is not a distributed checkpoint of megatron-core."
+        ) from error
     except Exception as error:  # pickle raises many types for a damaged file
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 

@@ -80,7 +80,9 @@ class Shard:
                 own = base["state"].get(group["params"][0], {})
                 parts[group.get("unit", ""), group.get("options", number)] = _part(group, own, first, *values)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no optimizer's file of ours: {type(error).__name__}: {error}.") from error
+            raise CheckpointError(
+                f"{path} is not an optimizer's file of ours: {type(error).__name__}: {error}."
+            ) from error
         common = {name: None if name == _BASE or name in _LISTS else value for name, value in state.items()}
         return cls(parts, {**content, _STATE: common})
 

@@ -226,9 +226,9 @@ def test_folders_that_are_no_checkpoint(written, tmp_path):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "latest").write_text("step7")
     for folder, message in (
-        (tmp_path / "nowhere", "nowhere is no folder"),
-        (written.tokenizer, "own.model is no folder"),
-        (tmp_path / "empty", "empty is no checkpoint: neither a file 'latest' nor"),
+        (tmp_path / "nowhere", "nowhere is not a folder"),
+        (written.tokenizer, "own.model is not a folder"),
+        (tmp_path / "empty", "empty is not a checkpoint: neither a file 'latest' nor"),
         (tmp_path / "torn", "names the checkpoint 'step7', which is not there"),
     ):
         with raises(CheckpointError, match=message):

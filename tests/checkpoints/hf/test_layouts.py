@@ -172,7 +172,7 @@ def test_special_tokens_are_in_the_config(tmp_path):
 
 
 def refusal(model: torch.nn.Module) -> str:
-    """The message that says why a model is no stock class; the own class takes it, and remembers why."""
+    """The message that says why a model is not a stock class; the own class takes it, and remembers why."""
     source = HeldSource(model)
     with raises(CheckpointError) as caught:
         choose_layout(source, NONE, "stock")
@@ -208,7 +208,7 @@ def test_experts_of_the_gpt2_style_become_the_own_class():
 def test_what_no_class_computes_is_refused():
     model = tiny.decoder()
     tiny.add_blocks(model, "model.layers.1.self_attn.o_proj", router={"bias": False})
-    with raises(CheckpointError, match="o_proj is no FFN of a layer"):
+    with raises(CheckpointError, match="o_proj is not an FFN of a layer"):
         choose_layout(HeldSource(model), NONE)
     with raises(ConfigError, match="class = 'best' is not one of"):
         choose_layout(HeldSource(tiny.decoder()), NONE, "best")

@@ -250,7 +250,7 @@ def test_places_that_are_taken_are_refused(checkpoint, converted, tmp_path, monk
             convert_to(source, source / "out")
         with raises(ConfigError, match="dtype = 'fp64' is not one of"):
             convert_to(source, tmp_path / "out", "fp64")
-        with raises(CheckpointError, match="is no folder"):
+        with raises(CheckpointError, match="is not a folder"):
             convert_to(tmp_path / "nowhere", tmp_path / "out")
         with raises(CheckpointError, match="could not write"):
             convert_to(source, tmp_path / "file" / "below")
@@ -294,7 +294,7 @@ def test_folders_that_are_damaged_are_refused(converted, tmp_path):
         (folder / "__0_0.distcp").write_bytes(content[: len(content) // 2])
         refused(message, signed)
     (folder / ".metadata").unlink()
-    refused(".metadata is missing: .* is no distributed checkpoint", False)
+    refused(".metadata is missing: .* is not a distributed checkpoint", False)
     (folder / ".metadata").write_bytes(pickle.dumps(_Code(proof)))
     refused("it holds posix.mkdir, which no list of tensors needs", False)
     torch.save({"iteration": _Code(proof)}, folder / "common.pt")

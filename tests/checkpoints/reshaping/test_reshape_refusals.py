@@ -107,11 +107,11 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit(
             folder / SECOND, lambda c: state_of(c)["single_partition_of_fp32_groups"].insert(0, torch.zeros(2))
         ),
-        f"{SECOND} is no optimizer's file of ours: ValueError",
+        f"{SECOND} is not an optimizer's file of ours: ValueError",
     ),
     "moments of another shape": (
         lambda folder: edit(folder / SECOND, lambda c: moments_of(c, 0).update(exp_avg=torch.zeros(2, 2))),
-        f"{SECOND} is no optimizer's file of ours: ValueError: its exp_avg has the shape",
+        f"{SECOND} is not an optimizer's file of ours: ValueError: its exp_avg has the shape",
     ),
     "a unit of nobody": (
         lambda folder: edit(folder / SECOND, lambda content: groups_of(content)[0].update(unit="other")),
@@ -214,7 +214,7 @@ def test_folders_that_are_taken(fresh, tmp_path):
     (tmp_path / "out" / "latest").write_text("other")
     with raises(CheckpointError, match="holds other checkpoints already"):
         reshape(fresh, tmp_path / "out", 2, 1)
-    with raises(CheckpointError, match="is no folder"):
+    with raises(CheckpointError, match="is not a folder"):
         reshape(tmp_path / "nowhere", tmp_path / "out2", 2, 1)
     assert digest(fresh.parent) == refused_here
 

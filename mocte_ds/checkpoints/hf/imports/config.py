@@ -35,7 +35,7 @@ def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bo
     """
     path = folder / CONFIG_FILE
     if not path.exists():
-        raise CheckpointError(f"{path} is missing: {folder} is no model in Hugging Face format.")
+        raise CheckpointError(f"{path} is missing: {folder} is not a model in Hugging Face format.")
     require_small(folder, CheckpointError)
     if sums := Checksums.read(folder):
         sums.require_files()

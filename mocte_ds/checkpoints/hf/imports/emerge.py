@@ -68,7 +68,7 @@ class Emerged:
         names = matching_modules(source.model, config.modules)
         layers = [f"model.layers.{i}.mlp" for i in range(source.config.num_layers)]
         if strange := sorted(set(names) - set(layers)):
-            raise ConfigError(f"mocte.modules names {strange[0]}, which is no FFN of a layer (model.layers.N.mlp).")
+            raise ConfigError(f"mocte.modules names {strange[0]}, which is not an FFN of a layer (model.layers.N.mlp).")
         modes = [{"name": name, "mode": "warmup"} for name in names]
         state = {"config": config.to_dict(), "blocks": modes}
         self.model = empty_decoder(asdict(source.config), state, Path(str(corpus)))
