@@ -141,7 +141,7 @@ def test_pruning_spares_a_checkpoint_whose_bytes_were_changed(tmp_path: Path) ->
     (tmp_path / "step10" / "weights.pt").write_text("y", encoding="utf-8")  # of the same size
     told = prune_checkpoints(tmp_path, 2, 40)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step10", "step30", "step40"]
-    assert len(told) == 1 and "step10 stays: " in told[0] and "weights.pt in it was changed since it was saved" in told[0]
+    assert len(told) == 1 and "step10 stays: weights.pt in it was changed since it was saved" in told[0]
 
 
 def test_pruning_does_not_count_a_branch_that_was_left(tmp_path: Path) -> None:
