@@ -93,7 +93,7 @@ class DocumentFile:
         """The text of one JSON line."""
         where = f"{self.path}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = json.loads(line, object_pairs_hook=_one_text)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f'{where}: no JSON ({error}); every line must be an object like {{"text": "..."}}.'
@@ -153,6 +153,13 @@ class DocumentFile:
         inner = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_string(inner) or types.is_large_string(inner) or types.is_string_view(inner)):
             raise DataError(f'{self.path}: column "text" holds {kind}, not strings.')
+
+
+def _one_text(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; json alone would take the last of two texts without a word."""
+    if sum(key == "text" for key, _ in pairs) > 1:
+        raise ValueError('the key "text" is there twice')
+    return dict(pairs)
 
 
 def _few(names: list[str], count: int = 20, length: int = 60) -> str:

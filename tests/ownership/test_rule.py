@@ -82,6 +82,9 @@ MINE = {
     "a changed file": edit("tokenizer.model", b"Pieces"),
     "a changed file of a whole folder": edit("export/weights", b"3 2 1"),
     "a line among ours": grow("metrics.jsonl", b'ss": 1}\nremember: lower rate\n'),
+    "a line at the end without its end": lambda folder: (folder / "metrics.jsonl").write_text(
+        '{"step": 1}\nremember: lower rate'
+    ),
     "a changed line": edit("data/manifest.json", b"{} "),
     "text after records": grow("tensorboard/events.out.tfevents.1.host.2.0", b"what I saw in these curves: nothing"),
     "a link": link("tokenizer.model"),
