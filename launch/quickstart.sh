@@ -28,6 +28,8 @@ if [ "$fast_bf16" = 0 ]; then
   options=(--set deepspeed.bf16.enabled=false ${options[@]+"${options[@]}"})
 fi
 [ "$processes" -gt 1 ] || options+=(--set deepspeed.mocte.ep_size=1)
+# As a value of --set, which is YAML: a name like 'a #1' or '[1]' must stay a name.
+quoted() { python -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1"; }
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 
 started=$SECONDS
@@ -38,7 +40,7 @@ python tools/train_tokenizer.py --out "$out/tokenizer.model" --vocab-size 2048 -
 step 2/6 "data"
 python tools/prepare_data.py --out "$out/data" --tokenizer "$out/tokenizer.model"
 step 3/6 "training on $processes processes"
-on_ranks launch/pretrain.py --run launch/runs/quickstart.yaml --out "$out" --set "data.prepared=$out/data" \
+on_ranks launch/pretrain.py --run launch/runs/quickstart.yaml --out "$out" --set "data.prepared=$(quoted "$out/data")" \
   ${options[@]+"${options[@]}"}
 step 4/6 "export to Hugging Face format"
 if [ "$out/export/export.json" -nt "$out/checkpoints/latest" ]; then

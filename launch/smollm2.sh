@@ -23,6 +23,8 @@ done
 . launch/setup.sh
 . launch/ranks.sh
 [ "$processes" -gt 1 ] || options+=(--set deepspeed.mocte.ep_size=1)
+# As a value of --set, which is YAML: a name like 'a #1' or '[1]' must stay a name.
+quoted() { python -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1"; }
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 score() {
   if [ "$out/$1.json" -nt "$out/$1/config.json" ]; then
@@ -78,8 +80,8 @@ step 3/6 "experts emerge on the embedded corpus"
   --config ds_configs/smollm2-135m.json --context 128
 step 4/6 "training"
 python tools/prepare_data.py --out "$out/data" --tokenizer "$out/start/tokenizer"
-on_ranks launch/pretrain.py --run launch/runs/smollm2-135m.yaml --out "$out" --set "model.init=$out/start" \
-  --set "data.prepared=$out/data" ${options[@]+"${options[@]}"}
+on_ranks launch/pretrain.py --run launch/runs/smollm2-135m.yaml --out "$out" --set "model.init=$(quoted "$out/start")" \
+  --set "data.prepared=$(quoted "$out/data")" ${options[@]+"${options[@]}"}
 step 5/6 "export"
 if [ "$out/trained/config.json" -nt "$out/checkpoints/latest" ]; then
   echo "found $out/trained"

@@ -139,7 +139,7 @@ def _require_no_jump(name: str, change: float | None) -> None:
     """
     if change is not None and change > 0.05:
         raise MocteError(
-            f"emergence changed the output of {name} by {change:.1%} of its largest value; the experts are no copies "
+            f"emergence changed the output of {name} by {change:.1%} of its largest value; the experts are not copies "
             "of the dense FFN. The run stops because training would go on from another function."
         )
 

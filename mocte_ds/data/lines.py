@@ -32,8 +32,10 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         OSError, EOFError, zlib.error: the file cannot be read.
     """
     with _opened(path) as file:
-        head = file.peek(_BLOCK)
-        stream = io.BufferedReader(_LineFeeds(file), _BLOCK) if b"\r" in head and b"\n" not in head else file
+        head = file.read(_BLOCK + 1)  # with the LF of a CR at the end of the first MiB
+    bare = b"\r" in head[:_BLOCK] and b"\n" not in head
+    with _opened(path) as file:
+        stream = io.BufferedReader(_LineFeeds(file), _BLOCK) if bare else file
         number, blank = 0, 0
         while line := stream.readline(MAX_BYTES + 1):
             number += 1

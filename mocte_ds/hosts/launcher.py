@@ -205,7 +205,11 @@ class Launcher:
 
 def run_folder(command: Sequence[str]) -> Path:
     """The folder of the run that a command line of launch/pretrain.py makes."""
-    values = {name: command[i + 1] for i, name in enumerate(command[:-1]) if name in ("--out", "--run")}
+    values = {}
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in ("--out", "--run"):
+            values[name] = value if equals else following
     return Path(values.get("--out") or Path("runs") / Path(values.get("--run", "run")).stem)
 
 

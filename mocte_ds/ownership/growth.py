@@ -25,10 +25,13 @@ def has_grown(path: Path, known: FileFacts) -> bool:
     if path.stat().st_size < known.bytes or hash_file(path, known.bytes) != known:
         return False
     with open(path, "rb") as file:
-        file.seek(known.bytes)
+        file.seek(max(0, known.bytes - 1))
+        whole = not known.bytes or file.read(1) == b"\n"
         rest = file.read() if known.bytes < path.stat().st_size else b""
     if path.suffix == ".jsonl":
-        return all(map(_is_line, rest.split(b"\n")[:-1]))
+        *lines, last = rest.split(b"\n")
+        begun = last[:2] == b'{"'[: len(last)] or (not lines and not whole)
+        return begun and all(map(_is_line, lines))
     return _are_records(rest) if "tfevents" in path.name else True
 
 

@@ -76,6 +76,8 @@ class Marker:
                 marker = cls(work=str(values["work"]), target=values["target"])
             else:
                 files = {name: _entry(entry) for name, entry in values["files"].items()}
+                if outside := [name for name in files if not safe_name(name)]:
+                    raise ValueError(f"{outside[0]!r:.80} is not inside of the folder")
                 marker = cls(files, bool(values["whole"]))
             if marker.text() != text:
                 raise ValueError("it does not agree with its own checksum")

@@ -111,7 +111,7 @@ def _trouble_with(path: Path, known: Known, listed: dict[str, FileFacts], by: st
     if path.name in listed:
         same = path.is_file() and hash_file(path) == listed[path.name]
         return None if same else f"{path} was changed since it was saved"
-    if by is None and ((listed and path.name == CHECKPOINT_MANIFEST) or (path.name == LATEST and is_pointer(path))):
+    if by is None and ((listed and path.name == CHECKPOINT_MANIFEST) or (path.name == LATEST and _names_ours(path))):
         return None
     return f"{path} was not written by mocte-ds"
 
@@ -142,6 +142,11 @@ def is_pointer(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return len(tag.split()) == 1 and "/" not in tag
+
+
+def _names_ours(path: Path) -> bool:
+    """Whether a file `latest` names a checkpoint of ours beside it."""
+    return is_pointer(path) and bool(_listed(path.parent / path.read_text(encoding="utf-8").strip()))
 
 
 def _unchanged(path: Path, entry: Entry) -> bool:

@@ -144,9 +144,12 @@ def told_changes(changes: Changes, engine: Any, position: int) -> list[tuple[str
 
 
 def changes_so_far(path: Path, step: int) -> list[dict[str, Any]]:
-    """Changes that earlier resumes have written into a run.json, up to a step; none where there is no such file."""
+    """Changes that earlier resumes have written into a run.json, before a step; none where there is no such file.
+
+    Those at the step itself are found anew: the checkpoint is that of before.
+    """
     try:
-        return [entry for entry in read_object(path).get("changes", []) if entry["step"] <= step]
+        return [entry for entry in read_object(path).get("changes", []) if entry["step"] < step]
     except (ConfigError, LookupError, TypeError):
         return []
 

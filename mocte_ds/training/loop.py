@@ -274,7 +274,8 @@ class Trainer:
     def _prune(self) -> None:
         if self.rank:
             return
-        for text in prune_checkpoints(self.out / "checkpoints", self.run.training.keep_checkpoints):
+        folder, keep = self.out / "checkpoints", self.run.training.keep_checkpoints
+        for text in prune_checkpoints(folder, keep, self.engine.global_steps):
             if text not in self._stays:
                 self._stays.add(text)
                 logging.getLogger("mocte_ds").warning(text)

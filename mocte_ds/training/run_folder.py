@@ -12,8 +12,9 @@ from typing import Any
 from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.place import PARTIAL, is_unsettled, resolve_tag
 from mocte_ds.errors import CheckpointError, ConfigError, MocteError
-from mocte_ds.ownership import put
+from mocte_ds.ownership import hash_file, put
 from mocte_ds.ownership.marker import MARKER
+from mocte_ds.ownership.proof import few
 from mocte_ds.ownership.workshop import begin, discard
 
 TOOL = "pretrain"
@@ -58,38 +59,48 @@ def checkpoint_step(tag: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def prune_checkpoints(folder: Path, keep: int) -> list[str]:
+def prune_checkpoints(folder: Path, keep: int, step: int | None = None) -> list[str]:
     """Remove all but the newest ``keep`` checkpoints, never the one that `latest` names.
 
-    A folder is a checkpoint of ours if its manifest is whole and lists everything that is in it. Nothing else is
-    removed or counted.
+    A folder is a checkpoint of ours if its manifest is whole and lists everything that is in it, byte for byte.
+    Nothing else is removed. Checkpoints of later steps than the run has come to are of a branch that was left when
+    `latest` was set back: they stay and do not count.
 
     Args:
         folder: of all checkpoints.
         keep: how many stay.
+        step: that the run has come to; None: that of the newest checkpoint.
 
     Returns:
-        Why a folder stays that has the name of an old checkpoint, a sentence each.
+        Why a folder stays that has the name of an old checkpoint or of a later one, a sentence each.
     """
     latest = resolve_tag(folder)
-    named = [path for path in folder.iterdir() if checkpoint_step(path.name) is not None]
+    named = {path: found for path in folder.iterdir() if (found := checkpoint_step(path.name)) is not None}
+    later = {path for path in named if step is not None and named[path] > step}
     foreign = {path: reason for path in named if (reason := _not_ours(path))}
-    ours = sorted((path for path in named if path not in foreign), key=lambda path: -(checkpoint_step(path.name) or 0))
+    ours = sorted((path for path in named if path not in foreign and path not in later), key=lambda path: -named[path])
     for path in ours[keep:]:
-        if path.name != latest:
-            # In one move, so that what is left of it when the process is killed has the name of a leftover.
-            aside = path.with_name(PARTIAL.format(path.name))
-            os.rename(path, aside)
-            with contextlib.suppress(OSError):  # a full disk
-                begin(aside)
-            discard(aside)
-    oldest = min((checkpoint_step(path.name) or 0 for path in ours[:keep]), default=0)
-    old = sorted(path for path in foreign if (checkpoint_step(path.name) or 0) < oldest)
-    return [f"{path} stays: {foreign[path]}" for path in old]
+        if path.name == latest:
+            continue
+        if changed := _changed(path):
+            foreign[path] = changed
+            continue
+        # In one move, so that what is left of it when the process is killed has the name of a leftover.
+        aside = path.with_name(PARTIAL.format(path.name))
+        os.rename(path, aside)
+        with contextlib.suppress(OSError):  # a full disk
+            begin(aside)
+        discard(aside)
+    oldest = min((named[path] for path in ours[:keep]), default=0)
+    told = [f"{path} stays: {foreign[path]}" for path in sorted(foreign) if named[path] < oldest]
+    return told + [
+        f"{path} stays: it is of a later step than this run has come to; remove it if you do not need it"
+        for path in sorted(later - foreign.keys())
+    ]
 
 
 def _not_ours(path: Path) -> str | None:
-    """Why a folder is not shown to be a checkpoint and nothing else; None where it is."""
+    """Why a folder is not shown to be a checkpoint and nothing else, by names; None where it is."""
     if path.is_symlink() or not path.is_dir():
         return "it is not a folder"
     try:
@@ -98,6 +109,19 @@ def _not_ours(path: Path) -> str | None:
         return f"it has no whole {MANIFEST_FILE}"
     other = sorted(e.name for e in path.iterdir() if e.name not in known or e.is_symlink() or not e.is_file())
     return f"{other[0]} in it is not of the checkpoint" if other else None
+
+
+def _changed(path: Path) -> str:
+    """Which files of a checkpoint are not what was saved; empty: none.
+
+    Checkpoints are large: only files that were touched after the manifest, which a save writes last, are read.
+    """
+    saved = (path / MANIFEST_FILE).stat().st_ctime_ns
+    files = Manifest.read(path).files
+    touched = [name for name in files if (path / name).stat().st_ctime_ns > saved]
+    return few(
+        f"{name} in it was changed since it was saved" for name in touched if hash_file(path / name) != files[name]
+    )
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from mocte_ds.data import Documents, documents, lines, prepare, read_corpus
+from mocte_ds.data.documents import DocumentFile
 from mocte_ds.data.stored_tokenizer import open_tokenizer
 from mocte_ds.errors import DataError, MocteError
 from tests.data.conftest import write_lines
@@ -167,3 +168,20 @@ def test_damaged_files_end_with_texts_or_a_message(tmp_path: Path, seed: int) ->
                 assert text.strip() and text.encode("utf-8")
         except MocteError as error:
             assert str(path) in str(error) and len(str(error)) < 2000, number
+
+
+def test_two_texts_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "first", "id": 1, "text": "second"}\n')
+    with pytest.raises(DataError, match=r'a.jsonl, line 2: .*"text" is there twice'):
+        list(DocumentFile(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_line_ends_at_the_edge_of_what_is_looked_at(end: str, packed: bool, tmp_path: Path) -> None:
+    """The first line end straddles byte 2^20, or ends there."""
+    for length in ((1 << 20) - 2, (1 << 20) - 1):
+        content = (end.join(["a" * length, "b", "", "c"]) + end).encode()
+        path = tmp_path / ("a.txt.gz" if packed else "a.txt")
+        path.write_bytes(gzip.compress(content) if packed else content)
+        assert list(DocumentFile(path)) == ["a" * length + "\nb", "c"]

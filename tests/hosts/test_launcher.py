@@ -165,3 +165,13 @@ def test_what_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".deepspeed_env").write_text("nonsense\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="line 1: 'nonsense' is not NAME=VALUE"):
         travelling({}, tmp_path)
+
+
+def test_the_folder_of_a_run_by_its_command_line() -> None:
+    for words, folder in (
+        (["--run", "a/b.yaml", "--out", "x"], "x"),
+        (["--run=a/b.yaml", "--out=x=y"], "x=y"),
+        (["--run=a/b.yaml", "--resume", "no"], "runs/b"),
+        (["--out", "x", "--run", "b.yaml", "--out=z"], "z"),
+    ):
+        assert run_folder(["launch/pretrain.py", *words]) == Path(folder)

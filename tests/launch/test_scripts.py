@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.e2e.conftest import prepared, read_log, run_file  # noqa: F401  fixtures
 from tests.ownership.trees import tree
@@ -160,3 +161,11 @@ def test_slurm(run_file: Callable[[bool], Path], tmp_path: Path) -> None:  # noq
     program(tmp_path / "bin", "srun", "exit 0")
     code, output = bash(*command, path=tmp_path / "bin", **variables)
     assert code == 0 and "called requeue 77" in output
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "smollm2.sh"])
+@pytest.mark.parametrize("name", ["a #1", "[1]", "a: b", "r ü", "null", 'x"y', "12"])
+def test_names_of_folders_stay_names_in_yaml(script: str, name: str) -> None:
+    line = next(line for line in (ROOT / "launch" / script).read_text().splitlines() if line.startswith("quoted()"))
+    done = subprocess.run(["bash", "-c", f'{line}; quoted "$1"', "bash", name], capture_output=True, text=True)
+    assert yaml.safe_load(done.stdout) == name

@@ -1,5 +1,6 @@
 """One rule: nothing is replaced or removed but what a marker shows to be ours and unchanged; a kill blocks nothing."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from mocte_ds.ownership import (
     require_new_or_ours,
 )
 from mocte_ds.ownership.__main__ import main
-from mocte_ds.ownership.marker import MARKER
+from mocte_ds.ownership.facts import FileFacts
+from mocte_ds.ownership.marker import MARKER, Entry, Marker
+from mocte_ds.ownership.remove import remove_listed
 from mocte_ds.ownership.workshop import workshop
 from tests.ownership.trees import tree
 from tests.training.test_run_folder import make_checkpoints
@@ -79,6 +82,9 @@ MINE = {
     "a changed file": edit("tokenizer.model", b"Pieces"),
     "a changed file of a whole folder": edit("export/weights", b"3 2 1"),
     "a line among ours": grow("metrics.jsonl", b'ss": 1}\nremember: lower rate\n'),
+    "a line at the end without its end": lambda folder: (folder / "metrics.jsonl").write_text(
+        '{"step": 1}\nremember: lower rate'
+    ),
     "a changed line": edit("data/manifest.json", b"{} "),
     "text after records": grow("tensorboard/events.out.tfevents.1.host.2.0", b"what I saw in these curves: nothing"),
     "a link": link("tokenizer.model"),
@@ -178,6 +184,34 @@ def test_the_whole_output_of_a_tool_takes_no_other_files(tmp_path: Path) -> None
     with replace_folder(require_new_or_ours(out, TOOL), TOOL) as pending:
         (pending / "others").write_bytes(b"2")
     assert sorted(path.name for path in out.iterdir()) == [MARKER, "others"]
+
+
+def test_a_file_called_latest_is_ours_beside_the_checkpoint_that_it_names(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    edit("paper/latest", b"v2-final")(run)
+    with pytest.raises(NotOurs, match="latest was not written"):
+        remove(run)
+    (run / "paper" / "latest").unlink()
+    (run / "paper").rmdir()
+    make_checkpoints(run / "checkpoints", 20, latest=20)
+    edit("checkpoints/latest", b"v2-final")(run)
+    with pytest.raises(NotOurs, match="latest was not written"):
+        remove(run)
+    edit("checkpoints/latest", b"step20\n")(run)
+    remove(run)
+    assert not run.exists()
+
+
+def test_a_marker_that_names_files_outside_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "victim.txt").write_bytes(b"")
+    (tmp_path / "run").mkdir()
+    for name in ("../victim.txt", str(tmp_path / "victim.txt"), "a/../../victim.txt"):
+        entry = Entry("pretrain", (FileFacts(0, hashlib.sha256().hexdigest()),), True)
+        (tmp_path / "run" / MARKER).write_text(Marker({name: entry}).text())
+        assert remove_listed(tmp_path / "run") == []
+        with pytest.raises(NotOurs):
+            remove(tmp_path / "run")
+    assert (tmp_path / "victim.txt").exists()
 
 
 def test_nor_do_folders_in_it(tmp_path: Path) -> None:

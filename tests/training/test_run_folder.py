@@ -136,6 +136,29 @@ def test_pruning_removes_nothing_that_is_not_ours(tmp_path: Path) -> None:
     assert "step7 stays: it is not a folder" in text
 
 
+def test_pruning_spares_a_checkpoint_whose_bytes_were_changed(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, 10, 20, 30, 40, latest=40)
+    (tmp_path / "step10" / "weights.pt").write_text("y", encoding="utf-8")  # of the same size
+    told = prune_checkpoints(tmp_path, 2, 40)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step10", "step30", "step40"]
+    assert len(told) == 1 and "step10 stays: weights.pt in it was changed since it was saved" in told[0]
+
+
+def test_pruning_does_not_count_a_branch_that_was_left(tmp_path: Path) -> None:
+    """`latest` was set back from 100 to 60: the new branch keeps two, and the old one's stay until it comes by."""
+    make_checkpoints(tmp_path, 60, 80, 100, latest=60)
+    left = []
+    for step in (65, 70, 75, 80, 85):
+        if step != 80:  # a save replaces it
+            make_checkpoints(tmp_path, step, latest=step)
+        (tmp_path / "latest").write_text(f"step{step}", encoding="utf-8")
+        told = prune_checkpoints(tmp_path, 2, step)
+        left.append(sorted(int(path.name[4:]) for path in tmp_path.glob("step*")))
+        assert [t.split(" stays")[0][-4:] for t in told] == (["p100", "ep80"] if step < 80 else ["p100"])
+        assert "of a later step than this run has come to" in told[0]
+    assert left == [[60, 65, 80, 100], [65, 70, 80, 100], [70, 75, 80, 100], [75, 80, 100], [80, 85, 100]]
+
+
 def test_a_pruning_that_is_killed_leaves_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoints(tmp_path, 10, 20, latest=20)
     monkeypatch.setattr(run_folder, "discard", lambda *_: None)
@@ -171,7 +194,8 @@ def test_changes_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     assert changes_so_far(path, 5) == []
     path.write_text(json.dumps({"changes": [{"step": 3, "a": 1}, {"step": 9, "a": 2}]}))
-    assert changes_so_far(path, 5) == [{"step": 3, "a": 1}]
+    for step in (5, 9):  # a second resume from step 9 finds its change anew
+        assert changes_so_far(path, step) == [{"step": 3, "a": 1}]
     for damaged in ("", "[]", '{"changes": [1]}', "[" * 100_000):
         path.write_text(damaged)
         assert changes_so_far(path, 5) == []

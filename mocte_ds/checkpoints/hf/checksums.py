@@ -10,13 +10,15 @@ from torch import Tensor
 from mocte_ds.checkpoints.files import hash_file
 from mocte_ds.checkpoints.hf.shards import checksum
 from mocte_ds.checkpoints.hf.whole import write_json
-from mocte_ds.errors import CheckpointError, MocteError
+from mocte_ds.errors import CheckpointError, MocteError, NotOurs
 from mocte_ds.json_files import read_object
+from mocte_ds.ownership.facts import hash_file as file_facts
+from mocte_ds.ownership.marker import MARKER, Marker
 
 CHECKSUMS_FILE = "checksums.json"
 _LEFT_OUT = (CHECKSUMS_FILE, "README.md", "export.json")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
-_ADVICE = f"export the checkpoint again; if you changed it on purpose, remove {CHECKSUMS_FILE}"
+_ADVICE = f"export the checkpoint again; if you changed it on purpose, remove {CHECKSUMS_FILE} and {MARKER}"
 _SUM = re.compile("[0-9a-f]{64}")
 
 
@@ -42,6 +44,7 @@ class Checksums:
             MocteError: of the given kind: the list is damaged.
         """
         path = folder / CHECKSUMS_FILE
+        _require_listed(path, kind)
         if not path.exists():
             return None
         values = read_object(path, kind)
@@ -99,6 +102,19 @@ class Checksums:
                     f"{self.folder}: {name} is not what {CHECKSUMS_FILE} says: its file is damaged, or it was trained "
                     f"on since the export; {_ADVICE}."
                 )
+
+
+def _require_listed(path: Path, kind: type[MocteError]) -> None:
+    """Refuse a list that is not the one which the folder's marker names: without it nothing would be looked at."""
+    try:
+        marker = Marker.read(path.parent)
+        entry = marker.files.get(path.name) if marker else None
+        if entry and (path.is_symlink() or file_facts(path) not in entry.versions):
+            raise kind(f"{path} is not what the export wrote; {_ADVICE}.")
+    except NotOurs as error:
+        raise kind(f"{path.parent / MARKER} is damaged or was changed; {_ADVICE}.") from error
+    except OSError as error:
+        raise kind(f"{path}, which the export wrote, cannot be read: {error.strerror or error}; {_ADVICE}.") from error
 
 
 def write_checksums(folder: Path, tensors: Mapping[str, str]) -> None:

@@ -91,7 +91,8 @@ def compare_function(source: Source, layout: Layout, pieces: Pieces) -> dict[str
         gc.unfreeze()
     if run.decided.float().mean() < 0.25:
         raise CheckpointError(
-            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared."
+            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared. "
+            "Rows that training has not told apart yet are the usual reason: take a checkpoint of a later step."
         )
     difference, changed = _compare_ends(source, layout, pieces, run, first, decided)
     return {"logit_difference": difference, "changed_predictions": changed, "experts_compared": experts}

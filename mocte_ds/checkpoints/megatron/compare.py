@@ -47,7 +47,8 @@ def compare(source: Source, pairs: list[Pair], model: nn.Module, tensors: dict[s
     logits, decided, experts = _ours(source, model, ids)
     if decided.float().mean() < 0.25:
         raise CheckpointError(
-            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared."
+            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared. "
+            "Rows that training has not told apart yet are the usual reason: take a checkpoint of a later step."
         )
     difference = require_close(run(model, ids)[decided], logits[decided], "logits in megatron-core")
     return {"tensors_compared": len(pairs), "experts_compared": experts, "logit_difference": difference}

@@ -165,6 +165,7 @@ def test_an_export_that_was_changed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MocteError, match="model.layers.1.mlp.up_proj.weight is not what checksums.json says"):
         main([str(tmp_path / "back"), str(tmp_path / "more")])
     (tmp_path / "back" / "checksums.json").unlink()
+    (tmp_path / "back" / ".mocte-ds.json").unlink()
     assert main([str(tmp_path / "back"), str(tmp_path / "more")]) == 0
 
 
