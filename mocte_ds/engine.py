@@ -47,6 +47,7 @@ class MocteEngine(UnitEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run a pass that trains stands."""
         self.vocabulary.look(inputs, kwargs, self.global_steps)
+        self.mocte.context.forget_interrupted()
         if not (self.module.training and torch.is_grad_enabled()):  # engine.eval() sets the module only
             return super().forward(*inputs, **kwargs)
         micro, rank = self.train_micro_batch_size_per_gpu(), dist.get_rank(group=self.data_parallel_group)
