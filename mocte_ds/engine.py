@@ -48,6 +48,7 @@ class MocteEngine(UnitEngine):
         """DeepSpeed's forward; tells the blocks where in the run a pass that trains stands."""
         trains = self.module.training and torch.is_grad_enabled()  # engine.eval() sets the module only
         self.vocabulary.look(inputs, kwargs, self.global_steps, trains)
+        self.mocte.context.forget_interrupted()
         if not trains:
             return super().forward(*inputs, **kwargs)
         micro, rank = self.train_micro_batch_size_per_gpu(), dist.get_rank(group=self.data_parallel_group)

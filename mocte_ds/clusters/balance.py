@@ -65,13 +65,18 @@ def balanced_kmeans(
         Clusters on the CPU, in fp32. Loads are even to 1 % where the points allow it; equal points stay together.
 
     Raises:
-        MocteError: fewer points than clusters, or points that are not finite.
+        MocteError: fewer points than clusters, points without coordinates, or points that are not finite.
     """
     z = torch.as_tensor(points).detach().double().cpu()
     if z.dim() != 2 or z.shape[0] < count:
         raise MocteError(
             f"{count} clusters need at least {count} points (n, r), not {tuple(z.shape)}; raise spectrum.rows or lower "
             "num_experts."
+        )
+    if z.shape[1] == 0:
+        raise MocteError(
+            f"{count} clusters need points with at least one coordinate, not {tuple(z.shape)}; give at least one "
+            "direction (spectrum.rank)."
         )
     if not torch.isfinite(z).all():
         raise MocteError("points to cluster are NaN or infinite; the features have overflowed.")

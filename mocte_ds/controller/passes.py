@@ -51,7 +51,7 @@ class Passes:
         """
         run, context = self._run, self._run.context
         layers = [layer for layer in self._layers if layer.gate.balanced]
-        parts = [torch.tensor([int(context.step_tokens), self._own]), *[layer.step_load for layer in layers]]
+        parts = [torch.tensor([int(context.step_tokens), context.step_passes]), *[layer.step_load for layer in layers]]
         summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
         tokens, passes = summed[0].tolist()
         run.tokens += tokens
@@ -62,7 +62,7 @@ class Passes:
             if int(load.sum()):
                 layer.share = (load.double() / load.sum()).float().to(layer.share.device)
             layer.step_load.zero_()
-        context.step_tokens, self._own, context.loss_scale = 0, 0, None
+        context.step_tokens, context.step_passes, self._own, context.loss_scale = 0, 0, 0, None
 
     def routed(self) -> list[Tensor]:
         """(E,) tokens routed to the experts of each block since the start, all ranks together (collective)."""
@@ -94,7 +94,7 @@ class Passes:
         run, context = self._run, self._run.context
         # Checkpoints of older versions have no balance of loads: it begins even, as at a birth.
         self.sequences = state.get("sequences", run.step * run.sequences_per_step)
-        self._own, context.step_tokens = 0, 0
+        self._own, context.step_tokens, context.step_passes = 0, 0, 0
         context.usual_tokens = state.get("usual_tokens")
         shares = state.get("shares") or [layer.share for layer in self._layers]
         for layer, share in zip(self._layers, shares, strict=True):

@@ -38,6 +38,13 @@ class ProbeReading:
     valid: Tensor
     """(S, T) False for padding, and for a sequence that only keeps the rank company."""
 
+    def way(self, block: int, bank: int) -> tuple[Tensor, Tensor]:
+        """(S, T) int64 experts and (S, T) bool: where they are known, of tokens that count."""
+        route = self.routes.get((block, bank))
+        if route is None:  # the block read another number of tokens; all ranks go on together
+            return torch.zeros(self.valid.shape, dtype=torch.int64), torch.zeros_like(self.valid)
+        return route, self.valid
+
 
 @dataclass
 class ProbeGradient:

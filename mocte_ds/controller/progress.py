@@ -139,8 +139,8 @@ class Progress:
                 continue
             changed, counted, loads = [], [], []
             for number, bank in enumerate(handle.block.banks):
-                route, born = now.routes[handle.index, number], self._born.get((handle.index, number))
-                valid = now.valid
+                born = self._born.get((handle.index, number))
+                route, valid = now.way(handle.index, number)
                 loads.append(torch.bincount(route[valid], minlength=bank.num_experts))
                 same_set = born is not None and born.shape == route.shape
                 changed.append(((route != born) & valid).sum() if same_set else torch.tensor(0))
@@ -163,7 +163,9 @@ class Progress:
         sums = [counted.sum()[None].double()]
         for number, bank in enumerate(handle.block.banks):
             own = torch.zeros(bank.num_experts, dtype=torch.float64)
-            sums.append(own.index_add_(0, now.routes[handle.index, number][counted], gain[counted]))
+            route, known = now.way(handle.index, number)
+            known = known & counted
+            sums.append(own.index_add_(0, route[known], gain[known]))
         total, *shares = sum_over_ranks(torch.cat(sums)).tolist()
         if total:
             facts.progress[handle.index] = [share / total for share in shares]

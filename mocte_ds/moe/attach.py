@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import inspect
 
 from torch import nn
 
@@ -24,8 +25,10 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
         The blocks.
 
     Raises:
-        ConfigError: a pattern matches nothing, a match lies inside another one, or it is no FFN.
+        ConfigError: a pattern matches nothing, a match lies inside another one, or it is no FFN; the model is an
+            encoder-decoder.
     """
+    _require_one_stream(model)
     names = matching_modules(model, config.modules)
     context = BatchContext(config.eod_id)
     context.follow(model, names)
@@ -70,6 +73,21 @@ def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:
         if outer:
             raise ConfigError(f"mocte.modules matches '{name}' inside of '{outer[0]}'; name only one of them.")
     return [name for name in all_names if name in found]
+
+
+def _require_one_stream(model: nn.Module) -> None:
+    """Refuse a model that reads two sequences: the mask and ids of one would be taken for those of the other.
+
+    Raises:
+        ConfigError: it says that it is an encoder-decoder, or its forward takes `decoder_input_ids`.
+    """
+    says = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+    if says or "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder-decoder, which mocte_ds does not support: padding, token counts and "
+            "the probe set follow one sequence of tokens, `input_ids`. Decoder-only and encoder-only models are "
+            "supported."
+        )
 
 
 def _vocab_size(model: nn.Module) -> int:

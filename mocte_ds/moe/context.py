@@ -21,8 +21,8 @@ __all__ = ["BatchContext", "ForwardState", "Look", "Tokens"]
 class _Running:
     """A forward pass that has begun and not ended."""
 
-    def __init__(self, state: ForwardState, task: int, again: bool) -> None:
-        self.state, self.task, self.again = state, task, again
+    def __init__(self, state: ForwardState, task: int, again: bool, module: nn.Module | None = None) -> None:
+        self.state, self.task, self.again, self.module = state, task, again, module
 
 
 class BatchContext:
@@ -42,6 +42,8 @@ class BatchContext:
         """See :class:`ForwardState`."""
         self.step_tokens: Tensor | int = 0
         """Tokens of this rank's training passes that count, in this optimizer step."""
+        self.step_passes = 0
+        """The passes that they are of, whoever called the model."""
         self.loss_scale: Tensor | float | None = None
         """Gradient of the model's loss in the backward pass that runs; None: 1."""
         self.on_abandoned: Callable[[], None] | None = None
@@ -63,18 +65,32 @@ class BatchContext:
     def follow(self, model: nn.Module, blocks: Iterable[str]) -> None:
         """Make a state for every call of ``model``, and tag what the modules around its blocks read.
 
+        A part of the model that holds all blocks, such as its base model, may be called by itself: that is a pass too.
+
         Args:
             model: any model.
             blocks: names of its blocks.
         """
-        # No closures: a copied model's hooks must tell the copied context.
-        begin = partial(self._begin, list(inspect.signature(model.forward).parameters))
-        model.register_forward_pre_hook(begin, with_kwargs=True)
-        model.register_forward_hook(self._complete)
-        model.register_forward_hook(self._end, always_call=True)
-        around = {name[:i] for name in blocks for i, letter in enumerate(name) if letter == "."}
-        for name in sorted(around):
+        each = [{name[:i] for i, letter in enumerate(name) if letter == "."} for name in blocks]
+        of_all = set.intersection(*each) if each else set()
+        for name in ["", *sorted(of_all)]:
+            self._follow(model.get_submodule(name), begin=self._begin_part if name else self._begin)
+        for name in sorted(set().union(*each)):
             model.get_submodule(name).register_forward_pre_hook(self._tag_input, with_kwargs=True)
+
+    def _follow(self, module: nn.Module, begin: Callable[..., None]) -> None:
+        # No closures: a copied model's hooks must tell the copied context.
+        names = list(inspect.signature(module.forward).parameters)
+        module.register_forward_pre_hook(partial(begin, names), with_kwargs=True)
+        module.register_forward_hook(self._complete)
+        module.register_forward_hook(self._end, always_call=True)
+
+    def forget_interrupted(self) -> None:
+        """No pass runs: what a KeyboardInterrupt or SystemExit has left, for which torch calls no hook, is dropped."""
+        if backward_task() == -1 and self._passes:
+            left, self._passes = self._passes, []
+            if any(running.state.sampling for running in left) and self.on_abandoned is not None:
+                self.on_abandoned()
 
     def announce(self, **facts: Any) -> None:
         """Say what the next call of the model is: fields of its :class:`ForwardState`. It counts as training."""
@@ -95,21 +111,26 @@ class BatchContext:
             state = found if again and found is not None else state
         else:
             state.counting = module.training and torch.is_grad_enabled()
-        self._push(state, task, again)
+        self._push(state, task, again, module)
         if not again:
             for name, value in facts.items():
                 setattr(state, name, value)
             require_domain(state.domain, None if state.ids is None else len(state.ids))
 
-    def _push(self, state: ForwardState, task: int = -1, again: bool = False) -> None:
+    def _begin_part(self, names: list[str], module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A part of the model is called: by the model, in a recomputation, or by itself."""
+        if not self._passes and backward_task() == -1:
+            self._begin(names, module, args, kwargs)
+
+    def _push(self, state: ForwardState, task: int = -1, again: bool = False, module: nn.Module | None = None) -> None:
         if not again:
             state.usual_tokens, state.look = self.usual_tokens, self._look
             self._alive.add(state)
-        self._passes.append(_Running(state, task, again))
+        self._passes.append(_Running(state, task, again, module))
 
-    def _complete(self, _module: nn.Module, _args: tuple, output: Any) -> None:
-        running = self._passes[-1]
-        if running.again:
+    def _complete(self, module: nn.Module, _args: tuple, output: Any) -> None:
+        running = self._passes[-1] if self._passes else None
+        if running is None or running.module is not module or running.again:
             return
         state = running.state
         cache = getattr(output, "cache", None)
@@ -118,8 +139,8 @@ class BatchContext:
         self._commit(state)
         state.sampling = False
 
-    def _end(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
-        if not self._passes:
+    def _end(self, module: nn.Module, _args: tuple, _output: Any) -> None:
+        if not self._passes or self._passes[-1].module is not module:
             return
         running = self._passes.pop()
         running.state.cache = None  # its keys and values have the graph that holds the state
@@ -129,7 +150,7 @@ class BatchContext:
     def _commit(self, state: ForwardState) -> None:
         state.commit()
         if state.counting and state.token_count is not None:
-            self.step_tokens = self.step_tokens + state.token_count
+            self.step_tokens, self.step_passes = self.step_tokens + state.token_count, self.step_passes + 1
             state.counting = False
 
     def _tag_input(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -146,7 +167,8 @@ class BatchContext:
     def block_runs(self, block: nn.Module, name: str) -> Iterator[tuple[ForwardState, bool]]:
         """The state of the pass that a block runs in, and whether this is a recomputation.
 
-        A block that is called outside of the model's calls runs in a pass of its own, of which nothing is known.
+        A block that is called outside of the model's calls runs in a pass of its own, of which nothing is known. Its
+        loads count where it trains; its tokens do not, because other blocks may read the same ones.
 
         Raises:
             MocteError: a recomputation whose pass is not to be found.
@@ -157,11 +179,11 @@ class BatchContext:
         elif task != -1:
             yield self._recomputed(name), True
         else:
-            state = ForwardState(end_id=self.eod_id, counting=block.training)
+            state = ForwardState(end_id=self.eod_id, counting=block.training and torch.is_grad_enabled())
             self._push(state)
             try:
                 yield state, False
-                self._commit(state)
+                state.commit()
             finally:
                 self._passes.pop()
 

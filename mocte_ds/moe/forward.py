@@ -120,11 +120,11 @@ class ForwardState:
                 ids = None
             real = None
             if self.ids is not None and ids is not None and ids.dim() == 2:
-                real = given_tokens((ids.shape[0], ids.shape[1]), dict(self.given))[0]
+                real = given_tokens((ids.shape[0], ids.shape[1]), dict(self.given), self.cached)[0]
             return Tokens(ids, None if real is None else real.reshape(place))
         if ids is not None and tuple(ids.shape) != place:
             ids = None
-        return Tokens.of((place[0], place[1]), ids, self.end_id, dict(self.given))
+        return Tokens.of((place[0], place[1]), ids, self.end_id, dict(self.given), cached=self.cached)
 
     def _remembered(self) -> RoutingState | None:
         if getattr(self.cache, "is_compileable", False):

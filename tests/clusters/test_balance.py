@@ -81,3 +81,8 @@ def test_equal_points_stay_together() -> None:
 def test_refusals(points: torch.Tensor, message: str) -> None:
     with pytest.raises(MocteError, match=message):
         balanced_kmeans(points, 3, 0)
+
+
+def test_points_without_coordinates_are_refused() -> None:
+    with pytest.raises(MocteError, match="at least one coordinate"):
+        balanced_kmeans(torch.zeros(64, 0), 4)

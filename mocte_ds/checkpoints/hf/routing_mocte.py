@@ -39,9 +39,10 @@ def read_tokens(
     if ids is None and kinds & set(TABLES):
         raise ValueError(f"routers of the kinds {sorted(kinds & set(TABLES))} need input_ids, not inputs_embeds.")
     remembers = cache is not None and bool(kinds & {"prefix", "previous"})
-    state = state_in(cache, int(cache.get_seq_length())) if remembers else None
+    cached = int(cache.get_seq_length()) if cache is not None else 0
+    state = state_in(cache, cached) if remembers else None
     shape = (features.shape[0], features.shape[1])
-    return Tokens.of(shape, ids, config.document_end_id, given or {}, state)
+    return Tokens.of(shape, ids, config.document_end_id, given or {}, state, cached)
 
 
 class MocteRouter(nn.Module):

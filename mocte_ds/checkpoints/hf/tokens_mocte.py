@@ -11,6 +11,8 @@ from torch.nn import functional as F
 # Shapes: B sequences of T tokens, E experts.
 
 NO_TOKEN = -1
+# What is added to an attention score to hide a key is below this; slopes by distance (ALiBi) are not.
+_HIDDEN = -9e3
 
 
 class RoutingState:
@@ -106,23 +108,23 @@ def state_in(cache: Any, length: int) -> RoutingState | None:
     return state
 
 
-def given_tokens(shape: tuple[int, int], given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+def given_tokens(shape: tuple[int, int], given: dict[str, Any], cached: int = 0) -> tuple[Tensor | None, Tensor | None]:
     """What the arguments of a model's call say of padding and packing.
 
     Args:
         shape: B, T.
-        given: arguments by name. `attention_mask` (B, at least T), 0 for padding; `position_ids` (B or 1, T), where a
+        given: arguments by name. `attention_mask` (B, tokens in the cache + T), 0 for padding, or the mask of every
+            query and key, see :func:`_real`; `position_ids` (B or 1, T), where a
             real token at 0, or one that is not after the token before it, begins a document; `cu_seq_lens_q` or
             `cu_seqlens` (documents + 1,), first places of the documents in the flattened batch; `seq_idx` (B or 1, T),
             numbers of the documents. What has another shape is not read.
+        cached: tokens in the cache; only with some may a mask be longer than T.
 
     Returns:
         (B, T) bool, False for padding, or None for none; (B, T) bool, True where a document begins, or None.
     """
     batch, length = shape
-    mask, real = given.get("attention_mask"), None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
-        real = mask[:, -length:] != 0
+    real = _real(given.get("attention_mask"), batch, length, cached)
     begins: list[Tensor] = []
     positions, numbers = (_by_token(given.get(name), shape) for name in ("position_ids", "seq_idx"))
     if positions is not None:
@@ -145,6 +147,32 @@ def given_tokens(shape: tuple[int, int], given: dict[str, Any]) -> tuple[Tensor 
     for other in begins[1:]:
         together = together | other.to(together.device)
     return real, together if real is None else together & real.to(together.device)
+
+
+def _real(mask: Any, batch: int, length: int, cached: int) -> Tensor | None:
+    """(B, T) bool, False for padding; None where the mask does not tell.
+
+    A mask (B or 1, [heads,] T, keys) says which query sees which key: a key that no query sees is padding. Floats are
+    added to the scores, so that very negative ones hide a key; integers and bools are nonzero where a query sees a
+    key. Where True hides a key (Megatron), all later keys are True, and a token's own key is not.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3, 4):
+        return None
+    keys = mask.shape[-1]
+    if mask.dim() == 2:
+        fits = mask.shape[0] == batch and (keys == length or (cached > 0 and keys > length))
+        return mask[:, -length:] != 0 if fits else None
+    if mask.shape[-2] != length or keys != length + cached or mask.shape[0] not in (1, batch):
+        return None
+    own = mask[..., -length:]
+    seen = own > _HIDDEN if own.is_floating_point() else own != 0
+    upper = torch.ones(length, length, dtype=torch.bool, device=seen.device).triu(1)
+    diagonal = seen.diagonal(dim1=-2, dim2=-1)
+    if not own.is_floating_point() and bool(seen[..., upper].all()) and not bool(diagonal[..., 1:].all()):
+        seen = ~seen
+    real = seen.any(dim=-2)
+    real = real.any(dim=1) if mask.dim() == 4 else real
+    return None if bool(real.all()) else real.expand(batch, length)
 
 
 def _by_token(values: Any, shape: tuple[int, int]) -> Tensor | None:
@@ -178,6 +206,7 @@ class Tokens:
         end_id: int | None,
         given: dict[str, Any],
         state: RoutingState | None = None,
+        cached: int = 0,
     ) -> "Tokens":
         """Of one call.
 
@@ -187,8 +216,9 @@ class Tokens:
             end_id: token that ends a document, or None.
             given: arguments of the call by name, see :func:`given_tokens`.
             state: of the tokens before.
+            cached: tokens in the cache of keys and values.
         """
-        real, begins = given_tokens(shape, given)
+        real, begins = given_tokens(shape, given, cached)
         if begins is None:
             begins = torch.zeros(shape, dtype=torch.bool, device=None if ids is None else ids.device)
         ends = None
