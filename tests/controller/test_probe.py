@@ -15,6 +15,7 @@ from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, ExpertMode, attach
+from mocte_ds.seeds import derived_seed
 from mocte_ds.spectrum.sample import Selection, hash_keys
 from mocte_ds.trainability import coherence, conflict
 from mocte_ds.zero import expert_unit
@@ -250,12 +251,14 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     hook.remove()
     z = (caught[0].mean(1) - mean) @ basis
     cluster = (z[:, None] - run.blocks[0].document_centroids).square().sum(2).argmin(1).repeat_interleave(T)
-    place = hash_keys(torch.arange(4)[:, None], torch.arange(T), run.config.seed ^ 0x5EED).flatten()
+    place = hash_keys(
+        torch.arange(4)[:, None], torch.arange(T), derived_seed(run.config.seed, "rows of experts")
+    ).flatten()
 
     def chosen(gradients: torch.Tensor, mine: torch.Tensor | None = None) -> torch.Tensor:
         """Of the tokens that have a gradient, those that all ranks would choose; none where they are too few."""
         able = (gradients.diagonal() > 0) if mine is None else (gradients.diagonal() > 0) & mine
-        selection = Selection(N, run.config.seed ^ 0x5EED)
+        selection = Selection(N, derived_seed(run.config.seed, "rows of experts"))
         selection.offer(place[able])
         rows = (place[:, None] == selection.keys).nonzero()
         return rows[rows[:, 1].argsort(), 0] if len(rows) == N else rows[:0, 0]
