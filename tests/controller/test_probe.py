@@ -251,14 +251,13 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     hook.remove()
     z = (caught[0].mean(1) - mean) @ basis
     cluster = (z[:, None] - run.blocks[0].document_centroids).square().sum(2).argmin(1).repeat_interleave(T)
-    place = hash_keys(
-        torch.arange(4)[:, None], torch.arange(T), derived_seed(run.config.seed, "rows of experts")
-    ).flatten()
+    seed = derived_seed(run.config.seed, "rows of experts")
+    place = hash_keys(torch.arange(4)[:, None], torch.arange(T), seed).flatten()
 
     def chosen(gradients: torch.Tensor, mine: torch.Tensor | None = None) -> torch.Tensor:
         """Of the tokens that have a gradient, those that all ranks would choose; none where they are too few."""
         able = (gradients.diagonal() > 0) if mine is None else (gradients.diagonal() > 0) & mine
-        selection = Selection(N, derived_seed(run.config.seed, "rows of experts"))
+        selection = Selection(N, seed)
         selection.offer(place[able])
         rows = (place[:, None] == selection.keys).nonzero()
         return rows[rows[:, 1].argsort(), 0] if len(rows) == N else rows[:0, 0]
