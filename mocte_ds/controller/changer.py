@@ -49,6 +49,7 @@ class Changer:
         after = gather_objects(run.optimizer.optimizer_bytes())
         with FlopCount() as looking:
             self._progress.remember_routes(run, emerging)
+            self._progress.remember_new(run)
         own = {"spectrum": 0, "clusters": births.total, "progress": looking.total}
         facts[0]["flops"] = of_all_ranks({part: n + (spent or {}).get(part, 0) for part, n in own.items()})
         sizes = {

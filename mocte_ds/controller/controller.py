@@ -23,7 +23,7 @@ from mocte_ds.dist.collectives import max_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.moe.context import BatchContext
-from mocte_ds.zero import UnitOptimizer, UnitRegistry
+from mocte_ds.zero import TRUNK, UnitOptimizer, UnitRegistry
 
 
 class Controller:
@@ -64,6 +64,9 @@ class Controller:
         run.rank, run.sequences_per_step = rank, sequences_per_step
         self.progress.bind(module)
         self.checks.set_window(sequences_per_step)
+        # Whoever calls backward, of the engine or of the loss: gradients wait from then on.
+        for parameter in run.registry.units[TRUNK].parameters:
+            parameter.register_post_accumulate_grad_hook(self._gradients_wait)
 
     # ---- for users -------------------------------------------------------------------------------------------------
 
@@ -274,6 +277,9 @@ class Controller:
         if state is not None:
             self.progress.load_state_dict(state, device)
         self.checks.load_rank_state_dict(state, device)
+
+    def _gradients_wait(self, _parameter: torch.nn.Parameter) -> None:
+        self.mid_step = True
 
     # ---- refusals --------------------------------------------------------------------------------------------------
 

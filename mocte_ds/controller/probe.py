@@ -318,6 +318,13 @@ class Snapshots:
             else:
                 self._weights[name] = [now.clone() for now in held(parameters)]
 
+    @torch.no_grad()
+    def add(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> None:
+        """Remember the weights of the units that are not known yet, beside the others'."""
+        for name, parameters in units.items():
+            if name not in self._weights:
+                self._weights[name] = [now.clone() for now in held(parameters)]
+
     @contextmanager
     def in_place(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> Iterator[None]:
         """Within it the units have their old weights; afterwards the very same tensors as before."""

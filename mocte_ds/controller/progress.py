@@ -106,6 +106,14 @@ class Progress:
         facts.seconds = time.perf_counter() - started
         return facts
 
+    def remember_new(self, run: RunState) -> None:
+        """Keep the weights of experts that have just begun to train, or train again: their progress begins here.
+
+        Without them the next check would roll nothing back and find that these experts had learned nothing.
+        """
+        if self._taken:
+            self.snapshots.add(training_units(run))
+
     def remember_routes(self, run: RunState, blocks: set[int]) -> None:
         """Keep where the probe tokens go at the emergence of some blocks (collective)."""
         now = self._read(run) if self.active and blocks else None

@@ -217,8 +217,18 @@ def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _ids(tokenizer: AnyTokenizer, text: str) -> np.ndarray:
-    """Token ids of a document and its end: (n + 1,) int32."""
-    return np.asarray([*tokenizer.encode(text), tokenizer.eod_id], dtype=np.int32)
+    """Token ids of a document and its end: (n + 1,) int32.
+
+    Raises:
+        DataError: the tokenizer needs more memory than there is.
+    """
+    try:
+        return np.asarray([*tokenizer.encode(text), tokenizer.eod_id], dtype=np.int32)
+    except MemoryError:
+        raise DataError(
+            f"a document of {len(text):,} characters, which begins {text[:40]!r}, does not fit into memory while it is "
+            "tokenised; cut it into several documents."
+        ) from None
 
 
 _worker: AnyTokenizer

@@ -203,6 +203,33 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
     assert moved.churn[0][0] > 0.3 and moved.progress == {} and moved.passes == 1
 
 
+def test_progress_of_an_expert_begins_when_it_begins_to_train() -> None:
+    """An expert that thaws, or is born, between two checks is rolled back to what it was then."""
+    made, blocks = model("ours")
+    units = {
+        expert_unit(b, k): SimpleNamespace(parameters=tuple(expert.parameters()))
+        for b in blocks
+        for k, expert in enumerate(b.banks[0].local_experts)
+    }
+    run = state(made, blocks, units)
+    for handle in run.blocks:
+        for expert in handle.experts:
+            expert.mode = ExpertMode.TRAINING
+        handle.refresh_mode()
+    thawed = run.blocks[1].experts[2]
+    thawed.mode = ExpertMode.FROZEN
+    progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T))
+    progress.probe.offer((), {"input_ids": IDS}, 0, BATCH)
+    progress.probe.finish()
+    progress.measure(run, True)
+    thawed.mode = ExpertMode.TRAINING
+    progress.remember_new(run)
+    with torch.no_grad():
+        for p in blocks[1].banks[0].local_experts[2].parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    assert [part != 0 for part in progress.measure(run, True).progress[1]] == [False, False, True, False]
+
+
 def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     """Two blocks, one in warm-up; the reference asks autograd for each token's gradient of the FFN's weights."""
     made, blocks = model("ours")

@@ -8,9 +8,10 @@ from tests.engine import runs
 from tests.spawn import spawn
 
 
-def run() -> tuple[list[dict[str, Any]], list[int]]:
-    """Events of an emergence between two steps, and the sampled rows of each step."""
+def run() -> tuple[list[dict[str, Any]], list[int], list[str]]:
+    """Events of an emergence between two steps, the sampled rows of each step, and answers to freezes in a step."""
     import mocte_ds
+    from mocte_ds.errors import MocteError
     from mocte_ds.models import Decoder, DecoderConfig
 
     torch.manual_seed(0)
@@ -28,11 +29,23 @@ def run() -> tuple[list[dict[str, Any]], list[int]]:
             engine.step()
         rows.append(len(engine.mocte.run.samples.collectors[0].tokens()[0]))
     engine.mocte.emerge(1)
-    return events, rows
+    said = []
+    ids, _ = runs.batch(3, 0)
+    loss = engine.scale(engine(ids, ids))
+    for backward in (lambda: None, loss.backward):  # the loss's own backward, not the engine's
+        backward()
+        try:
+            engine.mocte.freeze(1, 0)
+            said.append("frozen")
+        except MocteError as error:
+            said.append(str(error))
+    return events, rows, said
 
 
 def test_emergence_on_call_sees_the_last_step() -> None:
-    ((events, rows),) = spawn(run, 1, timeout=60, deepspeed=True)
+    ((events, rows, said),) = spawn(run, 1, timeout=60, deepspeed=True)
     assert rows == [2 * runs.MICRO * runs.LENGTH] * 3, "the last step's tokens, all of them, and no older ones"
-    (emerged,) = [event for event in events if event["event"] == "emergence"]
+    emerged, frozen = (event for event in events if event["event"] in ("emergence", "freeze"))
     assert emerged["gate"] == "clusters of the sampled features" and emerged["output_change"] < 0.02
+    assert (frozen["block"], frozen["expert"]) == (1, 0)
+    assert said[0] == "frozen" and "between a backward pass and the optimizer's step" in said[1]
