@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
-# Sets up and runs lint, format and type checks, builds the docs, then runs all tests on the CPU (at most 75 minutes; about 35 on two cores).
+# Sets up and runs lint, format and type checks, builds the docs, then runs all tests on the CPU: about half an hour on two
+# cores, at most 75 minutes.
 #
-#   bash launch/test.sh [options of pytest]
+#   bash launch/test.sh [--fast] [options of pytest]
 #
+#   --fast              only the tests that start no process: some minutes
 #   MOCTE_TEST_WORKERS  test files that run at the same time                      (default: 2)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fast=()
+if [ "${1:-}" = --fast ]; then
+  fast=(-m fast)
+  shift
+fi
 . launch/setup.sh
 
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
@@ -18,7 +26,8 @@ mypy
 echo "checks: mkdocs"
 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict
 # Before the tests, while the compiler has the machine's memory for itself.
-python -m mocte_ds.training.cpu_op cpu_adam fused_adam
+[ ${#fast[@]} -gt 0 ] || python -m mocte_ds.training.cpu_op cpu_adam fused_adam
 echo "tests: pytest"
 # INT lets pytest print what hung and its closing line; a group that does not end is killed.
-exec timeout --signal=INT --kill-after=30 4500 python -m pytest -n "${MOCTE_TEST_WORKERS:-2}" --dist loadfile "$@"
+exec timeout --signal=INT --kill-after=30 4500 python -m pytest -n "${MOCTE_TEST_WORKERS:-2}" --dist loadfile \
+  ${fast[@]+"${fast[@]}"} "$@"

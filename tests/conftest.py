@@ -1,6 +1,8 @@
 """What all tests share: a CPU, one thread a process, no network, a folder of its own for what DeepSpeed compiles."""
 
+import functools
 import os
+import re
 from pathlib import Path
 
 # Before anything imports torch or deepspeed; every process that a test starts inherits it.
@@ -18,19 +20,31 @@ import torch  # noqa: E402
 
 from mocte_ds.training.cpu_op import build_cpu_op  # noqa: E402
 
+_PROCESSES = re.compile(r"\bspawn\(|\bsubprocess\b|\bmultiprocessing\b|\bLauncher\b|conftest import")
+"""In the text of a test module: it starts processes, or may."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker `gpu` known, wherever pytest's own configuration is."""
+    """Make the markers known, wherever pytest's own configuration is."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+    config.addinivalue_line("markers", "fast: starts no process; bash launch/test.sh --fast runs these")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is none."""
+    """Mark as `fast` what starts no process, and skip tests marked `gpu` where there is none."""
+    for item in items:
+        if not _starts_processes(item.path):
+            item.add_marker(pytest.mark.fast)
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@functools.cache
+def _starts_processes(module: Path) -> bool:
+    return _PROCESSES.search(module.read_text(encoding="utf-8")) is not None
 
 
 @pytest.fixture(scope="session")
