@@ -172,7 +172,7 @@ def test_damaged_files_end_with_texts_or_a_message(tmp_path: Path, seed: int) ->
 
 def test_two_texts_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "first", "id": 1, "text": "second"}\n')
-    with pytest.raises(DataError, match=r'a.jsonl, line 2: .*"text" is there twice'):
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: .*'text' is there twice"):
         list(DocumentFile(tmp_path / "a.jsonl"))
 
 

@@ -84,10 +84,10 @@ def test_bad_models(tmp_path, tokenizer):
     with pytest.raises(DataError, match="no such tokenizer"):
         Tokenizer(tmp_path / "t.model")
     (tmp_path / "t.model").write_bytes(b"no model")
-    with pytest.raises(DataError, match="no sentencepiece model"):
+    with pytest.raises(DataError, match="is not a sentencepiece model"):
         Tokenizer(tmp_path / "t.model")
     (tmp_path / "t.model").write_bytes(b"")
-    with pytest.raises(DataError, match="no sentencepiece model"):
+    with pytest.raises(DataError, match="is not a sentencepiece model"):
         Tokenizer(tmp_path / "t.model")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="could not write"):

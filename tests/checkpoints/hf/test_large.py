@@ -124,7 +124,7 @@ def test_files_that_do_not_agree_with_their_index(small):
     refused(f"{last.name} is missing")
     save_file({"../evil": torch.zeros(1)}, small.parent / "outside.safetensors")
     for text, message in (
-        ("{", f"{INDEX_FILE} cannot be read"),
+        ("{", f"{INDEX_FILE} is not JSON"),
         (json.dumps({"weight_map": ["a"]}), f"{INDEX_FILE} has no weight_map"),
         (json.dumps({**index, "weight_map": {"../evil": "../outside.safetensors"}}), "not a file of the folder"),
     ):

@@ -131,8 +131,8 @@ def test_without_a_piece_for_padding(tmp_path):
         ),
         param(lambda: trained(vocab_size=200, model_type="unigram"), "other ids than", id="no bytes"),
         param(lambda: trained(vocab_size=200, model_type="word"), "kind word; only 'bpe' and 'unigram'", id="words"),
-        param(lambda: b"", "no sentencepiece model", id="empty"),
-        param(lambda: b"\x0a\x05 no model at all", "no sentencepiece model", id="garbage"),
+        param(lambda: b"", "is not a sentencepiece model", id="empty"),
+        param(lambda: b"\x0a\x05 no model at all", "is not a sentencepiece model", id="garbage"),
     ],
 )
 def test_other_models_are_refused(make, message, tmp_path):
