@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     except MocteError as error:
         # Most errors are the same on all ranks. The launcher ends the others as soon as rank 0 has said it.
         if rank and not isinstance(error, LostRank):
-            time.sleep(3)
+            time.sleep(15)  # its shutdown takes seconds on a slow machine
         raise
 
 
