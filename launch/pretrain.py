@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
 from mocte_ds.paths import require_folder_for
-from mocte_ds.training.lost import LostRank, forget_cause, word_of_errors
+from mocte_ds.training.lost import forget_cause, give_way, word_of_errors
 from mocte_ds.training.run_config import read_run
 from mocte_ds.training.run_lock import RunLock, run_lock
 
@@ -43,12 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # What is refused here leaves nothing in a folder that may be somebody else's.
         start = _checked(args, out)
-        return _pretrain(args, start, rank)
-    except MocteError as error:
-        # Most errors are the same on all ranks. The launcher ends the others as soon as rank 0 has said it.
-        if rank and not isinstance(error, LostRank):
-            time.sleep(15)  # its shutdown takes seconds on a slow machine
+    except MocteError:
+        give_way(rank)
         raise
+    return _pretrain(args, start, rank)
 
 
 def _checked(args: argparse.Namespace, out: Path) -> "Start":

@@ -28,8 +28,6 @@ if [ "$fast_bf16" = 0 ]; then
   options=(--set deepspeed.bf16.enabled=false ${options[@]+"${options[@]}"})
 fi
 [ "$processes" -gt 1 ] || options+=(--set deepspeed.mocte.ep_size=1)
-# As a value of --set, which is YAML: a name like 'a #1' or '[1]' must stay a name.
-quoted() { python -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1"; }
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 
 started=$SECONDS

@@ -23,8 +23,6 @@ done
 . launch/setup.sh
 . launch/ranks.sh
 [ "$processes" -gt 1 ] || options+=(--set deepspeed.mocte.ep_size=1)
-# As a value of --set, which is YAML: a name like 'a #1' or '[1]' must stay a name.
-quoted() { python -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1"; }
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 score() {
   if [ "$out/$1.json" -nt "$out/$1/config.json" ]; then

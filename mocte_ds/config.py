@@ -220,9 +220,9 @@ class MocteConfig:
             )
         # Here, because these modules read this one; users' scripts register more.
         from mocte_ds.moe.keys import KEYS
-        from mocte_ds.trainability import require_policy
+        from mocte_ds.trainability import rule_of
 
-        require_policy(self.freeze.policy)
+        rule_of(self.freeze.policy)
         if self.freeze.prefix.end < self.freeze.prefix.start:
             raise ConfigError(
                 f"mocte.freeze.prefix.end = {self.freeze.prefix.end} is before start = {self.freeze.prefix.start}."

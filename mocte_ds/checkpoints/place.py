@@ -204,7 +204,7 @@ def resolve_tag(load_dir: str | Path) -> str | None:
 
 
 def _require_nothing_to_name(latest: Path) -> None:
-    """Refuse a folder whose `latest` was lost: whoever takes it for a folder without checkpoints starts anew."""
+    """Refuse a folder whose `latest` was lost: a run would begin again over the checkpoints."""
     found = sorted((step, path.name) for path in _folders(latest.parent) if (step := _settled_step(path)) is not None)
     if not os.path.lexists(latest) and not found:
         return

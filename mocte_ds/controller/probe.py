@@ -311,12 +311,10 @@ class Snapshots:
         """Remember the weights of some units and forget all others."""
         for name in set(self._weights) - set(units):
             del self._weights[name]
-        for name, parameters in units.items():
-            if name in self._weights:
-                for kept, now in zip(self._weights[name], held(parameters), strict=True):
-                    kept.copy_(now)
-            else:
-                self._weights[name] = [now.clone() for now in held(parameters)]
+        for name, old in self._weights.items():
+            for kept, now in zip(old, held(units[name]), strict=True):
+                kept.copy_(now)
+        self.add(units)
 
     @torch.no_grad()
     def add(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> None:

@@ -15,7 +15,7 @@ from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
 from mocte_ds.moe.block import BlockMode, ExpertMode
-from mocte_ds.trainability.policy import reads_of
+from mocte_ds.trainability.policy import OFF, rule_of
 from mocte_ds.zero import expert_unit, let_go
 
 
@@ -48,8 +48,8 @@ class Progress:
         """Empty; sequences are given, or taken from the first step."""
         wanted = config.probe_tokens or 4 * config.num_experts * config.freeze.rows
         self.probe, self.snapshots = ProbeSet(wanted, config.eod_id), Snapshots()
-        self.active = config.auto and (config.freeze.policy != "off" or config.probe_tokens > 0)
-        self.at_every_check = "progress" in reads_of(config.freeze.policy)
+        self.active = config.auto and (config.freeze.policy != OFF or config.probe_tokens > 0)
+        self.at_every_check = "progress" in rule_of(config.freeze.policy).reads
         """Whether the policy needs a measurement at every check."""
         self._tried = False
         self._born: dict[tuple[int, int], Tensor] = {}

@@ -16,7 +16,7 @@ from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.trainability import Probe, top_eigenpair
-from mocte_ds.trainability.policy import OFF, POLICIES
+from mocte_ds.trainability.policy import OFF, rule_of
 from mocte_ds.zero import expert_unit, let_go, on_its_own
 
 _BYTES = 24
@@ -46,7 +46,7 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFac
     facts, started = TrainabilityFacts(), time.perf_counter()
     if run.config.freeze.policy == OFF:
         return facts
-    may_thaw = POLICIES.get(run.config.freeze.policy, "mocte.freeze.policy").may_thaw
+    may_thaw = rule_of(run.config.freeze.policy).may_thaw
     let_go(run.module)
     places, rank = gather_objects(run.ep_rank), world()[0]
     replicas = [other for other, place in enumerate(places) if place == run.ep_rank]

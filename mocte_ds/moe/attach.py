@@ -11,7 +11,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.moe.experts import ffn_shape
-from mocte_ds.moe.keys import KEYS
+from mocte_ds.moe.keys import key_class
 
 
 def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
@@ -32,7 +32,7 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
     names = matching_modules(model, config.modules)
     context = BatchContext(config.eod_id)
     context.follow(model, names)
-    tables = any(KEYS.get(router.kind, "router.kind").reads_ids for router in config.routers)
+    tables = any(key_class(router.kind).reads_ids for router in config.routers)
     vocab_size = _vocab_size(model) if tables else None
     blocks = []
     for name in names:

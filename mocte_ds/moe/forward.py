@@ -25,7 +25,7 @@ class Look:
     """Which way the tokens of a forward pass took, by layer of experts."""
 
     places: Tensor | None = None
-    """(B, T, c) whole numbers under 2**24 of each token, which are to travel to the experts too; None: nobody asks."""
+    """(B, T, c) integers below 2**24 per token that travel to the experts with it; None: not recorded."""
     routes: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     """(n,) best expert of each token."""
     rows: dict["ClusterMOELayer", dict[int, Tensor]] = field(default_factory=dict)

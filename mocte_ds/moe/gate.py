@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mocte_ds.checkpoints.hf.tokens_mocte import Tokens
 from mocte_ds.config import RouterConfig
 from mocte_ds.moe.balance import Balance, balance_loss
-from mocte_ds.moe.keys import Key, LinearKey, make_key
+from mocte_ds.moe.keys import Key, LinearKey, key_class
 
 _TINY = 1e-20
 
@@ -32,7 +32,7 @@ class ClusterGate(nn.Module):
         """
         super().__init__()
         self.router = router
-        self.key: Key = make_key(router.kind, hidden_size, num_experts, vocab_size)
+        self.key: Key = key_class(router.kind)(hidden_size, num_experts, vocab_size)
         if router.weight == "sigmoid":
             self.register_buffer("cluster_correction", torch.zeros(num_experts))
         if router.learn:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.errors import ConfigError, MocteError
+from mocte_ds.errors import MocteError
 from mocte_ds.moe.context import Tokens
 from mocte_ds.registry import Registry
 
@@ -85,16 +85,13 @@ class Key(nn.Module):
 KEYS: Registry[type[Key]] = Registry("routing key")
 
 
-def make_key(kind: str, hidden_size: int, num_experts: int, vocab_size: int | None) -> Key:
-    """An empty key of a registered kind.
+def key_class(kind: str) -> type[Key]:
+    """The class of a routing key by its name in the config.
 
     Raises:
-        ConfigError: no such kind, or the kind reads token ids and the model has no vocabulary.
+        ConfigError: no such key.
     """
-    cls = KEYS.get(kind, "router.kind")
-    if cls.reads_ids and not vocab_size:
-        raise ConfigError(f"router.kind = {kind!r} reads token ids, and the model has no vocabulary.")
-    return cls(hidden_size, num_experts, vocab_size)
+    return KEYS.get(kind, "router.kind")
 
 
 @KEYS.register("token")

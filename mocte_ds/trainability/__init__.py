@@ -3,7 +3,7 @@
 from mocte_ds.trainability.conflict import Conflict, coherence, conflict
 from mocte_ds.trainability.ghost import ghost_gram
 from mocte_ds.trainability.kernel import lambda_max, top_eigenpair
-from mocte_ds.trainability.policy import POLICIES, Case, Decision, Policy, Probe, policy, require_policy
+from mocte_ds.trainability.policy import POLICIES, Case, Decision, Policy, Probe, policy, rule_of
 from mocte_ds.trainability.rules import progress_share  # and with it the policies that come with the package
 
 __all__ = [
@@ -19,6 +19,6 @@ __all__ = [
     "lambda_max",
     "policy",
     "progress_share",
-    "require_policy",
+    "rule_of",
     "top_eigenpair",
 ]

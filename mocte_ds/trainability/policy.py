@@ -107,6 +107,7 @@ class Rule:
     """Fields of :class:`Probe` that it reads beside `value`; with "progress" every check measures it."""
 
 
+_NEVER = Rule(lambda case: None)
 POLICIES: Registry[Rule] = Registry("freeze policy", others=[OFF])
 
 
@@ -139,19 +140,13 @@ def policy(
     return add
 
 
-def require_policy(name: str) -> None:
-    """Refuse a name that no policy has.
+def rule_of(name: str) -> Rule:
+    """The rule of a policy; that of "off" reads nothing and never freezes.
 
     Raises:
-        ConfigError: with the names that there are.
+        ConfigError: no such policy; with the names that there are.
     """
-    if name != OFF:
-        POLICIES.get(name, "mocte.freeze.policy")
-
-
-def reads_of(name: str) -> tuple[str, ...]:
-    """Fields of a probe that a policy reads beside `value`."""
-    return () if name == OFF else POLICIES.get(name, "mocte.freeze.policy").reads
+    return _NEVER if name == OFF else POLICIES.get(name, "mocte.freeze.policy")
 
 
 class Policy:
@@ -165,10 +160,10 @@ class Policy:
             seed: of the run.
 
         Raises:
-            ConfigError: an unknown name, or "off".
+            ConfigError: an unknown name.
         """
         self.config, self.seed = config, seed
-        self.rule = POLICIES.get(config.policy, "mocte.freeze.policy")
+        self.rule = rule_of(config.policy)
 
     def decide(
         self,

@@ -146,7 +146,7 @@ def told_changes(changes: Changes, engine: Any, position: int) -> list[tuple[str
 def changes_so_far(path: Path, step: int) -> list[dict[str, Any]]:
     """Changes that earlier resumes have written into a run.json, before a step; none where there is no such file.
 
-    Those at the step itself are found anew: the checkpoint is that of before.
+    Changes at the step itself are left out: this resume detects them again.
     """
     try:
         return [entry for entry in read_object(path).get("changes", []) if entry["step"] < step]

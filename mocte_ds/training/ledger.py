@@ -11,7 +11,7 @@ from typing import Any
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.models import DecoderConfig
-from mocte_ds.moe.keys import KEYS
+from mocte_ds.moe.keys import key_class
 
 
 @dataclass
@@ -197,7 +197,7 @@ def gate_flops(model: DecoderConfig, config: MocteConfig, tokens: int) -> GateFl
     """
     matrix = 2.0 * config.num_experts * model.hidden_size * tokens
     routers = config.routers
-    keys = [KEYS.get(router.kind, "router.kind") for router in routers]
+    keys = [key_class(router.kind) for router in routers]
     prior = [key.flops(model.hidden_size, config.num_experts) * tokens for key in keys]
     learned = matrix * sum(router.learn for router in routers)
     through = sum(p for p, key, r in zip(prior, keys, routers, strict=True) if r.learn and key.by_chance)

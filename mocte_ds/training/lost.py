@@ -13,6 +13,7 @@ from mocte_ds.ownership import note_built, require_ours
 CAUSE_FILE = "last_error.json"
 _TOOL = "pretrain"
 _PATIENCE = 2.0  # seconds that a rank which fails has for writing down why
+_TURN = 15.0  # seconds: the end of a process takes some on a slow machine
 _BEGUN = time.time()
 _APART = 10.0  # seconds between the starts of a run's ranks, by the clocks of their hosts
 _SIGNS = (
@@ -61,8 +62,19 @@ def word_of_errors(folder: Path, rank: int) -> Iterator[None]:
     except Exception as error:
         if peer_is_lost(error):
             raise lost_rank(folder) from error
+        if isinstance(error, MocteError):
+            give_way(rank)
         write_cause(folder, rank, error)
         raise
+
+
+def give_way(rank: int) -> None:
+    """Let rank 0 say an error that all ranks have: the launcher ends the others as soon as it has.
+
+    Before word is left, so that rank 0 finds nothing of others in a folder that it takes away again.
+    """
+    if rank:
+        time.sleep(_TURN)
 
 
 def write_cause(folder: Path, rank: int, error: BaseException) -> None:

@@ -87,6 +87,25 @@ def filled() -> ProbeSet:
     return probe
 
 
+def training() -> tuple[RunState, Progress]:
+    """A run in which all experts train, and its probe set of three sequences."""
+    made, blocks = model("ours")
+    units = {
+        expert_unit(b, k): SimpleNamespace(parameters=tuple(expert.parameters()))
+        for b in blocks
+        for k, expert in enumerate(b.banks[0].local_experts)
+    }
+    run = state(made, blocks, units)
+    for handle in run.blocks:
+        for expert in handle.experts:
+            expert.mode = ExpertMode.TRAINING
+        handle.refresh_mode()
+    progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T))
+    progress.probe.offer((), {"input_ids": IDS}, 0, BATCH)
+    progress.probe.finish()
+    return run, progress
+
+
 @pytest.mark.parametrize("kind", ["ours", "transformers"])
 def test_losses_and_routes(kind: str) -> None:
     made, blocks = model(kind)
@@ -140,20 +159,8 @@ def test_snapshots_put_back_the_very_same_tensors() -> None:
 
 
 def test_progress_and_churn_against_an_explicit_computation() -> None:
-    made, blocks = model("ours")
-    units = {
-        expert_unit(b, k): SimpleNamespace(parameters=tuple(expert.parameters()))
-        for b in blocks
-        for k, expert in enumerate(b.banks[0].local_experts)
-    }
-    run = state(made, blocks, units)
-    for handle in run.blocks:
-        for expert in handle.experts:
-            expert.mode = ExpertMode.TRAINING
-        handle.refresh_mode()
-    progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T))
-    progress.probe.offer((), {"input_ids": IDS}, 0, BATCH)
-    progress.probe.finish()
+    run, progress = training()
+    made, blocks, units = run.module, [handle.block for handle in run.blocks], run.registry.units
     progress.remember_routes(run, {0, 1})
     first = progress.measure(run, True)
     assert first.progress == {} and first.churn == {0: [0.0], 1: [0.0]} and sum(first.load[0]) == 3 * T
@@ -205,22 +212,10 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
 
 def test_progress_of_an_expert_begins_when_it_begins_to_train() -> None:
     """An expert that thaws, or is born, between two checks is rolled back to what it was then."""
-    made, blocks = model("ours")
-    units = {
-        expert_unit(b, k): SimpleNamespace(parameters=tuple(expert.parameters()))
-        for b in blocks
-        for k, expert in enumerate(b.banks[0].local_experts)
-    }
-    run = state(made, blocks, units)
-    for handle in run.blocks:
-        for expert in handle.experts:
-            expert.mode = ExpertMode.TRAINING
-        handle.refresh_mode()
+    run, progress = training()
+    blocks = [handle.block for handle in run.blocks]
     thawed = run.blocks[1].experts[2]
     thawed.mode = ExpertMode.FROZEN
-    progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T))
-    progress.probe.offer((), {"input_ids": IDS}, 0, BATCH)
-    progress.probe.finish()
     progress.measure(run, True)
     thawed.mode = ExpertMode.TRAINING
     progress.remember_new(run)

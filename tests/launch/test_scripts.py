@@ -166,6 +166,8 @@ def test_slurm(run_file: Callable[[bool], Path], tmp_path: Path) -> None:  # noq
 @pytest.mark.parametrize("script", ["quickstart.sh", "smollm2.sh"])
 @pytest.mark.parametrize("name", ["a #1", "[1]", "a: b", "r ü", "null", 'x"y', "12"])
 def test_names_of_folders_stay_names_in_yaml(script: str, name: str) -> None:
-    line = next(line for line in (ROOT / "launch" / script).read_text().splitlines() if line.startswith("quoted()"))
+    text = (ROOT / "launch" / script).read_text()
+    assert ". launch/ranks.sh" in text and '$(quoted "$out/' in text and "=$out/" not in text
+    line = next(x for x in (ROOT / "launch" / "ranks.sh").read_text().splitlines() if x.startswith("quoted()"))
     done = subprocess.run(["bash", "-c", f'{line}; quoted "$1"', "bash", name], capture_output=True, text=True)
     assert yaml.safe_load(done.stdout) == name

@@ -62,7 +62,8 @@ def test_a_cause_of_an_earlier_start_is_not_told(tmp_path: Path, monkeypatch: py
     assert "on rank 2: ValueError: of today" in str(lost.lost_rank(tmp_path))
 
 
-def test_what_a_block_raises_is_told_to_the_others(tmp_path: Path) -> None:
+def test_what_a_block_raises_is_told_to_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lost, "_TURN", 0.1)
     with pytest.raises(DataError, match="is gone"), lost.word_of_errors(tmp_path, 1):
         raise DataError("the file x is gone")
     with pytest.raises(lost.LostRank, match="on rank 1: the file x is gone"), lost.word_of_errors(tmp_path, 0):

@@ -194,7 +194,7 @@ def test_changes_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     assert changes_so_far(path, 5) == []
     path.write_text(json.dumps({"changes": [{"step": 3, "a": 1}, {"step": 9, "a": 2}]}))
-    for step in (5, 9):  # a second resume from step 9 finds its change anew
+    for step in (5, 9):  # a second resume from step 9 detects its change again
         assert changes_so_far(path, step) == [{"step": 3, "a": 1}]
     for damaged in ("", "[]", '{"changes": [1]}', "[" * 100_000):
         path.write_text(damaged)

@@ -11,7 +11,7 @@ from mocte_ds.checkpoints.source import Source
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import ffn_shape
-from mocte_ds.moe.keys import KEYS
+from mocte_ds.moe.keys import key_class
 
 FILES = ("configuration_mocte.py", "modeling_mocte.py", "routing_mocte.py", "tokens_mocte.py")
 _ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale")
@@ -90,7 +90,7 @@ def own(source: Source, special: SpecialIds, reason: str | None = None) -> Layou
             "expert_layers": [0] if layer in emerged else [],
             "ffn_sizes": [model.ffn_size(layer)] if model.ffn_sizes else None,
         },
-        model.vocab_size if any(KEYS.get(router["kind"], "router.kind").reads_ids for router in config.routers) else 1,
+        model.vocab_size if any(key_class(router["kind"]).reads_ids for router in config.routers) else 1,
         emerged,
         FILES,
         reason,
