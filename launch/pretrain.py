@@ -76,6 +76,7 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
     from deepspeed.utils import logger
 
     from mocte_ds.dist.end import end_process_groups, end_process_groups_at_exit
+    from mocte_ds.dist.shared_memory import forget_shared_memory
     from mocte_ds.training.cpu_op import build_cpu_op
     from mocte_ds.training.loop import Trainer
 
@@ -85,6 +86,7 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
         build_cpu_op(os.environ.get("TORCH_EXTENSIONS_DIR", EXTENSIONS))
     with contextlib.redirect_stdout(sys.stdout if args.verbose else io.StringIO()):
         deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    forget_shared_memory()
     end_process_groups_at_exit()  # a run that is refused ends by an error
     if rank == 0:
         forget_cause(start.out)

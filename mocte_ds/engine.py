@@ -21,6 +21,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, require_scheduler
 from mocte_ds.dist.end import end_process_groups_at_exit
+from mocte_ds.dist.shared_memory import forget_shared_memory
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_json
 from mocte_ds.moe.attach import attach
@@ -237,6 +238,7 @@ def initialize(
             distributed_port=distributed_port,
             dist_init_required=dist_init_required,
         )
+        forget_shared_memory()
         end_process_groups_at_exit()
     block.check(dist.get_world_size())
     resolved = parsed_by_deepspeed(settings, mpu)
@@ -261,6 +263,7 @@ def initialize(
         # Stage 3 is for models that do not fit on a device: it moves one parameter at a time.
         dont_change_device=resolved.zero_config.stage == 3,
     )
+    forget_shared_memory()  # again: where the caller made the process group, DeepSpeed's backend came only now
     engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from mocte_ds.data import prepare, train_tokenizer
+from mocte_ds.dist.shared_memory import SHARED_MEMORY
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 150.0
@@ -122,6 +123,9 @@ class Launcher:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             pytest.fail(f"no end within {LIMIT:.0f} s:\n{output[-3000:]}")
+        port = process.args[process.args.index("--master_port") + 1]
+        left = list(SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+        assert not left, f"the run left {left} in memory:\n{output[-3000:]}"
         return process.returncode, output
 
     def __call__(self, *arguments: object, before: str = "") -> tuple[int, str]:
