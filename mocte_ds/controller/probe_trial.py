@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.controller.probe import ProbeSet
-from mocte_ds.dist.collectives import max_over_ranks
+from mocte_ds.dist.collectives import gather_objects, max_over_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
 
@@ -25,7 +25,7 @@ def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], de
     A set that was given, or comes from a checkpoint, is not tried.
 
     Raises:
-        MocteError: it fails; with its reason and what to do.
+        MocteError: it fails on any rank, on all of them; with its reason and what to do.
     """
     if int(max_over_ranks(torch.tensor(0 if probe.collected else 1))):
         return
@@ -42,16 +42,28 @@ def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], de
 
     one = ProbeSet(1, None)
     one.load_state_dict(cut(state))
+    failure: Exception | None = None
     try:
         one.read(module, blocks, device)
     except Exception as error:  # whatever a user's model raises
-        reason = str(error).strip().splitlines() or [""]
-        given = [*(f"argument {number + 1}" for number in range(len(state["args"]))), *state["kwargs"]]
-        raise MocteError(
-            f"checks call the model in evaluation mode with {', '.join(given)} of some sequences, and it fails: "
-            f"{type(error).__name__}: {reason[0]}. Let forward work without what is missing, declare `labels` without "
-            'a default if it needs them, or do without the probe set: "freeze": {"policy": "off"}, "probe_tokens": 0.'
-        ) from error
+        failure = error
+    # Each rank tries a sequence of its own. One that went on alone would wait for the others in its next collective.
+    reasons = gather_objects(None if failure is None else _reason(failure))
+    first = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
+    if first is None:
+        return
+    given = [*(f"argument {number + 1}" for number in range(len(state["args"]))), *state["kwargs"]]
+    where = f" on rank {first}" if len(reasons) > 1 else ""
+    raise MocteError(
+        f"checks call the model in evaluation mode with {', '.join(given)} of some sequences, and it fails{where}: "
+        f"{reasons[first]}. Let forward work without what is missing, declare `labels` without a default if it needs "
+        'them, or do without the probe set: "freeze": {"policy": "off"}, "probe_tokens": 0.'
+    ) from failure
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

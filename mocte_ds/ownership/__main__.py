@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mocte_ds.cli import run_cli
 from mocte_ds.ownership.remove import remove, remove_listed
+from mocte_ds.training.run_lock import require_idle
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
         "--keep-others", action="store_true", help="remove what is ours and leave the rest, in place of refusing"
     )
     args = parser.parse_args(argv)
+    require_idle(args.folder)
     if args.keep_others:
         remove_listed(args.folder)
     else:

@@ -100,6 +100,21 @@ def run_lock(folder: Path) -> Iterator[RunLock]:
         lock.end(keep)
 
 
+def require_idle(folder: Path) -> None:
+    """Refuse a folder, before it is removed, in which a run of this host is going on, or in a folder directly in it.
+
+    Raises:
+        MocteError: names the process.
+    """
+    for path in (folder / LOCK_FILE, *folder.glob(f"*/{LOCK_FILE}")):
+        # What cannot be opened is no run's lock, and not every file system has locks.
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _refusal(_holder(file.fileno()), path.parent) from None
+
+
 def _taken(folder: Path) -> int:
     """The open lock file, locked."""
     path = folder / LOCK_FILE

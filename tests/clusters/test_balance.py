@@ -5,7 +5,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-from mocte_ds.clusters import balanced_kmeans
+from mocte_ds.clusters import balanced_kmeans, prices
 from mocte_ds.errors import MocteError
 
 
@@ -86,3 +86,23 @@ def test_refusals(points: torch.Tensor, message: str) -> None:
 def test_points_without_coordinates_are_refused() -> None:
     with pytest.raises(MocteError, match="at least one coordinate"):
         balanced_kmeans(torch.zeros(64, 0), 4)
+
+
+@pytest.mark.parametrize("directions", [False, True])
+def test_work_is_bounded_where_loads_cannot_be_even(monkeypatch: pytest.MonkeyPatch, directions: bool) -> None:
+    """Of 2,048 points half are the same one, so that no prices are right: the search ends after a number of tries."""
+    points = cloud(2048, 8, 2)
+    points[::2] = points[0]
+    tries = 0
+    search = prices._Offers.winning_price
+
+    def counted(self, k, mass, share):
+        nonlocal tries
+        tries += 1
+        return search(self, k, mass, share)
+
+    monkeypatch.setattr(prices._Offers, "winning_price", counted)
+    found = balanced_kmeans(points, 128, directions=directions)
+    assert len(found.labels[::2].unique()) == 1 and len(found.centroids) == 128
+    # Ten steps of two sweeps and twenty at the end, over 128 clusters.
+    assert 128 < tries <= 128 * (10 * 2 + 20), tries

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,6 +12,7 @@ from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.errors import MocteError
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, attach
+from tests.spawn import spawn
 
 V, T = 40, 12
 IDS = torch.randint(1, V, (8, T), generator=torch.Generator().manual_seed(1))
@@ -71,3 +73,30 @@ def test_what_needs_labels() -> None:
     assert needs_labels(WithLabels())
     assert not needs_labels(LabelsInSecret()) and not needs_labels(nn.Linear(1, 1))
     require_callable(ProbeSet(T, None), *made(WithLabels()), CPU)  # nothing was collected: nothing is tried
+
+
+class FussyRank(WithLabels):
+    """Fails with the token ids of one rank."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        if not self.training and int(input_ids[0, 0]) == 0:
+            raise ValueError("a text begins with 0")
+        return super().forward(input_ids, labels)
+
+
+def _refusal() -> str:
+    model, blocks = made(FussyRank())
+    probe = ProbeSet(3 * T, None)
+    probe.needs_labels = True
+    ids = IDS.clone()
+    ids[:, 0] = 0 if dist.get_rank() == 1 else 1
+    probe.offer((), {"input_ids": ids, "labels": ids}, 0, len(ids))
+    probe.finish()
+    with pytest.raises(MocteError) as caught:
+        require_callable(probe, model, blocks, CPU)
+    return str(caught.value)
+
+
+def test_a_failure_on_one_rank_ends_all() -> None:
+    first, second = spawn(_refusal, 2)
+    assert first == second and "fails on rank 1: ValueError: a text begins with 0" in first

@@ -1,5 +1,6 @@
 """Pre-training through the real launcher on two processes: interrupted runs, bad values, full disks."""
 
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -96,3 +97,28 @@ def test_non_finite_loss_stops_the_run(launch: Launcher, run_file: Write, tmp_pa
     assert output.count("error: ") == 1, "the same message from every rank"
     assert not (tmp_path / "checkpoints" / "latest").exists()
     assert len(read_log(tmp_path)) == 2
+
+
+def test_finished_run_goes_on_with_other_data(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
+    run, peak, ramp, floor = run_file(False), 3e-3, 2, 0.1
+    short = ["--set", "training.steps=6", "--set", f"training.warmup_steps={ramp}"]
+    code, output = launch.pretrain(run, tmp_path / "out", *short)
+    assert code == 0, output
+    longer = ["--set", "training.steps=12", "--set", "training.seed=7", "--set", f"training.warmup_steps={ramp}"]
+    code, output = launch.pretrain(run, tmp_path / "out", *longer)
+    assert code == 2 and "training.seed: checkpoint 0, run 7" in output and "--allow-data-change" in output, output
+    code, output = launch.pretrain(run, tmp_path / "out", *longer, "--allow-data-change")
+    assert code == 0 and "training.seed: 0 before, 7 now" in output, output
+
+    def cosine(step: int, steps: int) -> float:
+        share = min(1.0, (step - 1 - ramp) / (steps - ramp))
+        return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2)
+
+    rows = read_log(tmp_path / "out")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    expected = [cosine(step, 6 if step <= 6 else 12) for step in range(ramp + 2, 13)]
+    assert [row["lr"] for row in rows[ramp + 1 :]] == pytest.approx(expected)
+    events = {event["event"]: event for event in read_log(tmp_path / "out", "events")}
+    assert events["prolong"]["steps"] == [6, 12]
+    assert events["prolong"]["lr"] == pytest.approx([cosine(7, 6), cosine(7, 12)])
+    assert events["data_change"]["changes"]["training.seed"] == {"checkpoint": 0, "run": 7}

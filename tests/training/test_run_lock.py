@@ -12,10 +12,11 @@ import pytest
 
 from mocte_ds.errors import MocteError, NotOurs
 from mocte_ds.ownership import put, remove
+from mocte_ds.ownership.__main__ import main as remove_by_command
 from mocte_ds.ownership.marker import MARKER
 from mocte_ds.training import run_lock as module
 from mocte_ds.training.lost import CAUSE_FILE, write_cause
-from mocte_ds.training.run_lock import LOCK_FILE, run_lock
+from mocte_ds.training.run_lock import LOCK_FILE, require_idle, run_lock
 
 
 def holding(folder: Path, then: Callable[[], None]) -> int:
@@ -64,6 +65,23 @@ def test_a_second_start_is_refused_by_name_and_a_dead_one_taken_over(
     assert not caplog.text
     remove(tmp_path)
     assert not tmp_path.exists(), "the lock is ours"
+
+
+def test_a_folder_is_not_removed_under_a_run(tmp_path: Path) -> None:
+    """Neither the run's folder nor the one that holds it, as of the quickstart."""
+    run = tmp_path / "out" / "run"
+    put(run, {"run.json": b"{}"}, "pretrain")
+    child = holding(run, lambda: time.sleep(60))
+    try:
+        for folder in (run, run.parent):
+            with pytest.raises(MocteError, match=f"another process runs in .*: process {child} on"):
+                remove_by_command([str(folder)])
+        assert (run / "run.json").is_file()
+    finally:
+        kill(child)
+    require_idle(run.parent)
+    remove_by_command([str(run)])
+    assert not run.exists()
 
 
 def foreign(folder: Path) -> None:
