@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
+from mocte_ds.ownership.run_lock import RunLock, run_lock
 from mocte_ds.paths import require_folder_for
 from mocte_ds.training.lost import forget_cause, give_way, word_of_errors
 from mocte_ds.training.run_config import read_run
-from mocte_ds.training.run_lock import RunLock, run_lock
 
 if TYPE_CHECKING:
     from mocte_ds.training.start import Start
@@ -75,9 +75,9 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
+    from mocte_ds.dist.cpu_op import build_cpu_op
     from mocte_ds.dist.end import end_process_groups, end_process_groups_at_exit
     from mocte_ds.dist.shared_memory import forget_shared_memory
-    from mocte_ds.training.cpu_op import build_cpu_op
     from mocte_ds.training.loop import Trainer
 
     if not args.verbose:

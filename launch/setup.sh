@@ -103,7 +103,7 @@ mocte_setup() {
   fi
   command -v "${CXX:-g++}" >/dev/null 2>&1 ||
     setup_fail "no C++ compiler (g++), which DeepSpeed needs on a CPU (on Debian and Ubuntu: apt-get install g++)."
-  python -m mocte_ds.training.cpu_op || exit $?
+  python -m mocte_ds.dist.cpu_op || exit $?
 }
 
 mocte_setup

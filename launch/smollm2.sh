@@ -46,7 +46,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from mocte_ds.checkpoints.hf.whole import whole
+from mocte_ds.convert.hf.whole import whole
 from mocte_ds.cli import run_cli
 from mocte_ds.ownership import require_new_or_ours
 

@@ -26,7 +26,7 @@ mypy
 echo "checks: mkdocs"
 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict
 # Before the tests, while the compiler has the machine's memory for itself.
-[ ${#fast[@]} -gt 0 ] || python -m mocte_ds.training.cpu_op cpu_adam fused_adam
+[ ${#fast[@]} -gt 0 ] || python -m mocte_ds.dist.cpu_op cpu_adam fused_adam
 echo "tests: pytest"
 # INT lets pytest print what hung and its closing line; a group that does not end is killed.
 exec timeout --signal=INT --kill-after=30 4500 python -m pytest -n "${MOCTE_TEST_WORKERS:-2}" --dist loadfile \

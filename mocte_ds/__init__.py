@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from mocte_ds.auto_classes import register_models
+from mocte_ds.convert.hf.register import register_models
 
 __version__ = "0.1.0"
 __all__ = ["MocteEngine", "clusters", "initialize", "spectrum", "trainability"]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from mocte_ds.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, Seed, Share
 from mocte_ds.errors import ConfigError
+from mocte_ds.registry import KEYS, OFF, POLICIES
 from mocte_ds.sections import check_section, parse_section
 from mocte_ds.shown import shown
 
@@ -218,11 +219,8 @@ class MocteConfig:
                 f"mocte.ep_size = {self.ep_size} does not divide the {world_size} data-parallel ranks; "
                 f"allowed with {self.num_experts} experts: {divisors}."
             )
-        # Here, because these modules read this one; users' scripts register more.
-        from mocte_ds.moe.keys import KEYS
-        from mocte_ds.trainability import rule_of
-
-        rule_of(self.freeze.policy)
+        if self.freeze.policy != OFF:
+            POLICIES.get(self.freeze.policy, "mocte.freeze.policy")
         if self.freeze.prefix.end < self.freeze.prefix.start:
             raise ConfigError(
                 f"mocte.freeze.prefix.end = {self.freeze.prefix.end} is before start = {self.freeze.prefix.start}."

@@ -20,6 +20,7 @@ from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, require_scheduler
+from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.dist.shared_memory import forget_shared_memory
 from mocte_ds.errors import CheckpointError, ConfigError
@@ -27,7 +28,6 @@ from mocte_ds.json_files import read_json
 from mocte_ds.moe.attach import attach
 from mocte_ds.moe.balance import watched
 from mocte_ds.shown import shown
-from mocte_ds.training.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.vocabulary import Vocabulary
 from mocte_ds.zero import UnitRegistry, find_front, require_conformance, require_stage3_settings
 from mocte_ds.zero.checkpoint_files import own_files

@@ -1,7 +1,8 @@
 """Names that a config may use for classes and functions, the user's own among them."""
 
+import importlib
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.shown import nearest, shown
@@ -12,14 +13,16 @@ Item = TypeVar("Item")
 class Registry(Generic[Item]):
     """Items by name, in the order of their registration."""
 
-    def __init__(self, what: str, others: Sequence[str] = ()) -> None:
+    def __init__(self, what: str, built_in: str, others: Sequence[str] = ()) -> None:
         """Empty.
 
         Args:
             what: what the items are, for messages, e.g. "freeze policy".
+            built_in: module that registers the items of this package; it is imported at the first look-up, so that the
+                config can name items of packages that read the config.
             others: names that the config knows and no item may have.
         """
-        self.what, self._others = what, list(others)
+        self.what, self._built_in, self._others = what, built_in, list(others)
         self._items: dict[str, Item] = {}
         self._places: dict[str, str] = {}
 
@@ -57,6 +60,7 @@ class Registry(Generic[Item]):
         Raises:
             ConfigError: no such item; with the nearest name.
         """
+        importlib.import_module(self._built_in)
         if name not in self._items:
             names = [*self._items, *self._others]
             raise ConfigError(
@@ -68,3 +72,11 @@ class Registry(Generic[Item]):
 
 def _place(item: object) -> str:
     return f"{getattr(item, '__module__', '?')}.{getattr(item, '__qualname__', item)}"
+
+
+OFF = "off"
+"""The freeze policy that never freezes."""
+KEYS: Registry[Any] = Registry("routing key", "mocte_ds.moe.keys")
+"""Classes derived from :class:`mocte_ds.moe.keys.Key`."""
+POLICIES: Registry[Any] = Registry("freeze policy", "mocte_ds.trainability.rules", others=[OFF])
+"""Each a :class:`mocte_ds.trainability.policy.Rule`."""

@@ -18,7 +18,7 @@ for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from mocte_ds.training.cpu_op import build_cpu_op  # noqa: E402
+from mocte_ds.dist.cpu_op import build_cpu_op  # noqa: E402
 
 _PROCESSES = re.compile(r"\bspawn\(|\bsubprocess\b|\bmultiprocessing\b|\bLauncher\b|conftest import")
 """In the text of a test module: it starts processes, or may."""

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.training.cpu_op import build_cpu_op, use_kernel_lock
+from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 
 GRACE = 5.0  # seconds that the other ranks get after one has failed
 TAIL = 6000  # characters of each rank's output in an error message

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE
-from mocte_ds.checkpoints.manifest import Manifest as CheckpointManifest
 from mocte_ds.data.documents import DocumentFile
 from mocte_ds.data.manifest import Manifest as DataManifest
 from mocte_ds.errors import CheckpointError, ConfigError, DataError, MocteError, NotOurs
 from mocte_ds.json_files import read_json, read_object
+from mocte_ds.ownership.manifest import MANIFEST_FILE
+from mocte_ds.ownership.manifest import Manifest as CheckpointManifest
 from mocte_ds.ownership.marker import MARKER, Marker
 from mocte_ds.plain_values import require_plain
 from mocte_ds.shown import shown

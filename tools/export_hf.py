@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     require_folder_for(args.out, "OUT")
-    from mocte_ds.checkpoints.hf.export import export
+    from mocte_ds.convert.hf.export import export
 
     facts = export(
         args.checkpoint,

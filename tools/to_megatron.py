@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--settings belongs to the way back; give --back too, or leave it out.")
     # Whatever an import prints must not stand in front of the JSON.
     with contextlib.redirect_stdout(sys.stderr):
-        from mocte_ds.checkpoints.megatron.convert import from_megatron, to_megatron
+        from mocte_ds.convert.megatron.convert import from_megatron, to_megatron
 
         def tell(text: str) -> None:
             print(f"{text} ...", file=sys.stderr, flush=True)

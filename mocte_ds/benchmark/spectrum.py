@@ -17,9 +17,9 @@ from mocte_ds.benchmark.measure.parts import Part, parts_table
 from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, require_at_least, shares, shares_text
 from mocte_ds.benchmark.measure.spectrum_work import FORMULAS, SpectrumSizes, peak_bytes, spectrum_work
 from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
+from mocte_ds.controller.collect import FeatureCollector, SampleStream
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.spectrum import Subspace, sampled_svd, split_half_angles
-from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
 
 _STORES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Every block costs the same; so sampling and clustering are timed on a few and multiplied.

@@ -1,6 +1,5 @@
 """Writing a checkpoint's files so that they outlast a power cut, and hashing them."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -10,10 +9,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from mocte_ds.ownership.durable import sync_folder
 from mocte_ds.ownership.facts import FileFacts, hash_file
-from mocte_ds.ownership.marker import write_new
-
-__all__ = ["Deferred", "FileFacts", "hash_file", "replace_file", "replace_text", "sync_folder", "to_json", "write_file"]
 
 
 class Deferred:
@@ -85,28 +82,6 @@ def replace_file(path: Path, content: Any) -> FileFacts:
         raise
     sync_folder(path.parent)
     return facts
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file in one move, onto the disk: readers see the old content or the new one, never half."""
-    pending = path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")  # a name that nobody else has
-    try:
-        write_new(pending, text.encode())
-        os.replace(pending, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            pending.unlink()
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """See the names in a folder onto the disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def to_json(values: Any) -> bytes:

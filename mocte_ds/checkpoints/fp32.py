@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.checkpoints.files import replace_file
-from mocte_ds.checkpoints.manifest import Manifest, require_whole
+from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_NAME, PARTITIONED_MODEL_FILE
 from mocte_ds.checkpoints.outline import Outline, Stored, read_outline
 from mocte_ds.checkpoints.place import find_tag
@@ -20,6 +20,7 @@ from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.checkpoints.weights import Made
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership import require_outside_whole
+from mocte_ds.ownership.manifest import Manifest
 
 WEIGHTS_FILE = "pytorch_model.bin"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.manifest import Manifest, problems_by_file
+from mocte_ds.checkpoints.manifest import problems_by_file
 from mocte_ds.checkpoints.names import CONVERTERS_FILE, EXPERT_NAME, OPTIMIZER_NAME, model_file
 from mocte_ds.checkpoints.outline import Stored, mapped, read_outline
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
@@ -13,6 +13,7 @@ from mocte_ds.checkpoints.plain import only_plausible, require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_NAME
 from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership.manifest import Manifest
 from mocte_ds.text_table import MISSING, brief, text_table
 
 SIZES = ("weights", "experts", "masters", "moments", "ours", "rest")

@@ -8,12 +8,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mocte_ds.checkpoints.files import sync_folder
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.names import MODEL_FILE
 from mocte_ds.errors import CheckpointError, NotOurs
 from mocte_ds.ownership import workshop
-from mocte_ds.ownership.marker import Marker, write_new
+from mocte_ds.ownership.durable import sync_folder, write_new
+from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
+from mocte_ds.ownership.marker import Marker
 from mocte_ds.ownership.proof import is_checkpoint_of_ours, is_pointer
 
 PARTIAL, REPLACED = ".{}.mocte-partial", ".{}.mocte-replaced"

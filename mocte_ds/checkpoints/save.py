@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from mocte_ds.checkpoints.files import FileFacts, replace_text, sync_folder, write_file
-from mocte_ds.checkpoints.manifest import Manifest
+from mocte_ds.checkpoints.files import write_file
 from mocte_ds.checkpoints.place import Place, last_good
 from mocte_ds.checkpoints.plain import size_in_bytes
 from mocte_ds.dist.collectives import from_rank_zero, gather_objects, max_over_ranks, world
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership.durable import replace_text, sync_folder
+from mocte_ds.ownership.facts import FileFacts
+from mocte_ds.ownership.manifest import Manifest
 
 _PART = ".part_{}.json"
 _PATIENCE = 1800.0  # seconds that rank zero waits for the others when it has written its own files

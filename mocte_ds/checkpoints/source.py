@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
-from mocte_ds.checkpoints.manifest import Manifest, require_whole
+from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, model_file
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
@@ -19,6 +19,7 @@ from mocte_ds.errors import CheckpointError
 from mocte_ds.models.decoder import Decoder, DecoderConfig
 from mocte_ds.moe.attach import attach
 from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.ownership.manifest import Manifest
 from mocte_ds.sections import parse_section
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocte_ds.checkpoints.files import FileFacts, write_file
+from mocte_ds.checkpoints.files import write_file
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE
 from mocte_ds.checkpoints.outline import Outline, Stored
 from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
+from mocte_ds.ownership.facts import FileFacts
+from mocte_ds.ownership.manifest import Manifest
 
 
 @dataclass(frozen=True)

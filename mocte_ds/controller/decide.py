@@ -7,8 +7,8 @@ from mocte_ds.clusters import Detection
 from mocte_ds.config import ClustersConfig, MocteConfig
 from mocte_ds.controller.handles import ExpertHandle
 from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.registry import OFF
 from mocte_ds.trainability import Policy
-from mocte_ds.trainability.policy import OFF
 
 CHECKS_IN_A_ROW = 2
 """Checks that must find stable clusters before a block's experts emerge."""

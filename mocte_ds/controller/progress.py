@@ -15,7 +15,8 @@ from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
 from mocte_ds.moe.block import BlockMode, ExpertMode
-from mocte_ds.trainability.policy import OFF, rule_of
+from mocte_ds.registry import OFF
+from mocte_ds.trainability.policy import rule_of
 from mocte_ds.zero import expert_unit, let_go
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.collect import FeatureCollector, SampleStream
 from mocte_ds.moe.block import Block
-from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
 
 
 class Samples:

@@ -15,8 +15,9 @@ from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
+from mocte_ds.registry import OFF
 from mocte_ds.trainability import Probe, top_eigenpair
-from mocte_ds.trainability.policy import OFF, rule_of
+from mocte_ds.trainability.policy import rule_of
 from mocte_ds.zero import expert_unit, let_go, on_its_own
 
 _BYTES = 24

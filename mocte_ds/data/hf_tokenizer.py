@@ -108,7 +108,7 @@ class HFTokenizer:
 
     def _require_unchanged(self) -> None:
         """Hold the files against what an export says of them, if they lie in one."""
-        from mocte_ds.checkpoints.hf.checksums import Checksums
+        from mocte_ds.ownership.checksums import Checksums
 
         if sums := Checksums.read(self.path, DataError):
             sums.require_files(DataError, FILES)

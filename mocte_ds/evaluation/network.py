@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mocte_ds.checkpoints.hf.checksums import Checksums
-from mocte_ds.checkpoints.hf.claims import require_backed, require_experts
-from mocte_ds.checkpoints.hf.folder import COMPUTED, require_weights
-from mocte_ds.checkpoints.hf.shards import Shards
+from mocte_ds.convert.hf.claims import require_backed, require_experts
+from mocte_ds.convert.hf.folder import COMPUTED, require_weights
+from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import read_object, require_small
+from mocte_ds.ownership.checksums import Checksums
 
 # Nothing is fetched, and no code from the folder runs.
 _ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

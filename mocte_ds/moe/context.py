@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocte_ds.checkpoints.hf.tokens_mocte import Tokens
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.forward import ForwardState, Look, require_domain
 from mocte_ds.moe.graph import backward_task, recomputed_state, tag_made, tag_read
+from mocte_ds.remote_code.tokens_mocte import Tokens
 
 __all__ = ["BatchContext", "ForwardState", "Look", "Tokens"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mocte_ds.checkpoints.hf.tokens_mocte import RoutingState, Tokens, given_tokens, state_in
 from mocte_ds.errors import MocteError
+from mocte_ds.remote_code.tokens_mocte import RoutingState, Tokens, given_tokens, state_in
 
 if TYPE_CHECKING:
     from mocte_ds.moe.bank import ClusterMOELayer

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.checkpoints.hf.tokens_mocte import Tokens
 from mocte_ds.config import RouterConfig
 from mocte_ds.moe.balance import Balance, balance_loss
 from mocte_ds.moe.keys import Key, LinearKey, key_class
+from mocte_ds.remote_code.tokens_mocte import Tokens
 
 _TINY = 1e-20
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.context import Tokens
-from mocte_ds.registry import Registry
+from mocte_ds.registry import KEYS
 
 # Shapes: B sequences of T tokens, n = B T rows, d features, E experts, V token ids.
 
@@ -80,9 +80,6 @@ class Key(nn.Module):
     def flops(cls, hidden_size: int, num_experts: int) -> float:
         """FLOPs per token of one choice, products of matrices only."""
         return 0.0
-
-
-KEYS: Registry[type[Key]] = Registry("routing key")
 
 
 def key_class(kind: str) -> type[Key]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mocte_ds.cli import run_cli
 from mocte_ds.ownership.remove import remove, remove_listed
-from mocte_ds.training.run_lock import require_idle
+from mocte_ds.ownership.run_lock import require_idle
 
 
 def main(argv: list[str] | None = None) -> None:

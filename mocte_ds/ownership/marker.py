@@ -13,9 +13,10 @@ from typing import Any
 
 from mocte_ds.errors import NotOurs
 from mocte_ds.json_files import parse_json, read_text
+from mocte_ds.ownership.durable import write_new
 from mocte_ds.ownership.facts import FileFacts
 
-MARKER, CHECKPOINT_MANIFEST = ".mocte-ds.json", "mocte_manifest.json"
+MARKER = ".mocte-ds.json"
 _FORMAT = 1
 _NOTE = "what mocte-ds wrote here; it removes and replaces nothing else"
 
@@ -109,18 +110,6 @@ class Marker:
         gone = set(without)
         kept = {name: entry for name, entry in self.files.items() if name not in gone}
         return Marker({**kept, **files}, self.whole)
-
-
-def write_new(path: Path, content: bytes) -> None:
-    """Write a file that must not be there yet, onto the disk.
-
-    Raises:
-        OSError: there is one, or it cannot be written.
-    """
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

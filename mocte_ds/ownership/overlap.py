@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from mocte_ds.errors import NotOurs
-from mocte_ds.ownership.marker import CHECKPOINT_MANIFEST, Marker
+from mocte_ds.ownership.manifest import MANIFEST_FILE
+from mocte_ds.ownership.marker import Marker
 
 
 def require_apart(out: Path, *sources: Path, inside: bool = False) -> None:
@@ -32,7 +33,7 @@ def require_outside_whole(folder: Path) -> None:
     """
     folder = folder.absolute().resolve()
     for place in (folder, *folder.parents):
-        if (place / CHECKPOINT_MANIFEST).is_file() or _is_whole(place):
+        if (place / MANIFEST_FILE).is_file() or _is_whole(place):
             raise NotOurs(
                 f"{place} is the whole output of a tool, which other files would spoil. Nothing was changed; name "
                 "another place."

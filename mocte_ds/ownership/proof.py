@@ -9,7 +9,8 @@ from pathlib import Path
 from mocte_ds.errors import MocteError, NotOurs
 from mocte_ds.ownership.facts import FileFacts, hash_file
 from mocte_ds.ownership.growth import has_grown
-from mocte_ds.ownership.marker import CHECKPOINT_MANIFEST, MARKER, Entry, Marker
+from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
+from mocte_ds.ownership.marker import MARKER, Entry, Marker
 from mocte_ds.ownership.workshop import is_in_use, is_unfinished_work
 
 LATEST = "latest"
@@ -111,7 +112,7 @@ def _trouble_with(path: Path, known: Known, listed: dict[str, FileFacts], by: st
     if path.name in listed:
         same = path.is_file() and hash_file(path) == listed[path.name]
         return None if same else f"{path} was changed since it was saved"
-    if by is None and ((listed and path.name == CHECKPOINT_MANIFEST) or (path.name == LATEST and _names_ours(path))):
+    if by is None and ((listed and path.name == MANIFEST_FILE) or (path.name == LATEST and _names_ours(path))):
         return None
     return f"{path} was not written by mocte-ds"
 
@@ -123,10 +124,8 @@ def patterns(marker: Marker) -> list[tuple[str, Entry]]:
 
 def _listed(folder: Path) -> dict[str, FileFacts]:
     """What the manifest of a checkpoint says of its files; nothing where there is none, or a damaged one."""
-    if not (folder / CHECKPOINT_MANIFEST).is_file():
+    if not (folder / MANIFEST_FILE).is_file():
         return {}
-    from mocte_ds.checkpoints.manifest import Manifest  # imports torch
-
     try:
         return dict(Manifest.read(folder).files)
     except MocteError:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mocte_ds.errors import NotOurs
+from mocte_ds.ownership.durable import write_new
 from mocte_ds.ownership.facts import FileFacts, hash_file
-from mocte_ds.ownership.marker import Entry, Marker, locked, safe_name, write_new
+from mocte_ds.ownership.marker import Entry, Marker, locked, safe_name
 from mocte_ds.ownership.overlap import require_outside_whole
 from mocte_ds.ownership.proof import few, trouble
 from mocte_ds.ownership.workshop import NEW, workshop

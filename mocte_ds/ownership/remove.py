@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mocte_ds.errors import MocteError, NotOurs
-from mocte_ds.ownership.marker import CHECKPOINT_MANIFEST, MARKER, Marker
+from mocte_ds.ownership.manifest import MANIFEST_FILE
+from mocte_ds.ownership.marker import MARKER, Marker
 from mocte_ds.ownership.proof import few, look_through, trouble
 from mocte_ds.ownership.workshop import clear, discard, workshop
 
-_PROOF = (CHECKPOINT_MANIFEST, MARKER)
+_PROOF = (MANIFEST_FILE, MARKER)
 
 
 def remove(folder: Path) -> None:

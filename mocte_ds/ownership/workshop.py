@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mocte_ds.errors import NotOurs
-from mocte_ds.ownership.marker import CHECKPOINT_MANIFEST, MARKER, Marker, write_new
+from mocte_ds.ownership.durable import write_new
+from mocte_ds.ownership.manifest import MANIFEST_FILE
+from mocte_ds.ownership.marker import MARKER, Marker
 
 PREFIX = ".mocte-work-"
 NEW, OLD = "new", "old"
@@ -78,7 +80,7 @@ def end(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Remove a folder that is ours, what shows it to be ours last: a kill leaves nothing that nobody may remove."""
-    proof = (CHECKPOINT_MANIFEST, MARKER)
+    proof = (MANIFEST_FILE, MARKER)
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():

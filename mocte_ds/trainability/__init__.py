@@ -1,9 +1,10 @@
 """How much an expert still has to learn, and who freezes or thaws because of it."""
 
+from mocte_ds.registry import POLICIES
 from mocte_ds.trainability.conflict import Conflict, coherence, conflict
 from mocte_ds.trainability.ghost import ghost_gram
 from mocte_ds.trainability.kernel import lambda_max, top_eigenpair
-from mocte_ds.trainability.policy import POLICIES, Case, Decision, Policy, Probe, policy, rule_of
+from mocte_ds.trainability.policy import Case, Decision, Policy, Probe, policy, rule_of
 from mocte_ds.trainability.rules import progress_share  # and with it the policies that come with the package
 
 __all__ = [

@@ -7,10 +7,8 @@ from typing import Literal
 
 from mocte_ds.config import FreezeConfig
 from mocte_ds.errors import ConfigError
-from mocte_ds.registry import Registry
+from mocte_ds.registry import OFF, POLICIES
 
-OFF = "off"
-"""The policy that never freezes; it measures nothing."""
 # One probe is noisy: the same expert's lambda jumps by a factor of two between neighbouring probes.
 SMOOTHING = 3
 # Share of the budget that must have gone by since emergence, and that must be left for a thaw.
@@ -108,7 +106,6 @@ class Rule:
 
 
 _NEVER = Rule(lambda case: None)
-POLICIES: Registry[Rule] = Registry("freeze policy", others=[OFF])
 
 
 def policy(

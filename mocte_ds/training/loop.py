@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-import mocte_ds
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import BlendedLoader, validation_batches
 from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, tokenizer_in
 from mocte_ds.dist.collectives import gather_rows, world
+from mocte_ds.engine import initialize
 from mocte_ds.errors import NonFiniteLoss
 from mocte_ds.models import Decoder
+from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
-from mocte_ds.training.run_lock import RunLock
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry, expect_board
@@ -321,7 +321,7 @@ def _seed_everything(seed: int) -> None:
 def _engine(model: Decoder, settings: dict[str, Any]) -> Any:
     """An engine with blocks, or DeepSpeed's own for a dense run."""
     if "mocte" in settings:
-        return mocte_ds.initialize(model=model, config=settings)[0]
+        return initialize(model=model, config=settings)[0]
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]

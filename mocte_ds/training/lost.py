@@ -9,8 +9,8 @@ from pathlib import Path
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.json_files import read_object
 from mocte_ds.ownership import note_built, require_ours
+from mocte_ds.ownership.run_lock import CAUSE_FILE
 
-CAUSE_FILE = "last_error.json"
 _TOOL = "pretrain"
 _PATIENCE = 2.0  # seconds that a rank which fails has for writing down why
 _TURN = 15.0  # seconds: the end of a process takes some on a slow machine

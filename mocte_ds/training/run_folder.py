@@ -9,10 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.place import PARTIAL, is_unsettled, resolve_tag
 from mocte_ds.errors import CheckpointError, ConfigError, MocteError
 from mocte_ds.ownership import hash_file, put
+from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.ownership.marker import MARKER
 from mocte_ds.ownership.proof import few
 from mocte_ds.ownership.workshop import begin, discard

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.manifest import Manifest as Saved
 from mocte_ds.checkpoints.place import resolve_tag
 from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
 from mocte_ds.data.verify import verify_prepared
 from mocte_ds.dist.collectives import require_same
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership.manifest import Manifest as Saved
 from mocte_ds.training.changes import Changes, as_before, read_identity, require_same_run
 from mocte_ds.training.out_folder import CHECKPOINTS, require_out
 from mocte_ds.training.run_config import RunConfig, identity_defaults

@@ -13,7 +13,6 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from mocte_ds.checkpoints.files import replace_file
-from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.place import Place
 from mocte_ds.checkpoints.plain import from_plain, only_plausible, read_plain, to_plain
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
@@ -23,6 +22,7 @@ from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.checkpoints.save import Saver
 from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.ownership.manifest import Manifest
 
 # Objects that DeepSpeed's ZeRO optimizers put into their state.
 _CLASSES = {kind.__name__: kind for kind in (DynamicLossScaler, LossScaler, fragment_address)}

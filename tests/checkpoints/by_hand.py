@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from mocte_ds.checkpoints.files import hash_file
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE
 from mocte_ds.config import MocteConfig
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, attach
+from mocte_ds.ownership.facts import hash_file
+from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 
 
 def sign(folder: Path, ranks: int = 1) -> None:

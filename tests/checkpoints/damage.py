@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mocte_ds.checkpoints.files import hash_file
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
+from mocte_ds.ownership.facts import hash_file
+from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 
 
 def flip(path: Path, place: float, bit: int = 3) -> None:

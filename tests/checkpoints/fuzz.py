@@ -12,12 +12,12 @@ import torch
 
 from mocte_ds.checkpoints.fp32 import get_fp32_state_dict_from_zero_checkpoint
 from mocte_ds.checkpoints.inspection import checkpoint_facts, checkpoint_text
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.model import load_model
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.checkpoints.sizes import stored_sizes
 from mocte_ds.errors import MocteError
+from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from tests.checkpoints.damage import seal
 
 SECONDS = 30  # of CPU time for one tool on a checkpoint of some 100 kB

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mocte_ds.checkpoints.hf.compare import compare
-from mocte_ds.checkpoints.hf.dense import Layout, SpecialIds
-from mocte_ds.checkpoints.hf.export import write_model
-from mocte_ds.checkpoints.hf.layouts import choose_layout
 from mocte_ds.checkpoints.source import Source
+from mocte_ds.convert.hf.compare import compare
+from mocte_ds.convert.hf.dense import Layout, SpecialIds
+from mocte_ds.convert.hf.export import write_model
+from mocte_ds.convert.hf.layouts import choose_layout
 from mocte_ds.moe import Block
 
 NONE = SpecialIds(None, None, None)

@@ -10,9 +10,9 @@ from pytest import CaptureFixture, mark, raises
 
 from mocte_ds.checkpoints.inspection import checkpoint_facts, checkpoint_text
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE, OPTIMIZER_FILE
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from tests.checkpoints.damage import cut, digest, flip, swap
 from tools.inspect_checkpoint import main
 

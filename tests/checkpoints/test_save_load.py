@@ -14,14 +14,15 @@ import torch
 from pytest import fixture, mark, raises
 
 from mocte_ds.checkpoints import place
-from mocte_ds.checkpoints.files import FileFacts
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE, Manifest, require_whole
+from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import Place, find_checkpoint, find_tag, remove_leftovers, resolve_tag
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states, restore_random_states
 from mocte_ds.checkpoints.save import Saver
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.ownership.facts import FileFacts
+from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.zero.checkpoint_files import use_plain_files
 from tests.checkpoints import ranks
 from tests.checkpoints.damage import digest, seal, swap

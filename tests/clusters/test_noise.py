@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mocte_ds.clusters import agreement, detect
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.collect import FeatureCollector, SampleStream
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import attach
 from mocte_ds.spectrum import sampled_svd
-from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
 
 VOCAB, HIDDEN, EOD, BATCH, LENGTH, DOCUMENTS, RANK = 256, 32, 0, 16, 64, 512, 8
 METHODS = ("dbscan", "hdbscan")

@@ -11,11 +11,11 @@ import yaml
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from mocte_ds.checkpoints.hf.export import export
-from mocte_ds.checkpoints.hf.imports.folder import import_hf
+from mocte_ds.convert.hf.export import export
+from mocte_ds.convert.hf.imports.folder import import_hf
 from mocte_ds.data import BlendedLoader, prepare
-from tests.checkpoints.hf.test_import import CONFIGS, write_folder
-from tests.checkpoints.hf.test_mixtures import CASES
+from tests.convert.hf.test_import import CONFIGS, write_folder
+from tests.convert.hf.test_mixtures import CASES
 from tests.e2e.conftest import Launcher, read_log
 
 BATCH, CONTEXT, MICRO = 16, 32, 4

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mocte_ds.checkpoints.hf.tokenizer import SourceTokenizer
+from mocte_ds.convert.hf.tokenizer import SourceTokenizer
 from mocte_ds.data import embedded_corpus, read_corpus, train_tokenizer
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.evaluation import evaluate, offline_tasks

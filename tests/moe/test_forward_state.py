@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.collect import FeatureCollector, SampleStream
 from mocte_ds.errors import MocteError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.forward import ForwardState, documents_of
-from mocte_ds.spectrum.collect import FeatureCollector, SampleStream
 
 V, E, EOD, D = 64, 4, 0, 32
 LEARNED = {"kind": "prefix", "weight": "softmax", "learn": True, "aux": 1.0}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
-from mocte_ds.checkpoints.hf.tokens_mocte import RoutingState
 from mocte_ds.errors import MocteError
 from mocte_ds.moe import Block
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.moe.keys import LinearKey
+from mocte_ds.remote_code.tokens_mocte import RoutingState
 from tests.moe.test_forward_state import EOD, ROUTERS, D, E, V, made, texts
 
 KINDS = ["previous", "prefix"]

@@ -13,7 +13,7 @@ from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.data.stored_tokenizer import open_tokenizer
 from mocte_ds.errors import MocteError
 from mocte_ds.training.out_folder import require_out
-from tests.checkpoints.hf.test_import import CONFIGS, write_folder
+from tests.convert.hf.test_import import CONFIGS, write_folder
 from tests.data.conftest import corpus, tokenizer  # noqa: F401  fixtures
 from tests.ownership.trees import tree
 from tests.report.synthetic import write_run

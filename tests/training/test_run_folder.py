@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mocte_ds.checkpoints.files import hash_file
-from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.place import Place, remove_leftovers
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.ownership.facts import hash_file
+from mocte_ds.ownership.manifest import Manifest
 from mocte_ds.ownership.workshop import begin
 from mocte_ds.training import run_folder
 from mocte_ds.training.changes import IDENTITY_FILE, Changes, changes_so_far, require_same_run

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mocte_ds.training.cpu_op import build_cpu_op
+from mocte_ds.dist.cpu_op import build_cpu_op
 from tests.spawn import spawn
 from tests.zero.small_run import (
     EXPERTS,

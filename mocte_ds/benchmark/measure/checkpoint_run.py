@@ -13,9 +13,9 @@ import torch
 import mocte_ds
 from mocte_ds.benchmark.measure.disk import forget
 from mocte_ds.benchmark.measure.peak import Peak
-from mocte_ds.checkpoints.hf.export import export
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.reshape import reshape
+from mocte_ds.convert.hf.export import export
 from mocte_ds.dist.collectives import from_rank_zero, gather_objects
 from mocte_ds.models import Decoder, DecoderConfig
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import multiprocessing
 
+from mocte_ds.dist.cpu_op import build_cpu_op
 from mocte_ds.errors import MocteError
-from mocte_ds.training.cpu_op import build_cpu_op
 
 _GRACE = 5.0  # seconds that a process gets to end after it was asked to
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.names import (
     CONVERTERS_FILE,
     EXPERT_NAME,
@@ -20,6 +19,7 @@ from mocte_ds.checkpoints.plain import require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership.manifest import Manifest
 
 
 def require_experts(config: dict[str, Any], files: Iterable[str], path: Path) -> None:

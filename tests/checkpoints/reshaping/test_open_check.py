@@ -3,11 +3,11 @@
 import torch
 
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.manifest import Manifest
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.ownership.manifest import Manifest
 from tests.checkpoints.damage import seal
 from tools import reshape as tool
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from pytest import approx, fixture, mark
 
-from mocte_ds.checkpoints.manifest import Manifest, require_whole
+from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.reshaping.reshape import reshape
+from mocte_ds.ownership.manifest import Manifest
 from tests.checkpoints.damage import digest
 from tests.checkpoints.reshaping import travel
 from tests.spawn import spawn

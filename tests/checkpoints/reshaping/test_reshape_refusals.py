@@ -13,12 +13,13 @@ from pytest import MonkeyPatch, fixture, mark, raises
 
 from mocte_ds.checkpoints import place
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.manifest import MANIFEST_FILE, require_whole
+from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE, OPTIMIZER_FILE
 from mocte_ds.checkpoints.random_states import RANDOM_FILE
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.checkpoints.reshaping.written import Written
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership.manifest import MANIFEST_FILE
 from tests.checkpoints.by_hand import sign
 from tests.checkpoints.damage import cut, digest, flip, plant, seal, swap
 

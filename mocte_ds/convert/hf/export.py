@@ -1,0 +1,125 @@
+"""Exports a checkpoint to Hugging Face format: exact, checked against the trained model before it says done."""
+
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from mocte_ds import remote_code
+from mocte_ds.checkpoints.place import find_tag
+from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
+from mocte_ds.convert.hf.card import model_card
+from mocte_ds.convert.hf.compare import compare
+from mocte_ds.convert.hf.dense import Layout
+from mocte_ds.convert.hf.kept_tokenizer import run_tokenizer
+from mocte_ds.convert.hf.layouts import choose_layout
+from mocte_ds.convert.hf.shards import SHARD_BYTES, Entry, write_shards
+from mocte_ds.convert.hf.whole import require_free, require_room, whole, write_json
+from mocte_ds.errors import ConfigError
+from mocte_ds.ownership.checksums import write_checksums
+
+REMOTE_CODE = Path(remote_code.__file__).parent
+_FACTS_FILE, _TOOL = "export.json", "export_hf"
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    tokenizer_path: str | Path | None = None,
+    tell: Callable[[str], None] = lambda _text: None,
+    choice: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load.
+
+    Weights are read, written and compared one tensor or one layer at a time: the model may be larger than memory.
+
+    Args:
+        checkpoint: folder of checkpoints or of one tag; only read.
+        out: folder to write; appears as a whole at the end, never half. An earlier export there is replaced.
+        dtype: `fp32`, `bf16` or `fp16` weights; gates that were trained are stored in fp32 always. Computing in bf16
+            sends the few tokens near a boundary to another expert; loaded with dtype=torch.float32, either export
+            routes as the trained model. None: fp32, and an import without any training as it came.
+        tokenizer_path: sentencepiece model, or a folder with a tokenizer.json; None: the one of the run.
+        tell: called with a line for each stage.
+        choice: `stock`, `own` or `auto`: see :func:`mocte_ds.convert.hf.layouts.choose_layout`.
+        shard_bytes: largest file of weights.
+
+    Returns:
+        Facts: architecture, reason (why it is no stock class), parameters, dtype, checkpoint_bytes (files with
+        weights), start_bytes and peak_bytes (memory of this process at the start, and at most so far), and what was
+        compared (see mocte_ds.convert.hf.compare).
+
+    Raises:
+        CheckpointError: the checkpoint is none, damaged, or fits no class (says what to change); the written model
+            differs; the folder cannot be written.
+        ConfigError: an unknown dtype or choice, or an ``out`` that holds anything but an earlier export, unchanged.
+    """
+    if dtype not in (None, "fp32", *NARROW):
+        raise ConfigError(f"dtype = {dtype!r} is not one of {['fp32', *NARROW]}.")
+    start = psutil.Process().memory_info().rss
+    folder = find_tag(checkpoint)
+    out = require_free(Path(out), folder, _TOOL)
+    tell(f"reading {folder}")
+    source = StoredSource(folder, dtype or "fp32")
+    source.dtype = dtype or source.kept_dtype
+    tokenizer = run_tokenizer(tokenizer_path, source.state["tokenizer"], folder)
+    tokenizer.require_fit(source.config.vocab_size)
+    layout = choose_layout(source, tokenizer.special, choice)
+    require_room(out, sum(entry.nbytes for entry in _entries(source, layout)))
+    with whole(out, _TOOL) as pending:
+        tell(f"writing {layout.name}")
+        parameters = write_model(source, layout, pending, shard_bytes)
+        tokenizer.write(pending, source.config.max_positions)
+        tell("comparing with the trained model")
+        facts: dict[str, Any] = {"architecture": layout.name, "reason": layout.reason, "parameters": parameters}
+        facts |= {"dtype": source.dtype, "checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
+        compared, checksums = compare(source, layout, pending)
+        facts |= compared
+        facts["peak_bytes"] = peak_bytes()
+        write_checksums(pending, checksums)
+        (pending / "README.md").write_text(model_card(source.state, facts), encoding="utf-8")
+        write_json(pending / _FACTS_FILE, {**facts, "step": source.state["step"]})
+    return facts
+
+
+def write_model(source: Source, layout: Layout, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
+    """Store a model as a class: its config, its generation config, its code if it is ours, and its weights.
+
+    Returns:
+        Parameters, tied ones once.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the layout says.
+    """
+    from transformers import GenerationConfig
+
+    config = layout.config
+    config.architectures = [layout.name]
+    config.dtype = NARROW.get(source.dtype, torch.float32)
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    for name in layout.files:
+        shutil.copyfile(REMOTE_CODE / name, folder / name)
+    stored = {entry.name: entry for entry in layout.stored}
+    write_shards(folder, _entries(source, layout), lambda name: stored[name].tensor(source), shard_bytes)
+    return sum(torch.Size(entry.shape).numel() for entry in layout.stored if not entry.buffer)
+
+
+def _entries(source: Source, layout: Layout) -> list[Entry]:
+    return [Entry(stored.name, stored.shape, stored.kind(source.dtype)) for stored in layout.stored]
+
+
+def peak_bytes() -> int:
+    """Largest memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage's number is inherited from the process that started this one.
+        lines = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
+        return next(1024 * int(words[1]) for words in lines if words[0] == "VmHWM:")
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

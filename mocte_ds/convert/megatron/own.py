@@ -1,0 +1,157 @@
+"""What a run has and megatron-core's model does not, in a folder beside it, so that the way back loses nothing."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mocte_ds.checkpoints.files import to_json
+from mocte_ds.checkpoints.manifest import require_whole
+from mocte_ds.checkpoints.source import Source, empty_decoder
+from mocte_ds.convert.hf.shards import Entry, Shards, write_shards
+from mocte_ds.convert.megatron.model import Settings, settings_of
+from mocte_ds.convert.megatron.pairs import Pair, all_pairs
+from mocte_ds.errors import CheckpointError, MocteError
+from mocte_ds.json_files import read_object
+from mocte_ds.models import DecoderConfig
+from mocte_ds.ownership.facts import hash_file
+from mocte_ds.ownership.manifest import Manifest
+from mocte_ds.sections import parse_section
+
+OWN_FOLDER = "mocte_ds"
+_STATE_FILE, _FORMAT = "state.json", 1
+
+
+def rest(source: Source, pairs: Iterable[Pair]) -> list[Entry]:
+    """Tensors of ours that no tensor of megatron-core's model holds: FFNs and experts that do not run, zero biases."""
+    used = {name for pair in pairs for name in pair.sources}
+    own = source.model.state_dict()
+
+    def dtype(name: str) -> torch.dtype:
+        if not own[name].is_floating_point():
+            return own[name].dtype
+        return torch.bfloat16 if source.dtype == "bf16" and ".gate." not in name else torch.float32
+
+    return [Entry(name, shape, dtype(name)) for name, shape in source.shapes.items() if name not in used]
+
+
+def write(folder: Path, source: Source, settings: Settings, pairs: Iterable[Pair], manifest: Manifest) -> None:
+    """Write our part beside megatron-core's.
+
+    Args:
+        folder: of the whole.
+        source: what is converted.
+        settings: of megatron-core's model.
+        pairs: its tensors.
+        manifest: of the checkpoint that is converted.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    own = folder / OWN_FOLDER
+    own.mkdir()
+    entries = {entry.name: entry for entry in rest(source, pairs)}
+    if entries:
+        write_shards(own, list(entries.values()), lambda name: source.read(name).to(entries[name].dtype))
+    state = {"format": _FORMAT, "state": source.state}
+    (own / _STATE_FILE).write_bytes(to_json({**state, **settings.to_dict()}))
+    sign(own, manifest)
+    sign(folder, manifest)
+
+
+def sign(folder: Path, manifest: Manifest) -> None:
+    """List the files of a folder with their hashes, in the name of a run."""
+    files = {path.name: hash_file(path) for path in folder.iterdir() if path.is_file()}
+    Manifest(manifest.run, manifest.step, 1, files).write(folder)
+
+
+class MegatronSource(Source):
+    """The weights of a distributed checkpoint of megatron-core, by the names of ours."""
+
+    def __init__(self, folder: Path, dtype: str = "fp32") -> None:
+        """Read everything but the weights.
+
+        Args:
+            folder: that :func:`write` wrote into.
+            dtype: as of :class:`Source`.
+
+        Raises:
+            CheckpointError: our part is missing, damaged, or of another version.
+            ConfigError: settings that this version does not know.
+        """
+        own = folder / OWN_FOLDER
+        if not own.is_dir():
+            raise CheckpointError(
+                f"{own} is missing, and with it the run's settings: name the folder that tools/to_megatron.py wrote "
+                "for megatron-core with --settings."
+            )
+        self.manifest = require_whole(own)
+        values = _read_state(own / _STATE_FILE)
+        try:
+            state = values["state"]
+            _require_backed(state, folder)
+            mocte = None if state["mocte"] is None else {"config": state["mocte"], "blocks": state["blocks"]}
+            super().__init__(empty_decoder(state["model"], mocte, own / _STATE_FILE), state, dtype)
+            self.settings = Settings(values["transformer_config"], values["gpt_model"], values["router_scale"])
+            self.pairs = all_pairs(self, self.settings)
+            int(state["step"])
+        except MocteError:
+            raise
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{own / _STATE_FILE} does not describe a run ({type(error).__name__}: {str(error)[:200]}): it is "
+                "damaged; convert the checkpoint again."
+            ) from error
+        self._rest = Shards(own) if rest(self, self.pairs) else None
+        self._theirs: dict[str, Tensor] = {}
+        self._pairs = {name: (pair, number) for pair in self.pairs for number, name in enumerate(pair.sources)}
+        self._require_settings(own / _STATE_FILE)
+
+    def _require_settings(self, path: Path) -> None:
+        """Refuse settings of another model than the run's: megatron-core would take memory for whatever they say."""
+        wanted = settings_of(self)
+        if json.loads(json.dumps(self.settings.to_dict())) != json.loads(json.dumps(wanted.to_dict())):
+            raise CheckpointError(
+                f"{path}: the settings of megatron-core's model are not those of the run's model: it is damaged; "
+                "convert the checkpoint again."
+            )
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Set the tensors of megatron-core's model, by their name there.
+
+        Raises:
+            CheckpointError: one has another shape than the run's.
+        """
+        self._theirs = tensors
+        for name, (pair, _) in self._pairs.items():
+            if tuple(self._stored(name).shape) != self.shapes[name]:
+                raise CheckpointError(f"{pair.name} is {tuple(tensors[pair.name].shape)}, which does not fit {name}.")
+
+    def _stored(self, name: str) -> Tensor:
+        if name not in self._pairs:
+            return self._rest.read(name)
+        pair, number = self._pairs[name]
+        return pair.split(self._theirs[pair.name])[number]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    values = read_object(path, CheckpointError)
+    if values.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} has format {values.get('format')!r}; this version reads format {_FORMAT}.")
+    return values
+
+
+def _require_backed(state: dict[str, Any], folder: Path) -> None:
+    """Refuse a model with more parameters than the folder has bytes, before anything is built of it."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    sizes, mocte = state["model"], state["mocte"]
+    experts = 0 if mocte is None else mocte["num_experts"] * len(mocte.get("banks") or [None]) * len(state["blocks"])
+    fits = isinstance(sizes["num_layers"], int) and max(sizes["num_layers"], experts) <= there
+    if not fits or parse_section(DecoderConfig, sizes, "model").num_params() > there:
+        raise CheckpointError(
+            f"{folder} has {there:,} bytes, fewer than the parameters of the model that its {_STATE_FILE} describes: "
+            "it is damaged, or files are missing."
+        )

@@ -1,0 +1,40 @@
+"""Small files and names that outlast a power cut."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that must not be there yet, onto the disk.
+
+    Raises:
+        OSError: there is one, or it cannot be written.
+    """
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file in one move, onto the disk: readers see the old content or the new one, never half."""
+    pending = path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")  # a name that nobody else has
+    try:
+        write_new(pending, text.encode())
+        os.replace(pending, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            pending.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """See the names in a folder onto the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

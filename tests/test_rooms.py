@@ -1,0 +1,67 @@
+"""Folders import each other in one direction: what lies below never reads what lies above."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "mocte_ds"
+
+
+def room(module: str) -> str:
+    """The folder, or the file where there is none, that a module belongs to; two steps down in convert/."""
+    parts = module.split(".")
+    return ".".join(parts[1 : 3 if parts[1:2] == ["convert"] else 2])
+
+
+def imported(module: str, tree: ast.AST) -> Iterator[str]:
+    """Modules of this package that a file imports, also inside of functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "mocte_ds")
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
+        elif isinstance(node, ast.ImportFrom) and node.module == "mocte_ds":
+            yield from (f"mocte_ds.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "mocte_ds":
+            yield node.module
+
+
+def edges() -> dict[str, dict[str, str]]:
+    """For each room those that it imports, with one import as an example."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for path in PACKAGE.rglob("*.py"):
+        module = ".".join(("mocte_ds", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        for other in imported(module, ast.parse(path.read_text(encoding="utf-8"))):
+            if room(other) != room(module):
+                found[room(module)][room(other)] = f"{module} imports {other}"
+    return found
+
+
+def cycle(graph: dict[str, dict[str, str]]) -> list[str]:
+    """Imports that lead from a room back to it; empty where there are none."""
+    done: set[str] = set()
+
+    def follow(place: str, path: list[str]) -> list[str]:
+        if place in path:
+            ring = [*path[path.index(place) :], place]
+            return [graph[a][b] for a, b in zip(ring, ring[1:], strict=False)]
+        if place not in done:
+            for other in graph.get(place, {}):
+                if found := follow(other, [*path, place]):
+                    return found
+            done.add(place)
+        return []
+
+    return next((found for place in sorted(graph) if (found := follow(place, []))), [])
+
+
+def test_no_two_folders_import_each_other() -> None:
+    graph = edges()
+    assert "moe" in graph["zero"] and "controller" in graph["engine"], "imports are not found"
+    assert not (found := cycle(graph)), "\n".join(found)
+
+
+def test_a_cycle_is_seen() -> None:
+    graph = edges()
+    assert cycle({**graph, "config": {**graph["config"], "zero": "config imports zero"}})
