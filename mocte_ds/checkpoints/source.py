@@ -246,7 +246,7 @@ def empty_decoder(sizes: dict[str, Any], mocte: dict[str, Any] | None, path: Pat
         ConfigError: settings that this version does not know.
     """
     with torch.device("meta"):
-        model = Decoder(parse_section(DecoderConfig, sizes, "model"))
+        model = Decoder(parse_section(DecoderConfig, sizes))
         if mocte is None:
             return model
         blocks = attach(model, MocteConfig.from_dict({**mocte["config"], "ep_size": 1}))
