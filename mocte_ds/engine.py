@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from mocte_ds.base_model import base_facts
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.names import CONVERTERS_FILE
@@ -120,7 +121,7 @@ class MocteEngine(UnitEngine):
 
         def own() -> dict[str, Any]:
             files = own_files(self.mocte.rank_state_dict())
-            state = {"mocte": self.mocte.state_dict(), "client_state": client}
+            state = {"mocte": self.mocte.state_dict(), "client_state": client, "base": base_facts(self.module)}
             shared = {STATE_FILE: state, CONVERTERS_FILE: converters_notice()}
             return {**files, **shared} if dist.get_rank() == 0 else files
 
