@@ -200,8 +200,13 @@ class Trainer:
         """Layer and modes of every block, and the frozen layers of the front."""
         blocks = []
         for handle in self.engine.mocte.blocks if self.config else []:
-            layer = int(handle.name.split(".")[2])  # model.layers.N.mlp
-            blocks.append({"layer": layer, "mode": str(handle.mode), "experts": [str(e.mode) for e in handle.experts]})
+            blocks.append(
+                {
+                    "layer": handle.block.layer,
+                    "mode": str(handle.mode),
+                    "experts": [str(e.mode) for e in handle.experts],
+                }
+            )
         return blocks, self.engine.mocte.frozen_layers if self.config else 0
 
     def _count_flops(self, blocks: list[dict[str, Any]], frozen: int) -> list[list[int]] | None:
