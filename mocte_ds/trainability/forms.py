@@ -66,7 +66,7 @@ def checked_rows(expert: nn.Module, x: Tensor) -> Tensor:
 def known_ffn(expert: nn.Module, x: Tensor) -> KnownFFN | None:
     """What closed forms need of a gated or two-matrix FFN on rows x (n, d), or None for any other module.
 
-    The expert is called once, or twice if it is gated: dropout, other orders, other activations are not of a known form.
+    The expert is called once, or twice if it is gated: dropout and other orders are not of a known form.
     """
     shape = ffn_shape(expert, any_output=True)
     m = None if shape is None or shape.hidden_size != x.shape[1] else _matrices(expert, shape, x)
