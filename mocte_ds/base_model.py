@@ -62,7 +62,7 @@ def require_base(facts: Any, where: object) -> dict[str, Any]:
             "written it; save it again in the script that trains it."
         )
     if isinstance(facts, dict) and REFUSED in facts:
-        raise CheckpointError(f"{where} cannot be exported: {str(facts[REFUSED])[:500]}.")
+        raise CheckpointError(f"{where} does not say which model it holds: {str(facts[REFUSED])[:500]}.")
     texts = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in _KEYS[:2])
     if not texts or not isinstance(facts.get("config"), dict):
         raise CheckpointError(f"{where} has no {', '.join(_KEYS)} of its base model; it is damaged.")
@@ -95,6 +95,35 @@ def make_config(base: dict[str, Any], where: object) -> Any:
         return CONFIG_MAPPING[kind].from_dict(_with_floats(base["config"]))
     except Exception as error:  # transformers raise many types for values that they do not take
         raise CheckpointError(f"{where}: transformers refuse the config of its {kind}: {str(error)[:300]}") from error
+
+
+def make_model(base: dict[str, Any], where: object) -> nn.Module:
+    """The base model without weights, on the meta device.
+
+    Args:
+        base: from :func:`require_base`.
+        where: names it, for messages.
+
+    Raises:
+        CheckpointError: transformers have no causal language model of this config, or it is of another class.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(base, where)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # transformers raise many types for values that they do not take
+        text = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{where}: transformers make no {base['architecture']} of its config: {text}") from error
+    if type(model).__name__ != base["architecture"]:
+        raise CheckpointError(
+            f"{where} holds a {base['architecture']}; only causal language models can be exported, and transformers "
+            f"make a {type(model).__name__} of its config. If it is a class of your own, register it with "
+            "AutoModelForCausalLM first."
+        )
+    return model
 
 
 def _with_floats(value: Any) -> Any:

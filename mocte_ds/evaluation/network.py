@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mocte_ds.convert.hf.claims import require_backed, require_experts
+from mocte_ds.claims import require_backed, require_experts
 from mocte_ds.convert.hf.folder import COMPUTED, require_weights
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.errors import CheckpointError
