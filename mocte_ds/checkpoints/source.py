@@ -228,7 +228,7 @@ class StoredSource(Source):
                         f"{path} holds {wrong[0]}, not expert {k} of {block.name}: files were mixed up."
                     )
                 for name, parameter in expert.state_dict().items():
-                    value = found.get(prefix + name)
+                    value: Any = found.get(prefix + name)
                     if not torch.is_tensor(value) or value.shape != parameter.shape:
                         raise CheckpointError(
                             f"{path} does not hold {name} {tuple(parameter.shape)} of expert {k} of {block.name}."

@@ -92,6 +92,7 @@ def draw_bypass(expert: nn.Module, seed: int) -> None:
         seed: another seed gives unrelated matrices.
     """
     generator, shape = torch.Generator().manual_seed(seed), ffn_shape(expert)
+    assert shape is not None  # make_expert narrows no other module
     for matrix in (expert.get_submodule(path) for path in shape.inputs):
         bound = in_out(matrix)[0] ** -0.5
         if isinstance(matrix, nn.Linear):

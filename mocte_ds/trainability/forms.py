@@ -69,7 +69,9 @@ def known_ffn(expert: nn.Module, x: Tensor) -> KnownFFN | None:
     The expert is called once, or twice if it is gated: dropout and other orders are not of a known form.
     """
     shape = ffn_shape(expert, any_output=True)
-    m = None if shape is None or shape.hidden_size != x.shape[1] else _matrices(expert, shape, x)
+    if shape is None or shape.hidden_size != x.shape[1]:
+        return None
+    m = _matrices(expert, shape, x)
     if m is None:
         return None
     # Shapes do not tell which half of a gated FFN the activation is for: its outputs do.

@@ -90,8 +90,8 @@ class Ledger:
         self.dgrad += matrices + 2 * scores
         self.wgrad += matrices
         emerged: dict[int, float] = {}
-        for block in blocks if config is not None else ():
-            if block["mode"] == "warmup":
+        for block in blocks:
+            if config is None or block["mode"] == "warmup":
                 continue
             layer = block["layer"]
             gates = gate_flops(model, config, tokens)
@@ -168,8 +168,8 @@ class Ledger:
     ) -> None:
         """Add the forward passes of a validation; arguments as for :meth:`step`, without loads."""
         self.validation += forward_flops(model, context) * tokens
-        for block in blocks if config is not None else ():
-            if block["mode"] != "warmup":
+        for block in blocks:
+            if config is not None and block["mode"] != "warmup":
                 load = tokens * sum(router.top_k for router in config.routers)
                 self.validation += added_flops(model, config, block["layer"], tokens, load)
                 self.validation += gate_flops(model, config, tokens).forward

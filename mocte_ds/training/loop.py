@@ -87,6 +87,7 @@ class Trainer:
             self._give_probe({name: ids[validated:] for name, (ids, _) in held_out.items()})
         self.ledger, self.stop_asked, self._stays = Ledger(), False, set[str]()
         if start.checkpoints:
+            assert start.tag is not None  # resume_folder finds none without a checkpoint in it
             client_state = load(self.engine, start.checkpoints, start.tag)
             self.loader.seek(client_state["data_position"])
             self.ledger.load(client_state["ledger"])
@@ -101,7 +102,7 @@ class Trainer:
             note = self.engine.checkpoint_engine.note
             reshaped = {"note": note} if note else {}
             self._event(
-                "resume", checkpoint=str(start.checkpoints / start.tag), position=self.loader.position, **reshaped
+                "resume", checkpoint=str(start.checkpoints / str(start.tag)), position=self.loader.position, **reshaped
             )
             for name, facts in told_changes(start.changes, self.engine, self.loader.position):
                 self._event(name, **facts)
