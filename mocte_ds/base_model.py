@@ -30,7 +30,7 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
         "architecture" (name of the class), "model_type", "config" and "generation" (values of its two configs, as
         JSON has them), or "refused": why they cannot be kept.
     """
-    transformers = sys.modules.get("transformers")
+    transformers = sys.modules.get("transformers.modeling_utils")  # there, if the model is one of theirs
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return {
             REFUSED: f"the model is a {type(model).__module__}.{type(model).__qualname__}, which is not a model of "

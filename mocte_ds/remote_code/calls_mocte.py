@@ -104,3 +104,8 @@ def cache_of(cache: Any) -> Any:
     """The cache that grows with the tokens: an encoder-decoder has one more, of the encoder's."""
     cache = getattr(cache, "self_attention_cache", cache)
     return cache if hasattr(cache, "get_seq_length") else None
+
+
+def cache_in(output: Any) -> Any:
+    """The cache that a call has left in its output, or None."""
+    return getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)

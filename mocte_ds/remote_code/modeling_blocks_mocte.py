@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from .blocks_mocte import put_blocks
-from .calls_mocte import Call
+from .calls_mocte import Call, cache_in
 from .configuration_blocks_mocte import MocteBlocksConfig
 
 
@@ -72,7 +72,7 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
             output = self.base(**given, return_dict=True)
         finally:
             self._running.call = before
-        call.leave(getattr(output, self._cache_name, None))
+        call.leave(cache_in(output))
         as_tuple = (self.config.return_dict if return_dict is None else return_dict) is False
         return output.to_tuple() if as_tuple else output
 

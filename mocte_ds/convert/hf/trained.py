@@ -108,7 +108,7 @@ def choose_target(source: Source, choice: str) -> Target:
     for name in source.shapes:
         if (new := _stored_name(name, blocks)) is not None:
             names[prefix + new] = name
-    reason = f"experts have emerged in {len(emerged)} blocks, which {base['architecture']} does not have"
+    reason = f"{len(emerged)} of {len(blocks)} blocks have experts, which {base['architecture']} does not have"
     architecture = "MocteBlocksForCausalLM" if own else base["architecture"]
     return Target(architecture, names, reason if emerged else None)
 

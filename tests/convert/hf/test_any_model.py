@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mocte_ds.base_model import base_facts, require_base
+from mocte_ds.claims import require_blocks
 from mocte_ds.config import MocteConfig
 from mocte_ds.convert.hf.export import export_trained
 from mocte_ds.convert.hf.trained import GatheredSource, trained_model
@@ -228,6 +229,8 @@ def test_a_dense_model_is_what_save_pretrained_writes(name: str, tmp_path: Path)
 
     one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("wanted", "found"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    if name.startswith("llama"):  # our class around a model without experts
+        assert export_trained(source, tmp_path / "own", choice="own")["architecture"] == "MocteBlocksForCausalLM"
     how = {"trust_remote_code": False, "local_files_only": True}
     logits = [AutoModelForCausalLM.from_pretrained(tmp_path / n, **how)(texts()).logits for n in ("wanted", "found")]
     assert logits[0].dtype is torch.bfloat16 and torch.equal(*logits)
@@ -252,6 +255,24 @@ def test_bf16_keeps_routers_and_tables(tmp_path: Path) -> None:
     # The model as it trains, rebuilt from the rounded weights, computes what the folder does.
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     close(wide(texts()).logits, trained_model(source)(texts()).logits)
+
+
+def test_blocks_that_a_config_only_claims(exports: dict[str, Exported], tmp_path: Path) -> None:
+    """Before a folder is evaluated, its blocks are held against its files: to build them could take all memory."""
+    case = exports["phi3, lora"]
+    config = json.loads((case.folder / "config.json").read_text())
+    shapes = {name: tuple(t.shape) for name, t in case.loaded().state_dict().items()}
+    require_blocks(config["blocks"], shapes, tmp_path)
+    for change, told in (
+        ({"num_experts": 10**9}, "2000000008 experts"),
+        ({"vocab_size": 10**9}, "larger than any tensor"),
+        ({"expert_sizes": {"gate_up_proj": [32, 10**9]}}, "larger than any tensor"),
+        ({"banks": 5}, "its blocks are damaged"),
+    ):
+        with raises(CheckpointError, match=told):
+            require_blocks([{**config["blocks"][0], **change}, config["blocks"][1]], shapes, tmp_path)
+    with raises(CheckpointError, match="its blocks are damaged"):
+        require_blocks(None, shapes, tmp_path)
 
 
 def test_refusals(exports: dict[str, Exported], tmp_path: Path) -> None:
