@@ -79,7 +79,8 @@ def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed co
         elif key in _UNSUPPORTED:
             raise ConfigError(f"{where}: {key} = {shown(value)} is not supported: {_UNSUPPORTED[key]}.")
         elif key not in _KNOWN:
-            raise ConfigError(f"{where}: unknown key {name_shown(key)} (value {shown(value)}).{nearest(key, _KNOWN)}")
+            name = f"{where}.{name_shown(key)}" if where.isidentifier() else f"{name_shown(key)} of {where}"
+            raise ConfigError(f"unknown key {name} (value {shown(value)}).{nearest(key, _KNOWN)}")
     for name in _SECTIONS:
         section = kept.get(name, {})
         if not isinstance(section, Mapping):

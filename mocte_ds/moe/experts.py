@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.moe.ffn_shape import FORMS, Part, ffn_shape, first_matrix, in_out, resized
+from mocte_ds.moe.ffn_shape import FORMS, Part, ffn_shape, first_matrix
+from mocte_ds.remote_code.experts_mocte import in_out, resized
 
 
 def feature_size(ffn: nn.Module, name: str) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.remote_code.experts_mocte import in_out, is_matrix
+
 FORMS = "two matrices d -> f -> d; three, of which two go d -> f; or two, d -> 2 f and f -> d"
 """What is recognised, for messages."""
 
@@ -37,9 +39,9 @@ def ffn_shape(ffn: nn.Module, any_output: bool = False) -> FFNShape | None:
             registered last is the output.
         any_output: allow outputs of another width than the feature.
     """
-    if _is_matrix(ffn):
+    if is_matrix(ffn):
         return None  # a layer by itself
-    matrices = {name: in_out(module) for name, module in ffn.named_modules() if _is_matrix(module)}
+    matrices = {name: in_out(module) for name, module in ffn.named_modules() if is_matrix(module)}
     known = {id(p) for name in matrices for p in ffn.get_submodule(name).parameters()}
     if len(matrices) not in (2, 3) or any(p.dim() > 1 and id(p) not in known for p in ffn.parameters()):
         return None
@@ -60,23 +62,7 @@ def _fitting(matrices: dict[str, tuple[int, int]]) -> Iterator[FFNShape]:
 
 def first_matrix(module: nn.Module) -> nn.Module | None:
     """The first linear layer in a module."""
-    return next((part for part in module.modules() if _is_matrix(part)), None)
-
-
-def in_out(matrix: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
-    rows, columns = matrix.weight.shape
-    return (columns, rows) if isinstance(matrix, nn.Linear) else (rows, columns)
-
-
-def resized(matrix: nn.Module, inputs: int | None = None, outputs: int | None = None) -> nn.Module:
-    """A new matrix of the same class with another number of inputs or outputs, still to be filled."""
-    old_inputs, old_outputs = in_out(matrix)
-    n_in, n_out = inputs or old_inputs, outputs or old_outputs
-    like = {"device": matrix.weight.device, "dtype": matrix.weight.dtype}
-    if isinstance(matrix, nn.Linear):
-        return nn.Linear(n_in, n_out, bias=matrix.bias is not None, **like)
-    return type(matrix)(n_out, n_in).to(**like)
+    return next((part for part in module.modules() if is_matrix(part)), None)
 
 
 @dataclass(frozen=True)
@@ -112,10 +98,3 @@ class Part:
         if shape.fused:
             units = torch.cat([units, units + shape.width])
         return value[units] if kind == "bias" or rows_are_outputs else value[:, units]
-
-
-def _is_matrix(module: object) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(module, nn.Linear) or (
-        type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
-    )
