@@ -19,9 +19,10 @@ class ExpertConfig:
     """What one expert is."""
 
     kind: Literal["ffn", "lora"] = "ffn"
-    """`ffn`: a full FFN, born as a copy of the dense one; `lora`: a narrow bypass, born as zero, beside it."""
+    """`ffn`: a full FFN that starts as a copy of the dense one. `lora`: a narrow FFN beside the dense one whose output
+    starts at zero; the paper's word, it is not a low-rank adapter."""
     width: Count | None = None
-    """Hidden units of a `lora` expert; null: the FFN's width / num_experts. `ffn` experts keep the FFN's width."""
+    """Hidden units of a `lora` expert. Null: the FFN's width / num_experts. Not for `ffn` experts."""
 
     def __post_init__(self) -> None:
         if self.width is not None and self.kind == "ffn":
@@ -33,26 +34,29 @@ class RouterConfig:
     """How a token finds its expert."""
 
     kind: str = "token"
-    """A routing key. `token`: nearest cluster of the feature; `prefix`: of the document's mean feature so far; `type`:
-    table token id -> cluster; `previous`: random table of the id before. Baselines: `hash`: random table of the id;
-    `random`: random directions of the feature (with `learn`: the router of Switch and of sparse upcycling). Or a key
-    that you have registered (docs/extending.md)."""
+    """Routing key, which decides a token's expert. `token`: the nearest cluster of its feature. `prefix`: the nearest
+    cluster of the mean feature of its document so far. `type`: a table from token ids to clusters. `previous`: a random
+    table, looked up with the id of the token before. Baselines: `hash`, a random table of the token's own id, and
+    `random`, random directions of its feature (with `learn`, the router of Switch and of sparse upcycling). Or the name
+    of a key that you have registered (docs/extending.md)."""
     bias: bool = True
-    """False: a gate without bias, from directions orthogonal to the mean (stock Mixtral has none)."""
+    """Whether the gate made from clusters has a bias. Stock Mixtral has none: false lets a run export to it."""
     weight: Literal["hard", "softmax", "sigmoid"] = "hard"
-    """Weight of the expert's output: 1, or the softmax probability of the chosen expert, or the sigmoid of its logit.
-    `sigmoid` is the router of DeepSeek-V3 and Glm4Moe, for kind `random`: a fixed number for each expert is added to
-    the sigmoids before the choice, not to the weights."""
+    """Factor of an expert's output. `hard`: 1. `softmax`: the expert's probability; for the kinds `token`, `prefix` and
+    `random`, or with `learn`. `sigmoid`: the sigmoid of its logit, as in DeepSeek-V3 and Glm4Moe, for kind `random`
+    only; experts are then chosen by the sigmoids plus a fixed number per expert that does not enter the weights."""
     learn: bool = False
-    """The router above as the birth of a trained one: its logits plus a residual W h from zero. Not with `hard`."""
+    """Whether the router is trained. Its logits are then those of `kind` plus W h, where h is the token's feature and W
+    starts at zero. Needs `softmax` or `sigmoid`."""
     top_k: Count = 1
-    """Experts that each token is sent to. More than one not with `hard`, and need a kind with logits or `learn`."""
+    """Experts per token, at most num_experts. More than one needs `softmax` or `sigmoid`."""
     normalise: bool = False
-    """The weights of a token's experts are divided by their sum, as in Mixtral."""
+    """Whether the weights of a token's experts are divided by their sum, as in Mixtral. Needs top_k > 1 or
+    `sigmoid`."""
     scale: Positive = 1.0
-    """With `sigmoid`: factor of all weights."""
+    """Factor of all weights. Only with `sigmoid`."""
     aux: NotNegative = 0.01
-    """Weight of a learned router's loss for even loads, which the engine adds to the model's loss."""
+    """Weight of Switch's loss for even loads of a trained router. The engine adds it to the model's loss."""
 
     def __post_init__(self) -> None:
         key = KEYS.get(self.kind, "kind")
@@ -74,26 +78,27 @@ class RouterConfig:
 
 
 MOST_ROWS = 1 << 24
-"""Of a sample: what the ranks keep of it lies in memory, once for each block."""
+"""Largest sample: the ranks keep it in memory, once for each block."""
 
 
 @section("mocte.spectrum")
 class SpectrumConfig:
-    """The distributed sampled SVD of the features."""
+    """The singular directions of the features, from a sample over all ranks."""
 
     rank: Annotated[int, Field(ge=1, le=1 << 16)] = 8
-    """Singular directions that are kept."""
+    """Number of singular directions that are computed."""
     rows: Annotated[int, Field(ge=16, le=MOST_ROWS)] = 2048
     """Token features sampled over all ranks for one check."""
     documents: Annotated[int, Field(ge=16, le=MOST_ROWS)] = 1024
     """Document means sampled over all ranks for one check."""
     doublings: Annotated[int, Field(ge=0, le=16)] = 2
-    """How often the sample is doubled while it determines fewer than min_rank directions of a block in warm-up; doubled
-    so often, `rows` is at most 2^24."""
+    """How many times the sample may double while a block in warm-up has fewer than min_rank reliable directions. `rows`
+    doubled that many times must not exceed 2^24."""
     min_rank: Count = 4
-    """Directions that a gate should be made of."""
+    """Reliable directions that a gate should be made of."""
     max_angle: Share = 0.3
-    """Largest accepted sine of the angle between the subspaces of two half-samples."""
+    """Directions are reliable while the sine of the largest angle between those of the two halves of the sample is at
+    most this."""
 
     def __post_init__(self) -> None:
         if self.rows << self.doublings > MOST_ROWS:
@@ -106,31 +111,32 @@ class SpectrumConfig:
 
 @section("mocte.clusters")
 class ClustersConfig:
-    """When a block's clusters count as detected."""
+    """When clusters count as detected, and experts emerge."""
 
     method: Literal["dbscan", "hdbscan"] = "dbscan"
-    """How clusters are looked for."""
+    """Method that looks for clusters of documents."""
     min_silhouette: Annotated[float, Field(ge=-1, le=1)] = 0.35
-    """Smallest silhouette of the detected clusters (the paper's alpha_c)."""
+    """Silhouette from which clusters count as found (the paper's alpha_c)."""
     stability: Share = 0.6
-    """Smallest adjusted Rand index between what two checks in a row detected, on the documents of the later one."""
+    """Adjusted Rand index from which the clusters of two checks in a row count as the same, on the documents of the
+    later check."""
     deadline: Share = 0.1
-    """Share of the budget after which experts emerge anyway; 1: never without detection."""
+    """Share of the budget at which experts emerge even if no clusters were detected. 1: never without clusters."""
     not_before: Share = 0.02
-    """Share of the budget before which nothing emerges (the learning rate's warm-up)."""
+    """Share of the budget before which no experts emerge (the learning rate's warm-up)."""
 
 
 @section("mocte.freeze.prefix")
 class PrefixConfig:
-    """Freezing of the model's front, from the embeddings upwards; an option apart from the experts' policy."""
+    """Freezing of the model's first layers by a schedule, whatever the experts' policy decides."""
 
     layers: CountOrZero = 0
-    """Layers that may freeze, from the front; the embeddings freeze with the first. 0: none."""
+    """Number of layers that freeze, counted from the input; the embeddings freeze with the first. 0: none."""
     start: Share = 0.3
     """Share of the budget at which the first layer freezes."""
     end: Share = 0.6
-    """Share at which the last of them freezes, the others in between. A layer with a block waits until all its experts
-    are frozen, and the layers behind it wait with it."""
+    """Share of the budget at which the last one freezes; the others are spread evenly in between. A layer with a block
+    waits until all its experts are frozen, and all later layers wait with it."""
 
     def __post_init__(self) -> None:
         if self.end < self.start:
@@ -142,28 +148,34 @@ class FreezeConfig:
     """Which experts stop training, and when."""
 
     policy: str = "trainability"
-    """Rule that decides: trainability, progress, paper, grad-norm, inverted, random, off, or a registered one of yours
+    """Rule that freezes an expert; lambda is its trainability. `trainability`: lambda is low (alpha) and steady (beta).
+    `progress`: the expert no longer lowers the loss (gamma) and lambda is steady (beta). `paper`: low or steady, on
+    single measurements. Controls: `grad-norm`, a low gradient norm (alpha); `inverted`, lambda high and still changing;
+    `random`, at a random time. `off`: nothing freezes. Or the name of a policy that you have registered
     (docs/extending.md)."""
     alpha: NotNegative = 0.2
-    """LEVEL: lambda under this share of the expert's own peak."""
+    """Lambda is low when it is below this fraction of the expert's peak (`paper`: of the largest in the block)."""
     beta: NotNegative = 0.05
-    """RATE: change of |lambda - lambda_0| between checks under this share of its largest (`paper`: first) value."""
+    """Lambda is steady when |lambda - lambda_0| changes between two checks by less than this fraction of its largest
+    (`paper`: its first) value; lambda_0 is the first measurement."""
     gamma: NotNegative = 0.5
-    """PROGRESS: an expert's part of the loss decrease under this share of its fair part (one in num_experts)."""
+    """`progress` freezes an expert that contributes less than this fraction of its fair part (one in num_experts) to
+    the fall of the loss."""
     checks: Count = 3
-    """Checks in a row that must agree."""
+    """Consecutive checks at which the rule must hold. `paper` and `random` need one."""
     after_checks: Count = 5
-    """Checks with an expert's own tokens, since emergence, before it can be frozen."""
+    """Measurements of an expert since emergence that must exist before it can freeze."""
     until: Share = 0.9
-    """Share of the budget after which nothing is frozen any more (the learning rate's decay)."""
+    """Share of the budget after which no expert freezes (the learning rate's decay)."""
     anneal: Share = 0.0
-    """Share of the budget over which the learning rate of an expert falls to zero before it is frozen; 0: at once."""
+    """Share of the budget over which an expert's learning rate falls to zero before it freezes. 0: none, it freezes at
+    once."""
     rows: Annotated[int, Field(ge=16, le=MOST_ROWS)] = 256
-    """Routed tokens an expert's trainability is measured on."""
+    """Tokens of an expert that its trainability is measured on. An expert that got fewer is not measured."""
     iterations: Annotated[int, Field(ge=1, le=10_000)] = 20
-    """Power iterations of a trainability measurement."""
+    """Iterations of the eigenvalue solver per measurement."""
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
-    """Freezing of the model's front."""
+    """Freezing of the model's first layers."""
 
     def __post_init__(self) -> None:
         if self.policy != OFF:
@@ -175,9 +187,10 @@ class CheckpointConfig:
     """How checkpoints are written and read."""
 
     async_save: bool = False
-    """True: a save copies everything to CPU memory and returns; threads write it beside the steps that follow."""
+    """Whether a save returns once everything is copied to CPU memory, and threads write the files during the next
+    steps."""
     verify: bool = True
-    """Whether the hash of every file is compared before anything is loaded; False: names and sizes only."""
+    """Whether the hash of every file is checked before anything is loaded. False: only names and sizes are."""
 
 
 @section("mocte")
@@ -185,44 +198,46 @@ class MocteConfig:
     """The "mocte" block of a DeepSpeed config."""
 
     modules: str | list[str]
-    """Glob or list of globs of the modules (FFNs) that become blocks, e.g. `model.layers.*.mlp`. Required."""
+    """Glob, or list of globs, of the FFN modules that become blocks, e.g. `model.layers.*.mlp`."""
     num_experts: Annotated[int, Field(ge=2, le=1 << 20)] = 4
-    """Experts of a block, a multiple of ep_size."""
+    """Experts per bank; a multiple of ep_size, and at most spectrum.rows / 16."""
     ep_size: Count = 1
-    """Ranks that share the experts of a block (DeepSpeed's expert parallelism)."""
+    """Ranks that share the experts of a block (DeepSpeed's expert parallelism); divides the data-parallel ranks."""
     total_steps: Count | None = None
-    """Optimizer steps of the run; shares of the budget refer to it. Null: the scheduler's total_num_steps."""
+    """Optimizer steps of the run: the budget that all shares refer to. Null: the scheduler's total_num_steps."""
     check_every: Annotated[float, Field(gt=0, le=1)] = 0.008
     """Share of the budget between two checks."""
     apply_after: CountOrZero = 1
-    """Optimizer steps between a check's measurements and its decisions, in which a thread looks for clusters; 0: none.
-    Less than the steps between two checks."""
+    """Optimizer steps from a check's measurements to its decisions, during which a thread looks for clusters. 0: the
+    step waits for it. A value that reaches the next check is lowered."""
     probe_tokens: CountOrZero = 0
-    """Tokens of the sequences that every check looks at again; 0: 4 x num_experts x freeze.rows, and none where nothing
-    freezes."""
+    """Size in tokens of the probe set, the sequences that every check reads again. 0: 4 x num_experts x freeze.rows, or
+    none if nothing freezes."""
     eod_id: CountOrZero | None = None
-    """Token id that ends a document; null: every sequence is one document."""
+    """Id of the token that ends a document. Null: every sequence is one document."""
     conflict_every: CountOrZero = 10
-    """Checks between two measurements of gradient conflict, a pass to and fro over the probe set; 0: never."""
+    """Checks between two measurements of gradient conflict, each a forward and backward pass over the probe set. 0:
+    never."""
     auto: bool = True
-    """False: no checks; blocks change only by emerge(), freeze() and thaw()."""
+    """Whether checks run. False: blocks change only by emerge(), freeze() and thaw()."""
     seed: Seed = 0
-    """Seed of sampling, and, mixed with each block's path and each bank's number, of tables and random directions."""
+    """Seed of the sampling, of random tables and of random directions. Every bank of every block derives its own from
+    it."""
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     """What one expert is."""
     router: RouterConfig = field(default_factory=RouterConfig)
     """How a token finds its expert."""
     banks: list[RouterConfig] | None = None
-    """Several sets of experts, a router each, in place of `router`: a token uses one expert of every bank, whose widths
-    add up to the FFN's. Null: one bank with `router`."""
+    """One router per bank, in place of `router`: B banks are B sets of experts with 1/B of the FFN's hidden units each,
+    and a token uses each bank's choice. Null: one bank with `router`."""
     spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
-    """The distributed sampled SVD."""
+    """Singular directions of the features."""
     clusters: ClustersConfig = field(default_factory=ClustersConfig)
-    """Detection of clusters."""
+    """When experts emerge."""
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
-    """Freezing of experts."""
+    """Which experts stop training, and when."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving and loading."""
+    """How checkpoints are written and read."""
 
     def __post_init__(self) -> None:
         if not self.modules or not all(self.modules):
@@ -273,7 +288,7 @@ class MocteConfig:
 
     @property
     def routers(self) -> list[RouterConfig]:
-        """One router a bank."""
+        """One router per bank."""
         return [self.router] if self.banks is None else self.banks
 
     def to_dict(self) -> dict[str, Any]:

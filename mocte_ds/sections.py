@@ -104,7 +104,7 @@ def bounds(hint: Any) -> str:
     if "lt" in limits:
         return f"at least {low} and less than {limits['lt']}"
     if low is None:
-        return "" if high is None else f"{high} or less"
+        return "" if high in (None, LARGEST) else f"{high} or less"
     return f"{low} or more" if high in (None, LARGEST) else f"between {low} and {high}"
 
 
@@ -171,8 +171,7 @@ def _message(cls: type, error: Mapping[str, Any]) -> str:
 
 def _unknown_key(path: str, owner: type, key: Any, value: str) -> str:
     names = sorted(f.name for f in fields(owner))
-    what = f"key {path}.{name_shown(key)}" if path else f"section '{name_shown(key)}'"
-    return f"unknown {what}{value}.{nearest(key, names)} Allowed: {', '.join(names)}."
+    return f"unknown key {path}.{name_shown(key)}{value}.{nearest(key, names)} Allowed: {', '.join(names)}."
 
 
 def _wrong_value(path: str, hint: Any, error: Mapping[str, Any]) -> str:
@@ -185,6 +184,8 @@ def _wrong_value(path: str, hint: Any, error: Mapping[str, Any]) -> str:
         return f"{path} = {shown(value)} must be a finite number."
     if kind.endswith("_type"):
         return f"{path} = {shown(value)} must be of type {type_name(hint)}, not {type(value).__name__}."
+    if "ctx" not in error:
+        return f"{path} = {shown(value)}: {error['msg']}."
     if type_name(bare) == "float":
         return f"{path} = {float(value)} must {f'be {bounds(hint)}'.replace('be 0 or more', 'not be negative')}."
     ((name, limit),) = error["ctx"].items()

@@ -70,7 +70,7 @@ def test_no_section_is_made_without_its_checks():
 
 
 def test_a_section_that_is_missing_a_key_says_what_belongs_there():
-    with pytest.raises(ConfigError, match=r"mocte.modules is missing. Glob or list of globs of the modules"):
+    with pytest.raises(ConfigError, match=r"mocte.modules is missing. Glob, or list of globs, of the FFN modules"):
         MocteConfig.from_dict({})
     with pytest.raises(ConfigError, match=r"unknown key mocte.module .* Did you mean 'modules'\?"):
         MocteConfig.from_dict({"module": "m"})

@@ -17,51 +17,51 @@ class DecoderConfig:
     """Size and style of a decoder."""
 
     style: Literal["llama", "gpt2"]
-    """`llama`: RMSNorm, RoPE, SwiGLU, no biases but `qkv_bias`; `gpt2`: LayerNorm, learned positions, GELU, biases,
-    tied output."""
+    """`llama`: RMSNorm, rotary positions, SwiGLU, no biases other than `qkv_bias`. `gpt2`: LayerNorm, learned
+    positions, GELU, biases, output tied to the embedding."""
     vocab_size: Count
-    """V."""
+    """Entries of the token embedding; at least the tokenizer's."""
     hidden_size: _Size
-    """d."""
+    """Features of a token between layers."""
     intermediate_size: _Size
     """Hidden units of an FFN."""
     num_layers: Annotated[int, Field(ge=1, le=100_000)]
     """Transformer layers."""
     num_heads: _Size
-    """H."""
+    """Attention heads."""
     num_kv_heads: _Size | None = None
-    """K; null: as many as heads. Only the llama style has fewer."""
+    """Heads of keys and values. Null: num_heads. The gpt2 style has no other number."""
     head_dim: Annotated[int, Field(le=1 << 24)] | None = None
-    """h, features a head; null: d / H. Only the llama style has another number."""
+    """Features per head, at least 1. Null: hidden_size / num_heads. The gpt2 style has no other number."""
     qkv_bias: bool = False
     """Biases of queries, keys and values in the llama style, as in Qwen2; the gpt2 style always has them."""
     qk_norm: bool = False
-    """RMSNorm of all queries of a token, and of all its keys, in the llama style, as in OLMoE."""
+    """RMSNorm over all queries of a token, and over all its keys, in the llama style, as in OLMoE."""
     head_norm: bool = False
-    """RMSNorm of each head's queries and keys, in the llama style, as in Qwen3."""
+    """RMSNorm over each head's queries and keys, in the llama style, as in Qwen3."""
     max_positions: Count = 2048
-    """Longest context."""
+    """Longest context, in tokens."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: dict[str, Plain] | None = None
-    """Stretched rotary positions (mocte_ds/models/rotary.py): {"rope_type": "linear", "factor": F}, or Llama 3's
-    {"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}."""
+    """Rotary positions stretched for longer contexts: `{rope_type: linear, factor: F}`, or `{rope_type: llama3, factor,
+    low_freq_factor, high_freq_factor, original_max_position_embeddings}`."""
     rotary_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of a head's features that rotary positions turn; Glm4Moe turns half of them."""
+    """Share of a head's features that rotary positions rotate; half of them in Glm4Moe."""
     sliding_window: Annotated[int, Field(le=LARGEST)] | None = None
-    """Tokens that each token sees, itself included, as in Mistral; null: all before it. For the llama style."""
+    """Tokens that each token sees, itself included, as in Mistral. Null: all before it. For the llama style only."""
     ffn_sizes: list[_Size] | None = None
-    """Hidden units of the FFN of each layer, where layers differ; null: intermediate_size. For the llama style."""
+    """Hidden units of each layer's FFN, if layers differ. Null: intermediate_size. For the llama style only."""
     norm_eps: NotNegative = 1e-5
-    """Added to the variance in norms."""
+    """Number that norms add to the variance."""
     tie_embeddings: bool = False
-    """Output matrix = token embedding (always so in the gpt2 style)."""
+    """Whether the output matrix is the token embedding; always so in the gpt2 style."""
     initializer_range: NotNegative = 0.02
-    """Standard deviation of the weights at birth."""
+    """Standard deviation of the initial weights."""
     activation_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the layer again there: less memory, more time."""
+    """Whether the backward pass computes each layer again from its input: less memory, more time."""
     origin: str | None = None
-    """Class of transformers that the weights came from, which the export takes where several fit: Mistral or Llama."""
+    """Class of transformers that the weights came from; the export prefers it if several fit, as Mistral and Llama."""
 
     def __post_init__(self) -> None:
         if self.head_dim is None and self.hidden_size % self.num_heads:

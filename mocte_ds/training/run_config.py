@@ -30,13 +30,13 @@ class DataSection:
     prepared: str
     """Folder made by tools/prepare_data.py; it holds the tokenizer too."""
     weights: dict[str, NotNegative] | None = None
-    """Share of each domain, any scale; null: by tokens."""
+    """Domain to its share of the training tokens, on any scale. Null: in proportion to the domains' tokens."""
     document_mask: bool = False
-    """Whether a token sees only its own document of a packed sequence, with positions from the document's start;
-    false: attention goes over the borders of documents (docs/data.md)."""
+    """Whether a token of a packed sequence sees only its own document, with positions from the document's start. False:
+    attention crosses the borders of documents (docs/data.md)."""
     verify: Amount = "auto"
-    """How much of the data is held against its hashes when a run starts: `all`, a `sample` of each file, or `auto`: all
-    of a file of up to 256 MiB, else a sample. Token ids are always checked."""
+    """How much of the data is checked against its hashes when a run starts. `all`: everything. `sample`: a sample of
+    each file. `auto`: files of up to 256 MiB, and a sample of larger ones. Token ids are always checked."""
 
     def __post_init__(self) -> None:
         if not self.prepared:
@@ -47,34 +47,34 @@ class DataSection:
 
 @section("training")
 class TrainingSection:
-    """How long and how fast."""
+    """How long the model trains, and with which optimizer settings."""
 
     steps: Count
     """Optimizer steps."""
     batch_tokens: Count
-    """Tokens of a global batch, a multiple of ranks x micro_batch x context."""
+    """Tokens per optimizer step over all ranks; a multiple of ranks x micro_batch x context."""
     context: CountOrZero = 0
-    """Tokens of a sequence; 0: the model's max_positions."""
+    """Tokens per sequence. 0: the model's max_positions."""
     micro_batch: Count = 8
-    """Sequences of a micro-batch on one rank."""
+    """Sequences per rank and micro-batch."""
     learning_rate: Positive = 3e-4
-    """Largest learning rate."""
+    """Learning rate at the end of the warm-up; a cosine lowers it from there."""
     warmup_steps: CountOrZero = 0
-    """Steps of linear warm-up; 0: 2 % of the steps."""
+    """Steps of linear warm-up. 0: 2 % of the steps."""
     min_learning_rate_ratio: Share = 0.1
-    """The cosine ends at this share of the learning rate."""
+    """Learning rate of the last step, as a share of the largest."""
     weight_decay: NotNegative = 0.1
-    """AdamW's decay; never on norms and biases."""
+    """AdamW's weight decay; norms and biases have none."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW's moments."""
+    """AdamW's two betas."""
     gradient_clipping: NotNegative = 1.0
-    """Largest gradient norm."""
+    """Norm that gradients are clipped to. 0: no clipping."""
     seed: Seed = 0
-    """Seed of weights, data order and sampling."""
+    """Seed of the initial weights and the order of the data, and of mocte.seed where that is not given."""
     checkpoint_every: CountOrZero = 0
-    """Steps between checkpoints; 0: a tenth of the steps."""
+    """Steps between checkpoints. 0: a tenth of the steps."""
     keep_checkpoints: Count = 2
-    """Checkpoints that stay on the disk."""
+    """Number of newest checkpoints that stay on the disk."""
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2:
@@ -83,12 +83,12 @@ class TrainingSection:
 
 @section("evaluation")
 class EvaluationSection:
-    """What is measured on the way."""
+    """How often the model is validated, and on how much."""
 
     every: CountOrZero = 0
-    """Steps between validations; 0: a twentieth of the steps."""
+    """Steps between validations. 0: a twentieth of the steps."""
     sequences_per_domain: Count = 8
-    """Validation sequences of each domain."""
+    """Validation sequences per domain."""
 
 
 @section("")
@@ -100,9 +100,9 @@ class RunConfig:
     data: DataSection
     """What the model reads."""
     training: TrainingSection
-    """How long and how fast."""
+    """How long the model trains, and with which optimizer settings."""
     evaluation: EvaluationSection
-    """What is measured on the way."""
+    """How often the model is validated, and on how much."""
     deepspeed: dict[str, Any]
     """DeepSpeed's own config with its "mocte" block; without the block the run is dense."""
     init: str | None = None
