@@ -61,6 +61,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "psutil>=5.9",
+        "pydantic>=2.12",
         "tqdm>=4.66",
         "ninja>=1.11",
         # DeepSpeed's launcher imports pkg_resources and distutils through it.

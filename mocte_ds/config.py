@@ -3,17 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from mocte_ds.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, Seed, Share
+from pydantic import Field
+
 from mocte_ds.errors import ConfigError
 from mocte_ds.registry import KEYS, OFF, POLICIES
-from mocte_ds.sections import check_section, parse_section
+from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shown import shown
 
 
-@dataclass(frozen=True)
+@section("mocte.expert")
 class ExpertConfig:
     """What one expert is."""
 
@@ -22,8 +23,12 @@ class ExpertConfig:
     width: Count | None = None
     """Hidden units of a `lora` expert; null: the FFN's width / num_experts. `ffn` experts keep the FFN's width."""
 
+    def __post_init__(self) -> None:
+        if self.width is not None and self.kind == "ffn":
+            raise ConfigError("width is for kind 'lora'; 'ffn' experts keep the FFN's width. Remove one of the two.")
 
-@dataclass(frozen=True)
+
+@section("mocte.router")
 class RouterConfig:
     """How a token finds its expert."""
 
@@ -49,22 +54,40 @@ class RouterConfig:
     aux: NotNegative = 0.01
     """Weight of a learned router's loss for even loads, which the engine adds to the model's loss."""
 
+    def __post_init__(self) -> None:
+        key = KEYS.get(self.kind, "kind")
+        if not key.has_logits and self.weight == "softmax" and not self.learn:
+            raise ConfigError(
+                f"weight 'softmax' needs logits, which kind '{self.kind}' does not have; use kind 'token', 'prefix' or "
+                "'random', weight 'hard', or learn true."
+            )
+        if self.weight == "sigmoid" and not key.by_chance:
+            raise ConfigError(f"weight 'sigmoid' is for kind 'random', not for '{self.kind}'.")
+        if self.scale != 1.0 and self.weight != "sigmoid":
+            raise ConfigError(f"scale = {self.scale} must be positive, and 1 without weight 'sigmoid'.")
+        if self.learn and self.weight == "hard":
+            raise ConfigError("learn needs weight 'softmax' or 'sigmoid': a weight of 1 gives the router no gradient.")
+        if self.top_k > 1 and self.weight == "hard":
+            raise ConfigError(f"top_k = {self.top_k} needs weight 'softmax' or 'sigmoid': experts share a token.")
+        if self.normalise and self.top_k == 1 and self.weight != "sigmoid":
+            raise ConfigError("normalise is for top_k > 1; for one expert it is the weight 'hard'.")
+
 
 MOST_ROWS = 1 << 24
 """Of a sample: what the ranks keep of it lies in memory, once for each block."""
 
 
-@dataclass(frozen=True)
+@section("mocte.spectrum")
 class SpectrumConfig:
     """The distributed sampled SVD of the features."""
 
-    rank: Annotated[int, Bounds(1, 1 << 16)] = 8
+    rank: Annotated[int, Field(ge=1, le=1 << 16)] = 8
     """Singular directions that are kept."""
-    rows: Annotated[int, Bounds(16, MOST_ROWS)] = 2048
+    rows: Annotated[int, Field(ge=16, le=MOST_ROWS)] = 2048
     """Token features sampled over all ranks for one check."""
-    documents: Annotated[int, Bounds(16, MOST_ROWS)] = 1024
+    documents: Annotated[int, Field(ge=16, le=MOST_ROWS)] = 1024
     """Document means sampled over all ranks for one check."""
-    doublings: Annotated[int, Bounds(0, 16)] = 2
+    doublings: Annotated[int, Field(ge=0, le=16)] = 2
     """How often the sample is doubled while it determines fewer than min_rank directions of a block in warm-up; doubled
     so often, `rows` is at most 2^24."""
     min_rank: Count = 4
@@ -72,14 +95,22 @@ class SpectrumConfig:
     max_angle: Share = 0.3
     """Largest accepted sine of the angle between the subspaces of two half-samples."""
 
+    def __post_init__(self) -> None:
+        if self.rows << self.doublings > MOST_ROWS:
+            allowed = (MOST_ROWS // self.rows).bit_length() - 1
+            raise ConfigError(
+                f"doublings = {self.doublings} makes more than {MOST_ROWS} rows of spectrum.rows = {self.rows}; with "
+                f"so many rows it can be {allowed} at most."
+            )
 
-@dataclass(frozen=True)
+
+@section("mocte.clusters")
 class ClustersConfig:
     """When a block's clusters count as detected."""
 
     method: Literal["dbscan", "hdbscan"] = "dbscan"
     """How clusters are looked for."""
-    min_silhouette: Annotated[float, Bounds(-1, 1)] = 0.35
+    min_silhouette: Annotated[float, Field(ge=-1, le=1)] = 0.35
     """Smallest silhouette of the detected clusters (the paper's alpha_c)."""
     stability: Share = 0.6
     """Smallest adjusted Rand index between what two checks in a row detected, on the documents of the later one."""
@@ -89,7 +120,7 @@ class ClustersConfig:
     """Share of the budget before which nothing emerges (the learning rate's warm-up)."""
 
 
-@dataclass(frozen=True)
+@section("mocte.freeze.prefix")
 class PrefixConfig:
     """Freezing of the model's front, from the embeddings upwards; an option apart from the experts' policy."""
 
@@ -101,8 +132,12 @@ class PrefixConfig:
     """Share at which the last of them freezes, the others in between. A layer with a block waits until all its experts
     are frozen, and the layers behind it wait with it."""
 
+    def __post_init__(self) -> None:
+        if self.end < self.start:
+            raise ConfigError(f"end = {self.end} is before start = {self.start}.")
 
-@dataclass(frozen=True)
+
+@section("mocte.freeze")
 class FreezeConfig:
     """Which experts stop training, and when."""
 
@@ -123,15 +158,19 @@ class FreezeConfig:
     """Share of the budget after which nothing is frozen any more (the learning rate's decay)."""
     anneal: Share = 0.0
     """Share of the budget over which the learning rate of an expert falls to zero before it is frozen; 0: at once."""
-    rows: Annotated[int, Bounds(16, 1 << 24)] = 256
+    rows: Annotated[int, Field(ge=16, le=MOST_ROWS)] = 256
     """Routed tokens an expert's trainability is measured on."""
-    iterations: Annotated[int, Bounds(1, 10_000)] = 20
+    iterations: Annotated[int, Field(ge=1, le=10_000)] = 20
     """Power iterations of a trainability measurement."""
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     """Freezing of the model's front."""
 
+    def __post_init__(self) -> None:
+        if self.policy != OFF:
+            POLICIES.get(self.policy, "policy")
 
-@dataclass(frozen=True)
+
+@section("mocte.checkpoint")
 class CheckpointConfig:
     """How checkpoints are written and read."""
 
@@ -141,19 +180,19 @@ class CheckpointConfig:
     """Whether the hash of every file is compared before anything is loaded; False: names and sizes only."""
 
 
-@dataclass(frozen=True)
+@section("mocte")
 class MocteConfig:
     """The "mocte" block of a DeepSpeed config."""
 
-    modules: str | list[str] = ""
+    modules: str | list[str]
     """Glob or list of globs of the modules (FFNs) that become blocks, e.g. `model.layers.*.mlp`. Required."""
-    num_experts: Annotated[int, Bounds(2, 1 << 20)] = 4
+    num_experts: Annotated[int, Field(ge=2, le=1 << 20)] = 4
     """Experts of a block, a multiple of ep_size."""
     ep_size: Count = 1
     """Ranks that share the experts of a block (DeepSpeed's expert parallelism)."""
     total_steps: Count | None = None
     """Optimizer steps of the run; shares of the budget refer to it. Null: the scheduler's total_num_steps."""
-    check_every: Annotated[float, Bounds(above=0, most=1)] = 0.008
+    check_every: Annotated[float, Field(gt=0, le=1)] = 0.008
     """Share of the budget between two checks."""
     apply_after: CountOrZero = 1
     """Optimizer steps between a check's measurements and its decisions, in which a thread looks for clusters; 0: none.
@@ -185,6 +224,28 @@ class MocteConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and loading."""
 
+    def __post_init__(self) -> None:
+        if not self.modules or not all(self.modules):
+            raise ConfigError('modules must name the FFN modules that become blocks, e.g. "model.layers.*.mlp".')
+        if self.num_experts % self.ep_size:
+            raise ConfigError(
+                f"ep_size = {self.ep_size} does not divide mocte.num_experts = {self.num_experts}; "
+                f"allowed: {shown(_divisors(self.num_experts))}."
+            )
+        if self.num_experts > self.spectrum.rows // 16:
+            raise ConfigError(
+                f"num_experts = {self.num_experts} is more than spectrum.rows = {self.spectrum.rows} can tell apart "
+                f"(16 rows per cluster); raise spectrum.rows to at least {16 * self.num_experts}."
+            )
+        if self.banks is not None and (not self.banks or self.router != RouterConfig()):
+            raise ConfigError("banks holds a router for each bank, at least one; leave mocte.router out then.")
+        for number, router in enumerate(self.routers):
+            if router.top_k > self.num_experts:
+                where = "router" if self.banks is None else f"banks[{number}]"
+                raise ConfigError(
+                    f"{where}.top_k = {router.top_k} must lie between 1 and mocte.num_experts = {self.num_experts}."
+                )
+
     @classmethod
     def from_dict(cls, block: Mapping[str, Any], world_size: int | None = None) -> "MocteConfig":
         """Check a "mocte" block and fill in its defaults.
@@ -196,79 +257,19 @@ class MocteConfig:
         Raises:
             ConfigError: unknown key, wrong type, value out of range or a contradiction; names the key and the mend.
         """
-        config = parse_section(cls, block, "mocte")
-        config.check(world_size)
+        config = parse_section(cls, block)
+        if world_size is not None:
+            config.check(world_size)
         return config
 
-    def check(self, world_size: int | None = None) -> None:
-        """Raise ConfigError where values contradict each other or the number of ranks."""
-        check_section(self, "mocte")
-        if not self.modules or not all(self.modules):
-            raise ConfigError(
-                'mocte.modules is missing: name the FFN modules that become blocks, e.g. "model.layers.*.mlp".'
-            )
-        if self.num_experts % self.ep_size:
-            divisors = shown(_divisors(self.num_experts))
-            raise ConfigError(
-                f"mocte.ep_size = {self.ep_size} does not divide mocte.num_experts = {self.num_experts}; "
-                f"allowed: {divisors}."
-            )
-        if world_size is not None and world_size % self.ep_size:
+    def check(self, world_size: int) -> None:
+        """Raise ConfigError where ep_size does not divide the data-parallel ranks."""
+        if world_size % self.ep_size:
             divisors = shown(_divisors(math.gcd(world_size, self.num_experts)))
             raise ConfigError(
                 f"mocte.ep_size = {self.ep_size} does not divide the {world_size} data-parallel ranks; "
                 f"allowed with {self.num_experts} experts: {divisors}."
             )
-        if self.freeze.policy != OFF:
-            POLICIES.get(self.freeze.policy, "mocte.freeze.policy")
-        if self.freeze.prefix.end < self.freeze.prefix.start:
-            raise ConfigError(
-                f"mocte.freeze.prefix.end = {self.freeze.prefix.end} is before start = {self.freeze.prefix.start}."
-            )
-        if self.num_experts > self.spectrum.rows // 16:
-            raise ConfigError(
-                f"mocte.num_experts = {self.num_experts} is more than spectrum.rows = {self.spectrum.rows} can tell "
-                f"apart (16 rows a cluster); raise spectrum.rows to at least {16 * self.num_experts}."
-            )
-        if self.spectrum.rows << self.spectrum.doublings > MOST_ROWS:
-            allowed = (MOST_ROWS // self.spectrum.rows).bit_length() - 1
-            raise ConfigError(
-                f"mocte.spectrum.doublings = {self.spectrum.doublings} makes more than {MOST_ROWS} rows of "
-                f"spectrum.rows = {self.spectrum.rows}; with so many rows it can be {allowed} at most."
-            )
-        if self.expert.width is not None:
-            if self.expert.kind == "ffn":
-                raise ConfigError(
-                    "mocte.expert.width is for kind 'lora'; 'ffn' experts keep the FFN's width. Remove one of the two."
-                )
-        if self.banks is not None and (not self.banks or self.router != RouterConfig()):
-            raise ConfigError("mocte.banks holds a router for each bank, at least one; leave mocte.router out then.")
-        for number, router in enumerate(self.routers):
-            where = "mocte.router" if self.banks is None else f"mocte.banks[{number}]"
-            key = KEYS.get(router.kind, f"{where}.kind")
-            if not key.has_logits and router.weight == "softmax" and not router.learn:
-                raise ConfigError(
-                    f"{where}.weight 'softmax' needs logits, which kind '{router.kind}' does not have; use kind "
-                    "'token', 'prefix' or 'random', weight 'hard', or learn true."
-                )
-            if router.weight == "sigmoid" and not key.by_chance:
-                raise ConfigError(f"{where}.weight 'sigmoid' is for kind 'random', not for '{router.kind}'.")
-            if router.scale != 1.0 and router.weight != "sigmoid":
-                raise ConfigError(f"{where}.scale = {router.scale} must be positive, and 1 without weight 'sigmoid'.")
-            if router.learn and router.weight == "hard":
-                raise ConfigError(
-                    f"{where}.learn needs weight 'softmax' or 'sigmoid': a weight of 1 gives the router no gradient."
-                )
-            if router.top_k > self.num_experts:
-                raise ConfigError(
-                    f"{where}.top_k = {router.top_k} must lie between 1 and mocte.num_experts = {self.num_experts}."
-                )
-            if router.top_k > 1 and router.weight == "hard":
-                raise ConfigError(
-                    f"{where}.top_k = {router.top_k} needs weight 'softmax' or 'sigmoid': experts share a token."
-                )
-            if router.normalise and router.top_k == 1 and router.weight != "sigmoid":
-                raise ConfigError(f"{where}.normalise is for top_k > 1; for one expert it is the weight 'hard'.")
 
     @property
     def routers(self) -> list[RouterConfig]:

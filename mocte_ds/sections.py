@@ -1,133 +1,211 @@
-"""Turns sections of JSON and YAML into dataclasses; what is unknown, of a wrong type or out of bounds is refused."""
+"""Sections of JSON and YAML as dataclasses; what is unknown, of a wrong type or out of bounds is refused."""
 
-import dataclasses
+import ast
+import functools
+import inspect
 import types
 import typing
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, field, fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
-from mocte_ds.bounds import ANY_FLOAT, ANY_INT, Bounds
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+
 from mocte_ds.errors import ConfigError
 from mocte_ds.plain_values import require_plain
 from mocte_ds.shown import name_shown, nearest, shown
 
-Section = TypeVar("Section")
+T = TypeVar("T")
+
+# Schemas are built when they are first used: an import that only names a section must not wait for them.
+_CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+_UNIONS = (typing.Union, types.UnionType)
+LARGEST = 2**31 - 1
+"""Of an integer that has no other upper bound: all that we count fits."""
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = CountOrZero
+"""numpy and torch take no negative ones."""
+Plain = Annotated[Any, AfterValidator(lambda value: require_plain(value, "") or value)]
+"""Whatever JSON can hold."""
+PLACES: dict[type, str] = {}
+"""Sections, and where each stands in its file."""
 
 
-class _WrongType(ConfigError):
-    """The value is of another type than the field."""
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def section(where: str) -> Callable[[type[T]], type[T]]:
+    """Decorator for a frozen dataclass whose values are checked whenever one is made.
 
-
-def parse_section(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """Build a dataclass from a mapping; nested dataclasses from nested mappings.
+    A field has a plain type, an alias of this module, or Annotated with the bounds of pydantic's Field; its docstring
+    says what it means. Rules that bind several fields stand in `__post_init__`, which raises ConfigError with a message
+    that begins with the name of a field.
 
     Args:
-        cls: dataclass with type hints built from int, float, bool, str, Literal, list, dict, dataclasses, and Annotated
-            with :class:`~mocte_ds.bounds.Bounds`.
-        values: keys and values as read from JSON or YAML.
-        where: path of the section, for messages, e.g. "mocte.router".
+        where: path of the section in its file, for messages, e.g. "mocte.router".
+    """
+
+    def make(cls: type[T]) -> type[T]:
+        hooks: Any = cls
+        hooks.__get_pydantic_core_schema__ = classmethod(_schema)
+        hooks.defaults_for_null = model_validator(mode="before")(_defaults_for_null)
+        made: Any = dataclass(frozen=True, config=_CONFIG)(cls)
+        _refuse_in_our_words(made)
+        PLACES[made] = where
+        return made
+
+    return make
+
+
+def parse_section(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A section from keys and values as read from JSON or YAML; null stands for all defaults.
 
     Raises:
-        ConfigError: unknown key (with the nearest valid one), or a value of the wrong type or out of its bounds (with
-            what is allowed).
+        ConfigError: an unknown key (with the nearest valid one), a value that is missing, of the wrong type or out of
+            its bounds (with what is allowed), or a contradiction.
     """
-    if not isinstance(values, Mapping):
-        raise _WrongType(f"{where} must be a section with keys, not {shown(values)}.")
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for key in values:
-        if key not in hints:
-            raise ConfigError(
-                f"unknown key {where}.{name_shown(key)} (value {shown(values[key])}).{nearest(key, hints)} "
-                f"Allowed: {', '.join(sorted(hints))}."
-            )
-    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    return _refusing(TypeAdapter(cls).validate_python, cls)(values)
 
 
-def check_section(section: Any, where: str) -> None:
-    """Check types and bounds of a dataclass that was built by hand, as :func:`parse_section` does.
+def meanings(cls: type) -> dict[str, str]:
+    """The docstring of each field of a section, on one line."""
+    tree: Any = ast.parse(inspect.getsource(cls)).body[0]
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
-    Raises:
-        ConfigError: a value of the wrong type or out of its bounds.
-    """
-    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
-        _convert(hint, getattr(section, name), f"{where}.{name}")
 
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the type ``hint`` asks for, or ConfigError."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if isinstance(value, hint):
-            check_section(value, where)
-            return value
-        return parse_section(hint, {} if value is None else value, where)  # null: all defaults
+def type_name(hint: Any) -> str:
+    """A type as people read it, e.g. `int or null`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _bounded(arguments, value, where)
-    if origin is Literal:
-        if any(value is choice or (isinstance(value, str) and value == choice) for choice in arguments):
-            return value
-        raise ConfigError(
-            f"{where} = {shown(value)} is not one of {list(arguments)}.{nearest(value, map(str, arguments))}"
-        )
-    if origin in (typing.Union, types.UnionType):
-        return _one_of(arguments, value, where)
-    if hint is Any:
-        require_plain(value, where)
-        return value
-    if origin is list and isinstance(value, list | tuple):
-        return [_convert(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
-    if origin is dict and isinstance(value, Mapping):
-        return {
-            _convert(arguments[0], key, f"{where}: the key {name_shown(key)}"): _convert(
-                arguments[1], item, f"{where}.{name_shown(key)}"
-            )
-            for key, item in value.items()
-        }
-    return _plain(hint, value, where)
+        return type_name(arguments[0])
+    if origin in _UNIONS:
+        return " or ".join(type_name(option) for option in arguments)
+    if origin:
+        return f"{origin.__name__}[{', '.join(type_name(part) for part in arguments)}]"
+    return "null" if hint is types.NoneType else "section" if is_dataclass(hint) else hint.__name__
 
 
-def _plain(hint: Any, value: Any, where: str) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and number:
-        if isinstance(value, int):
-            ANY_INT.check(value, where)
-        ANY_FLOAT.check(value, where)
-        return float(value)
-    if hint is int and number and isinstance(value, int):
-        return value
-    if hint in (bool, str) and isinstance(value, hint):
-        return value
-    raise _WrongType(f"{where} = {shown(value)} must be of type {_type_name(hint)}, not {type(value).__name__}.")
+def bounds(hint: Any) -> str:
+    """What a number must be, e.g. `1 or more`; nothing where all are allowed."""
+    infos = [info for info in typing.get_args(without_null(hint))[1:] if isinstance(info, FieldInfo)]
+    limits = {name: limit for info in infos for item in info.metadata for name, limit in asdict(item).items()}
+    low, high = limits.get("ge"), limits.get("le")
+    if "gt" in limits:
+        return f"greater than {limits['gt']}" + ("" if high is None else f" and at most {high}")
+    if "lt" in limits:
+        return f"at least {low} and less than {limits['lt']}"
+    if low is None:
+        return "" if high is None else f"{high} or less"
+    return f"{low} or more" if high in (None, LARGEST) else f"between {low} and {high}"
 
 
-def _bounded(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    converted = _convert(arguments[0], value, where)
-    for bounds in arguments[1:]:
-        if isinstance(bounds, Bounds):
-            bounds.check(converted, where)
-    return converted
+def without_null(hint: Any) -> Any:
+    """A type without the option of null."""
+    options = [option for option in typing.get_args(hint) if option is not types.NoneType]
+    return options[0] if typing.get_origin(hint) in _UNIONS and len(options) == 1 else hint
 
 
-def _one_of(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The first of several types that takes the value."""
-    if value is None and type(None) in arguments:
-        return None
-    options = [option for option in arguments if option is not type(None)]
-    if len(options) == 1 and isinstance(value, list | Mapping):
-        return _convert(options[0], value, where)  # its message names the entry
-    for option in options:
+def _schema(cls: type, source: Any, handler: Callable[[Any], Any]) -> Any:
+    """Pydantic's schema of a section, which takes mappings: a strict dataclass would take instances only."""
+    _refuse_in_our_words(cls)  # again: pydantic makes a new __init__ before it asks for the schema
+    schema = inner = handler(source)
+    while inner["type"] != "dataclass":
+        inner = inner["schema"]
+    inner["strict"] = False
+    return schema
+
+
+def _refuse_in_our_words(cls: Any) -> None:
+    if not hasattr(cls.__init__, "__wrapped__"):
+        cls.__init__ = _refusing(cls.__init__, cls)
+
+
+def _defaults_for_null(values: Any) -> Any:
+    if values is None:
+        return {}
+    return dict(values) if isinstance(values, Mapping) else values
+
+
+def _refusing(make: Callable[..., Any], cls: type) -> Callable[..., Any]:
+    """``make`` with our errors in place of pydantic's."""
+
+    @functools.wraps(make)
+    def checked(*args: Any, **kwargs: Any) -> Any:
         try:
-            return _convert(option, value, where)
-        except _WrongType:
-            continue
-    names = " or ".join(_type_name(option) for option in arguments)
-    raise _WrongType(f"{where} = {shown(value)} must be of type {names}, not {type(value).__name__}.")
+            return make(*args, **kwargs)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        # A key that is missing may be there with a typing error.
+        raise ConfigError(_message(cls, min(errors, key=lambda one: one["type"] == "missing")))
+
+    return checked
 
 
-def _type_name(hint: Any) -> str:
-    if hint is type(None):
-        return "null"
-    if typing.get_origin(hint) is Annotated:
-        return _type_name(typing.get_args(hint)[0])
-    arguments = ", ".join(_type_name(part) for part in typing.get_args(hint))
-    return f"{hint.__name__}[{arguments}]" if arguments else str(getattr(hint, "__name__", hint))
+def _message(cls: type, error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in our words."""
+    kind, value, loc = error["type"], error["input"], error["loc"]
+    path, hint, owner = _place(cls, loc)
+    if kind == "value_error":
+        told = str(error["ctx"]["error"])
+        return f"{path}.{told}".removeprefix(".") if told[:1].isalpha() else f"{path}{told}"
+    if kind == "missing":
+        return f"{path} is missing. {meanings(owner)[loc[-1]]}"
+    if kind == "dataclass_type":
+        return f"{path} must be a section with keys, not {shown(value)}."
+    if is_dataclass(without_null(hint)):
+        is_text = kind == "unexpected_keyword_argument"
+        return _unknown_key(path, owner, loc[-1] if is_text else value, f" (value {shown(value)})" if is_text else "")
+    if loc[-1] == "[key]":
+        return f"{path}: the key must be a text, not {shown(value)}."
+    return _wrong_value(path, hint, error)
+
+
+def _unknown_key(path: str, owner: type, key: Any, value: str) -> str:
+    names = sorted(f.name for f in fields(owner))
+    what = f"key {path}.{name_shown(key)}" if path else f"section '{name_shown(key)}'"
+    return f"unknown {what}{value}.{nearest(key, names)} Allowed: {', '.join(names)}."
+
+
+def _wrong_value(path: str, hint: Any, error: Mapping[str, Any]) -> str:
+    kind, value, bare = error["type"], error["input"], without_null(hint)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if typing.get_origin(bare) is Literal:
+        choices = typing.get_args(bare)
+        return f"{path} = {shown(value)} is not one of {list(choices)}.{nearest(value, choices)}"
+    if kind == "finite_number" or (kind == "float_type" and is_number):
+        return f"{path} = {shown(value)} must be a finite number."
+    if kind.endswith("_type"):
+        return f"{path} = {shown(value)} must be of type {type_name(hint)}, not {type(value).__name__}."
+    if type_name(bare) == "float":
+        return f"{path} = {float(value)} must {f'be {bounds(hint)}'.replace('be 0 or more', 'not be negative')}."
+    ((name, limit),) = error["ctx"].items()
+    return f"{path} = {shown(value)} must be {limit} or {'more' if name == 'ge' else 'less'}."
+
+
+def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[str, Any, Any]:
+    """The path of a value, its type, and the section that it is in; of an unknown key those of the section."""
+    path, hint, owner = PLACES[cls], cls, cls
+    for part in loc:
+        bare = without_null(hint)
+        arguments = typing.get_args(bare)
+        if is_dataclass(bare):
+            owner, hints = bare, typing.get_type_hints(bare, include_extras=True)
+            if part not in hints:
+                break
+            path, hint = f"{path}.{part}".removeprefix("."), hints[part]
+        elif typing.get_origin(bare) is list:
+            path, hint = f"{path}[{part}]", arguments[0]
+        elif typing.get_origin(bare) is dict and part != "[key]":
+            path, hint = f"{path}.{name_shown(part)}", arguments[1]
+        else:
+            break
+    return path, hint, owner

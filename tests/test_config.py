@@ -1,8 +1,11 @@
 """The "mocte" block: what is wrong is named with its value, what is allowed and the nearest valid name."""
 
+import pickle
+from dataclasses import FrozenInstanceError, replace
+
 import pytest
 
-from mocte_ds.config import MocteConfig
+from mocte_ds.config import MocteConfig, SpectrumConfig
 from mocte_ds.errors import ConfigError
 
 
@@ -45,3 +48,29 @@ def test_round_trip():
     banks = MocteConfig.from_dict({"modules": "m", "router": None, "banks": [{"kind": "type"}, {"kind": "hash"}]})
     assert [router.kind for router in banks.routers] == ["type", "hash"]
     assert MocteConfig.from_dict(banks.to_dict()) == banks
+
+
+def test_no_section_is_made_without_its_checks():
+    """By hand, by dataclasses.replace, before and after pydantic has built a schema, whatever the order."""
+    for make in (
+        lambda: SpectrumConfig(rows=3),
+        lambda: replace(SpectrumConfig(), rows=3),
+        lambda: MocteConfig("m", spectrum=SpectrumConfig(rows=3)),
+        lambda: replace(MocteConfig.from_dict({"modules": "m"}).spectrum, rows=3),
+    ):
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="mocte.spectrum.rows = 3 must be 16 or more"):
+                make()
+    config = MocteConfig.from_dict({"modules": "m"})
+    with pytest.raises(ConfigError, match="mocte.ep_size = 2 does not divide mocte.num_experts = 3"):
+        replace(config, num_experts=3, ep_size=2)
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 3
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_section_that_is_missing_a_key_says_what_belongs_there():
+    with pytest.raises(ConfigError, match=r"mocte.modules is missing. Glob or list of globs of the modules"):
+        MocteConfig.from_dict({})
+    with pytest.raises(ConfigError, match=r"unknown key mocte.module .* Did you mean 'modules'\?"):
+        MocteConfig.from_dict({"module": "m"})

@@ -269,7 +269,7 @@ def empty_decoder(sizes: dict[str, Any], mocte: dict[str, Any] | None, path: Pat
         ConfigError: settings that this version does not know.
     """
     with torch.device("meta"):
-        model = Decoder(parse_section(DecoderConfig, sizes, "model"))
+        model = Decoder(parse_section(DecoderConfig, sizes))
     return model if mocte is None else with_blocks(model, mocte, path)
 
 

@@ -1,18 +1,18 @@
 """Size and style of a decoder, and how many parameters that makes."""
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from mocte_ds.bounds import Bounds, Count, NotNegative, Positive
+from pydantic import Field
+
 from mocte_ds.errors import ConfigError
 from mocte_ds.models.rotary import require_known_scaling
-from mocte_ds.sections import check_section
+from mocte_ds.sections import LARGEST, Count, NotNegative, Plain, Positive, section
 from mocte_ds.shown import shown
 
-_Size = Annotated[int, Bounds(1, 1 << 24)]
+_Size = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
-@dataclass(frozen=True)
+@section("model")
 class DecoderConfig:
     """Size and style of a decoder."""
 
@@ -25,13 +25,13 @@ class DecoderConfig:
     """d."""
     intermediate_size: _Size
     """Hidden units of an FFN."""
-    num_layers: Annotated[int, Bounds(1, 100_000)]
+    num_layers: Annotated[int, Field(ge=1, le=100_000)]
     """Transformer layers."""
     num_heads: _Size
     """H."""
-    num_kv_heads: Annotated[int, Bounds(most=1 << 24)] | None = None
+    num_kv_heads: _Size | None = None
     """K; null: as many as heads. Only the llama style has fewer."""
-    head_dim: Annotated[int, Bounds(most=1 << 24)] | None = None
+    head_dim: Annotated[int, Field(le=1 << 24)] | None = None
     """h, features a head; null: d / H. Only the llama style has another number."""
     qkv_bias: bool = False
     """Biases of queries, keys and values in the llama style, as in Qwen2; the gpt2 style always has them."""
@@ -43,12 +43,12 @@ class DecoderConfig:
     """Longest context."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: dict[str, Plain] | None = None
     """Stretched rotary positions (mocte_ds/models/rotary.py): {"rope_type": "linear", "factor": F}, or Llama 3's
     {"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}."""
-    rotary_share: Annotated[float, Bounds(above=0, most=1)] = 1.0
+    rotary_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a head's features that rotary positions turn; Glm4Moe turns half of them."""
-    sliding_window: Annotated[int, Bounds()] | None = None
+    sliding_window: Annotated[int, Field(le=LARGEST)] | None = None
     """Tokens that each token sees, itself included, as in Mistral; null: all before it. For the llama style."""
     ffn_sizes: list[_Size] | None = None
     """Hidden units of the FFN of each layer, where layers differ; null: intermediate_size. For the llama style."""
@@ -64,40 +64,39 @@ class DecoderConfig:
     """Class of transformers that the weights came from, which the export takes where several fit: Mistral or Llama."""
 
     def __post_init__(self) -> None:
-        check_section(self, "model")
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ConfigError(f"model.num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}.")
+            raise ConfigError(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}.")
         if self.head_size < 1:
-            raise ConfigError(f"model.head_dim = {self.head_dim} must be at least 1.")
-        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
-            raise ConfigError(f"model.num_kv_heads = {self.kv_heads} does not divide num_heads = {self.num_heads}.")
+            raise ConfigError(f"head_dim = {self.head_dim} must be at least 1.")
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(f"num_kv_heads = {self.kv_heads} does not divide num_heads = {self.num_heads}.")
         if self.style == "gpt2" and self.kv_heads != self.num_heads:
-            raise ConfigError("model.num_kv_heads is for the llama style; the gpt2 style has as many as heads.")
+            raise ConfigError("num_kv_heads is for the llama style; the gpt2 style has as many as heads.")
         if self.style == "gpt2":
             self._require_plain()
         elif self.rotary_size % 2:
             raise ConfigError(
-                f"model.head_dim (null: hidden_size / num_heads) times rotary_share = {self.rotary_size} must be even: "
+                f"head_dim (null: hidden_size / num_heads) times rotary_share = {self.rotary_size} must be even: "
                 "rotary positions turn pairs."
             )
         if self.qk_norm and self.head_norm:
-            raise ConfigError("model.qk_norm and head_norm are two places for one norm; remove one of them.")
+            raise ConfigError("qk_norm and head_norm are two places for one norm; remove one of them.")
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"model.sliding_window = {self.sliding_window} must be at least 1.")
+            raise ConfigError(f"sliding_window = {self.sliding_window} must be at least 1.")
         if self.ffn_sizes is not None and len(self.ffn_sizes) != self.num_layers:
             raise ConfigError(
-                f"model.ffn_sizes = {shown(self.ffn_sizes)} must have a size for each of the {self.num_layers} layers."
+                f"ffn_sizes = {shown(self.ffn_sizes)} must have a size for each of the {self.num_layers} layers."
             )
         require_known_scaling(self.rope_scaling)
 
     def _require_plain(self) -> None:
         """Refuse what the gpt2 style does not have."""
         if self.query_size != self.hidden_size:
-            raise ConfigError("model.head_dim is for the llama style; remove it.")
+            raise ConfigError("head_dim is for the llama style; remove it.")
         usual = {"rotary_share": 1.0, "rope_scaling": None, "sliding_window": None, "ffn_sizes": None}
         for name, value in {"qkv_bias": False, "qk_norm": False, "head_norm": False, **usual}.items():
             if getattr(self, name) != value:
-                raise ConfigError(f"model.{name} is for the llama style; remove it.")
+                raise ConfigError(f"{name} is for the llama style; remove it.")
 
     @property
     def kv_heads(self) -> int:

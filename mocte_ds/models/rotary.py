@@ -24,14 +24,14 @@ def require_known_scaling(scaling: dict[str, Any] | None) -> None:
         return
     kind = scaling.get("rope_type")
     if not isinstance(kind, str) or kind not in _NEEDED:
-        raise ConfigError(f"model.rope_scaling.rope_type = {shown(kind)} is not one of {list(_NEEDED)}.")
+        raise ConfigError(f"rope_scaling.rope_type = {shown(kind)} is not one of {list(_NEEDED)}.")
     numbers = {key: value for key, value in scaling.items() if key != "rope_type"}
     if set(numbers) != set(_NEEDED[kind]) or not all(_is_positive(value) for value in numbers.values()):
         raise ConfigError(
-            f"model.rope_scaling of type '{kind}' = {shown(numbers)} needs positive {', '.join(_NEEDED[kind])}."
+            f"rope_scaling of type '{kind}' = {shown(numbers)} needs positive {', '.join(_NEEDED[kind])}."
         )
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
-        raise ConfigError("model.rope_scaling.low_freq_factor must be smaller than high_freq_factor.")
+        raise ConfigError("rope_scaling.low_freq_factor must be smaller than high_freq_factor.")
 
 
 def _is_positive(value: Any) -> bool:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from mocte_ds.bounds import Bounds, Seed
+from pydantic import Field
+
 from mocte_ds.errors import ConfigError
 from mocte_ds.paths import is_file
-from mocte_ds.sections import parse_section
+from mocte_ds.sections import Plain, Seed, parse_section, section
 from mocte_ds.shown import name_shown, shown
 from mocte_ds.training.run_config import RunConfig, read_run
 from mocte_ds.yaml_files import read_yaml
@@ -34,17 +35,17 @@ class Arm:
     """`section.key` of the run file to its value; a section as a value takes the place of the whole section."""
 
 
-@dataclass(frozen=True)
+@section("sweep")
 class _SweepFile:
     """The file as it is written."""
 
     run: str = ""
-    processes: Annotated[int, Bounds(1, MOST_RANKS)] = 1
+    processes: Annotated[int, Field(ge=1, le=MOST_RANKS)] = 1
     seeds: list[Seed] = field(default_factory=lambda: [0])
     baseline: str | None = None
-    set: dict[str, Any] = field(default_factory=dict)
-    arms: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, list[Any]] = field(default_factory=dict)
+    set: dict[str, Plain] = field(default_factory=dict)
+    arms: dict[str, Plain] = field(default_factory=dict)
+    grid: dict[str, list[Plain]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def read_sweep(path: Path) -> Sweep:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a sweep file: it must have the keys run and arms or grid.")
     try:
-        file = parse_section(_SweepFile, values, "sweep")
+        file = parse_section(_SweepFile, values)
         return _checked(file, path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -21,11 +21,13 @@ from mocte_ds.dist.collectives import gather_rows, world
 from mocte_ds.engine import initialize
 from mocte_ds.errors import NonFiniteLoss
 from mocte_ds.models import Decoder
+from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
+from mocte_ds.training.model_sizes import model_sizes
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
@@ -55,6 +57,7 @@ class Trainer:
         _seed_everything(t.seed)
         end = start.manifest.eod_id if self.run.data.document_mask else None
         model = Decoder(self.run.model, end)
+        self.sizes = model_sizes(model, matching_modules(model, self.config.modules) if self.config else ())
         if init:
             init.require_fit(self.config, model, (settings.get("zero_optimization") or {}).get("stage", 0))
             init.fill(model)
@@ -146,7 +149,7 @@ class Trainer:
             if step % self.run.validate_every == 0 or step == t.steps:
                 metrics["validation"] = self.validation.losses(self.engine)
                 tokens, blocks = self.validation.tokens, self._modes()[0]
-                self.ledger.validate(self.run.model, tokens, self.run.context, self.config, blocks)
+                self.ledger.validate(self.sizes, tokens, self.run.context, self.config, blocks)
             now = time.perf_counter()
             metrics["seconds"], started = now - started, now
             self.telemetry.step(metrics)
@@ -221,7 +224,7 @@ class Trainer:
         blocks = [{**block, "load": counts} for block, counts in zip(blocks, loads, strict=True)]
         sampled = bool(self.config) and self.engine.mocte.checks.samples_after(self.engine.global_steps - 1)
         tokens = self.run.training.batch_tokens
-        self.ledger.step(self.run.model, tokens, self.run.context, self.config, blocks, frozen, sampled)
+        self.ledger.step(self.sizes, tokens, self.run.context, self.config, blocks, frozen, sampled)
         return loads or None
 
     def _require_finite(self, what: str, value: float, step: int | None = None) -> None:

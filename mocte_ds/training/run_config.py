@@ -2,40 +2,33 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from mocte_ds.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, Seed, Share
+from pydantic import Field
+
 from mocte_ds.checkpoints.sizes import stored_sizes
 from mocte_ds.config import MocteConfig
 from mocte_ds.data.verify import Amount
 from mocte_ds.deepspeed_settings import checked_settings
 from mocte_ds.errors import ConfigError
 from mocte_ds.models import DecoderConfig, preset
-from mocte_ds.sections import parse_section
+from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shown import name_shown, nearest, shown
 from mocte_ds.training.run_file import read_values
 from mocte_ds.training.schedule import warmup_cosine
 
-# DeepSpeed passes over a key that it does not know without a word.
-_DEEPSPEED_KEYS = (
-    "activation_checkpointing amp bf16 checkpoint comms_logger communication_data_type csv_monitor data_types "
-    "dump_state elasticity flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor "
-    "mocte optimizer prescale_gradients scheduler seed sparse_gradients steps_per_print tensorboard torch_autocast "
-    "train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer zero_optimization"
-).split()
 # Changing these does not change what is learned.
 FREE_TRAINING_KEYS = ("micro_batch", "checkpoint_every", "keep_checkpoints")
 
 
-@dataclass(frozen=True)
+@section("data")
 class DataSection:
     """What the model reads."""
 
-    prepared: str = ""
-    """Folder made by tools/prepare_data.py; it holds the tokenizer too. Required."""
+    prepared: str
+    """Folder made by tools/prepare_data.py; it holds the tokenizer too."""
     weights: dict[str, NotNegative] | None = None
     """Share of each domain, any scale; null: by tokens."""
     document_mask: bool = False
@@ -45,15 +38,21 @@ class DataSection:
     """How much of the data is held against its hashes when a run starts: `all`, a `sample` of each file, or `auto`: all
     of a file of up to 256 MiB, else a sample. Token ids are always checked."""
 
+    def __post_init__(self) -> None:
+        if not self.prepared:
+            raise ConfigError("prepared must name the folder that tools/prepare_data.py made.")
+        if self.weights is not None and not any(self.weights.values()):
+            raise ConfigError("weights must give a domain a weight greater than 0; null: by tokens.")
 
-@dataclass(frozen=True)
+
+@section("training")
 class TrainingSection:
     """How long and how fast."""
 
-    steps: CountOrZero = 0
-    """Optimizer steps. Required."""
-    batch_tokens: CountOrZero = 0
-    """Tokens of a global batch. Required; a multiple of ranks x micro_batch x context."""
+    steps: Count
+    """Optimizer steps."""
+    batch_tokens: Count
+    """Tokens of a global batch, a multiple of ranks x micro_batch x context."""
     context: CountOrZero = 0
     """Tokens of a sequence; 0: the model's max_positions."""
     micro_batch: Count = 8
@@ -66,7 +65,7 @@ class TrainingSection:
     """The cosine ends at this share of the learning rate."""
     weight_decay: NotNegative = 0.1
     """AdamW's decay; never on norms and biases."""
-    betas: list[Annotated[float, Bounds(0, below=1)]] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's moments."""
     gradient_clipping: NotNegative = 1.0
     """Largest gradient norm."""
@@ -77,8 +76,12 @@ class TrainingSection:
     keep_checkpoints: Count = 2
     """Checkpoints that stay on the disk."""
 
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas = {shown(self.betas)} must be two numbers in [0, 1).")
 
-@dataclass(frozen=True)
+
+@section("evaluation")
 class EvaluationSection:
     """What is measured on the way."""
 
@@ -88,17 +91,30 @@ class EvaluationSection:
     """Validation sequences of each domain."""
 
 
-@dataclass(frozen=True)
+@section("")
 class RunConfig:
     """A run file with its defaults filled in."""
 
     model: DecoderConfig
+    """Size and style of the model."""
     data: DataSection
+    """What the model reads."""
     training: TrainingSection
+    """How long and how fast."""
     evaluation: EvaluationSection
+    """What is measured on the way."""
     deepspeed: dict[str, Any]
+    """DeepSpeed's own config with its "mocte" block; without the block the run is dense."""
     init: str | None = None
     """`model.init`: checkpoint whose weights and modes a new run starts from, e.g. of tools/import_hf.py."""
+
+    def __post_init__(self) -> None:
+        if self.context > self.model.max_positions:
+            raise ConfigError(
+                f"training.context = {self.context} is longer than model.max_positions = {self.model.max_positions}."
+            )
+        if "mocte" in self.deepspeed:
+            MocteConfig.from_dict(self.deepspeed["mocte"])
 
     def resolve(self, world_size: int, eod_id: int, vocab_size: int) -> dict[str, Any]:
         """The DeepSpeed config of this run: the file's, completed from the other sections.
@@ -186,8 +202,8 @@ class RunConfig:
 def identity_defaults() -> dict[str, Any]:
     """Values of :meth:`RunConfig.identity` where nothing is said, key by key; keys that must be given are not there."""
     usual: dict[str, Any] = {"model.init": None, "data.weights": None, "data.document_mask": False}
-    for section, cls in (("model", DecoderConfig), ("training", TrainingSection)):
-        usual |= {f"{section}.{f.name}": f.default for f in fields(cls) if f.default is not MISSING}
+    for place, cls in (("model", DecoderConfig), ("training", TrainingSection)):
+        usual |= {f"{place}.{f.name}": f.default for f in fields(cls) if f.default is not MISSING}
     return usual
 
 
@@ -202,42 +218,28 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
         ConfigError: unreadable file, unknown section or key (with the nearest valid one), wrong value, missing value.
     """
     values = read_values(Path(path), changes)
-    _require_known(values, [f.name for f in fields(RunConfig) if f.name != "init"], f"{path}: unknown section")
-    model, init = _model(_section(values, "model"))
-    run = RunConfig(
+    allowed = [f.name for f in fields(RunConfig) if f.name != "init"]
+    for name in values:
+        if name not in allowed:
+            raise ConfigError(
+                f"{path}: unknown section '{name_shown(name)}' (value {shown(values[name])}).{nearest(name, allowed)} "
+                f"Allowed: {', '.join(sorted(allowed))}."
+            )
+    model, init = _model(values.get("model"))
+    sections: dict[str, Any] = {name: values.get(name) for name in ("data", "training", "evaluation")}
+    return RunConfig(
         model=model,
-        data=parse_section(DataSection, _section(values, "data"), "data"),
-        training=parse_section(TrainingSection, _section(values, "training"), "training"),
-        evaluation=parse_section(EvaluationSection, _section(values, "evaluation"), "evaluation"),
+        **sections,
         deepspeed=_deepspeed(values.get("deepspeed")),
         init=init,
     )
-    _check(run, Path(path))
-    return run
 
 
-def _check(run: RunConfig, path: Path) -> None:
-    t = run.training
-    if not run.data.prepared:
-        raise ConfigError(f"{path}: data.prepared is missing; name the folder that tools/prepare_data.py made.")
-    if run.data.weights is not None and not any(run.data.weights.values()):
-        raise ConfigError(f"{path}: data.weights must give a domain a weight greater than 0; null: by tokens.")
-    for name in ("steps", "batch_tokens"):
-        if not getattr(t, name):
-            raise ConfigError(f"{path}: training.{name} = 0 must be 1 or more.")
-    if len(t.betas) != 2:
-        raise ConfigError(f"{path}: training.betas = {shown(t.betas)} must be two numbers in [0, 1).")
-    if run.context > run.model.max_positions:
-        raise ConfigError(
-            f"{path}: training.context = {run.context} is longer than model.max_positions = {run.model.max_positions}."
-        )
-    if "mocte" in run.deepspeed:
-        MocteConfig.from_dict(run.deepspeed["mocte"])
-
-
-def _model(section: dict[str, Any]) -> tuple[DecoderConfig, str | None]:
+def _model(values: Any) -> tuple[DecoderConfig, str | None]:
     """The decoder, and the checkpoint that it starts from."""
-    section = dict(section)
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"model must be a section with keys, not {shown(values)}.")
+    section = dict(values or {})
     init = section.pop("init", None)
     if init is None:
         return _fresh(section), None
@@ -251,9 +253,9 @@ def _started(section: dict[str, Any], init: str) -> DecoderConfig:
     if "preset" in section:
         raise ConfigError("model.preset and model.init both say how large the model is; remove model.preset.")
     sizes = stored_sizes(init)
-    config = parse_section(DecoderConfig, {**sizes, **section}, "model")
+    config = parse_section(DecoderConfig, {**sizes, **section})
     free = ("activation_checkpointing", *(("max_positions",) if config.style == "llama" else ()))
-    stored = asdict(parse_section(DecoderConfig, sizes, "model"))  # of an older version: with today's defaults
+    stored = asdict(parse_section(DecoderConfig, sizes))  # of an older version: with today's defaults
     for key, value in section.items():
         if key not in free and value != stored[key]:
             raise ConfigError(f"model.{key} = {shown(value)}, but {stored[key]!r} in model.init = {init}; remove it.")
@@ -263,41 +265,19 @@ def _started(section: dict[str, Any], init: str) -> DecoderConfig:
 def _fresh(section: dict[str, Any]) -> DecoderConfig:
     if "preset" in section:
         base = asdict(preset(section.pop("preset")))
-        return parse_section(DecoderConfig, {**base, **section}, "model")
+        return parse_section(DecoderConfig, {**base, **section})
     needed = [f.name for f in fields(DecoderConfig) if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in needed if name not in section]
     if missing:
         raise ConfigError(f"model: a preset, init or all sizes are needed; missing: {', '.join(missing)}.")
-    return parse_section(DecoderConfig, section, "model")
-
-
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name)
-    if section is None:  # not there, or nothing in it: all defaults
-        return {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"{name} must be a section with keys, not {shown(section)}.")
-    return section
+    return parse_section(DecoderConfig, section)
 
 
 def _deepspeed(section: Any) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ConfigError(f"deepspeed = {shown(section)} must be a DeepSpeed config or the path of one (JSON).")
-    for key, value in section.items():
-        near = nearest(key, _DEEPSPEED_KEYS, cutoff=0.8)
-        if near and key not in _DEEPSPEED_KEYS:
-            raise ConfigError(f"unknown key deepspeed.{name_shown(key)} (value {shown(value)}).{near}")
     # `--set deepspeed.mocte=null`, the dense twin of a run, leaves the block out.
     return checked_settings(section, "deepspeed")
-
-
-def _require_known(values: dict[str, Any], allowed: list[str], what: str) -> None:
-    for name in values:
-        if name not in allowed:
-            raise ConfigError(
-                f"{what} '{name_shown(name)}' (value {shown(values[name])}).{nearest(name, allowed)} "
-                f"Allowed: {', '.join(sorted(allowed))}."
-            )
 
 
 def _complete(section: dict[str, Any], derived: dict[str, Any], where: str) -> None:

@@ -151,7 +151,7 @@ def _require_backed(state: dict[str, Any], folder: Path) -> None:
     sizes, mocte = state["model"], state["mocte"]
     experts = 0 if mocte is None else mocte["num_experts"] * len(mocte.get("banks") or [None]) * len(state["blocks"])
     fits = isinstance(sizes["num_layers"], int) and max(sizes["num_layers"], experts) <= there
-    if not fits or parse_section(DecoderConfig, sizes, "model").num_params() > there:
+    if not fits or parse_section(DecoderConfig, sizes).num_params() > there:
         raise CheckpointError(
             f"{folder} has {there:,} bytes, fewer than the parameters of the model that its {_STATE_FILE} describes: "
             "it is damaged, or files are missing."
