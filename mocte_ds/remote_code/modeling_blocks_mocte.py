@@ -25,7 +25,8 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MocteBlocksConfig) -> None:
         super().__init__(config)
-        self.base = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        how = {"dtype": torch.get_default_dtype(), "trust_remote_code": False}
+        self.base = AutoModelForCausalLM.from_config(config.text_config, **how)
         self._running = put_blocks(self.base, config.blocks)
         accepted = inspect.signature(self.base.forward).parameters
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"

@@ -238,6 +238,8 @@ class Tokens:
         if self.state is None:
             self.state = RoutingState()
             cache.layers[:] = [layer for layer in cache.layers if not isinstance(layer, RoutingState)]
+            # Masks are made for the first layer of a kind, which must not be this one.
+            self.state.is_sliding = all(getattr(layer, "is_sliding", False) for layer in cache.layers)
             cache.layers.append(self.state)
         self.state.append(self.kept)
         self.kept = {}

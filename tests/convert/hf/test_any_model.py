@@ -20,7 +20,7 @@ from mocte_ds.convert.hf.trained import GatheredSource, trained_model
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe import Block
 from mocte_ds.remote_code.modeling_blocks_mocte import MocteBlocksForCausalLM
-from mocte_ds.remote_code.tokens_mocte import RoutingError, RoutingState
+from mocte_ds.remote_code.tokens_mocte import RoutingError, RoutingState, Tokens
 from tests.checkpoints import tiny
 
 EOD = 7
@@ -182,6 +182,18 @@ def test_padding_and_beams(name: str, exports: dict[str, Exported]) -> None:
     finally:
         RoutingState.reorder_cache = reorder  # type: ignore[method-assign]
     assert torch.equal(with_cache, without) and moved
+
+
+@mark.parametrize("window", [None, 4])
+def test_the_layer_of_the_routers_is_never_the_first_of_its_kind(window: int | None) -> None:
+    """Transformers make masks for the first layer of the cache with a window, and for the first without."""
+    config = AutoConfig.for_model("mistral", **{**SIZES, "sliding_window": window})
+    cache, tokens = DynamicCache(config=config), Tokens.of((1, 3), torch.tensor([[1, 2, 3]]), None, {})
+    layers = len(cache.layers)
+    tokens.before()
+    tokens.leave(cache)
+    assert isinstance(cache.layers[-1], RoutingState) and len(cache.layers) == layers + 1
+    assert cache.is_sliding == [window is not None] * (layers + 1)
 
 
 WITHOUT_US = """
