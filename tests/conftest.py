@@ -4,6 +4,7 @@ import functools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch or deepspeed; every process that a test starts inherits it.
 EXTENSIONS = Path(__file__).resolve().parent.parent / ".cache" / "torch_extensions"
@@ -33,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as `fast` what starts no process, and skip tests marked `gpu` where there is none."""
     for item in items:
-        if not _starts_processes(item.path):
+        if not _starts_processes(item.path) and "written" not in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.fast)
     if torch.cuda.is_available():
         return
@@ -55,6 +56,14 @@ def deepspeed_op() -> Path:
     """
     build_cpu_op()
     return EXTENSIONS
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Checkpoints `ffn`, `lora` and `dense` of two processes: a :class:`tests.checkpoints.written.Written`."""
+    from tests.checkpoints.written import write
+
+    return write(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from mocte_ds.data import train_tokenizer
 from tests.checkpoints import runs
 from tests.spawn import spawn
@@ -27,10 +25,8 @@ class Written:
         return Path(shutil.copytree(tag, out / name / tag.name))
 
 
-@pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """Checkpoints `ffn`, `lora` and `dense`."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+def write(folder: Path) -> Written:
+    """Checkpoints `ffn`, `lora` and `dense` in a folder."""
     texts = {"prose": [f"the river moves over stone {n} and light falls on dark water\n" for n in range(200)]}
     tokenizer = train_tokenizer(texts, folder / "own.model", 320)
     ranks = spawn(runs.write, 2, str(folder), str(tokenizer), timeout=150, deepspeed=True)
