@@ -10,29 +10,77 @@ from mocte_ds.plain_values import require_plain
 from mocte_ds.shown import name_shown, nearest, shown
 
 _SECTIONS = (
-    "activation_checkpointing amp bf16 checkpoint comms_logger csv_monitor data_types elasticity flops_profiler fp16 "
+    "activation_checkpointing amp bf16 checkpoint comms_logger csv_monitor data_types flops_profiler fp16 "
     "mocte optimizer scheduler tensorboard torch_autocast wandb zero_optimization"
 ).split()
+# DeepSpeed passes over a key that it does not know without a word.
+_KNOWN = [
+    *_SECTIONS,
+    *(
+        "aio comet communication_data_type dataloader_drop_last disable_allgather disable_python_gc dump_state "
+        "gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor log_level "
+        "memory_breakdown prescale_gradients seed sparse_gradients steps_per_print timers train_batch_size "
+        "train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown "
+        "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer"
+    ).split(),
+]
+_REMOVED = "DeepSpeed has removed it"
+_UNTRIED = "it has not been tried with blocks"
+_UNSUPPORTED = {
+    "tensor_parallel": "the ranks of a run share data and experts, no tensors; remove it",
+    "autotp_size": "the ranks of a run share data and experts, no tensors; remove it",
+    "sequence_parallel_size": "every rank computes whole sequences; remove it",
+    "seq_parallel_communication_data_type": "every rank computes whole sequences; remove it",
+    "data_parallel_size": "it follows from the number of processes; remove it",
+    "pipeline": "every rank holds all layers; remove it",
+    "expert_parallel": "experts are the business of the block mocte (mocte.ep_size); remove it",
+    "managed_gradient_accumulation": "tokens are counted by DeepSpeed's own accumulation; remove it",
+    "hybrid_engine": f"{_UNTRIED}; remove it",
+    "compile": f"{_UNTRIED}; remove it",
+    "data_efficiency": "it changes the tokens that layers see, and samples and loads would be wrong; remove it",
+    "weight_quantization": f"{_UNTRIED}; remove it",
+    "compression_training": f"{_UNTRIED}; remove it",
+    "autotuning": f"{_UNTRIED}; remove it",
+    "datastates_ckpt": "checkpoints are written by mocte.checkpoint; remove it",
+    "nebula": f"{_REMOVED}; checkpoints are written by mocte.checkpoint",
+    "elasticity": f"{_REMOVED}; set train_batch_size and its parts",
+    "quantize_training": _REMOVED,
+    "eigenvalue": _REMOVED,
+    "sparse_attention": _REMOVED,
+    "graph_harvesting": _REMOVED,
+    "curriculum_learning": _REMOVED,
+    "progressive_layer_drop": _REMOVED,
+}
 _SWITCHES = ("bf16", "fp16", "tensorboard", "torch_autocast", "amp", "wandb", "csv_monitor", "flops_profiler")
 _LINES = 12
 
 
 def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed config") -> dict[str, Any]:
-    """A private copy of a DeepSpeed config whose sections are sections; one that is null is left out.
+    """A private copy of a DeepSpeed config whose keys are known and whose sections are sections; null is left out.
 
     Args:
         settings: the config, as a user wrote it.
         where: its place, for messages.
 
     Raises:
-        ConfigError: a section that is none, a key that is no text, a switch that is no boolean, a number that is NaN,
+        ConfigError: a key that nobody knows (with the nearest one that is known) or that is not supported (says why), a
+            section that is none, a key that is no text, a switch that is no boolean, a number that is NaN,
             infinite or too large, or nesting deeper than any config.
     """
     require_plain(settings, where)
     for key in settings:
         if not isinstance(key, str):
             raise ConfigError(f"{where}: the key {name_shown(key)} must be a text.")
-    kept = {key: value for key, value in settings.items() if not (value is None and key in _SECTIONS)}
+    kept = {key: value for key, value in settings.items() if not (value is None and key in (*_SECTIONS, *_UNSUPPORTED))}
+    for key, value in list(kept.items()):
+        if key in _UNSUPPORTED and (value == {} or value is False or (value == 1 and value is not True)):
+            # It says that it is not used.
+            del kept[key]
+        elif key in _UNSUPPORTED:
+            raise ConfigError(f"{where}: {key} = {shown(value)} is not supported: {_UNSUPPORTED[key]}.")
+        elif key not in _KNOWN:
+            name = f"{where}.{name_shown(key)}" if where.isidentifier() else f"{name_shown(key)} of {where}"
+            raise ConfigError(f"unknown key {name} (value {shown(value)}).{nearest(key, _KNOWN)}")
     for name in _SECTIONS:
         section = kept.get(name, {})
         if not isinstance(section, Mapping):

@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from mocte_ds.base_model import base_facts
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.names import CONVERTERS_FILE
@@ -19,6 +20,7 @@ from mocte_ds.checkpoints.plain import only_plausible
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
+from mocte_ds.convert.hf.running import export_run
 from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, require_scheduler
 from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.dist.end import end_process_groups_at_exit
@@ -120,7 +122,7 @@ class MocteEngine(UnitEngine):
 
         def own() -> dict[str, Any]:
             files = own_files(self.mocte.rank_state_dict())
-            state = {"mocte": self.mocte.state_dict(), "client_state": client}
+            state = {"mocte": self.mocte.state_dict(), "client_state": client, "base": base_facts(self.module)}
             shared = {STATE_FILE: state, CONVERTERS_FILE: converters_notice()}
             return {**files, **shared} if dist.get_rank() == 0 else files
 
@@ -266,6 +268,7 @@ def initialize(
     forget_shared_memory()  # again: where the caller made the process group, DeepSpeed's backend came only now
     engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
+    controller.exporter = lambda **how: export_run(engine, **how)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
@@ -273,9 +276,7 @@ def _read_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any
     """A private copy of the config, from a dict or a JSON file."""
     if config is None:
         raise ConfigError("mocte_ds.initialize needs config=: a DeepSpeed config (dict or path) with a 'mocte' block.")
-    values: Any = config
-    if isinstance(config, str | Path):
-        values = read_json(config)
+    values: Any = read_json(config) if isinstance(config, str | Path) else config
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"the DeepSpeed config must be a dict or the path of a JSON file, not {type(values).__name__}."

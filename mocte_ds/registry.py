@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 class Registry(Generic[Item]):
     """Items by name, in the order of their registration."""
 
-    def __init__(self, what: str, built_in: str, others: Sequence[str] = ()) -> None:
+    def __init__(self, what: str, built_in: str | None = None, others: Sequence[str] = ()) -> None:
         """Empty.
 
         Args:
@@ -60,7 +60,8 @@ class Registry(Generic[Item]):
         Raises:
             ConfigError: no such item; with the nearest name.
         """
-        importlib.import_module(self._built_in)
+        if self._built_in:
+            importlib.import_module(self._built_in)
         if name not in self._items:
             names = [*self._items, *self._others]
             raise ConfigError(

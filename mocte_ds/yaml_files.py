@@ -90,7 +90,7 @@ class _Loader(yaml.SafeLoader):
         self._level += 1
         if self._level > MOST_LEVELS:
             raise yaml.composer.ComposerError(None, None, _TOO_DEEP, mark)
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self._level -= 1
         if not alias:
             self._sizes[id(node)] = self._size(node)

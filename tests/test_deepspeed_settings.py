@@ -1,9 +1,14 @@
-"""Schedulers that DeepSpeed could not make are refused by name."""
+"""Keys that DeepSpeed would pass over, and schedulers that it could not make, are refused by name."""
 
+import inspect
+import re
 from typing import Any
 
 import pytest
+from deepspeed.monitor import config as monitor
+from deepspeed.runtime import config
 
+from mocte_ds import deepspeed_settings
 from mocte_ds.deepspeed_settings import checked_settings, require_scheduler
 from mocte_ds.errors import ConfigError
 
@@ -38,3 +43,38 @@ def test_refused(section: dict[str, Any], told: str) -> None:
 )
 def test_accepted(settings: dict[str, Any]) -> None:
     require_scheduler(checked_settings(settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"gradient_acumulation_steps": 2}, "unknown key gradient_acumulation_steps .* 'gradient_accumulation_steps'"),
+        ({"my_own": 1}, "unknown key my_own"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel = .* is not supported: .* no tensors"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2 is not supported"),
+        ({"data_parallel_size": 4}, "data_parallel_size = 4 is not supported: it follows"),
+        ({"pipeline": {"stages": 2}}, "pipeline = .* is not supported"),
+        ({"expert_parallel": {"enabled": True}}, "expert_parallel = .* is not supported: .*mocte.ep_size"),
+        ({"compile": True}, "compile = True is not supported"),
+        ({"elasticity": {"enabled": True}}, "DeepSpeed has removed it"),
+    ],
+)
+def test_keys_that_would_be_passed_over(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        checked_settings(settings)
+
+
+def test_what_says_that_it_is_not_used_is_left_out() -> None:
+    settings = {"tensor_parallel": None, "sequence_parallel_size": 1, "pipeline": {}, "compile": False, "bf16": None}
+    assert checked_settings({**settings, "steps_per_print": 5}) == {"steps_per_print": 5}
+
+
+def test_every_key_that_deepspeed_reads_is_known_or_refused_with_a_reason() -> None:
+    """Read out of DeepSpeed's own config module, so that another version's keys are noticed."""
+    read = inspect.getsource(config) + inspect.getsource(monitor)
+    names = set(re.findall(r"param_dict(?:\.get\(|\[)['\"](\w+)['\"]", read))
+    constants = re.findall(r"get_scalar_param\(\s*param_dict,\s*([A-Z_]+)", read)
+    names |= {getattr(config, name) for name in constants} | set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    names |= {config.OPTIMIZER, config.SCHEDULER, config.CHECKPOINT, config.DATA_TYPES, config.TORCH_AUTOCAST}
+    assert len(names) > 30
+    assert names <= {*deepspeed_settings._KNOWN, *deepspeed_settings._UNSUPPORTED}

@@ -18,13 +18,14 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
         default=None,
-        help="weights (default: fp32; an import without any training as it came)",
+        help="weights (default: fp32; an import without any training, and the model of your own script, as it is)",
     )
     parser.add_argument(
         "--tokenizer",
         type=Path,
         default=None,
-        help="sentencepiece model, or a folder with a tokenizer.json (default: the run's)",
+        help="sentencepiece model, or a folder with a tokenizer.json (default: the one that launch/pretrain.py trained "
+        "with; none for your own script)",
     )
     parser.add_argument(
         "--class",

@@ -72,7 +72,7 @@ def probe_work(plan: RunPlan) -> dict[str, Work]:
     some = 1 / config.conflict_every if config.conflict_every else 0.0
     passes = 1 + 2 * some + plan.blocks * (1.0 if config.freeze.policy == "progress" else some)
     tokens = probe_sequences(plan) * plan.context
-    flops = passes * tokens * forward_flops(plan.model, plan.context)
+    flops = passes * tokens * forward_flops(plan.sizes, plan.context)
     return {"progress": Work(flops, flops, 0, 0)}
 
 
@@ -81,7 +81,7 @@ def _probe(plan: RunPlan, clock: Clock, timed: bool) -> dict[str, Part]:
     work = probe_work(plan)["progress"]
     what = f"forward passes over {probe_sequences(plan)} sequences"
     if timed:
-        a_pass = probe_sequences(plan) * plan.context * forward_flops(plan.model, plan.context)
+        a_pass = probe_sequences(plan) * plan.context * forward_flops(plan.sizes, plan.context)
         seconds = forward_seconds(plan, clock, probe_sequences(plan)) * work.flops / a_pass
     else:
         seconds, what = work.flops / clock.gemm_rate(plan.dtype), f"{what}, from FLOPs"

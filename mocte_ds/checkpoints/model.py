@@ -23,5 +23,6 @@ def load_model(checkpoint: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         ConfigError: settings that this version does not know.
     """
     source = StoredSource(checkpoint)
+    _ = source.config  # refuses a user's own model
     source.model.load_state_dict({name: source.read(name) for name in source.shapes}, assign=True)
     return source.model.eval(), source.state

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.base_model import make_model, require_base
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, model_file
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
 from mocte_ds.checkpoints.reshaping.written import require_experts
+from mocte_ds.claims import require_backed
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
 from mocte_ds.models.decoder import Decoder, DecoderConfig
@@ -35,8 +37,10 @@ class Source:
         """Take the structure.
 
         Args:
-            model: a Decoder with its blocks in their modes, all experts local; its weights are not looked at.
-            state: "step", "tokens", "model", "mocte" (None for a dense run), "blocks", "tokenizer".
+            model: a Decoder, or the user's own model, with its blocks in their modes, all experts local; its weights
+                are not looked at.
+            state: "step", "tokens", "model", "mocte" (None for a dense run), "blocks", "tokenizer"; and "base", what
+                :func:`mocte_ds.base_model.base_facts` says of the user's own model, None for a Decoder.
             dtype: `fp32`, or one of NARROW: weights are rounded to it; gates keep their precision.
         """
         self.model, self.state, self.dtype = model, state, dtype
@@ -59,9 +63,28 @@ class Source:
         """A tensor as it lies there; not to be changed."""
         raise NotImplementedError
 
+    def stored_dtype(self) -> torch.dtype:
+        """What the first weight lies there as; gates may be more precise."""
+        name = next(name for name, like in self.model.state_dict().items() if like.is_floating_point())
+        return self._stored(name).dtype
+
+    @property
+    def base(self) -> dict[str, Any] | None:
+        """What is known of the user's own model; None for a Decoder."""
+        return self.state.get("base")
+
     @property
     def config(self) -> DecoderConfig:
-        """Of the decoder."""
+        """Of the decoder.
+
+        Raises:
+            CheckpointError: it is the user's own model.
+        """
+        if self.base is not None:
+            raise CheckpointError(
+                f"this is a checkpoint of a {self.base['architecture']} that a script of its own has trained; here "
+                "only those of launch/pretrain.py can be used. tools/export_hf.py makes a Hugging Face folder of it."
+            )
         return self.model.config
 
     @property
@@ -113,8 +136,7 @@ class StoredSource(Source):
             dtype: as of :class:`Source`.
 
         Raises:
-            CheckpointError: missing, damaged or unknown files, or a checkpoint that was not written by
-                launch/pretrain.py.
+            CheckpointError: missing, damaged or unknown files, or nothing says which model it is.
             ConfigError: settings that this version does not know.
         """
         self.folder = folder = find_tag(checkpoint)
@@ -132,22 +154,24 @@ class StoredSource(Source):
         has_blocks = STATE_FILE in manifest.files
         saved = read_state(folder.parent, folder.name, None, None) if has_blocks else None
         client = saved["client_state"] if saved else shared
-        if "model" not in client:
-            raise CheckpointError(
-                f"{folder} does not say which model it holds (client_state has no 'model'); only checkpoints of "
-                "launch/pretrain.py can be converted."
-            )
-        layers = client["model"]["num_layers"]
-        if type(layers) is not int or layers > len(shared["module"]):
-            raise CheckpointError(
-                f"{folder} does not fit its own model: missing tensors of {layers!r:.80} layers, "
-                f"{len(shared['module'])} are there."
-            )
         if saved:
             require_experts(saved["mocte"]["config"], manifest.files, folder / STATE_FILE)
-        model = empty_decoder(client["model"], saved["mocte"] if saved else None, folder / STATE_FILE)
-        state: dict[str, Any] = {"step": shared["global_steps"], "model": dict(client["model"]), "mocte": None}
-        state.update(tokenizer=client.get("tokenizer"), blocks=[], tokens=client.get("tokens", 0))
+        state: dict[str, Any] = {"step": shared["global_steps"], "model": None, "base": None, "mocte": None}
+        state.update(tokenizer=None, blocks=[], tokens=client.get("tokens", 0))
+        if is_decoder(client.get("model")):
+            layers = client["model"]["num_layers"]
+            if type(layers) is not int or layers > len(shared["module"]):
+                raise CheckpointError(
+                    f"{folder} does not fit its own model: missing tensors of {layers!r:.80} layers, "
+                    f"{len(shared['module'])} are there."
+                )
+            model = empty_decoder(client["model"], saved["mocte"] if saved else None, folder / STATE_FILE)
+            state.update(model=dict(client["model"]), tokenizer=client.get("tokenizer"))
+        else:
+            state["base"] = require_base(saved.get("base") if saved else None, folder)
+            shapes = {name: tuple(tensor.shape) for name, tensor in shared["module"].items()}
+            require_backed(state["base"]["config"], shapes, folder / STATE_FILE)
+            model = empty_model(state["base"], saved["mocte"] if saved else {}, folder / STATE_FILE)
         if saved:
             mocte = saved["mocte"]
             state.update(mocte=mocte["config"], tokens=mocte["tokens"])
@@ -162,8 +186,7 @@ class StoredSource(Source):
     @property
     def kept_dtype(self) -> str:
         """What an export of it is stored as if nothing is said: an imported model as it came, a trained one in fp32."""
-        stored = self._stored("model.embed_tokens.weight").dtype
-        names = [name for name, dtype in NARROW.items() if dtype is stored]
+        names = [name for name, dtype in NARROW.items() if dtype is self.stored_dtype()]
         return names[0] if names and self.state["step"] == 0 else "fp32"
 
     @property
@@ -205,7 +228,7 @@ class StoredSource(Source):
                         f"{path} holds {wrong[0]}, not expert {k} of {block.name}: files were mixed up."
                     )
                 for name, parameter in expert.state_dict().items():
-                    value = found.get(prefix + name)
+                    value: Any = found.get(prefix + name)
                     if not torch.is_tensor(value) or value.shape != parameter.shape:
                         raise CheckpointError(
                             f"{path} does not hold {name} {tuple(parameter.shape)} of expert {k} of {block.name}."
@@ -247,8 +270,37 @@ def empty_decoder(sizes: dict[str, Any], mocte: dict[str, Any] | None, path: Pat
     """
     with torch.device("meta"):
         model = Decoder(parse_section(DecoderConfig, sizes))
-        if mocte is None:
-            return model
+    return model if mocte is None else with_blocks(model, mocte, path)
+
+
+def empty_model(base: dict[str, Any], mocte: dict[str, Any], path: Path) -> nn.Module:
+    """The user's own model with its blocks in their modes, all experts local, without weights.
+
+    Args:
+        base: from :func:`mocte_ds.base_model.require_base`.
+        mocte: as of :func:`empty_decoder`.
+        path: where those stand, for messages.
+
+    Raises:
+        CheckpointError: transformers do not make such a model, or as :func:`empty_decoder`.
+        ConfigError: settings that this version does not know.
+    """
+    return with_blocks(make_model(base, path), mocte, path)
+
+
+def with_blocks(model: nn.Module, mocte: dict[str, Any], path: Path) -> nn.Module:
+    """Put the blocks of a run into a model in their modes, all experts local.
+
+    Args:
+        model: dense; changed in place.
+        mocte: as of :func:`empty_decoder`.
+        path: where it stands, for messages.
+
+    Raises:
+        CheckpointError: the blocks are not those that the config gives, or a mode is unknown.
+        ConfigError: settings that this version does not know.
+    """
+    with torch.device(next(model.parameters()).device):
         blocks = attach(model, MocteConfig.from_dict({**mocte["config"], "ep_size": 1}))
     entries = mocte["blocks"]
     names = [entry.get("name") for entry in entries]
@@ -260,3 +312,8 @@ def empty_decoder(sizes: dict[str, Any], mocte: dict[str, Any] | None, path: Pat
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: the mode of {block.name} is unknown ({error}).") from error
     return model
+
+
+def is_decoder(model: Any) -> bool:
+    """Whether a client state's "model" is what launch/pretrain.py puts there: sizes of a decoder of ours."""
+    return isinstance(model, dict) and {"style", "num_layers"} <= model.keys()

@@ -51,6 +51,7 @@ def apply_changes(
             _rebuild_partition(run, born)
             facts.append({"gate": "clusters of the sampled features" if sampled else "random: no feature was seen yet"})
         else:
+            assert change.expert is not None  # only an emergence is of a whole block
             expert = handle.experts[change.expert]
             if change.kind == "anneal":
                 expert.annealed_from = run.share
@@ -65,7 +66,7 @@ def apply_changes(
         handle.refresh_mode()
     _rebuild_partition(run, {})
     for change, fact in zip(changes, facts, strict=True):
-        if change.kind == "emergence":
+        if change.kind == "emergence" and change.block is not None:
             reading, handle = readings[change.block], run.blocks[change.block]
             fact["clusters"] = reading.found.detection.count if reading.found else None
             change_of_output = _relative_change(outputs_before[change.block], _output(run, handle, reading))

@@ -9,7 +9,8 @@ from mocte_ds.clusters import balanced_kmeans, hash_table, linear_gate, subspace
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.dist.collectives import from_rank_zero, gather_rows
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.experts import Part, copy_slice, draw_bypass
+from mocte_ds.moe.experts import copy_slice, draw_bypass
+from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.seeds import derived_seed
 from mocte_ds.zero.unit_optimizer import UnitState
 

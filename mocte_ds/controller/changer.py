@@ -39,7 +39,7 @@ class Changer:
         """
         run = self._run
         require_same([str(change) for change in changes], f"plan of changes after step {run.step}")
-        emerging = {change.block for change in changes if change.kind == "emergence"}
+        emerging = {c.block for c in changes if c.kind == "emergence" and c.block is not None}
         self._events.emit_projections({i: reading for i, reading in readings.items() if i in emerging})
         self._proof.require_frozen_unmoved(run)
         before = gather_objects(run.optimizer.optimizer_bytes())

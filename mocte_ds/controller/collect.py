@@ -168,8 +168,11 @@ class FeatureCollector:
             state: of the pass: token ids, padding, sources and place in the run.
         """
         if features.dim() == 2:
-            known = state.ids is not None and state.ids.dim() == 2 and state.ids.numel() == len(features)
-            features = features.view(*state.ids.shape if known else (1, len(features)), -1)
+            ids = state.ids
+            shape: tuple[int, ...] = (1, len(features))
+            if ids is not None and ids.dim() == 2 and ids.numel() == len(features):
+                shape = tuple(ids.shape)
+            features = features.view(*shape, -1)
         batch, length, width = features.shape
         wanted = self._stream.batch(self._version, state, (batch, length), features.device)
         self._version += 1

@@ -1,6 +1,7 @@
 """`engine.mocte`: what users call, and what the engine calls around every forward pass and after every step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Controller:
         self.checks = Checks(self.run, self.passes, self.progress, self.proof, self.events, self.changer)
         self.mid_step = False
         """Whether gradients wait for an optimizer step."""
+        self.exporter: Callable[..., dict[str, Any]] | None = None
+        """What :meth:`export` calls; the engine hands it over."""
         self._domain: Tensor | None = None
         """Of the next forward pass."""
         for block, collector in zip(blocks, self.run.samples.collectors, strict=True):
@@ -192,6 +195,36 @@ class Controller:
         if open_blocks:
             raise MocteError(f"freeze_prefix({layers}): {open_blocks[0]} still trains; freeze all its experts first.")
         self.changer.apply([Change("prefix", None, None, "called", by_hand=True, layers=layers)], {})
+
+    def export(
+        self,
+        folder: str | Path,
+        dtype: str | None = None,
+        tokenizer: str | Path | None = None,
+        choice: str = "auto",
+    ) -> dict[str, Any]:
+        """Write the model as it is now as a Hugging Face folder, compared with what trains (collective).
+
+        Any causal language model of transformers: while it is dense, what its own `save_pretrained` writes; after an
+        emergence a class of ours around it, whose code lies beside the weights (docs/huggingface.md).
+
+        Args:
+            folder: written by rank zero; appears as a whole at the end or not at all. An earlier export is replaced.
+            dtype: of the weights, `fp32`, `bf16` or `fp16`; None: as they train.
+            tokenizer: sentencepiece model, or a folder with a tokenizer.json, that goes along; None: none does.
+            choice: `auto`; `stock`, the model's own class or none; `own`, ours also while it is dense.
+
+        Returns:
+            What was written and compared: architecture, parameters, logit_difference, tensors_compared, ...
+
+        Raises:
+            CheckpointError: on all ranks; not a model of transformers, one that its config does not make again, or the
+                folder cannot be written. The run can go on.
+            ConfigError: on all ranks; an unknown dtype or choice, or a folder that holds something else.
+        """
+        if self.exporter is None:
+            raise MocteError("engine.mocte.export needs an engine of mocte_ds.initialize.")
+        return self.exporter(folder=folder, dtype=dtype, tokenizer=tokenizer, choice=choice)
 
     def optimizer_bytes(self) -> int:
         """Bytes of fp32 master weights and optimizer state on this rank."""

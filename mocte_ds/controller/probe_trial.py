@@ -15,8 +15,9 @@ from mocte_ds.moe.block import Block
 def needs_labels(module: nn.Module) -> bool:
     """Whether the model's forward has a parameter `labels` without a default, so that checks must give it too."""
     labels = _parameters(module).get("labels")
-    named = labels is not None and labels.kind in (labels.POSITIONAL_OR_KEYWORD, labels.KEYWORD_ONLY)
-    return named and labels.default is labels.empty
+    if labels is None or labels.kind not in (labels.POSITIONAL_OR_KEYWORD, labels.KEYWORD_ONLY):
+        return False
+    return labels.default is labels.empty
 
 
 def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], device: torch.device) -> None:
@@ -30,6 +31,7 @@ def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], de
     if int(max_over_ranks(torch.tensor(0 if probe.collected else 1))):
         return
     state = probe.state_dict()
+    assert state is not None  # something was collected
     rows = len(state["valid"])
 
     def cut(value: Any) -> Any:

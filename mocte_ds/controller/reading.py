@@ -103,7 +103,7 @@ class BlockReading:
 
     def projection(self, names: list[str]) -> dict[str, Any]:
         """Document means in their first two singular directions, at most a few hundred."""
-        if self.plane is None or self.found is None:
+        if self.plane is None or self.found is None or self.domains is None:
             return {"points": [], "cluster": [], "domain": []}
         some = slice(0, PROJECTED_DOCUMENTS)
         domains = self.domains[some].tolist()

@@ -54,14 +54,16 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFac
     values: dict[tuple[int, int], float] = {}
     failures: list[str] = []
     for handle, number, bank in _banks(run):
-        sampled = bank.deepspeed_moe.expert_rows.found()
+        expert_rows = bank.deepspeed_moe.expert_rows
+        assert expert_rows is not None  # kept where a policy watches
+        sampled = expert_rows.found()
         facts.sampled.setdefault(handle.index, []).extend(sampled)
         full = [k for k, rows in enumerate(sampled) if rows == run.config.freeze.rows]
         full = [k for k in full if _watched(handle.experts[number * bank.num_experts + k], may_thaw)]
         if not full:
             continue
         device = next(bank.parameters()).device
-        merged = bank.deepspeed_moe.expert_rows.merged(full, handle.block.hidden_size, device)
+        merged = expert_rows.merged(full, handle.block.hidden_size, device)
         facts.bytes += merged.numel() * merged.element_size()
         for turn, k in enumerate(full):
             local, name = k - bank.first_local(run.ep_rank), number * bank.num_experts + k

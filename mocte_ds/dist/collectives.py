@@ -88,7 +88,8 @@ def from_rank_zero(obj: Any, group: Any = None) -> Any:
         return obj
     source = 0 if group is None else dist.get_global_rank(group, 0)
     is_tensor = isinstance(obj, Tensor)
-    box = [("tensor", tuple(obj.shape), obj.dtype) if is_tensor else ("object", obj)] if rank == 0 else [None]
+    told: tuple = ("tensor", tuple(obj.shape), obj.dtype) if is_tensor else ("object", obj)
+    box = [told if rank == 0 else ()]
     dist.broadcast_object_list(box, src=source, group=group)
     kind, *rest = box[0]
     if kind == "object":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mocte_ds.convert.hf.claims import require_backed, require_experts
+from mocte_ds.claims import require_backed, require_blocks, require_experts
 from mocte_ds.convert.hf.folder import COMPUTED, require_weights
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.errors import CheckpointError
@@ -55,6 +55,8 @@ def load_network(folder: Path) -> tuple[nn.Module, Any]:
     require_backed(values, shapes, folder / "config.json")
     if values.get("model_type") == "mocte":
         _require_experts(values, shapes, folder / "config.json")
+    if values.get("model_type") == "mocte_blocks":
+        require_blocks(values.get("blocks"), shapes, folder / "config.json")
     if sums:
         sums.require_tensors(list(shards.files), shards.read)
     try:

@@ -10,7 +10,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.context import BatchContext
-from mocte_ds.moe.experts import ffn_shape
+from mocte_ds.moe.ffn_shape import ffn_shape
 from mocte_ds.moe.keys import key_class
 
 
@@ -36,12 +36,29 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
     vocab_size = _vocab_size(model) if tables else None
     blocks = []
     for name in names:
-        parent, _, child = name.rpartition(".")
         ffn = model.get_submodule(name)
         block = Block(name, ffn, config, context, vocab_size).train(ffn.training)
-        setattr(model.get_submodule(parent), child, block)
+        model.set_submodule(name, block)
+        block.layer = layer_number(model, block)
         blocks.append(block)
     return blocks
+
+
+def stack_of(model: nn.Module, block: Block) -> tuple[str, nn.ModuleList] | None:
+    """Path and members of the outermost list of modules that a block lies in, which is the model's layers; or None."""
+    lists = ((path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList))
+    return next(((path, part) for path, part in lists if holds(part, block)), None)
+
+
+def layer_number(model: nn.Module, block: Block) -> int | None:
+    """Number of the model's layer that a block lies in, from 0; None where its layers stand in no nn.ModuleList."""
+    stack = stack_of(model, block)
+    return next(number for number, layer in enumerate(stack[1]) if holds(layer, block)) if stack else None
+
+
+def holds(module: nn.Module, block: Block) -> bool:
+    """Whether a block lies in a module."""
+    return any(part is block for part in module.modules())
 
 
 def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from mocte_ds.config import MocteConfig
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.context import BatchContext, ForwardState
-from mocte_ds.moe.experts import Part, feature_size, make_expert
+from mocte_ds.moe.experts import feature_size, make_expert
+from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.graph import tag_made, tag_read
 
 
@@ -56,6 +57,8 @@ class Block(nn.Module):
         self.mode = BlockMode.WARMUP
         self.dense = ffn
         routers = config.routers
+        self.layer: int | None = None
+        """Number of the layer that it lies in, from 0; see :func:`mocte_ds.moe.attach.layer_number`."""
         self.banks = nn.ModuleList()
         for number, router in enumerate(routers):
             part = Part(number, len(routers))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.forward import ForwardState, Look, require_domain
 from mocte_ds.moe.graph import backward_task, recomputed_state, tag_made, tag_read
+from mocte_ds.remote_code.calls_mocte import cache_in
 from mocte_ds.remote_code.tokens_mocte import Tokens
 
 __all__ = ["BatchContext", "ForwardState", "Look", "Tokens"]
@@ -133,8 +134,7 @@ class BatchContext:
         if running is None or running.module is not module or running.again:
             return
         state = running.state
-        cache = getattr(output, "cache", None)
-        state.leave(getattr(output, "past_key_values", None) if cache is None else cache)
+        state.leave(cache_in(output))
         tag_made(output, state)
         self._commit(state)
         state.sampling = False

@@ -1,49 +1,13 @@
 """What an expert is: a copy of the dense FFN, or a narrow zero-initialised bypass beside it."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mocte_ds.errors import ConfigError
-
-# Attribute names of the matrices of an FFN, inputs first, in the models that we know: Llama-like (ours, Llama, Mistral,
-# Qwen2, ...), GPT-2-like (ours, GPT-2, GPT-NeoX) and OPT-like.
-_KNOWN_SHAPES = (
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("c_fc",), "c_proj"),
-    (("dense_h_to_4h",), "dense_4h_to_h"),
-    (("fc1",), "fc2"),
-)
-
-
-@dataclass(frozen=True)
-class FFNShape:
-    """Where the matrices of an FFN are and how large they are."""
-
-    inputs: tuple[str, ...]
-    """Attributes of the matrices that read the feature (two for a gated FFN)."""
-    output: str
-    """Attribute of the matrix that writes the output."""
-    hidden_size: int
-    """Width d of the feature."""
-    width: int
-    """Hidden units f."""
-
-
-def ffn_shape(ffn: nn.Module) -> FFNShape | None:
-    """Shape of an FFN of a known form, else None.
-
-    Args:
-        ffn: any module; its matrices may be nn.Linear or transformers' Conv1D (whose weight is stored transposed).
-    """
-    for inputs, output in _KNOWN_SHAPES:
-        matrices = [getattr(ffn, name, None) for name in (*inputs, output)]
-        if all(_is_matrix(matrix) for matrix in matrices):
-            hidden_size, width = _in_out(matrices[0])
-            return FFNShape(inputs, output, hidden_size, width)
-    return None
+from mocte_ds.moe.ffn_shape import FORMS, Part, ffn_shape, first_matrix
+from mocte_ds.remote_code.experts_mocte import in_out, resized
 
 
 def feature_size(ffn: nn.Module, name: str) -> int:
@@ -55,44 +19,12 @@ def feature_size(ffn: nn.Module, name: str) -> int:
     shape = ffn_shape(ffn)
     if shape is not None:
         return shape.hidden_size
-    for module in ffn.modules():
-        if _is_matrix(module):
-            return _in_out(module)[0]
+    matrix = first_matrix(ffn)
+    if matrix is not None:
+        return in_out(matrix)[0]
     raise ConfigError(
         f"mocte.modules matches {name} ({type(ffn).__name__}), which has no linear layer: it is not an FFN."
     )
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which slice of an FFN's hidden units a bank's experts take over."""
-
-    number: int = 0
-    """From 0."""
-    count: int = 1
-    """Slices, equally wide."""
-
-    def cut(self, ffn: nn.Module, name: str, value: Tensor) -> Tensor:
-        """The slice of a tensor of the FFN: a parameter, or what the optimizer keeps of it.
-
-        The slices' outputs add up to the FFN's: the output's bias goes to the first.
-
-        Args:
-            ffn: the dense FFN.
-            name: of its parameter, e.g. `up_proj.weight`.
-            value: of that parameter's shape.
-        """
-        if self.count == 1:
-            return value
-        shape, (attribute, _, kind) = ffn_shape(ffn), name.rpartition(".")
-        width = shape.width // self.count
-        units = slice(self.number * width, (self.number + 1) * width)
-        rows_are_outputs = isinstance(getattr(ffn, attribute), nn.Linear)  # Conv1D is stored transposed
-        if attribute == shape.output:
-            if kind == "bias":
-                return value if self.number == 0 else torch.zeros_like(value)
-            return value[:, units] if rows_are_outputs else value[units]
-        return value[units] if kind == "bias" or rows_are_outputs else value[:, units]
 
 
 def make_expert(
@@ -117,10 +49,9 @@ def make_expert(
         return expert
     shape = ffn_shape(ffn)
     if shape is None:
-        known = "; ".join(f"{', '.join(i)}, {o}" for i, o in _KNOWN_SHAPES)
         raise ConfigError(
-            f"mocte.expert.kind 'lora' and several banks cannot narrow {name} ({type(ffn).__name__}): its matrices are "
-            f"none of: {known}. Use kind 'ffn' and one bank."
+            f"mocte.expert.kind 'lora' and several banks cannot narrow {name} ({type(ffn).__name__}), whose linear "
+            f"layers have none of these forms: {FORMS}. Use kind 'ffn' and one bank."
         )
     if kind == "ffn":
         if shape.width % part.count:
@@ -128,12 +59,13 @@ def make_expert(
         narrow = shape.width // part.count
     else:
         narrow = width or max(1, shape.width // num_experts // part.count)
-    for attribute in shape.inputs:
-        setattr(expert, attribute, _resized(getattr(ffn, attribute), outputs=narrow))
-    output = _resized(getattr(ffn, shape.output), inputs=narrow)
+    for path in shape.inputs:
+        wide = resized(ffn.get_submodule(path), outputs=2 * narrow if shape.fused else narrow)
+        expert.set_submodule(path, wide)
+    output = resized(ffn.get_submodule(shape.output), inputs=narrow)
     for parameter in output.parameters():
         nn.init.zeros_(parameter)
-    setattr(expert, shape.output, output)
+    expert.set_submodule(shape.output, output)
     if kind == "ffn":
         copy_slice(ffn, expert, part)
     else:
@@ -160,33 +92,12 @@ def draw_bypass(expert: nn.Module, seed: int) -> None:
         seed: another seed gives unrelated matrices.
     """
     generator, shape = torch.Generator().manual_seed(seed), ffn_shape(expert)
-    for matrix in (getattr(expert, name) for name in shape.inputs):
-        bound = _in_out(matrix)[0] ** -0.5
+    assert shape is not None  # make_expert narrows no other module
+    for matrix in (expert.get_submodule(path) for path in shape.inputs):
+        bound = in_out(matrix)[0] ** -0.5
         if isinstance(matrix, nn.Linear):
             for parameter in matrix.parameters():
                 uniform = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 parameter.copy_(uniform)
         else:
             matrix.weight.copy_(torch.empty(matrix.weight.shape).normal_(std=bound, generator=generator))
-
-
-def _is_matrix(module: object) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(module, nn.Linear) or (
-        type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
-    )
-
-
-def _in_out(matrix: nn.Module) -> tuple[int, int]:
-    rows, columns = matrix.weight.shape
-    return (columns, rows) if isinstance(matrix, nn.Linear) else (rows, columns)
-
-
-def _resized(matrix: nn.Module, inputs: int | None = None, outputs: int | None = None) -> nn.Module:
-    """A fresh matrix of the same class with another number of inputs or outputs, still to be filled."""
-    old_inputs, old_outputs = _in_out(matrix)
-    n_in, n_out = inputs or old_inputs, outputs or old_outputs
-    like = {"device": matrix.weight.device, "dtype": matrix.weight.dtype}
-    if isinstance(matrix, nn.Linear):
-        return nn.Linear(n_in, n_out, bias=matrix.bias is not None, **like)
-    return type(matrix)(n_out, n_in).to(**like)

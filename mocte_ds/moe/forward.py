@@ -1,14 +1,14 @@
 """What belongs to one forward pass: its tokens, its place in the run, and what the blocks found on the way."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mocte_ds.errors import MocteError
-from mocte_ds.remote_code.tokens_mocte import RoutingState, Tokens, given_tokens, state_in
+from mocte_ds.remote_code.calls_mocte import Call
+from mocte_ds.remote_code.tokens_mocte import RoutingError, Tokens
 
 if TYPE_CHECKING:
     from mocte_ds.moe.bank import ClusterMOELayer
@@ -33,18 +33,12 @@ class Look:
 
 
 @dataclass(eq=False)
-class ForwardState:
+class ForwardState(Call):
     """One forward pass. It lives as long as its graph, where its recomputation finds it again.
 
     It holds no tensor that has a graph: the graph holds the state, and nothing would ever free the circle.
     """
 
-    ids: Tensor | None = None
-    """(B, T) or (n,) token ids; None where the model is not called with `input_ids`."""
-    end_id: int | None = None
-    """Token id that ends a document; None: every sequence is one document."""
-    given: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the call that tell of padding and packing, and its labels."""
     domain: Tensor | None = None
     """(B,) index of the source of each sequence, for reports only."""
     sources: int = 0
@@ -59,10 +53,6 @@ class ForwardState:
     """Whether this pass trains: its tokens count."""
     look: Look | None = None
     """Where to record the tokens' way; None: nobody asks."""
-    cache: Any = None
-    """Of keys and values in generation; what routers remember travels with it."""
-    cached: int = 0
-    """Tokens in it before this pass."""
     shares: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     """Loads that the balance loss of this pass was made with, for its recomputation."""
     usual_tokens: float | None = None
@@ -71,80 +61,20 @@ class ForwardState:
     """() balance losses, without a graph, that no backward pass has brought in yet."""
     token_count: Tensor | int | None = None
     """Tokens of this pass that count; None before the first block."""
-    _tokens: dict[tuple[int, ...], Tokens] = field(default_factory=dict)
     _counts: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _tables: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
 
-    @classmethod
-    def of_call(cls, given: dict[str, Any], first: Any, end_id: int | None) -> "ForwardState":
-        """From the arguments of a model's call.
-
-        Args:
-            given: by name.
-            first: the first argument, which counts as token ids where it can and nothing is called `input_ids`.
-            end_id: token that ends a document.
-        """
-        ids = given.get("input_ids", first)
-        usable = isinstance(ids, Tensor) and ids.dim() == 2 and not torch.is_floating_point(ids)
-        cache = cache_of(given.get("cache", given.get("past_key_values")))  # "cache" from transformers 5.24 on
-        named = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seqlens", "seq_idx", "labels")
-        told = {name: given[name] for name in named if isinstance(given.get(name), Tensor)}
-        cached = int(cache.get_seq_length()) if cache is not None else 0
-        return cls(ids if usable else None, end_id, told, cache=cache, cached=cached)
-
     def tokens(self, shape: torch.Size | tuple[int, ...], remembers: bool = False) -> Tokens:
-        """What is known of features (B, T, d) or (n, d) of this pass; the same object for all blocks.
-
-        Args:
-            shape: of the features.
-            remembers: whether a router asks that keeps something from pass to pass.
+        """See :meth:`Call.tokens`.
 
         Raises:
-            MocteError: it does, and the cache is one that it cannot keep it in, or holds tokens it has not seen.
+            MocteError: a router that remembers cannot use the cache.
         """
-        place = tuple(shape[:-1])
-        found = self._tokens.get(place)
-        if found is None:
-            found = self._tokens[place] = self._read(place)
-        if remembers and self.cache is not None and found.begins is not None and found.state is None:
-            found.state = self._remembered()
-        return found
-
-    def _read(self, place: tuple[int, ...]) -> Tokens:
-        ids, count = self.ids, 1
-        for size in place:
-            count *= size
-        if len(place) != 2:
-            if ids is not None and ids.numel() != count:
-                ids = None
-            real = None
-            if self.ids is not None and ids is not None and ids.dim() == 2:
-                real = given_tokens((ids.shape[0], ids.shape[1]), dict(self.given), self.cached)[0]
-            return Tokens(ids, None if real is None else real.reshape(place))
-        if ids is not None and tuple(ids.shape) != place:
-            ids = None
-        return Tokens.of((place[0], place[1]), ids, self.end_id, dict(self.given), cached=self.cached)
-
-    def _remembered(self) -> RoutingState | None:
-        if getattr(self.cache, "is_compileable", False):
-            raise MocteError(
-                "routers of the kinds 'previous' and 'prefix' cannot keep their state in a static cache; generate with "
-                "cache_implementation 'dynamic'."
-            )
         try:
-            return state_in(self.cache, self.cached)
-        except ValueError as error:
-            raise MocteError(f"generation with routers of the kinds 'previous' and 'prefix': {error}") from None
-
-    def leave(self, cache: Any) -> None:
-        """Put what routers remember into the cache that the pass has used, if there is one."""
-        cache = cache_of(cache) if self.cache is None else self.cache
-        for tokens in self._tokens.values():
-            if cache is not None and hasattr(cache, "layers"):
-                tokens.leave(cache)
-            tokens.kept = {}
-        self.cache = None  # its keys and values have the graph that holds this state
+            return super().tokens(shape, remembers)
+        except RoutingError as error:
+            raise MocteError(str(error)) from None
 
     def counted(self, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
         """(...,) bool of features (..., d): False for padding; None where every token counts.
@@ -220,12 +150,6 @@ class ForwardState:
         for layer, counts in self._counts.items():
             layer.add_counts(counts, self._tables.get(layer))
         self._counts, self._tables = {}, {}
-
-
-def cache_of(cache: Any) -> Any:
-    """The cache that grows with the tokens: an encoder-decoder has one more, of the encoder's."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    return cache if hasattr(cache, "get_seq_length") else None
 
 
 def documents_of(tokens: Tokens, counted: Tensor | None, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mocte_ds.errors import CheckpointError, MocteError, NotOurs
 from mocte_ds.json_files import read_object
@@ -51,7 +51,8 @@ class Checksums:
         values = read_object(path, kind)
         if not values.keys() <= {"tensors", "files"}:  # version 0.1.0 has the tensors alone
             values = {"tensors": values, "files": {}}
-        tensors, files = values.get("tensors"), values.get("files")
+        tensors: Any = values.get("tensors")
+        files: Any = values.get("files")
         for sums in (tensors, files):
             if not isinstance(sums, dict) or not all(isinstance(s, str) and _SUM.fullmatch(s) for s in sums.values()):
                 raise kind(f"{path} is damaged: it is not a list of sha256 sums; {_ADVICE}.")

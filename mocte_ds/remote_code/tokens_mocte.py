@@ -15,6 +15,10 @@ NO_TOKEN = -1
 _HIDDEN = -9e3
 
 
+class RoutingError(ValueError):
+    """A router lacks something that it needs to know of the tokens."""
+
+
 class RoutingState:
     """What routers remember of the tokens so far: one more layer of transformers' cache.
 
@@ -98,13 +102,13 @@ def state_in(cache: Any, length: int) -> RoutingState | None:
         length: tokens in it.
 
     Raises:
-        ValueError: the cache holds tokens that the routers have not seen.
+        RoutingError: the cache holds tokens that the routers have not seen.
     """
     if cache is None or not length:
         return None
     state = next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RoutingState)), None)
     if state is None or state.get_seq_length() != length:
-        raise ValueError("the cache holds tokens that these routers have not seen; begin with an empty cache.")
+        raise RoutingError("the cache holds tokens that these routers have not seen; begin with an empty cache.")
     return state
 
 

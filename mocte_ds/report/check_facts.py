@@ -33,7 +33,7 @@ def check_facts(run: Run, check: Row) -> dict[str, Any]:
     for entry in block_entries(check):
         values = [expert["lambda"] for expert in experts(entry) if is_number(expert.get("lambda"))]
         modes = [expert.get("mode") for expert in experts(entry)]
-        load = entry.get("load")
+        load: Any = entry.get("load")
         known = isinstance(load, list) and bool(load) and all(is_number(n) for n in load) and sum(load) > 0
         follows = {
             "load_max_mean": max(load) * len(load) / sum(load) if known else None,

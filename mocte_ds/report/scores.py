@@ -52,7 +52,7 @@ def scores(run: Run) -> list[Score]:
 
 def _items(run: Run, task: str, numbers: dict[str, Any]) -> int | None:
     counted = (run.evaluation.get("n-samples") or {}).get(task) or {}
-    items = numbers.get("items", counted.get("effective"))
+    items: Any = numbers.get("items", counted.get("effective"))
     return int(items) if _is_number(items) else None
 
 

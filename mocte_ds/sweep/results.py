@@ -65,8 +65,8 @@ def read_result(folder: Path, arm: str, seed: int) -> RunResult | None:
     saved = any(event["step"] == last["step"] for event in run.of_kind("save"))
     if steps is None or last["step"] < steps or not saved:
         return None
-    loss = (last.get("validation") or {}).get("mean")
-    sizes = [_sum(row.get("optimizer_bytes_by_rank")) for row in run.metrics]
+    loss: Any = (last.get("validation") or {}).get("mean")
+    sizes: list[Any] = [_sum(row.get("optimizer_bytes_by_rank")) for row in run.metrics]
     found = {"finite validation loss": loss is not None, "FLOPs": ledger.total(run) > 0, "bytes": None not in sizes}
     missing = [name for name, there in found.items() if not there]
     if missing:
@@ -98,7 +98,8 @@ def read_result(folder: Path, arm: str, seed: int) -> RunResult | None:
 
 
 def _sum(values: list[int | None] | None) -> int | None:
-    return sum(values) if values and None not in values else None
+    known = [value for value in values or [] if value is not None]
+    return sum(known) if known and len(known) == len(values or []) else None
 
 
 def _last_mean(checks: list[Row], name: str) -> float | None:

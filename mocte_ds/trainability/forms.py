@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mocte_ds.errors import MocteError
-from mocte_ds.moe.experts import FFNShape, ffn_shape
+from mocte_ds.moe.ffn_shape import FFNShape, ffn_shape
 
 # Shapes: n rows, d features, d' outputs, f hidden units.
 
-_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
+# Attributes that hold the activation where it is a function and no module.
+_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
 # Largest difference, over the largest output, at which a module counts as the known form: the rounding of bf16.
 _SAME = 0.03
 
@@ -65,20 +66,19 @@ def checked_rows(expert: nn.Module, x: Tensor) -> Tensor:
 def known_ffn(expert: nn.Module, x: Tensor) -> KnownFFN | None:
     """What closed forms need of a gated or two-matrix FFN on rows x (n, d), or None for any other module.
 
-    The expert is called once: dropout, other orders, other activations are not of a known form.
+    The expert is called once, or twice if it is gated: dropout and other orders are not of a known form.
     """
-    shape = ffn_shape(expert)
-    m = None if shape is None or shape.hidden_size != x.shape[1] else _matrices(expert, shape, x)
+    shape = ffn_shape(expert, any_output=True)
+    if shape is None or shape.hidden_size != x.shape[1]:
+        return None
+    m = _matrices(expert, shape, x)
     if m is None:
         return None
-    pre = [F.linear(x, weight, bias) for weight, bias in zip(m.inputs, m.input_biases, strict=True)]
-    activated, slope = _with_slope(m.activation, pre[0])
-    if len(pre) == 2:
-        hidden, slopes = activated * pre[1], [slope * pre[1], activated]
-    else:
-        hidden, slopes = activated, [slope]
-    if not _computes(expert, shape, x, hidden, m):
+    # Shapes do not tell which half of a gated FFN the activation is for: its outputs do.
+    found = next((form for n in range(len(m.inputs)) if (form := _form(expert, shape, x, m, n))), None)
+    if found is None:
         return None
+    hidden, slopes = found
     gram = x @ x.T
     return KnownFFN(
         output=m.output,
@@ -88,6 +88,21 @@ def known_ffn(expert: nn.Module, x: Tensor) -> KnownFFN | None:
         hidden_gram=hidden @ hidden.T + (0.0 if m.output_bias is None else 1.0),
         shape=(x.shape[0], m.output.shape[0]),
     )
+
+
+def _form(
+    expert: nn.Module, shape: FFNShape, x: Tensor, m: _Matrices, activated: int
+) -> tuple[Tensor, list[Tensor]] | None:
+    """h and its slope by each input matrix, if the activation acts on matrix ``activated``; None if it does not."""
+    pre = [F.linear(x, weight, bias) for weight, bias in zip(m.inputs, m.input_biases, strict=True)]
+    hidden, slope = _with_slope(m.activation, pre[activated])
+    slopes = [slope]
+    if len(pre) == 2:
+        other = pre[1 - activated]
+        slopes.insert(1 - activated, hidden)
+        slopes[activated] = slope * other
+        hidden = hidden * other
+    return (hidden, slopes) if _computes(expert, shape, x, hidden, m) else None
 
 
 @contextmanager
@@ -123,7 +138,7 @@ def _computes(expert: nn.Module, shape: FFNShape, x: Tensor, hidden: Tensor, m: 
     """Whether the module's outputs are B h + c. A B of zeros would hide all of h, so a random one stands in for it."""
     output, values = m.output, None
     if not bool(output.any()):
-        layer = getattr(expert, shape.output)
+        layer = expert.get_submodule(shape.output)
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
         values = {f"{shape.output}.weight": weight}
@@ -135,17 +150,33 @@ def _computes(expert: nn.Module, shape: FFNShape, x: Tensor, hidden: Tensor, m: 
 
 
 def _matrices(expert: nn.Module, shape: FFNShape, x: Tensor) -> _Matrices | None:
-    layers = [getattr(expert, name) for name in (*shape.inputs, shape.output)]
+    layers = [expert.get_submodule(path) for path in (*shape.inputs, shape.output)]
     known = [id(p) for layer in layers for p in layer.parameters()]
     # Other parameters have gradients too, and those of tied matrices add up.
     if sorted(known) != sorted(id(p) for p in expert.parameters()):
         return None
-    activation = next((getattr(expert, name) for name in _ACTIVATIONS if hasattr(expert, name)), None)
-    if not callable(activation):
+    activation = _activation(expert)
+    if activation is None:
         return None
     weights = [(layer.weight if isinstance(layer, nn.Linear) else layer.weight.T).detach().to(x) for layer in layers]
     biases = [None if layer.bias is None else layer.bias.detach().to(x) for layer in layers]
-    return _Matrices(weights[:-1], biases[:-1], weights[-1], biases[-1], activation)
+    inputs, input_biases = weights[:-1], biases[:-1]
+    if shape.fused:
+        inputs = list(inputs[0].chunk(2))
+        input_biases = [None, None] if biases[0] is None else list(biases[0].chunk(2))
+    return _Matrices(inputs, input_biases, weights[-1], biases[-1], activation)
+
+
+def _activation(expert: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The activation of an FFN: its only module without parameters, or what an attribute names."""
+    parts = [
+        part
+        for part in expert.modules()
+        if part is not expert and not isinstance(part, nn.Dropout) and not next(part.children(), None)
+        if next(part.parameters(), None) is None
+    ]
+    named = next((getattr(expert, name) for name in _ACTIVATIONS if hasattr(expert, name)), None)
+    return parts[0] if len(parts) == 1 else named if callable(named) else None
 
 
 def _with_slope(activation: Callable[[Tensor], Tensor], h: Tensor) -> tuple[Tensor, Tensor]:

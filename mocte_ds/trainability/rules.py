@@ -22,11 +22,12 @@ def _trainability(case: Case) -> str | None:
 
 def progress_share(history: Sequence[Probe]) -> float | None:
     """Part of an expert in the loss decrease of its last checks, over its fair part; None if the loss did not fall."""
-    known = [probe for probe in history[-PROGRESS_CHECKS:] if probe.progress is not None and probe.fair is not None]
-    fair = sum(probe.fair for probe in known)
+    newest = history[-PROGRESS_CHECKS:]
+    known = [(p.progress, p.fair) for p in newest if p.progress is not None and p.fair is not None]
+    fair = sum(part for _, part in known)
     if len(known) < PROGRESS_CHECKS or fair <= 0:
         return None
-    return sum(probe.progress for probe in known) / fair
+    return sum(progress for progress, _ in known) / fair
 
 
 @policy("progress", reads=["progress", "fair"])

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.models import DecoderConfig
 from mocte_ds.moe.keys import key_class
+from mocte_ds.training.model_sizes import ModelSizes
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Ledger:
 
     def step(
         self,
-        model: DecoderConfig,
+        model: ModelSizes,
         tokens: int,
         context: int,
         config: MocteConfig | None,
@@ -75,7 +75,7 @@ class Ledger:
         """Add one optimizer step.
 
         Args:
-            model: the decoder.
+            model: its sizes.
             tokens: of the global batch.
             context: tokens of a sequence.
             config: the "mocte" block, None for a dense run.
@@ -84,14 +84,14 @@ class Ledger:
             frozen_layers: of the front; the embeddings are frozen with the first.
             sampled: whether a check wants the features of this step.
         """
-        matrices = 2.0 * matmul_parameters(model) * tokens
-        scores = 4.0 * context * model.query_size * model.num_layers * tokens
+        matrices = 2.0 * model.matrices * tokens
+        scores = 4.0 * context * model.query_size * len(model.layers) * tokens
         self.forward += matrices + scores
         self.dgrad += matrices + 2 * scores
         self.wgrad += matrices
         emerged: dict[int, float] = {}
-        for block in blocks if config is not None else ():
-            if block["mode"] == "warmup":
+        for block in blocks:
+            if config is None or block["mode"] == "warmup":
                 continue
             layer = block["layer"]
             gates = gate_flops(model, config, tokens)
@@ -107,7 +107,7 @@ class Ledger:
             self.wgrad -= saved
             self.wgrad_saved += saved
             emerged[layer] = added + gates.forward
-        if model.activation_checkpointing:
+        if model.recomputes:
             self._recompute(model, tokens, context, emerged, frozen_layers)
         if config is None:
             return
@@ -116,21 +116,21 @@ class Ledger:
             self._freeze_front(model, tokens, context, config, blocks, frozen_layers)
 
     def _recompute(
-        self, model: DecoderConfig, tokens: int, context: int, emerged: Mapping[int, float], frozen_layers: int
+        self, model: ModelSizes, tokens: int, context: int, emerged: Mapping[int, float], frozen_layers: int
     ) -> None:
         """Layers that run again in the backward pass.
 
         A dense FFN's last matrix is left out: nothing in the backward pass reads what it gives, and torch stops there.
         Where experts have emerged their outputs are put into the order of the tokens, which is behind it.
         """
-        for layer in range(frozen_layers, model.num_layers):
-            flops = 2.0 * layer_parameters(model, layer) + 4.0 * context * model.query_size
-            last = 0 if layer in emerged else model.hidden_size * model.ffn_size(layer)
+        for layer in range(frozen_layers, len(model.layers)):
+            flops = 2.0 * model.layers[layer].matrices + 4.0 * context * model.query_size
+            last = 0 if layer in emerged else model.layers[layer].ffn_output
             self.recompute += (flops - 2.0 * last) * tokens + emerged.get(layer, 0.0)
 
     def _freeze_front(
         self,
-        model: DecoderConfig,
+        model: ModelSizes,
         tokens: int,
         context: int,
         config: MocteConfig,
@@ -140,15 +140,14 @@ class Ledger:
         """Take back what :meth:`step` has counted of the backward pass below the first layer that trains."""
         loads = {b["layer"]: sum(b["load"]) for b in blocks if b["layer"] < layers and b["mode"] != "warmup"}
         routed = sum(expert_flops(model, config, layer) * load for layer, load in loads.items())
-        ffns = sum(2.0 * ffn_parameters(model, layer) * tokens for layer in loads)
-        matrices = sum(layer_parameters(model, layer) for layer in range(layers)) * 2.0 * tokens
+        ffns = sum(2.0 * model.layers[layer].ffn * tokens for layer in loads)
+        matrices = sum(layer.matrices for layer in model.layers[:layers]) * 2.0 * tokens
         scores = 2 * 4.0 * context * model.query_size * layers * tokens
         lora = config.expert.kind == "lora"
         dgrad = matrices + scores + (routed if lora else 0.0)
         # All experts of these layers are frozen, and their weight gradients are saved already.
         wgrad = matrices - (0.0 if lora else ffns)
-        if model.tied:
-            wgrad += 2.0 * model.vocab_size * model.hidden_size * tokens
+        wgrad += 2.0 * model.tied * tokens
         self.dgrad -= dgrad
         self.wgrad -= wgrad
         self.prefix_saved += dgrad + wgrad
@@ -160,7 +159,7 @@ class Ledger:
 
     def validate(
         self,
-        model: DecoderConfig,
+        model: ModelSizes,
         tokens: int,
         context: int,
         config: MocteConfig | None = None,
@@ -168,8 +167,8 @@ class Ledger:
     ) -> None:
         """Add the forward passes of a validation; arguments as for :meth:`step`, without loads."""
         self.validation += forward_flops(model, context) * tokens
-        for block in blocks if config is not None else ():
-            if block["mode"] != "warmup":
+        for block in blocks:
+            if config is not None and block["mode"] != "warmup":
                 load = tokens * sum(router.top_k for router in config.routers)
                 self.validation += added_flops(model, config, block["layer"], tokens, load)
                 self.validation += gate_flops(model, config, tokens).forward
@@ -190,7 +189,7 @@ class GateFlops:
         return self.by_input + (0.0 if locked else self.by_weight)
 
 
-def gate_flops(model: DecoderConfig, config: MocteConfig, tokens: int) -> GateFlops:
+def gate_flops(model: ModelSizes, config: MocteConfig, tokens: int) -> GateFlops:
     """Matrices of (E, d): a linear prior, a learned residual, and their gradients.
 
     The features' gradient comes through the residual; through the prior only where it is chance, see ClusterGate.
@@ -204,44 +203,28 @@ def gate_flops(model: DecoderConfig, config: MocteConfig, tokens: int) -> GateFl
     return GateFlops(sum(prior) + learned, learned, learned + through)
 
 
-def added_flops(model: DecoderConfig, config: MocteConfig, layer: int, tokens: int, load: float) -> float:
+def added_flops(model: ModelSizes, config: MocteConfig, layer: int, tokens: int, load: float) -> float:
     """What the forward pass of a block's experts costs beside that of the dense FFN, for ``load`` routed tokens."""
     added = expert_flops(model, config, layer) * load
     if config.expert.kind == "lora":
         return added
     several = any(router.top_k > 1 for router in config.routers)
-    return added - 2.0 * ffn_parameters(model, layer) * tokens if several else 0.0
+    return added - 2.0 * model.layers[layer].ffn * tokens if several else 0.0
 
 
-def forward_flops(model: DecoderConfig, context: int) -> float:
+def forward_flops(model: ModelSizes, context: int) -> float:
     """FLOPs of a forward pass of the dense model, a token."""
-    return 2.0 * matmul_parameters(model) + 4.0 * context * model.query_size * model.num_layers
+    return 2.0 * model.matrices + 4.0 * context * model.query_size * len(model.layers)
 
 
-def expert_width(model: DecoderConfig, config: MocteConfig, layer: int) -> float:
+def expert_width(model: ModelSizes, config: MocteConfig, layer: int) -> float:
     """Hidden units of one expert of a layer."""
-    size, banks = model.ffn_size(layer), len(config.routers)
+    size, banks = model.layers[layer].ffn_width, len(config.routers)
     if config.expert.kind == "lora":
         return config.expert.width or max(1, size // config.num_experts // banks)
     return size / banks
 
 
-def expert_flops(model: DecoderConfig, config: MocteConfig, layer: int) -> float:
+def expert_flops(model: ModelSizes, config: MocteConfig, layer: int) -> float:
     """FLOPs of the forward pass of one expert, a token."""
-    return 2.0 * ffn_parameters(model, layer) * expert_width(model, config, layer) / model.ffn_size(layer)
-
-
-def ffn_parameters(model: DecoderConfig, layer: int) -> int:
-    """Parameters of the matrices of a layer's FFN."""
-    return (3 if model.style == "llama" else 2) * model.hidden_size * model.ffn_size(layer)
-
-
-def layer_parameters(model: DecoderConfig, layer: int) -> int:
-    """Parameters of the matrices of a layer."""
-    return 2 * model.hidden_size * (model.query_size + model.kv_size) + ffn_parameters(model, layer)
-
-
-def matmul_parameters(model: DecoderConfig) -> int:
-    """Parameters that every token is multiplied with: all matrices, the output matrix too, no embedding lookup."""
-    layers = sum(layer_parameters(model, layer) for layer in range(model.num_layers))
-    return layers + model.vocab_size * model.hidden_size
+    return 2.0 * model.layers[layer].ffn * expert_width(model, config, layer) / model.layers[layer].ffn_width

@@ -21,11 +21,13 @@ from mocte_ds.dist.collectives import gather_rows, world
 from mocte_ds.engine import initialize
 from mocte_ds.errors import NonFiniteLoss
 from mocte_ds.models import Decoder
+from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
+from mocte_ds.training.model_sizes import model_sizes
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
@@ -55,6 +57,7 @@ class Trainer:
         _seed_everything(t.seed)
         end = start.manifest.eod_id if self.run.data.document_mask else None
         model = Decoder(self.run.model, end)
+        self.sizes = model_sizes(model, matching_modules(model, self.config.modules) if self.config else ())
         if init:
             init.require_fit(self.config, model, (settings.get("zero_optimization") or {}).get("stage", 0))
             init.fill(model)
@@ -87,6 +90,7 @@ class Trainer:
             self._give_probe({name: ids[validated:] for name, (ids, _) in held_out.items()})
         self.ledger, self.stop_asked, self._stays = Ledger(), False, set[str]()
         if start.checkpoints:
+            assert start.tag is not None  # resume_folder finds none without a checkpoint in it
             client_state = load(self.engine, start.checkpoints, start.tag)
             self.loader.seek(client_state["data_position"])
             self.ledger.load(client_state["ledger"])
@@ -101,7 +105,7 @@ class Trainer:
             note = self.engine.checkpoint_engine.note
             reshaped = {"note": note} if note else {}
             self._event(
-                "resume", checkpoint=str(start.checkpoints / start.tag), position=self.loader.position, **reshaped
+                "resume", checkpoint=str(start.checkpoints / str(start.tag)), position=self.loader.position, **reshaped
             )
             for name, facts in told_changes(start.changes, self.engine, self.loader.position):
                 self._event(name, **facts)
@@ -145,7 +149,7 @@ class Trainer:
             if step % self.run.validate_every == 0 or step == t.steps:
                 metrics["validation"] = self.validation.losses(self.engine)
                 tokens, blocks = self.validation.tokens, self._modes()[0]
-                self.ledger.validate(self.run.model, tokens, self.run.context, self.config, blocks)
+                self.ledger.validate(self.sizes, tokens, self.run.context, self.config, blocks)
             now = time.perf_counter()
             metrics["seconds"], started = now - started, now
             self.telemetry.step(metrics)
@@ -200,8 +204,13 @@ class Trainer:
         """Layer and modes of every block, and the frozen layers of the front."""
         blocks = []
         for handle in self.engine.mocte.blocks if self.config else []:
-            layer = int(handle.name.split(".")[2])  # model.layers.N.mlp
-            blocks.append({"layer": layer, "mode": str(handle.mode), "experts": [str(e.mode) for e in handle.experts]})
+            blocks.append(
+                {
+                    "layer": handle.block.layer,
+                    "mode": str(handle.mode),
+                    "experts": [str(e.mode) for e in handle.experts],
+                }
+            )
         return blocks, self.engine.mocte.frozen_layers if self.config else 0
 
     def _count_flops(self, blocks: list[dict[str, Any]], frozen: int) -> list[list[int]] | None:
@@ -215,7 +224,7 @@ class Trainer:
         blocks = [{**block, "load": counts} for block, counts in zip(blocks, loads, strict=True)]
         sampled = bool(self.config) and self.engine.mocte.checks.samples_after(self.engine.global_steps - 1)
         tokens = self.run.training.batch_tokens
-        self.ledger.step(self.run.model, tokens, self.run.context, self.config, blocks, frozen, sampled)
+        self.ledger.step(self.sizes, tokens, self.run.context, self.config, blocks, frozen, sampled)
         return loads or None
 
     def _require_finite(self, what: str, value: float, step: int | None = None) -> None:

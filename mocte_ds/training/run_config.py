@@ -19,14 +19,6 @@ from mocte_ds.shown import name_shown, nearest, shown
 from mocte_ds.training.run_file import read_values
 from mocte_ds.training.schedule import warmup_cosine
 
-# DeepSpeed passes over a key that it does not know without a word.
-_DEEPSPEED_KEYS = (
-    "activation_checkpointing amp bf16 checkpoint comms_logger communication_data_type csv_monitor data_types "
-    "dump_state elasticity flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor "
-    "mocte optimizer prescale_gradients scheduler seed sparse_gradients steps_per_print tensorboard torch_autocast "
-    "train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer zero_optimization"
-).split()
 # Changing these does not change what is learned.
 FREE_TRAINING_KEYS = ("micro_batch", "checkpoint_every", "keep_checkpoints")
 
@@ -234,11 +226,10 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
                 f"Allowed: {', '.join(sorted(allowed))}."
             )
     model, init = _model(values.get("model"))
+    sections: dict[str, Any] = {name: values.get(name) for name in ("data", "training", "evaluation")}
     return RunConfig(
         model=model,
-        data=values.get("data"),
-        training=values.get("training"),
-        evaluation=values.get("evaluation"),
+        **sections,
         deepspeed=_deepspeed(values.get("deepspeed")),
         init=init,
     )
@@ -285,10 +276,6 @@ def _fresh(section: dict[str, Any]) -> DecoderConfig:
 def _deepspeed(section: Any) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ConfigError(f"deepspeed = {shown(section)} must be a DeepSpeed config or the path of one (JSON).")
-    for key, value in section.items():
-        near = nearest(key, _DEEPSPEED_KEYS, cutoff=0.8)
-        if near and key not in _DEEPSPEED_KEYS:
-            raise ConfigError(f"unknown key deepspeed.{name_shown(key)} (value {shown(value)}).{near}")
     # `--set deepspeed.mocte=null`, the dense twin of a run, leaves the block out.
     return checked_settings(section, "deepspeed")
 

@@ -136,7 +136,7 @@ class PlainFiles(CheckpointEngine):
 
         Optimizers take whatever has the right length; the moments of the wrong parameter would go unnoticed.
         """
-        optimizer = getattr(self._engine, "optimizer", None)
+        optimizer: Any = getattr(self._engine, "optimizer", None)
         if "param_slice_mappings" not in state or not hasattr(optimizer, "_param_slice_mappings"):
             return
         saved_groups, own_groups = state["param_slice_mappings"], optimizer._param_slice_mappings

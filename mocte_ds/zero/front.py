@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mocte_ds.errors import ConfigError, MocteError
+from mocte_ds.moe.attach import holds, stack_of
 from mocte_ds.moe.block import Block
 
 EMBEDDINGS = "front.embeddings"
@@ -37,7 +38,7 @@ class Front:
 
     def layer_of(self, block: Block) -> int | None:
         """Number of the layer that a block lies in; None: behind the front."""
-        return next((i for i, name in enumerate(self.names) if block.name.startswith(f"{name}.")), None)
+        return next((i for i, layer in enumerate(self.layers) if holds(layer, block)), None)
 
     def run_without_graph(self, model: nn.Module, frozen: int) -> None:
         """Let the first ``frozen`` layers run under no_grad.
@@ -132,13 +133,14 @@ def find_front(model: nn.Module, blocks: list[Block], layers: int) -> Front | No
     """
     if not layers:
         return None
-    stack = _stack(model, blocks[0])
-    if layers > len(model.get_submodule(stack)):
+    found = stack_of(model, blocks[0])
+    if found is None:
         raise ConfigError(
-            f"mocte.freeze.prefix.layers = {layers} is more than the {len(model.get_submodule(stack))} layers of "
-            f"{stack}."
+            f"mocte.freeze.prefix needs a model whose layers stand in an nn.ModuleList; {blocks[0].name} lies in none."
         )
-    members = model.get_submodule(stack)
+    stack, members = found
+    if layers > len(members):
+        raise ConfigError(f"mocte.freeze.prefix.layers = {layers} is more than the {len(members)} layers of {stack}.")
     names = tuple(f"{stack}.{i}" for i in range(layers))
     tables = [
         table
@@ -147,15 +149,3 @@ def find_front(model: nn.Module, blocks: list[Block], layers: int) -> Front | No
         for table in module.parameters()
     ]
     return Front(tuple(dict.fromkeys(tables)), names, tuple(members[i] for i in range(layers)))
-
-
-def _stack(model: nn.Module, block: Block) -> str:
-    """Path of the outermost list of modules around a block."""
-    parts = block.name.split(".")
-    for length in range(1, len(parts)):
-        path = ".".join(parts[:length])
-        if isinstance(model.get_submodule(path), nn.ModuleList):
-            return path
-    raise ConfigError(
-        f"mocte.freeze.prefix needs a model whose layers stand in an nn.ModuleList; {block.name} lies in none."
-    )

@@ -62,7 +62,7 @@ def test_a_whole_check_is_both(benchmark_json: Callable[..., dict[str, Any]], ru
     assert set(numbers["parts"]) == {*spectrum["parts"], "trainability", "progress"}
     # 4 experts x 4 x 16 rows are 256 tokens, 8 sequences of 32, 4 of them on each of two ranks. A pass, and at a tenth
     # of the checks one for each of the two blocks and two for the conflict.
-    flops = 1.4 * 4 * 32 * forward_flops(read_plan(run_file, 2).model, 32)
+    flops = 1.4 * 4 * 32 * forward_flops(read_plan(run_file, 2).sizes, 32)
     assert numbers["parts"]["progress"]["flops"] == pytest.approx(flops)
     share = numbers["share"]
     assert share["projected"]["same_sizes"]

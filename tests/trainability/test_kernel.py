@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, Phi3Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from mocte_ds.errors import MocteError
 from mocte_ds.models import DecoderConfig
@@ -48,6 +49,23 @@ def gpt2() -> nn.Module:
     return GPT2MLP(F, GPT2Config(n_embd=D, n_head=1, resid_pdrop=0.5))
 
 
+def phi3() -> nn.Module:
+    return Phi3MLP(Phi3Config(hidden_size=D, intermediate_size=F, num_attention_heads=1, pad_token_id=0))
+
+
+class UpFirst(nn.Module):
+    """Gated, and the activation is for the matrix that was registered second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w3, self.w2 = nn.Linear(D, F), nn.Linear(D, F, bias=False), nn.Linear(F, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.w1(x) * self.activation(self.w3(x)))
+
+    activation = staticmethod(nn.functional.silu)
+
+
 def other() -> nn.Module:
     return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, F), nn.Tanh(), nn.Linear(F, D))
 
@@ -68,6 +86,8 @@ FORMS = {
     "gelu": lambda: randomised(gelu()),
     "llama": lambda: randomised(llama()),
     "gpt2": lambda: randomised(gpt2()),
+    "phi3": lambda: randomised(phi3()),
+    "activation on the second matrix": lambda: randomised(UpFirst()),
     "lora": lambda: randomised(lora(swiglu())),
     "lora at birth": lambda: lora(randomised(swiglu())),
     "gelu lora at birth": lambda: lora(randomised(gelu())),

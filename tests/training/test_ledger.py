@@ -1,5 +1,6 @@
 """The ledger's formulas against torch's FlopCounterMode, which counts the real products of matrices."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.controller.birth import set_gate
@@ -15,10 +17,19 @@ from mocte_ds.moe import BlockMode, attach, dispatch
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.training.ledger import Ledger
+from mocte_ds.training.model_sizes import decoder_sizes, model_sizes
 
 LLAMA = DecoderConfig("llama", 96, 32, 48, 2, 4, 2, max_positions=64)
 GPT2 = DecoderConfig("gpt2", 96, 32, 64, 2, 4, max_positions=64)
 TOKENS, CONTEXT = 128, 64
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
 WARMUP = [{"layer": 0, "mode": "warmup", "experts": ["dormant"] * 4, "load": [0] * 4}] * 2
 
 
@@ -34,11 +45,41 @@ def counted(model: nn.Module, backward: bool) -> int:
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_dense_step(config: DecoderConfig) -> None:
     model, ledger = Decoder(config).to(torch.bfloat16), Ledger()
-    ledger.step(config, TOKENS, CONTEXT, None, [])
+    ledger.step(decoder_sizes(config), TOKENS, CONTEXT, None, [])
     assert ledger.forward == counted(model, backward=False)
     assert ledger.forward + ledger.dgrad + ledger.wgrad == counted(model, backward=True) == ledger.total
-    ledger.validate(config, TOKENS, CONTEXT)
+    ledger.validate(decoder_sizes(config), TOKENS, CONTEXT)
     assert ledger.validation == ledger.forward and ledger.total == counted(model, backward=True)
+
+
+ANY = {
+    "llama": {**SMALL, "num_key_value_heads": 2},
+    "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 16},
+    "phi3": {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0},
+    "gpt_neox": SMALL,
+    "gemma3_text": {**SMALL, "num_key_value_heads": 1, "head_dim": 16},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64},
+}
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_steps_of_models_of_transformers(name: str) -> None:
+    """Within 1 %: torch counts the table of rotary positions too, a product with one number."""
+    values = {**ANY[name], "use_cache": False, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **values))
+    ids, ledger = torch.randint(96, (TOKENS // CONTEXT, CONTEXT)), Ledger()
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    sizes = model_sizes(model, list(_ffns(model)))
+    ledger.step(sizes, TOKENS, CONTEXT, None, [])
+    assert ledger.total == pytest.approx(counter.get_total_flops(), rel=0.01)
+    ffn = model.get_submodule(next(_ffns(model)))
+    assert sizes.layers[0].ffn == sum(p.numel() for p in ffn.parameters() if p.dim() == 2)
+    assert sizes.layers[0].ffn_width == (128 if name == "gpt2" else 48)
+
+
+def _ffns(model: nn.Module) -> Iterator[str]:
+    return (name for name, _ in model.named_modules() if name.endswith(".mlp"))
 
 
 def test_what_freezing_saves() -> None:
@@ -50,7 +91,7 @@ def test_what_freezing_saves() -> None:
     # A block whose four experts, all frozen, share the tokens costs what the frozen FFN costs, and its gate.
     blocks = [WARMUP[0], {"layer": 1, "mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]}]
     ledger = Ledger()
-    ledger.step(LLAMA, TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks)
+    ledger.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks)
     assert ledger.wgrad_saved == saved
     assert ledger.forward + ledger.dgrad + ledger.wgrad == everything - saved
     assert ledger.total == everything - saved + ledger.routing + ledger.sampling
@@ -60,8 +101,8 @@ def test_one_frozen_expert_saves_its_tokens() -> None:
     blocks = [{"layer": 0, "mode": "specialising", "experts": ["training", "frozen"], "load": [100, 28]}] * 2
     some, none = Ledger(), Ledger()
     config = MocteConfig(modules="x", num_experts=2)
-    some.step(LLAMA, TOKENS, CONTEXT, config, blocks)
-    none.step(LLAMA, TOKENS, CONTEXT, config, [{**b, "experts": ["training"] * 2} for b in blocks])
+    some.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, blocks)
+    none.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, [{**b, "experts": ["training"] * 2} for b in blocks])
     assert some.wgrad_saved == 2 * 28 * (2 * 3 * 32 * 48)
     assert some.total == none.total - some.wgrad_saved
 
@@ -79,7 +120,7 @@ def test_what_a_frozen_front_saves(config: DecoderConfig, layers: int, locked: b
     block = {"layer": 0, "mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]} if locked else WARMUP[0]
     blocks = [{**block, "layer": i} for i in range(layers)]
     ledger = Ledger()
-    ledger.step(config, TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks, layers)
+    ledger.step(decoder_sizes(config), TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks, layers)
     assert ledger.forward + ledger.dgrad + ledger.wgrad == rest
     assert ledger.prefix_saved + ledger.wgrad_saved == everything - rest
     assert (ledger.wgrad_saved > 0) == locked
@@ -91,7 +132,7 @@ def test_gate() -> None:
         gate(torch.zeros(TOKENS, 32), Tokens())
     ledger, config = Ledger(), MocteConfig(modules="x", num_experts=4)
     ledger.step(
-        LLAMA,
+        decoder_sizes(LLAMA),
         TOKENS,
         CONTEXT,
         config,
@@ -104,14 +145,14 @@ def test_lora_experts_come_on_top() -> None:
     config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "expert": {"kind": "lora", "width": 12}})
     blocks = [{"layer": 0, "mode": "specialising", "experts": ["training"] * 4, "load": [32] * 4}] * 2
     dense, lora = Ledger(), Ledger()
-    dense.step(LLAMA, TOKENS, CONTEXT, config, WARMUP)
-    lora.step(LLAMA, TOKENS, CONTEXT, config, blocks)
+    dense.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, WARMUP)
+    lora.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, blocks)
     assert lora.forward - dense.forward == 2 * 2 * TOKENS * 3 * 32 * 12
 
 
 def test_round_trip() -> None:
     ledger = Ledger()
-    ledger.step(LLAMA, TOKENS, CONTEXT, None, [])
+    ledger.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, None, [])
     other = Ledger()
     other.load(ledger.to_dict())
     assert other == ledger and other.to_dict()["total"] == ledger.total > 0
@@ -154,17 +195,17 @@ def test_every_kind_of_step(router: str, kind: str, recompute: bool, locked: boo
     modes = ["frozen" if locked else "training"] * 4
     rows = [{"layer": i, "mode": mode, "experts": modes, "load": load} for i, load in enumerate(loads)]
     ledger = Ledger()
-    ledger.step(sizes, TOKENS, CONTEXT, config, rows, sampled=False)
+    ledger.step(decoder_sizes(sizes), TOKENS, CONTEXT, config, rows, sampled=False)
     assert ledger.total == found and (ledger.recompute > 0) == recompute
-    ledger.validate(sizes, TOKENS, CONTEXT, config, rows)
+    ledger.validate(decoder_sizes(sizes), TOKENS, CONTEXT, config, rows)
     assert ledger.validation == forward
 
 
 def test_recompute_stops_where_the_front_is_frozen() -> None:
     sizes = replace(LLAMA, activation_checkpointing=True)
     whole, front = Ledger(), Ledger()
-    whole.step(sizes, TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP)
-    front.step(sizes, TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP, 1)
+    whole.step(decoder_sizes(sizes), TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP)
+    front.step(decoder_sizes(sizes), TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP, 1)
     assert front.recompute == whole.recompute / 2
 
 
@@ -184,5 +225,5 @@ def test_several_experts_a_token(top_k: int) -> None:
     load = [TOKENS * top_k // 4] * 4
     blocks = [{"layer": i, "mode": "specialising", "experts": ["training"] * 4, "load": load} for i in range(2)]
     ledger = Ledger()
-    ledger.step(LLAMA, TOKENS, CONTEXT, config, blocks)
+    ledger.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, blocks)
     assert ledger.forward + ledger.dgrad + ledger.wgrad + ledger.routing == found

@@ -11,6 +11,7 @@ from mocte_ds.errors import MocteError
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.training.ledger import Ledger
+from mocte_ds.training.model_sizes import ModelSizes, decoder_sizes
 from mocte_ds.training.run_config import RunConfig, read_run
 
 _RUNS = Path(mocte_ds.__file__).resolve().parent.parent / "launch" / "runs"
@@ -23,6 +24,8 @@ class RunPlan:
     path: str
     ranks: int
     model: DecoderConfig
+    sizes: ModelSizes
+    """Of the model."""
     config: MocteConfig
     """The "mocte" block."""
     context: int
@@ -74,12 +77,14 @@ def read_plan(path: str | Path, ranks: int) -> RunPlan:
             f"{run.training.micro_batch} sequences of {run.context} tokens; give another number of ranks."
         )
     ledger = Ledger()
-    ledger.step(run.model, run.training.batch_tokens, run.context, None, [])
+    sizes = decoder_sizes(run.model)
+    ledger.step(sizes, run.training.batch_tokens, run.context, None, [])
     interval = max(1, round(config.check_every * run.training.steps))
     return RunPlan(
         path=str(found),
         ranks=ranks,
         model=run.model,
+        sizes=sizes,
         config=config,
         context=run.context,
         micro_batch=run.training.micro_batch,

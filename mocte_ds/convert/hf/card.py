@@ -3,11 +3,11 @@
 from typing import Any
 
 _LOAD = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM{and_tokenizer}
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```"""
+{tokenizer}```"""
+_TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
 
 
 def model_card(state: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -17,8 +17,9 @@ def model_card(state: dict[str, Any], facts: dict[str, Any]) -> str:
         state: of the checkpoint, as of :class:`mocte_ds.checkpoints.source.Source`.
         facts: of the export.
     """
-    own = facts["architecture"] == "MocteForCausalLM"
+    own = facts["architecture"].startswith("Mocte")
     trust = ", trust_remote_code=True" if own else ""
+    with_tokenizer = facts.get("tokenizer", True)
     lines = [
         "---",
         "library_name: transformers",
@@ -30,13 +31,20 @@ def model_card(state: dict[str, Any], facts: dict[str, Any]) -> str:
         "Pre-trained with MO-CTE (cluster-oriented, trainability-aware experts); stored as "
         f"{facts['architecture']}.{' The code of this class lies beside the weights.' if own else ''}",
         "",
-        _LOAD.format(trust=trust),
+        _LOAD.format(
+            trust=trust,
+            and_tokenizer=", AutoTokenizer" if with_tokenizer else "",
+            tokenizer=_TOKENIZER if with_tokenizer else "",
+        ),
         "",
         f"- parameters: {facts['parameters']:,}",
         f"- trained tokens: {state['tokens']:,} ({state['step']} steps)",
     ]
-    model = ", ".join(f"{key} {value}" for key, value in state["model"].items() if value is not None)
-    lines.append(f"- decoder: {model}")
+    if state.get("base"):
+        lines.append(f"- base model: {state['base']['architecture']} (model_type {state['base']['model_type']})")
+    else:
+        model = ", ".join(f"{key} {value}" for key, value in state["model"].items() if value is not None)
+        lines.append(f"- decoder: {model}")
     for block in state["blocks"]:
         frozen = sum(mode == "frozen" for mode in block["experts"])
         lines.append(f"- {block['name']}: {block['mode']}, {len(block['experts'])} experts, {frozen} frozen")
@@ -46,7 +54,7 @@ def model_card(state: dict[str, Any], facts: dict[str, Any]) -> str:
         lines.append(f"- no stock class: {facts['reason']}")
     lines.append(f"- largest difference of logits from the checkpoint's, relative: {facts['logit_difference']:.1e}")
     lines.append(f"- compared: {facts['tensors_compared']} tensors, {facts['experts_compared']} experts among them")
-    if facts["dtype"] == "bf16":
+    if facts["dtype"] == "bf16" and not state.get("base"):
         lines.append(
             f"- computed in bf16, {facts['changed_predictions']:.1%} of random tokens have another likeliest "
             "successor; load with dtype=torch.float32 to compute as the checkpoint does"

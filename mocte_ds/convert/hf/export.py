@@ -10,20 +10,27 @@ import psutil
 import torch
 
 from mocte_ds import remote_code
+from mocte_ds.base_model import make_config
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
 from mocte_ds.convert.hf.card import model_card
 from mocte_ds.convert.hf.compare import compare
 from mocte_ds.convert.hf.dense import Layout
 from mocte_ds.convert.hf.kept_tokenizer import run_tokenizer
-from mocte_ds.convert.hf.layouts import choose_layout
+from mocte_ds.convert.hf.layouts import CHOICES, choose_layout
 from mocte_ds.convert.hf.shards import SHARD_BYTES, Entry, write_shards
+from mocte_ds.convert.hf.trained import choose_target, save_model, tensor_of
+from mocte_ds.convert.hf.trained_check import compare_folder
 from mocte_ds.convert.hf.whole import require_free, require_room, whole, write_json
 from mocte_ds.errors import ConfigError
 from mocte_ds.ownership.checksums import write_checksums
 
 REMOTE_CODE = Path(remote_code.__file__).parent
-_FACTS_FILE, _TOOL = "export.json", "export_hf"
+TOOL = "export_hf"
+"""Named by the markers of exports."""
+_FACTS_FILE = "export.json"
+_NO_LIMIT = 1 << 30
+"""Longest context of a model whose config has none."""
 
 
 def export(
@@ -44,8 +51,10 @@ def export(
         out: folder to write; appears as a whole at the end, never half. An earlier export there is replaced.
         dtype: `fp32`, `bf16` or `fp16` weights; gates that were trained are stored in fp32 always. Computing in bf16
             sends the few tokens near a boundary to another expert; loaded with dtype=torch.float32, either export
-            routes as the trained model. None: fp32, and an import without any training as it came.
-        tokenizer_path: sentencepiece model, or a folder with a tokenizer.json; None: the one of the run.
+            routes as the trained model. None: fp32, and an import without any training, or the model of another
+            script, as it is.
+        tokenizer_path: sentencepiece model, or a folder with a tokenizer.json; None: the one of the run of
+            launch/pretrain.py; the model of another script gets none.
         tell: called with a line for each stage.
         choice: `stock`, `own` or `auto`: see :func:`mocte_ds.convert.hf.layouts.choose_layout`.
         shard_bytes: largest file of weights.
@@ -64,15 +73,18 @@ def export(
         raise ConfigError(f"dtype = {dtype!r} is not one of {['fp32', *NARROW]}.")
     start = psutil.Process().memory_info().rss
     folder = find_tag(checkpoint)
-    out = require_free(Path(out), folder, _TOOL)
+    out = require_free(Path(out), folder, TOOL)
     tell(f"reading {folder}")
     source = StoredSource(folder, dtype or "fp32")
+    if source.base is not None:
+        sizes = {"checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
+        return sizes | export_trained(source, out, dtype, tokenizer_path, tell, choice, shard_bytes)
     source.dtype = dtype or source.kept_dtype
     tokenizer = run_tokenizer(tokenizer_path, source.state["tokenizer"], folder)
     tokenizer.require_fit(source.config.vocab_size)
     layout = choose_layout(source, tokenizer.special, choice)
     require_room(out, sum(entry.nbytes for entry in _entries(source, layout)))
-    with whole(out, _TOOL) as pending:
+    with whole(out, TOOL) as pending:
         tell(f"writing {layout.name}")
         parameters = write_model(source, layout, pending, shard_bytes)
         tokenizer.write(pending, source.config.max_positions)
@@ -81,11 +93,68 @@ def export(
         facts |= {"dtype": source.dtype, "checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
         compared, checksums = compare(source, layout, pending)
         facts |= compared
-        facts["peak_bytes"] = peak_bytes()
-        write_checksums(pending, checksums)
-        (pending / "README.md").write_text(model_card(source.state, facts), encoding="utf-8")
-        write_json(pending / _FACTS_FILE, {**facts, "step": source.state["step"]})
+        _finish(source, pending, facts, checksums)
     return facts
+
+
+def export_trained(
+    source: Source,
+    out: str | Path,
+    dtype: str | None = None,
+    tokenizer_path: str | Path | None = None,
+    tell: Callable[[str], None] = lambda _text: None,
+    choice: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write the folder of a user's own model, of any architecture of transformers; it is in memory as a whole.
+
+    Args:
+        source: of a user's own model, from a checkpoint or from a run that goes on.
+        out: folder to write, from :func:`require_free`.
+        dtype: as of :func:`export`; None: as it trains.
+        tokenizer_path: a tokenizer that goes along; None: none does.
+        tell: as of :func:`export`.
+        choice: `auto`: the base model's class, and where experts have emerged ours around it; `stock`, `own`.
+        shard_bytes: as of :func:`export`.
+
+    Returns:
+        Facts, as of :func:`export`.
+
+    Raises:
+        CheckpointError: as of :func:`export`.
+        ConfigError: an unknown dtype or choice.
+    """
+    if dtype not in (None, "fp32", *NARROW) or choice not in CHOICES:
+        raise ConfigError(
+            f"dtype = {dtype!r}, class = {choice!r}: not one of {['fp32', *NARROW]} and of {list(CHOICES)}."
+        )
+    trained = next((name for name, kind in NARROW.items() if kind is source.stored_dtype()), "fp32")
+    source.dtype, out = dtype or trained, Path(out)
+    target = choose_target(source, choice)
+    tokenizer = None if tokenizer_path is None else run_tokenizer(tokenizer_path, None, out)
+    config = make_config(source.base or {}, out).get_text_config()
+    if tokenizer is not None:
+        tokenizer.require_fit(config.vocab_size)
+    require_room(out, sum(tensor_of(source, name).nbytes for name in target.names.values()))
+    with whole(out, TOOL) as pending:
+        tell(f"writing {target.architecture}")
+        parameters = save_model(source, target, pending, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.write(pending, getattr(config, "max_position_embeddings", None) or _NO_LIMIT)
+        tell("comparing with the trained model")
+        compared, checksums = compare_folder(source, target, pending)
+        facts = {"architecture": target.architecture, "reason": target.reason, "parameters": parameters}
+        facts |= {"dtype": source.dtype, "tokenizer": tokenizer is not None, **compared}
+        _finish(source, pending, facts, checksums)
+    return facts
+
+
+def _finish(source: Source, folder: Path, facts: dict[str, Any], checksums: dict[str, str]) -> None:
+    """Write what else a folder holds: checksums, a model card, and the facts."""
+    facts["peak_bytes"] = peak_bytes()
+    write_checksums(folder, checksums)
+    (folder / "README.md").write_text(model_card(source.state, facts), encoding="utf-8")
+    write_json(folder / _FACTS_FILE, {**facts, "step": source.state["step"]})
 
 
 def write_model(source: Source, layout: Layout, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:

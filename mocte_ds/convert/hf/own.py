@@ -10,7 +10,7 @@ from mocte_ds.checkpoints.source import Source
 from mocte_ds.convert.hf.dense import Layout, SpecialIds, Stored
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.experts import ffn_shape
+from mocte_ds.moe.ffn_shape import ffn_shape
 from mocte_ds.moe.keys import key_class
 
 FILES = ("configuration_mocte.py", "modeling_mocte.py", "routing_mocte.py", "tokens_mocte.py")

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def register_models() -> None:
-    """Register the own class with AutoConfig, AutoModel and AutoModelForCausalLM, now or when they are imported.
+    """Register the own classes with AutoConfig, AutoModel and AutoModelForCausalLM, now or when they are imported.
 
     They take seconds to import, and most of this package works without them.
     """
@@ -46,19 +46,26 @@ class _Watcher(MetaPathFinder):
 
 
 def _register_config(module: Any) -> None:
+    from mocte_ds.remote_code.configuration_blocks_mocte import MocteBlocksConfig
     from mocte_ds.remote_code.configuration_mocte import MocteLMConfig
 
-    module.AutoConfig.register(MocteLMConfig.model_type, MocteLMConfig, exist_ok=True)
+    for config in (MocteLMConfig, MocteBlocksConfig):
+        module.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def _register_models(module: Any) -> None:
+    from mocte_ds.remote_code.configuration_blocks_mocte import MocteBlocksConfig
     from mocte_ds.remote_code.configuration_mocte import MocteLMConfig
+    from mocte_ds.remote_code.modeling_blocks_mocte import MocteBlocksForCausalLM
     from mocte_ds.remote_code.modeling_mocte import MocteForCausalLM, MocteModel
 
     module.AutoModel.register(MocteLMConfig, MocteModel, exist_ok=True)
     module.AutoModelForCausalLM.register(MocteLMConfig, MocteForCausalLM, exist_ok=True)
+    module.AutoModelForCausalLM.register(MocteBlocksConfig, MocteBlocksForCausalLM, exist_ok=True)
     # So that save_pretrained copies the code, which is not part of transformers.
     MocteLMConfig.register_for_auto_class()
+    MocteBlocksConfig.register_for_auto_class()
+    MocteBlocksForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     MocteModel.register_for_auto_class("AutoModel")
     MocteForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 

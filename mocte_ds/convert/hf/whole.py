@@ -16,19 +16,20 @@ from mocte_ds.ownership import replace_folder, require_apart, require_new_or_our
 _ROOM = 1 << 20  # bytes for lists and headers
 
 
-def require_free(out: Path, source: Path, by: str) -> Path:
+def require_free(out: Path, source: Path | None, by: str) -> Path:
     """``out`` as a full path, if nothing but an earlier result of the tool is there.
 
     Args:
         out: folder to write.
-        source: that is read.
+        source: that is read; None: nothing on the disk is.
         by: the tool.
 
     Raises:
         NotOurs: something else is there, or the two overlap.
         CheckpointError: it cannot be looked at.
     """
-    require_apart(out, source)
+    if source is not None:
+        require_apart(out, source)
     try:
         return require_new_or_ours(out, by)
     except OSError as error:

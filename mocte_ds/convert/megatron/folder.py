@@ -151,7 +151,7 @@ def _require_plain(folder: Path) -> None:
 def _require_bounded(content: bytes) -> None:
     """Refuse a pickle that claims more than its own bytes bear out: memory is taken for the number of a memo."""
     for code, value, _ in pickletools.genops(content):
-        if code.name.endswith("PUT") and int(value) > len(content):
+        if code.name.endswith("PUT") and int(value or 0) > len(content):
             raise pickle.UnpicklingError(f"it numbers an object {value}, and has {len(content)} bytes")
 
 

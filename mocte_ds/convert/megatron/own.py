@@ -132,6 +132,7 @@ class MegatronSource(Source):
 
     def _stored(self, name: str) -> Tensor:
         if name not in self._pairs:
+            assert self._rest is not None  # names without a pair are read from there
             return self._rest.read(name)
         pair, number = self._pairs[name]
         return pair.split(self._theirs[pair.name])[number]

@@ -79,6 +79,7 @@ def outer_labels(axes: Sequence[Axes], x: str, y: str) -> None:
     lowest: dict[int, Axes] = {}
     for axis in axes:
         spec = axis.get_subplotspec()
+        assert spec is not None  # every panel is one of a grid
         lowest[spec.colspan.start] = axis
         if spec.is_first_col():
             axis.set_ylabel(y)

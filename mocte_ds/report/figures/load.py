@@ -78,12 +78,13 @@ def draw(run: Run, narrow: bool) -> Figure:
         f"n = {spread(steps)} steps with experts, every routed token; a column adds up {plural(bin_steps(run), 'step')}"
     )
     figure, axes = panels(len(blocks), narrow, max(1.6, 0.9 + 0.2 * most), sample, share=False)
-    norm = LogNorm(1 / color_range(run), color_range(run))
+    darkest, brightest = 1 / color_range(run), color_range(run)
+    norm = LogNorm(darkest, brightest)
     for axis, block in zip(axes, blocks, strict=True):
         borders, relative = binned(run, block)
         rows = np.arange(relative.shape[0] + 1) - 0.5
         # An expert without a token is at the dark end, not white: a logarithm has no zero.
-        mesh = axis.pcolormesh(borders, rows, np.maximum(relative, norm.vmin), cmap=DIVERGING, norm=norm)
+        mesh = axis.pcolormesh(borders, rows, np.maximum(relative, darkest), cmap=DIVERGING, norm=norm)
         axis.set_facecolor(WARM_UP)
         for event in expert_events(run, block):
             axis.plot(event["tokens"], event["expert"], KINDS[event["event"]], color=INK, ms=6, mec="white", mew=0.8)
@@ -95,14 +96,14 @@ def draw(run: Run, narrow: bool) -> Figure:
         axis.set_xlim(0, run.tokens)
     outer_labels(axes, name, "expert (number)")
     bar = color_bar(figure, mesh, axes, narrow, "load (1 = even share)")
-    _set_ticks(bar, norm)
+    _set_ticks(bar, darkest, brightest)
     warm_up = {"ls": "", "marker": "s", "color": WARM_UP, "ms": 8}
     legend(figure, narrow, {"warm-up": warm_up} | legend_of_events(run, "freeze", "thaw"))
     return figure
 
 
-def _set_ticks(bar: Colorbar, norm: LogNorm) -> None:
-    ticks = [tick for tick in TICKS if norm.vmin <= tick <= norm.vmax]
+def _set_ticks(bar: Colorbar, lowest: float, highest: float) -> None:
+    ticks = [tick for tick in TICKS if lowest <= tick <= highest]
     if len(ticks) > 6:
         ticks = [tick for tick in ticks if tick not in FINE_TICKS]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False)

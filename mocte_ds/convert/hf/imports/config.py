@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.convert.hf.claims import require_backed, require_experts, require_layers
+from mocte_ds.claims import require_backed, require_experts, require_layers
 from mocte_ds.convert.hf.folder import Folder
 from mocte_ds.convert.hf.imports.keys import Foreign, Keys, llama_like, require_whole_attention
 from mocte_ds.convert.hf.imports.mixtures import glm4moe, mixtral, olmoe, qwen2moe

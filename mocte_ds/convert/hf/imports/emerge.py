@@ -24,7 +24,8 @@ from mocte_ds.errors import ConfigError, DataError
 from mocte_ds.models.layers import rotary_angles
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.experts import Part, draw_bypass, make_expert
+from mocte_ds.moe.experts import draw_bypass, make_expert
+from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.zero import UnitRegistry

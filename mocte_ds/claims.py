@@ -83,6 +83,36 @@ def require_experts(experts: int, layers: int, names: Mapping[str, Any], path: P
         )
 
 
+def require_blocks(blocks: Any, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Refuse blocks of experts that the files do not hold.
+
+    Args:
+        blocks: of the config of an own class around a base model.
+        shapes: of every tensor in the folder's files.
+        path: of the config, for messages.
+
+    Raises:
+        CheckpointError: another form, or more experts or larger ones than there are.
+    """
+    most, experts = max([_FEW, *(math.prod(shape) for shape in shapes.values())]), 0
+    try:
+        for block in blocks:
+            sizes = [size for pair in block["expert_sizes"].values() for size in pair]
+            if max(sizes + [block["hidden_size"], block["vocab_size"] or 0]) > most:
+                raise CheckpointError(
+                    f"{path}: the block {block['module']!r:.80} is larger than any tensor of the folder's files: the "
+                    "config belongs to another model, or is damaged."
+                )
+            experts += block["num_experts"] * len(block["banks"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its blocks are damaged ({type(error).__name__}: {str(error)[:80]}).") from error
+    if experts > len(shapes):
+        raise CheckpointError(
+            f"{path} says that there are {_short(experts)} experts, but the folder's files hold {len(shapes)} tensors: "
+            "the config belongs to another model, or files are missing."
+        )
+
+
 def _numbers(values: Mapping[str, Any], level: int, path: Path) -> Iterator[tuple[str, float]]:
     if level > _LEVELS:
         raise CheckpointError(f"{path} has more than {_LEVELS} sections within each other; no model needs them.")

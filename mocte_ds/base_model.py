@@ -1,0 +1,150 @@
+"""The model around the blocks in plain values: what transformers need to make it again, kept in every checkpoint."""
+
+import json
+import sys
+from typing import Any
+
+from torch import nn
+
+from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.plain_values import require_plain
+
+MOST_BYTES = 1 << 20
+"""Of a config as text; those of published models have some 2,000."""
+
+REFUSED = "refused"
+"""Key of the reason why nothing is kept."""
+_KEYS = ("architecture", "model_type", "config")
+_LEFT_OUT = ("_name_or_path", "architectures", "transformers_version")
+
+
+def base_facts(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint keeps of the model that the user has handed over.
+
+    Nothing here stops a training: what cannot be kept is told when somebody wants to export the model.
+
+    Args:
+        model: with or without blocks.
+
+    Returns:
+        "architecture" (name of the class), "model_type", "config" and "generation" (values of its two configs, as
+        JSON has them), or "refused": why they cannot be kept.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")  # there, if the model is one of theirs
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return {
+            REFUSED: f"the model is a {type(model).__module__}.{type(model).__qualname__}, which is not a model of "
+            "transformers (PreTrainedModel)"
+        }
+    name = type(model).__name__
+    try:
+        config = _plain(model.config, f"the config of {name}")
+        generation = getattr(model, "generation_config", None)
+        values = None if generation is None else _plain(generation, f"the generation config of {name}")
+    except (TypeError, ValueError, RecursionError) as error:
+        return {REFUSED: f"the config of {name} cannot be kept in plain values: {error}"}
+    return {"architecture": name, "model_type": model.config.model_type, "config": config, "generation": values}
+
+
+def require_base(facts: Any, where: object) -> dict[str, Any]:
+    """What :func:`base_facts` has returned, if a model can be made of it.
+
+    Args:
+        facts: of a checkpoint; None where there are none.
+        where: names it, for messages.
+
+    Raises:
+        CheckpointError: nothing was kept, and why; or something else than a base model.
+    """
+    if facts is None:
+        raise CheckpointError(
+            f"{where} does not say which model it holds: neither launch/pretrain.py nor this version of mocte_ds has "
+            "written it; save it again in the script that trains it."
+        )
+    if isinstance(facts, dict) and REFUSED in facts:
+        raise CheckpointError(f"{where} does not say which model it holds: {str(facts[REFUSED])[:500]}.")
+    texts = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in _KEYS[:2])
+    if not texts or not isinstance(facts.get("config"), dict):
+        raise CheckpointError(f"{where} has no {', '.join(_KEYS)} of its base model; it is damaged.")
+    try:
+        require_plain(facts, "base")
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return facts
+
+
+def make_config(base: dict[str, Any], where: object) -> Any:
+    """The config of the base model, as transformers have it.
+
+    Args:
+        base: from :func:`require_base`.
+        where: names it, for messages.
+
+    Raises:
+        CheckpointError: this version of transformers, or this script, has no such config.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = base["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{where} holds a {base['architecture']} (model_type {kind!r:.80}), which this version of transformers "
+            "does not know; register its config and class with AutoConfig and AutoModelForCausalLM first."
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(_with_floats(base["config"]))
+    except Exception as error:  # transformers raise many types for values that they do not take
+        raise CheckpointError(f"{where}: transformers refuse the config of its {kind}: {str(error)[:300]}") from error
+
+
+def make_model(base: dict[str, Any], where: object) -> nn.Module:
+    """The base model without weights, on the meta device.
+
+    Args:
+        base: from :func:`require_base`.
+        where: names it, for messages.
+
+    Raises:
+        CheckpointError: transformers have no causal language model of this config, or it is of another class.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(base, where)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # transformers raise many types for values that they do not take
+        text = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{where}: transformers make no {base['architecture']} of its config: {text}") from error
+    if type(model).__name__ != base["architecture"]:
+        raise CheckpointError(
+            f"{where} holds a {base['architecture']}; only causal language models can be exported, and transformers "
+            f"make a {type(model).__name__} of its config. If it is a class of your own, register it with "
+            "AutoModelForCausalLM first."
+        )
+    return model
+
+
+def _with_floats(value: Any) -> Any:
+    """Values with the infinite numbers that transformers write as texts."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain(config: Any, what: str) -> dict[str, Any]:
+    """Values of a config of transformers, as its JSON file would have them.
+
+    Raises:
+        TypeError: it holds objects that JSON does not have.
+        ValueError: it is too large, or holds numbers and texts that nothing reads back.
+    """
+    text = config.to_json_string(use_diff=False)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{what} has {len(text):,} characters, and {MOST_BYTES:,} are the most")
+    values = {key: value for key, value in json.loads(text).items() if key not in _LEFT_OUT}
+    require_plain(values, what)
+    return values

@@ -1,0 +1,66 @@
+"""The model of a run that goes on, in any script, as a Hugging Face folder."""
+
+from pathlib import Path
+from typing import Any
+
+from mocte_ds.base_model import base_facts, require_base
+from mocte_ds.dist.collectives import from_rank_zero, world
+from mocte_ds.errors import CheckpointError, ConfigError, MocteError
+from mocte_ds.zero.whole_weights import whole_weights
+
+
+def export_run(
+    engine: Any,
+    folder: str | Path,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    choice: str = "auto",
+) -> dict[str, Any]:
+    """Gather all weights on rank zero, which writes and compares the folder (collective).
+
+    Args:
+        engine: of mocte_ds.initialize.
+        folder: as of :func:`mocte_ds.convert.hf.export.export`; on the machine of rank zero.
+        dtype: as there; None: as it trains.
+        tokenizer: as there.
+        choice: as there.
+
+    Returns:
+        Facts, as there, on all ranks.
+
+    Raises:
+        CheckpointError, ConfigError: as there, on all ranks; the run can go on.
+    """
+    try:  # importing mocte_ds must not import transformers, nor need what only conversions need
+        from mocte_ds.convert.hf.export import TOOL, export_trained
+        from mocte_ds.convert.hf.trained import GatheredSource
+        from mocte_ds.convert.hf.whole import require_free
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"engine.mocte.export needs {error.name}: pip install 'mocte-ds[hf]'.") from error
+    base, rank = require_base(base_facts(engine.module), "the run"), world()[0]
+    out = Path(folder)
+    failure: Exception | None = None
+    if rank == 0:
+        try:
+            out = require_free(out, None, TOOL)
+        except Exception as error:
+            failure = error
+    _agree(failure)
+    weights = whole_weights(engine.module, engine.zero_optimization_partition_weights())
+    facts: dict[str, Any] | None = None
+    if weights is not None:
+        try:
+            source = GatheredSource(weights, base, engine.mocte.run.state_dict())
+            facts = export_trained(source, out, dtype, tokenizer, choice=choice)
+        except Exception as error:  # the other ranks must not wait for ever
+            failure = error
+    _agree(failure)
+    return from_rank_zero(facts)
+
+
+def _agree(failure: Exception | None) -> None:
+    """Raise on all ranks what rank zero has met (collective)."""
+    told = isinstance(failure, MocteError) or failure is None
+    found = from_rank_zero(failure if told else CheckpointError(f"{type(failure).__name__}: {failure}"))
+    if found is not None:
+        raise failure or found

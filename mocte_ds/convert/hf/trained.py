@@ -1,0 +1,235 @@
+"""A model of any architecture of transformers as a folder: its own class while dense, and with experts ours around it.
+
+The model is held in memory as a whole.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mocte_ds.base_model import make_config
+from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
+from mocte_ds.convert.hf.shards import SHARD_BYTES
+from mocte_ds.errors import CheckpointError
+from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.remote_code.experts_mocte import sizes_of
+
+_ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale")
+_GATE = ".gate."
+_BASE = "base."
+_RENAMED = (
+    (".deepspeed_moe.experts.deepspeed_experts.", ".experts."),
+    (".deepspeed_moe.gate.", _GATE),
+)
+_STATE = Path("the state of the run")
+
+
+class GatheredSource(Source):
+    """The weights of a run that goes on, gathered on one rank."""
+
+    def __init__(self, weights: dict[str, Tensor], base: dict[str, Any], mocte: dict[str, Any]) -> None:
+        """Take the weights.
+
+        Args:
+            weights: by the names of a model whose experts lie on one rank.
+            base: from :func:`mocte_ds.base_model.require_base`.
+            mocte: "config", "blocks", "tokens" and "step", as in a checkpoint.
+
+        Raises:
+            CheckpointError: transformers do not make such a model.
+        """
+        blocks = [{key: entry[key] for key in ("name", "mode", "experts")} for entry in mocte["blocks"]]
+        state = {"step": mocte["step"], "tokens": mocte["tokens"], "mocte": mocte["config"], "blocks": blocks}
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            model = empty_model(base, mocte, _STATE)
+        super().__init__(model, {**state, "base": base, "model": None, "tokenizer": None})
+        self._weights = weights
+        different = self.shapes.keys() ^ weights.keys()
+        if different:
+            raise CheckpointError(
+                f"{min(different)} is in only one of two: the {base['architecture']} that trains, and the one that its "
+                "config makes. A model that was changed after it was made cannot be exported."
+            )
+
+    def _stored(self, name: str) -> Tensor:
+        return self._weights[name]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model is stored as."""
+
+    architecture: str
+    """Name of the class."""
+    names: dict[str, str]
+    """Name of each tensor of the class, and of ours."""
+    reason: str | None
+    """Why it is not the base model's class."""
+
+
+def emerged_blocks(source: Source) -> list[Block]:
+    """The blocks that run their experts."""
+    return [m for m in source.model.modules() if isinstance(m, Block) and m.mode is not BlockMode.WARMUP]
+
+
+def choose_target(source: Source, choice: str) -> Target:
+    """The base model's own class, or ours around it where experts have emerged.
+
+    Args:
+        source: of the user's own model.
+        choice: `auto`, `stock` (the base model's class or none) or `own`.
+
+    Raises:
+        CheckpointError: experts have emerged and `stock` is asked for, or a router is of the user's own kind.
+    """
+    from mocte_ds.remote_code.configuration_blocks_mocte import KINDS
+
+    emerged, base = emerged_blocks(source), source.base
+    assert base is not None
+    if choice == "stock" and emerged:
+        raise CheckpointError(
+            f"{emerged[0].name} has experts with routers of clusters, which {base['architecture']} does not have; "
+            "export with --class own."
+        )
+    for block in emerged:
+        if strange := [bank.gate.router.kind for bank in block.banks if bank.gate.router.kind not in KINDS]:
+            raise CheckpointError(
+                f"router.kind '{strange[0]}' is a key of your own, and the exported class has {', '.join(KINDS)}; "
+                "load the checkpoint with mocte_ds.initialize in a script that registers it."
+            )
+    own = choice == "own" or bool(emerged)
+    prefix, names = _BASE if own else "", {}
+    blocks = [m for m in source.model.modules() if isinstance(m, Block)]
+    for name in source.shapes:
+        if (new := _stored_name(name, blocks)) is not None:
+            names[prefix + new] = name
+    reason = f"{len(emerged)} of {len(blocks)} blocks have experts, which {base['architecture']} does not have"
+    architecture = "MocteBlocksForCausalLM" if own else base["architecture"]
+    return Target(architecture, names, reason if emerged else None)
+
+
+def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write what `save_pretrained` of the class writes: config, generation config, weights, and code if it is ours.
+
+    Returns:
+        Parameters, tied ones once.
+
+    Raises:
+        CheckpointError: the tensors are not those of the class.
+    """
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        model = _empty(source, target)
+        weights = {name: tensor_of(source, ours) for name, ours in target.names.items()}
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            text = " ".join(str(error).split())[:500]
+            raise CheckpointError(f"the weights do not fit a {target.architecture}: {text}") from error
+        model.tie_weights()
+        generation = (source.base or {}).get("generation")
+        if generation is not None and model.can_generate():
+            model.generation_config = type(model.generation_config).from_dict(generation)
+        model.save_pretrained(folder, max_shard_size=shard_bytes)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trained_model(source: Source) -> nn.Module:
+    """The model as it trains, with its blocks and all experts, in fp32 and in evaluation mode."""
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        blocks = [m for m in source.model.modules() if isinstance(m, Block)]
+        inside = {f"{block.name}.dense.": f"{block.name}." for block in blocks}
+        banks = tuple(f"{block.name}.banks." for block in blocks)
+        dense = {}
+        for name in source.shapes:
+            if not name.startswith(banks):
+                start = next((start for start in inside if name.startswith(start)), None)
+                dense[name if start is None else inside[start] + name.removeprefix(start)] = source.read(name)
+        mocte = {"config": source.state["mocte"], "blocks": source.state["blocks"]}
+        config = make_config(source.base or {}, _STATE)
+        model = type(source.model).from_pretrained(None, config=config, state_dict=dense, dtype=torch.float32)
+        with_blocks(model, mocte, _STATE)
+        model.load_state_dict({name: source.read(name) for name in source.shapes}, assign=True)
+        model.tie_weights()
+        return model.eval()
+
+
+def tensor_of(source: Source, name: str) -> Tensor:
+    """One of our tensors as it is stored: gates, and integers, as they are, everything else in the source's dtype."""
+    tensor = source.read(name)
+    narrow = tensor.is_floating_point() and _GATE not in name
+    return tensor.to(NARROW[source.dtype]) if narrow and source.dtype in NARROW else tensor
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it transformers show no progress, and make whole models also where a script has told them of ZeRO stage 3.
+
+    They would spread the model over the ranks, of which only one is here.
+    """
+    from transformers.integrations import deepspeed as told
+    from transformers.utils import logging
+
+    shown, settings = logging.is_progress_bar_enabled(), getattr(told, "_hf_deepspeed_config_weak_ref", None)
+    logging.disable_progress_bar()
+    told._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        told._hf_deepspeed_config_weak_ref = settings
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _stored_name(name: str, blocks: list[Block]) -> str | None:
+    """Name of one of our tensors in the class, after its prefix; None for one that takes no part in its calls."""
+    block = next((block for block in blocks if name.startswith(f"{block.name}.")), None)
+    if block is None:
+        return name
+    dense, warm = name.startswith(f"{block.name}.dense."), block.mode is BlockMode.WARMUP
+    if warm:
+        return f"{block.name}.{name.removeprefix(f'{block.name}.dense.')}" if dense else None
+    if dense and block.kind == "ffn":
+        return None
+    for ours, theirs in _RENAMED:
+        name = name.replace(ours, theirs, 1)
+    return name
+
+
+def _empty(source: Source, target: Target) -> Any:
+    """A model of the class on the meta device."""
+    from mocte_ds.remote_code.configuration_blocks_mocte import MocteBlocksConfig
+    from mocte_ds.remote_code.modeling_blocks_mocte import MocteBlocksForCausalLM
+
+    base = source.base
+    assert base is not None
+    config = make_config(base, _STATE)
+    dtype = NARROW.get(source.dtype, torch.float32)
+    with torch.device("meta"):
+        if target.architecture == base["architecture"]:
+            return type(source.model)._from_config(config, dtype=dtype)
+        own = MocteBlocksConfig(
+            text_config=config,
+            blocks=[_described(block) for block in emerged_blocks(source)],
+            document_end_id=(source.state["mocte"] or {}).get("eod_id"),
+        )
+        return MocteBlocksForCausalLM._from_config(own, dtype=dtype)
+
+
+def _described(block: Block) -> dict[str, Any]:
+    """A block as the config of the own class has it."""
+    first = block.banks[0]
+    keys = [bank.gate.key for bank in block.banks]
+    return {
+        "module": block.name,
+        "kind": block.kind,
+        "hidden_size": block.hidden_size,
+        "num_experts": first.num_experts,
+        "expert_sizes": sizes_of(first.local_experts[0], block.dense),
+        "vocab_size": max(key.vocab_size for key in keys) or None,
+        "banks": [{name: getattr(bank.gate.router, name) for name in _ROUTER} for bank in block.banks],
+    }

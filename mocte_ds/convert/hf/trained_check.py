@@ -1,0 +1,118 @@
+"""Holds the folder of a user's own model against what trained: every tensor, and the logits."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mocte_ds.checkpoints.source import NARROW, Source
+from mocte_ds.convert.hf.closeness import MARGIN, margins, require_close
+from mocte_ds.convert.hf.shards import Shards
+from mocte_ds.convert.hf.trained import Target, emerged_blocks, quiet_transformers, tensor_of, trained_model
+from mocte_ds.errors import CheckpointError
+from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.ownership.checksums import checksum
+
+PROBE = (4, 64)
+
+
+def compare_folder(source: Source, target: Target, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Load a folder as a user does and compare it with the model that was to be exported.
+
+    Args:
+        source: the trained model, with the weights rounded as they were written.
+        target: what it was written as.
+        folder: the export.
+
+    Returns:
+        Facts: logit_difference (relative to the largest logit, in fp32), tensors_compared, experts_compared. And the
+        checksum of every tensor in the files.
+
+    Raises:
+        CheckpointError: transformers do not load it, a tensor is missing or changed, or logits differ by more than
+            rounding.
+    """
+    dtype = NARROW.get(source.dtype, torch.float32)
+    model: Any = _loaded(folder, dtype)
+    _compare_tensors(source, target, model, folder)
+    if dtype is not torch.float32:
+        del model
+        gc.collect()
+        model = _loaded(folder, torch.float32)
+    ids = _probe(model)
+    try:
+        theirs = _logits(model, ids)
+    except RuntimeError as error:
+        raise CheckpointError(f"transformers load {folder} but cannot run it: {str(error)[:500]}") from error
+    del model
+    gc.collect()  # models of transformers hold themselves by cycles
+    ours, decided = _decided_logits(trained_model(source), ids)
+    if decided.float().mean() < 0.25:
+        raise CheckpointError(
+            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared. "
+            "Rows that training has not told apart yet are the usual reason: take a checkpoint of a later step."
+        )
+    difference = require_close(theirs[decided], ours[decided], "logits")
+    experts = sum(block.num_experts for block in emerged_blocks(source))
+    shards = Shards(folder)
+    sums = {name: checksum(shards.read(name)) for name in shards.files}
+    facts = {"logit_difference": difference, "changed_predictions": 0.0}
+    return {**facts, "tensors_compared": len(target.names), "experts_compared": experts}, sums
+
+
+def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    how = {"dtype": dtype, "trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+    except Exception as error:  # transformers raise many types for what they cannot load
+        text = " ".join(str(error).split())[:500]
+        raise CheckpointError(f"transformers cannot load {folder}: {text}") from error
+    lost = {key: [str(value) for value in values][:3] for key, values in info.items() if values}
+    if lost:
+        raise CheckpointError(f"transformers could not load everything of {folder}: {lost}.")
+    return model.eval()
+
+
+def _compare_tensors(source: Source, target: Target, model: nn.Module, folder: Path) -> None:
+    found = model.state_dict()
+    if different := found.keys() ^ target.names.keys():
+        raise CheckpointError(f"{folder}: {min(different)} is in only one of two: the export and the trained model.")
+    for name, ours in target.names.items():
+        wanted = tensor_of(source, ours)
+        if found[name].dtype is not wanted.dtype or not torch.equal(found[name], wanted):
+            raise CheckpointError(f"{folder}: the weight {name} was lost or changed on its way through the file.")
+
+
+def _probe(model: Any) -> Tensor:
+    """(B, T) random token ids."""
+    config = model.config.get_text_config()
+    length = min(PROBE[1], getattr(config, "max_position_embeddings", None) or PROBE[1])
+    return torch.randint(config.vocab_size, (PROBE[0], length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _decided_logits(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, T, V), and (B, T) whether a position and all before it are clear of every gate's boundaries."""
+    decided = torch.ones(ids.shape, dtype=torch.bool)
+
+    def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
+        hidden = inputs[0].reshape(*ids.shape, -1)
+        decided.logical_and_(margins(block, hidden) > MARGIN)
+
+    emerged = [m for m in model.modules() if isinstance(m, Block) and m.mode is not BlockMode.WARMUP]
+    # After the model's own hook has told the blocks which pass they are in.
+    hooks = [block.register_forward_pre_hook(look) for block in emerged]
+    try:
+        return _logits(model, ids), decided.long().cummin(dim=1).values.bool()
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,102 @@
+"""The block that stands for a dense FFN in an exported model; needs torch alone."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls_mocte import Call
+from .experts_mocte import expert_like
+from .gates_mocte import Gate
+from .keys_mocte import KEYS
+from .tokens_mocte import RoutingError
+
+# Shapes: B sequences of T tokens, n = B T rows, d features, E experts, k experts a token.
+
+
+class Running:
+    """The call that a model is in; one object is shared by all of its blocks."""
+
+    call: Call | None = None
+    """None: the model is not called."""
+
+
+class MocteBank(nn.Module):
+    """Experts of which each token uses one or a few."""
+
+    def __init__(self, ffn: nn.Module, block: dict[str, Any], number: int) -> None:
+        """Make the gate and the experts, still to be filled.
+
+        Args:
+            ffn: the dense FFN that the experts are like.
+            block: of the config, see :class:`MocteBlocksConfig`.
+            number: of the bank.
+        """
+        super().__init__()
+        bank = block["banks"][number]
+        key = KEYS[bank["kind"]](block["hidden_size"], block["num_experts"], block["vocab_size"])
+        key.name = f"{block['module']}.{number}"
+        self.gate = Gate(key, SimpleNamespace(**bank))
+        sizes = block["expert_sizes"]
+        self.experts = nn.ModuleList([expert_like(ffn, sizes) for _ in range(block["num_experts"])])
+
+    def forward(self, features: Tensor, call: Call, shape: torch.Size) -> Tensor:
+        """Outputs (n, d) of features (n, d) that had the shape (..., d)."""
+        index, weight, _ = self.gate.choose(features, call.tokens(shape, self.gate.key.remembers))
+        output = torch.zeros_like(features)
+        for k in index.unique().tolist():
+            places = index == k
+            chosen = places.any(dim=-1)
+            added = self.experts[k](features[chosen])
+            added = added[0] if isinstance(added, tuple) else added
+            if weight is not None:
+                added = added * (weight * places).sum(dim=-1)[chosen].to(added.dtype)[:, None]
+            output[chosen] = output[chosen] + added
+        return output
+
+
+class MocteBlock(nn.Module):
+    """The sum of its banks, beside the dense FFN for the kind `lora`."""
+
+    def __init__(self, ffn: nn.Module, block: dict[str, Any], running: Running) -> None:
+        """Take the place of ``ffn``; arguments as of :class:`MocteBank`, and the call that the model is in."""
+        super().__init__()
+        self.running = running
+        self.has_dense = block["kind"] == "lora"
+        if self.has_dense:
+            self.dense = ffn
+        self.banks = nn.ModuleList([MocteBank(ffn, block, number) for number in range(len(block["banks"]))])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Features (..., d) to outputs (..., d).
+
+        Raises:
+            RoutingError: a part of the model is called by itself, and a router needs to know of the whole call.
+        """
+        call = self.running.call
+        if call is None:
+            keys = [type(bank.gate.key) for bank in self.banks]
+            if any(key.reads_ids or key.remembers for key in keys):
+                raise RoutingError("its routers need token ids and padding: call the whole model, with input_ids.")
+            call = Call()
+        features = hidden.reshape(-1, hidden.shape[-1])
+        output = self.dense(hidden).reshape(features.shape) if self.has_dense else None
+        for bank in self.banks:
+            added = bank(features, call, hidden.shape)
+            output = added if output is None else output + added
+        return output.view_as(hidden)
+
+
+def put_blocks(model: nn.Module, blocks: list[dict[str, Any]]) -> Running:
+    """Replace FFNs of a model by blocks, still to be filled.
+
+    Args:
+        model: changed in place.
+        blocks: of the config, see :class:`MocteBlocksConfig`.
+    """
+    running = Running()
+    for block in blocks:
+        ffn = model.get_submodule(block["module"])
+        model.set_submodule(block["module"], MocteBlock(ffn, block, running))
+    return running

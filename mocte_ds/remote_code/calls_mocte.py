@@ -1,0 +1,111 @@
+"""One call of a model, as its routers see it: token ids, padding, packing, and the cache; needs torch alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .tokens_mocte import RoutingError, RoutingState, Tokens, given_tokens, state_in
+
+# Shapes: B sequences of T tokens, n = B T rows, d features.
+
+_NAMED = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seqlens", "seq_idx", "labels")
+
+
+@dataclass(eq=False)
+class Call:
+    """What the arguments of one call tell."""
+
+    ids: Tensor | None = None
+    """(B, T) or (n,) token ids; None where the model is not called with `input_ids`."""
+    end_id: int | None = None
+    """Token id that ends a document; None: every sequence is one document."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the call that tell of padding and packing, and its labels."""
+    cache: Any = None
+    """Of keys and values in generation; what routers remember travels with it."""
+    cached: int = 0
+    """Tokens in it before this call."""
+    _tokens: dict[tuple[int, ...], Tokens] = field(default_factory=dict)
+
+    @classmethod
+    def of_call(cls, given: Mapping[str, Any], first: Any, end_id: int | None) -> Self:
+        """From the arguments of a model's call.
+
+        Args:
+            given: by name.
+            first: the first argument, which counts as token ids where it can and nothing is called `input_ids`.
+            end_id: token that ends a document.
+        """
+        ids = given.get("input_ids", first)
+        usable = isinstance(ids, Tensor) and ids.dim() == 2 and not torch.is_floating_point(ids)
+        cache = cache_of(given.get("cache", given.get("past_key_values")))  # "cache" from transformers 5.24 on
+        told = {name: given[name] for name in _NAMED if isinstance(given.get(name), Tensor)}
+        cached = int(cache.get_seq_length()) if cache is not None else 0
+        return cls(ids if usable else None, end_id, told, cache=cache, cached=cached)
+
+    def tokens(self, shape: torch.Size | tuple[int, ...], remembers: bool = False) -> Tokens:
+        """What is known of features (B, T, d) or (n, d) of this call; the same object for all blocks.
+
+        Args:
+            shape: of the features.
+            remembers: whether a router asks that keeps something from call to call.
+
+        Raises:
+            RoutingError: it does, and the cache is one that it cannot keep it in, or holds tokens it has not seen.
+        """
+        place = tuple(shape[:-1])
+        found = self._tokens.get(place)
+        if found is None:
+            found = self._tokens[place] = self._read(place)
+        if remembers and self.cache is not None and found.begins is not None and found.state is None:
+            found.state = self._remembered()
+        return found
+
+    def _read(self, place: tuple[int, ...]) -> Tokens:
+        ids, count = self.ids, 1
+        for size in place:
+            count *= size
+        if len(place) != 2:
+            if ids is not None and ids.numel() != count:
+                ids = None
+            real = None
+            if self.ids is not None and ids is not None and ids.dim() == 2:
+                real = given_tokens((ids.shape[0], ids.shape[1]), dict(self.given), self.cached)[0]
+            return Tokens(ids, None if real is None else real.reshape(place))
+        if ids is not None and tuple(ids.shape) != place:
+            ids = None
+        return Tokens.of((place[0], place[1]), ids, self.end_id, dict(self.given), cached=self.cached)
+
+    def _remembered(self) -> RoutingState | None:
+        if getattr(self.cache, "is_compileable", False):
+            raise RoutingError(
+                "routers of the kinds 'previous' and 'prefix' cannot keep their state in a static cache; generate with "
+                "cache_implementation 'dynamic'."
+            )
+        try:
+            return state_in(self.cache, self.cached)
+        except RoutingError as error:
+            raise RoutingError(f"generation with routers of the kinds 'previous' and 'prefix': {error}") from None
+
+    def leave(self, cache: Any) -> None:
+        """Put what routers remember into the cache that the call has used, if there is one."""
+        cache = cache_of(cache) if self.cache is None else self.cache
+        for tokens in self._tokens.values():
+            if cache is not None and hasattr(cache, "layers"):
+                tokens.leave(cache)
+            tokens.kept = {}
+        self.cache = None  # its keys and values have the graph that may hold this call
+
+
+def cache_of(cache: Any) -> Any:
+    """The cache that grows with the tokens: an encoder-decoder has one more, of the encoder's."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    return cache if hasattr(cache, "get_seq_length") else None
+
+
+def cache_in(output: Any) -> Any:
+    """The cache that a call has left in its output, or None."""
+    return getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)

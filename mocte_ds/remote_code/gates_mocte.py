@@ -1,0 +1,97 @@
+"""Which experts a token goes to, and with what weight, in training and in an exported model; needs torch alone.
+
+A gate is made of a prior, which is read from clusters at emergence and never trained (keys_mocte.py), and, if it is to
+learn, of a residual W h that starts at zero.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .keys_mocte import Key
+from .tokens_mocte import Tokens
+
+# Shapes: n tokens, d features, E experts, k experts a token.
+
+_TINY = 1e-20
+
+
+class Gate(nn.Module):
+    """Chooses the experts of each token."""
+
+    def __init__(self, key: Key, router: Any) -> None:
+        """Allocate an empty gate.
+
+        Args:
+            key: the prior.
+            router: `weight` ("hard", "softmax" or "sigmoid"), `learn`, `top_k`, `normalise` and `scale` of its config.
+        """
+        super().__init__()
+        self.router, self.key = router, key
+        if router.weight == "sigmoid":
+            self.register_buffer("cluster_correction", torch.zeros(key.num_experts))
+        if router.learn:
+            # DeepSpeed takes names with "expert" in them for expert parameters and drops them from checkpoints.
+            self.cluster_residual = nn.Parameter(torch.zeros(key.num_experts, key.hidden_size))
+
+    @property
+    def soft(self) -> bool:
+        """Whether the expert's output is weighted."""
+        return self.router.weight != "hard"
+
+    def choose(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Choose.
+
+        Args:
+            features: (n, d).
+            tokens: what else is known of them.
+
+        Returns:
+            (n, k) int64 experts of each token, the best first; their weights (n, k), or None for the hard weight 1; and
+            the scores (n, E) that the weights are taken from, or None.
+
+        Raises:
+            RoutingError: the key needs token ids and there are none.
+        """
+        # Never in autocast: logits that are rounded to bf16 send tokens elsewhere.
+        with torch.autocast(features.device.type, enabled=False):
+            if not self.soft:
+                return self.key.choose(features.detach().float(), tokens)[:, None], None, None
+            return self._weigh(features.float(), tokens)
+
+    def _weigh(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        learns = self.router.learn
+        through = learns and self.key.by_chance
+        logits = self.key.logits(features if through else features.detach(), tokens)
+        if learns:
+            logits = logits + F.linear(features, self.cluster_residual.float())
+        k, sigmoid = self.router.top_k, self.router.weight == "sigmoid"
+        scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
+        order = self.order(logits)
+        index = order.argmax(dim=-1, keepdim=True) if k == 1 else order.topk(k, dim=-1).indices
+        weight = scores.gather(1, index)
+        if self.router.normalise:
+            # Sigmoids may all be zero.
+            weight = weight / (weight.sum(dim=-1, keepdim=True) + (_TINY if sigmoid else 0.0))
+        if sigmoid:
+            weight = weight * self.router.scale
+        return index, weight, scores
+
+    def order(self, logits: Tensor) -> Tensor:
+        """(n, E) of which the largest are chosen: the logits, or their sigmoids and what is added to them."""
+        if self.router.weight != "sigmoid":
+            return logits
+        return logits.detach().sigmoid() + self.cluster_correction
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """Moves with the model but keeps its precision: a boundary rounded to bf16 sends tokens elsewhere."""
+        kept = [
+            (module._buffers, name, buffer) for module in (self, self.key) for name, buffer in module._buffers.items()
+        ]
+        super()._apply(fn, recurse)
+        for buffers, name, buffer in kept:
+            buffers[name] = buffer.to(buffers[name].device)
+        return self

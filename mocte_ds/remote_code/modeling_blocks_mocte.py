@@ -1,0 +1,97 @@
+"""An exported model of any architecture with MO-CTE blocks; needs torch and transformers alone."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from .blocks_mocte import put_blocks
+from .calls_mocte import Call, cache_in
+from .configuration_blocks_mocte import MocteBlocksConfig
+
+
+class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
+    """The base model, in which some FFNs are blocks of experts."""
+
+    config_class = MocteBlocksConfig
+    base_model_prefix = "base"
+    # What the base model does not support, it refuses itself.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["cluster_weight", "cluster_bias", "cluster_correction", "cluster_residual"]  # noqa: RUF012
+    supports_gradient_checkpointing = False
+
+    def __init__(self, config: MocteBlocksConfig) -> None:
+        super().__init__(config)
+        self.base = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        self._running = put_blocks(self.base, config.blocks)
+        accepted = inspect.signature(self.base.forward).parameters
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What the base model returns; arguments are the base model's (``cache`` is ``past_key_values``).
+
+        Where a document begins, routers start anew: after ``document_end_id``, where position_ids begin at 0 again, and
+        as transformers' `cu_seq_lens_q` or `seq_idx` say.
+
+        Raises:
+            ValueError: something that a router needs is missing, or a cache that it cannot use.
+        """
+        given: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            self._cache_name: past_key_values if cache is None else cache,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            given["logits_to_keep"] = logits_to_keep
+        call = Call.of_call(given, None, self.config.document_end_id)
+        before, self._running.call = self._running.call, call
+        try:
+            output = self.base(**given, return_dict=True)
+        finally:
+            self._running.call = before
+        call.leave(cache_in(output))
+        as_tuple = (self.config.return_dict if return_dict is None else return_dict) is False
+        return output.to_tuple() if as_tuple else output
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The base model's."""
+        return self.base.prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base model's."""
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The base model's."""
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base model's."""
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """The base model's."""
+        self.base.set_output_embeddings(value)

@@ -1,0 +1,98 @@
+"""engine.mocte.export in a user's script: experts of all ranks, the same folder as from the checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mocte_ds.checkpoints.load import read_state
+from mocte_ds.checkpoints.model import load_model
+from mocte_ds.checkpoints.reshaping.reshape import reshape
+from mocte_ds.convert.hf.export import export
+from mocte_ds.errors import CheckpointError
+from tests.engine import runs
+from tests.spawn import spawn
+
+
+def train_and_export(folder: str) -> dict[str, Any]:
+    """Train, export dense and with experts, save; what came out on this rank."""
+    import mocte_ds
+    from mocte_ds.errors import MocteError
+
+    root = Path(folder)
+    settings = runs.config(auto=False, router={"kind": "prefix"}, total_steps=10)
+    settings.update(bf16={"enabled": False}, zero_optimization={"stage": 2})
+    del settings["scheduler"]
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=settings)
+    rank, drawn = torch.distributed.get_rank(), []
+
+    def steps(first: int, last: int) -> None:
+        for step in range(first, last):
+            for turn in range(2):
+                ids, _ = runs.batch(step, 2 * turn + rank)
+                engine.backward(engine(input_ids=ids, labels=ids).loss)
+                engine.step()
+
+    steps(0, 2)
+    facts = [engine.mocte.export(root / "dense")]
+    engine.mocte.emerge(0)
+    steps(2, 4)
+    before = torch.get_rng_state()
+    facts.append(engine.mocte.export(root / "live"))
+    drawn.append(torch.equal(before, torch.get_rng_state()))
+    engine.save_checkpoint(root / "checkpoints", client_state={"model": "a name of my own"})
+    said = []
+    for how in ({"folder": root / "mine"}, {"folder": root / "other", "dtype": "int3"}, {"folder": "/proc/x/y"}):
+        try:
+            engine.mocte.export(**how)
+        except MocteError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(input_ids=runs.batch(9, 0)[0]).logits
+    engine.train()
+    steps(4, 5)
+    return {"facts": facts, "logits": logits.numpy(), "said": said, "drawn": drawn}
+
+
+@torch.no_grad()
+def test_two_ranks_export_the_experts_of_both(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    first, second = spawn(train_and_export, 2, str(tmp_path), timeout=180, deepspeed=True)
+    assert first["facts"] == second["facts"] and first["said"] == second["said"] and first["drawn"] == [True]
+    dense, live = first["facts"]
+    assert dense["architecture"] == "LlamaForCausalLM" and dense["experts_compared"] == 0
+    assert live["architecture"] == "MocteBlocksForCausalLM" and live["experts_compared"] == 4
+    assert max(dense["logit_difference"], live["logit_difference"]) < 1e-5
+    ours, dtype, nowhere = first["said"]
+    assert ours.startswith("NotOurs") and (tmp_path / "mine" / "thesis.txt").exists()
+    assert dtype.startswith("ConfigError: dtype = 'int3'") and "/proc/x/y" in nowhere
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", trust_remote_code=False)).__name__ == (
+        "LlamaForCausalLM"
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "live", dtype=torch.float32).eval()
+    found = model(runs.batch(9, 0)[0], use_cache=False).logits
+    for rank in (first, second):
+        expected = torch.from_numpy(rank["logits"])
+        torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    # The tool makes the same of the checkpoint, also of one for another number of ranks.
+    reshape(tmp_path / "checkpoints", tmp_path / "one", world_size=1, ep_size=1)
+    for name in ("checkpoints", "one"):
+        assert read_state(tmp_path / name, "global_step4", None, None)["base"]["model_type"] == "llama"
+        facts = export(tmp_path / name, tmp_path / f"from {name}")
+        assert {**live, "peak_bytes": 0}.items() <= {**facts, "peak_bytes": 0}.items()
+        weights = [load_file(tmp_path / n / "model.safetensors") for n in ("live", f"from {name}")]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    sums = json.loads((tmp_path / "live" / "checksums.json").read_text())
+    assert set(sums["tensors"]) == set(weights[0]) and "keys_mocte.py" in sums["files"]
+    try:
+        load_model(tmp_path / "one")
+    except CheckpointError as error:
+        assert "LlamaForCausalLM that a script of its own has trained" in str(error)
+    else:
+        raise AssertionError("the decoder of launch/pretrain.py is not there")

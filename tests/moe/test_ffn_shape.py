@@ -1,0 +1,112 @@
+"""FFNs of transformers' architectures are found by shape, cut into banks, narrowed, and taken apart in closed form."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.t5.configuration_t5 import T5Config
+from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
+
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller.birth import copy_dense_weights
+from mocte_ds.moe import BlockMode, attach
+from mocte_ds.moe.ffn_shape import FFNShape, ffn_shape
+from mocte_ds.trainability.forms import known_ffn
+
+D, F, V = 16, 24, 40
+IDS = torch.randint(3, V, (2, 10), generator=torch.Generator().manual_seed(0))
+SIZES = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": V, "use_cache": False}
+LLAMA = {**SIZES, "intermediate_size": F, "num_key_value_heads": 2, "head_dim": 8}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GATED = FFNShape(("gate_proj", "up_proj"), "down_proj", D, F)
+FUSED = FFNShape(("gate_up_proj",), "down_proj", D, F, fused=True)
+NEOX = FFNShape(("dense_h_to_4h",), "dense_4h_to_h", D, F)
+
+
+@dataclass(frozen=True)
+class Case:
+    values: dict[str, Any]
+    modules: str
+    shape: FFNShape
+
+
+CASES = {
+    "llama": Case(LLAMA, "model.layers.*.mlp", GATED),
+    "qwen3": Case(LLAMA, "model.layers.*.mlp", GATED),
+    "gemma3_text": Case(LLAMA, "model.layers.*.mlp", GATED),
+    "phi3": Case({**LLAMA, **TOKENS}, "model.layers.*.mlp", FUSED),
+    "glm4": Case({**LLAMA, **TOKENS}, "model.layers.*.mlp", FUSED),
+    "gpt_neox": Case({**SIZES, "intermediate_size": F}, "gpt_neox.layers.*.mlp", NEOX),
+    "falcon": Case({**SIZES, "num_attention_heads": 4, "ffn_hidden_size": F}, "transformer.h.*.mlp", NEOX),
+    "phi": Case({**SIZES, "intermediate_size": F}, "model.layers.*.mlp", FFNShape(("fc1",), "fc2", D, F)),
+    "gpt2": Case(
+        {"n_embd": D, "n_inner": F, "n_layer": 2, "n_head": 2, "vocab_size": V, "use_cache": False},
+        "transformer.h.*.mlp",
+        FFNShape(("c_fc",), "c_proj", D, F),
+    ),
+}
+
+
+def model(name: str) -> nn.Module:
+    """A small model with random weights, biases among them."""
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **CASES[name].values)).eval()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shape_and_closed_form(name: str) -> None:
+    case, made = CASES[name], model(name)
+    found = [path for path, module in made.named_modules() if ffn_shape(module) is not None]
+    assert found == [case.modules.replace("*", str(number)) for number in range(2)]
+    ffn = made.get_submodule(found[0])
+    assert ffn_shape(ffn) == case.shape
+    assert known_ffn(ffn, torch.randn(5, D)) is not None
+
+
+@pytest.mark.parametrize("kind", ["ffn", "lora"])
+@pytest.mark.parametrize("name", CASES)
+def test_two_banks_keep_the_function(name: str, kind: str) -> None:
+    made = model(name)
+    before = made(input_ids=IDS).logits
+    banks = [{"kind": "token"}, {"kind": "hash"}]
+    config = {"modules": CASES[name].modules, "num_experts": 4, "expert": {"kind": kind}, "banks": banks}
+    blocks = attach(made, MocteConfig.from_dict(config))
+    assert [block.layer for block in blocks] == [0, 1]
+    for block in blocks:
+        block.banks[0].gate.key.set(torch.randn(4, D), torch.zeros(4))
+        block.banks[1].gate.key.set(torch.arange(V) % 4)
+        if kind == "ffn":
+            copy_dense_weights(block)
+        block.mode = BlockMode.SPECIALISING
+        assert ffn_shape(block.banks[1].local_experts[0]).width == (F // 2 if kind == "ffn" else F // 8)
+    after = made(input_ids=IDS).logits
+    assert blocks[0].banks[1].deepspeed_moe.exp_counts.count_nonzero() > 1
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def square() -> nn.Module:
+    """d = f: the matrix that was registered last writes the output."""
+    return nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (square, FFNShape(("0",), "2", D, D)),
+        (lambda: T5DenseActDense(T5Config(d_model=D, d_ff=F)), FFNShape(("wi",), "wo", D, F)),
+        (lambda: T5DenseGatedActDense(T5Config(d_model=D, d_ff=F)), FFNShape(("wi_0", "wi_1"), "wo", D, F)),
+        (lambda: nn.Linear(D, D), None),
+        (lambda: nn.Sequential(nn.Linear(D, F), nn.Linear(F, F), nn.Linear(F, D)), None),
+        (lambda: nn.Sequential(nn.Linear(D, F), nn.Embedding(V, F), nn.Linear(F, D)), None),
+        (lambda: nn.MultiheadAttention(D, 2), None),
+    ],
+)
+def test_other_modules(make: Callable[[], nn.Module], expected: FFNShape | None) -> None:
+    assert ffn_shape(make()) == expected
