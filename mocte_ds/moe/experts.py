@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.moe.ffn_shape import FORMS, Part, ffn_shape, first_matrix
+from mocte_ds.moe.ffn_shape import FORMS, Part, ffn_shape, first_matrix, gives_slice, is_additive
 from mocte_ds.remote_code.experts_mocte import in_out, resized
 
 
@@ -42,16 +42,18 @@ def make_expert(
         part: the bank's slice of an `ffn`; None: all of it.
 
     Raises:
-        ConfigError: a narrower expert of an FFN whose form is not known, or banks that do not divide its width.
+        ConfigError: a narrower expert of an FFN that cannot be cut by hidden units, or banks that do not divide its
+            width.
     """
     expert, part = copy.deepcopy(ffn), part or Part()
     if kind == "ffn" and part.count == 1:
         return expert
     shape = ffn_shape(ffn)
     if shape is None:
-        raise ConfigError(
-            f"mocte.expert.kind 'lora' and several banks cannot narrow {name} ({type(ffn).__name__}), whose linear "
-            f"layers have none of these forms: {FORMS}. Use kind 'ffn' and one bank."
+        raise _no_narrow(ffn, name, f"whose linear layers have none of these forms: {FORMS}")
+    if not is_additive(ffn, shape):
+        raise _no_narrow(
+            ffn, name, "whose hidden units do not each add a part of their own (a norm or a residual inside?)"
         )
     if kind == "ffn":
         if shape.width % part.count:
@@ -68,9 +70,18 @@ def make_expert(
     expert.set_submodule(shape.output, output)
     if kind == "ffn":
         copy_slice(ffn, expert, part)
+        if not gives_slice(ffn, shape, expert, part):
+            raise _no_narrow(ffn, name, "whose linear layers compute something else than torch's with fewer outputs")
     else:
         draw_bypass(expert, 0)
     return expert
+
+
+def _no_narrow(ffn: nn.Module, name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"mocte.expert.kind 'lora' and several banks cannot narrow {name} ({type(ffn).__name__}), {reason}. Use kind "
+        "'ffn' and one bank."
+    )
 
 
 @torch.no_grad()

@@ -35,17 +35,19 @@ def ffn_shape(ffn: nn.Module, any_output: bool = False) -> FFNShape | None:
 
     Args:
         ffn: any module; its matrices may be nn.Linear or transformers' Conv1D (whose weight is stored transposed), at
-            any depth. No other weight with two dimensions or more may be in it. Where d = f, the matrix that was
-            registered last is the output.
+            any depth. No other parameters may be in it. Where d = f, the matrix that was registered last is taken for
+            the output; :func:`is_additive` tells whether that is right.
         any_output: allow outputs of another width than the feature.
     """
     if is_matrix(ffn):
         return None  # a layer by itself
     matrices = {name: in_out(module) for name, module in ffn.named_modules() if is_matrix(module)}
     known = {id(p) for name in matrices for p in ffn.get_submodule(name).parameters()}
-    if len(matrices) not in (2, 3) or any(p.dim() > 1 and id(p) not in known for p in ffn.parameters()):
+    if len(matrices) not in (2, 3) or any(id(p) not in known for p in ffn.parameters()):
         return None
-    return next((s for s in _fitting(matrices) if any_output or matrices[s.output][1] == s.hidden_size), None)
+    shapes = [s for s in _fitting(matrices) if any_output or matrices[s.output][1] == s.hidden_size]
+    # Two matrices d -> f -> d are f -> d -> f as well: one of the two cannot be called.
+    return next((s for s in shapes if len(shapes) == 1 or _takes(ffn, s.hidden_size)), None)
 
 
 def _fitting(matrices: dict[str, tuple[int, int]]) -> Iterator[FFNShape]:
@@ -58,6 +60,97 @@ def _fitting(matrices: dict[str, tuple[int, int]]) -> Iterator[FFNShape]:
             yield FFNShape(inputs, output, hidden_size, width)
         elif len(inputs) == 1 and matrices[inputs[0]][1] == 2 * width:
             yield FFNShape(inputs, output, hidden_size, width, fused=True)
+
+
+def _takes(ffn: nn.Module, hidden_size: int) -> bool:
+    """Whether a module can be called with features of a width; nothing is computed."""
+    tensors = [*ffn.named_parameters(), *ffn.named_buffers()]
+    nowhere = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    dtype = next(ffn.parameters()).dtype
+    try:
+        torch.func.functional_call(ffn, nowhere, (torch.empty(1, hidden_size, dtype=dtype, device="meta"),))
+    except Exception:  # whatever a user's module raises
+        return False
+    return True
+
+
+def is_additive(ffn: nn.Module, shape: FFNShape) -> bool:
+    """Whether each hidden unit adds its own part to the output, so that an FFN may be cut into slices and narrowed.
+
+    A shape says nothing of the function: a residual or a norm inside, or gates and values that lie in another order,
+    would give slices that do not add up, without an error. So the FFN is called on a few rows: without its matrices it
+    must give zero, and its two halves must add up to it. Weights that are not here (on the meta device) pass.
+    """
+    if _is_elsewhere(ffn):
+        return True
+    whole, nothing = _units(shape, 0, shape.width), _units(shape, 0, 0)
+    half = (shape.width + 1) // 2
+    parts = (
+        (whole, True),
+        (nothing, False),
+        (_units(shape, 0, half), True),
+        (_units(shape, half, shape.width), False),
+    )
+    outputs = [_with_units(ffn, shape, units, bias) for units, bias in parts]
+    known = [output for output in outputs if output is not None]
+    if len(known) < len(outputs):
+        return False
+    return not bool(known[1].any()) and _close(known[2] + known[3], known[0])
+
+
+def gives_slice(ffn: nn.Module, shape: FFNShape, expert: nn.Module, part: "Part") -> bool:
+    """Whether an expert computes what its slice of the FFN's hidden units computes; for an FFN that is additive."""
+    if _is_elsewhere(ffn):
+        return True
+    width = shape.width // part.count
+    expected = _with_units(ffn, shape, _units(shape, part.number * width, (part.number + 1) * width), part.number == 0)
+    found = _output(expert, dict(expert.named_parameters()), shape)
+    return expected is not None and found is not None and _close(found, expected)
+
+
+def _is_elsewhere(ffn: nn.Module) -> bool:
+    return any(p.device.type == "meta" or not p.numel() for p in ffn.parameters())
+
+
+def _units(shape: FFNShape, start: int, end: int) -> Tensor:
+    units = torch.arange(shape.width)
+    return (units >= start) & (units < end)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _with_units(ffn: nn.Module, shape: FFNShape, units: Tensor, bias: bool) -> Tensor | None:
+    """The FFN's outputs on a few rows with zeros for all hidden units but some, and for the output's bias if asked."""
+    values = dict(ffn.named_parameters())
+    for path in (*shape.inputs, shape.output):
+        keep = units.repeat(2) if shape.fused and path != shape.output else units
+        weight, old = values[f"{path}.weight"], values.get(f"{path}.bias")
+        along_rows = isinstance(ffn.get_submodule(path), nn.Linear) != (path == shape.output)
+        keep = keep.to(weight)
+        values[f"{path}.weight"] = weight * (keep[:, None] if along_rows else keep)
+        if old is not None:
+            values[f"{path}.bias"] = old * bias if path == shape.output else old * keep
+    return _output(ffn, values, shape)
+
+
+@torch.no_grad()
+def _output(module: nn.Module, values: dict[str, Tensor], shape: FFNShape) -> Tensor | None:
+    """Outputs on a few rows in evaluation mode; None where the module cannot be called so."""
+    like = next(iter(values.values()))
+    rows = torch.randn(4, shape.hidden_size, generator=torch.Generator().manual_seed(0)).to(like)
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        outputs = torch.func.functional_call(module, values, (rows,))
+    except Exception:  # whatever a user's module raises
+        return None
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def first_matrix(module: nn.Module) -> nn.Module | None:

@@ -13,8 +13,10 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActD
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights
+from mocte_ds.errors import ConfigError
 from mocte_ds.moe import BlockMode, attach
-from mocte_ds.moe.ffn_shape import FFNShape, ffn_shape
+from mocte_ds.moe.experts import feature_size, make_expert
+from mocte_ds.moe.ffn_shape import FFNShape, Part, ffn_shape
 from mocte_ds.trainability.forms import known_ffn
 
 D, F, V = 16, 24, 40
@@ -110,3 +112,83 @@ def square() -> nn.Module:
 )
 def test_other_modules(make: Callable[[], nn.Module], expected: FFNShape | None) -> None:
     assert ffn_shape(make()) == expected
+
+
+class Swapped(nn.Module):
+    """The output was registered first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(F, D), nn.Linear(D, F)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+class Around(nn.Module):
+    """An FFN with something around or inside it, which its shape does not tell."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.w1, self.w2 = what, nn.Linear(D, F), nn.Linear(F if what != "interleaved" else F // 2, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.w1(x)
+        if self.what == "interleaved":
+            h = h[..., ::2] * h[..., 1::2].sigmoid()
+        elif self.what == "norm inside":
+            h = nn.functional.layer_norm(h.relu(), h.shape[-1:])
+        y = self.w2(h)
+        return x + y if self.what == "residual" else y.softmax(-1) if self.what == "softmax" else y
+
+
+class Doubling(nn.Linear):
+    """Not the product that its class promises."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class MetaNames(nn.Module):
+    """w1 and w3 read the feature, w2 in between writes the output; with d = f shapes do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = (nn.Linear(D, D, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+def test_the_order_of_registration_does_not_matter_where_shapes_tell() -> None:
+    assert ffn_shape(Swapped()) == FFNShape(("up",), "down", D, F)
+    assert feature_size(Swapped(), "ffn") == D
+
+
+@pytest.mark.parametrize("kind", ["ffn", "lora"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda what=what: Around(what) for what in ("residual", "norm inside", "interleaved", "softmax")),
+        MetaNames,
+        lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, F), nn.GELU(), nn.Linear(F, D)),
+        lambda: nn.Sequential(nn.Linear(D, F), nn.GELU(), nn.Linear(F, D), nn.LayerNorm(D)),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_by_name(make: Callable[[], nn.Module], kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot narrow layers.0.mlp .*Use kind 'ffn' and one bank"):
+        make_expert(make(), kind, 2 if kind == "lora" else None, 4, "layers.0.mlp", Part(0, 2))
+    expert = make_expert(ffn := make(), "ffn", None, 4, "layers.0.mlp")
+    x = torch.randn(3, D)
+    assert torch.equal(expert(x), ffn(x)), "a whole copy is right for any module"
+
+
+def test_linear_layers_of_another_kind_have_no_slices() -> None:
+    ffn = nn.Sequential(Doubling(D, F), nn.ReLU(), Doubling(F, D))
+    with pytest.raises(ConfigError, match="compute something else than torch's"):
+        make_expert(ffn, "ffn", None, 4, "mlp", Part(1, 2))
+
+
+def test_without_weights_nothing_is_called() -> None:
+    with torch.device("meta"):
+        make_expert(Around("residual"), "lora", 2, 4, "mlp")
