@@ -92,7 +92,7 @@ def make_config(base: dict[str, Any], where: object) -> Any:
             "does not know; register its config and class with AutoConfig and AutoModelForCausalLM first."
         )
     try:
-        return CONFIG_MAPPING[kind].from_dict(_with_floats(base["config"]))
+        return CONFIG_MAPPING[kind].from_dict(with_floats(base["config"]))
     except Exception as error:  # transformers raise many types for values that they do not take
         raise CheckpointError(f"{where}: transformers refuse the config of its {kind}: {str(error)[:300]}") from error
 
@@ -126,13 +126,13 @@ def make_model(base: dict[str, Any], where: object) -> nn.Module:
     return model
 
 
-def _with_floats(value: Any) -> Any:
+def with_floats(value: Any) -> Any:
     """Values with the infinite numbers that transformers write as texts."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
-        return {key: _with_floats(item) for key, item in value.items()}
-    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+        return {key: with_floats(item) for key, item in value.items()}
+    return [with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _plain(config: Any, what: str) -> dict[str, Any]:

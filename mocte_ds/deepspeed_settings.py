@@ -10,7 +10,7 @@ from mocte_ds.plain_values import require_plain
 from mocte_ds.shown import name_shown, nearest, shown
 
 _SECTIONS = (
-    "activation_checkpointing amp bf16 checkpoint comms_logger csv_monitor data_types flops_profiler fp16 "
+    "activation_checkpointing bf16 checkpoint comms_logger csv_monitor data_types flops_profiler fp16 "
     "mocte optimizer scheduler tensorboard torch_autocast wandb zero_optimization"
 ).split()
 # DeepSpeed passes over a key that it does not know without a word.
@@ -19,7 +19,7 @@ _KNOWN = [
     *(
         "aio comet communication_data_type dataloader_drop_last disable_allgather disable_python_gc dump_state "
         "gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor log_level "
-        "memory_breakdown prescale_gradients seed sparse_gradients steps_per_print timers train_batch_size "
+        "memory_breakdown prescale_gradients seed steps_per_print timers train_batch_size "
         "train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown "
         "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer"
     ).split(),
@@ -44,6 +44,8 @@ _UNSUPPORTED = {
     "datastates_ckpt": "checkpoints are written by mocte.checkpoint; remove it",
     "nebula": f"{_REMOVED}; checkpoints are written by mocte.checkpoint",
     "elasticity": f"{_REMOVED}; set train_batch_size and its parts",
+    "amp": f"{_REMOVED}; use bf16, fp16 or torch_autocast",
+    "sparse_gradients": _REMOVED,
     "quantize_training": _REMOVED,
     "eigenvalue": _REMOVED,
     "sparse_attention": _REMOVED,
@@ -51,7 +53,7 @@ _UNSUPPORTED = {
     "curriculum_learning": _REMOVED,
     "progressive_layer_drop": _REMOVED,
 }
-_SWITCHES = ("bf16", "fp16", "tensorboard", "torch_autocast", "amp", "wandb", "csv_monitor", "flops_profiler")
+_SWITCHES = ("bf16", "fp16", "tensorboard", "torch_autocast", "wandb", "csv_monitor", "flops_profiler")
 _LINES = 12
 
 
@@ -73,8 +75,7 @@ def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed co
             raise ConfigError(f"{where}: the key {name_shown(key)} must be a text.")
     kept = {key: value for key, value in settings.items() if not (value is None and key in (*_SECTIONS, *_UNSUPPORTED))}
     for key, value in list(kept.items()):
-        if key in _UNSUPPORTED and (value == {} or value is False or (value == 1 and value is not True)):
-            # It says that it is not used.
+        if key in _UNSUPPORTED and _is_unused(value):
             del kept[key]
         elif key in _UNSUPPORTED:
             raise ConfigError(f"{where}: {key} = {shown(value)} is not supported: {_UNSUPPORTED[key]}.")
@@ -103,6 +104,13 @@ def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed co
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{where}: zero_optimization.stage = {shown(stage)} must be 0, 1, 2 or 3.")
     return copy.deepcopy(kept)
+
+
+def _is_unused(value: Any) -> bool:
+    """Whether the value of a key that is not supported says that it is not used."""
+    if isinstance(value, Mapping):
+        return value.get("enabled") is False or all(_is_unused(inner) for inner in value.values())
+    return value is None or value is False or (value is not True and value in (0, 1))
 
 
 def require_scheduler(settings: Mapping[str, Any], where: str = "the DeepSpeed config") -> None:

@@ -132,7 +132,14 @@ def _refuse_in_our_words(cls: Any) -> None:
 def _defaults_for_null(values: Any) -> Any:
     if values is None:
         return {}
-    return dict(values) if isinstance(values, Mapping) else values
+    return {key: _plain(value) for key, value in values.items()} if isinstance(values, Mapping) else values
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and mappings of a config that was written in Python, as a file would have them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if type(value) in (list, tuple) else value
 
 
 def _refusing(make: Callable[..., Any], cls: type) -> Callable[..., Any]:

@@ -74,3 +74,8 @@ def test_a_section_that_is_missing_a_key_says_what_belongs_there():
         MocteConfig.from_dict({})
     with pytest.raises(ConfigError, match=r"unknown key mocte.module .* Did you mean 'modules'\?"):
         MocteConfig.from_dict({"module": "m"})
+
+
+def test_tuples_of_a_config_written_in_python() -> None:
+    config = MocteConfig.from_dict({"modules": ("a.*", "b.*"), "banks": ({"kind": "token"}, {"kind": "hash"})})
+    assert config.modules == ["a.*", "b.*"] and [router.kind for router in config.routers] == ["token", "hash"]

@@ -65,7 +65,8 @@ def test_keys_that_would_be_passed_over(settings: dict[str, Any], told: str) -> 
 
 
 def test_what_says_that_it_is_not_used_is_left_out() -> None:
-    settings = {"tensor_parallel": None, "sequence_parallel_size": 1, "pipeline": {}, "compile": False, "bf16": None}
+    settings = {"tensor_parallel": {"autotp_size": 0}, "sequence_parallel_size": 1, "pipeline": {"stages": 1}}
+    settings |= {"compile": False, "data_efficiency": {"enabled": False, "seed": 7}, "elasticity": None, "bf16": None}
     assert checked_settings({**settings, "steps_per_print": 5}) == {"steps_per_print": 5}
 
 

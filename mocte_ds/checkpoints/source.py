@@ -55,7 +55,7 @@ class Source:
         tensor = self._stored(name)
         if not tensor.is_floating_point():
             return tensor.clone()
-        if self.dtype in NARROW and ".gate." not in name:
+        if self.dtype in NARROW and ".deepspeed_moe.gate." not in name:
             tensor = tensor.to(NARROW[self.dtype])
         return tensor.to(torch.float32, copy=True)
 
@@ -64,9 +64,10 @@ class Source:
         raise NotImplementedError
 
     def stored_dtype(self) -> torch.dtype:
-        """What the first weight lies there as; gates may be more precise."""
-        name = next(name for name, like in self.model.state_dict().items() if like.is_floating_point())
-        return self._stored(name).dtype
+        """What the weights lie there as, gates apart, which may be more precise; fp32 where they differ."""
+        names = [name for name, like in self.model.state_dict().items() if like.is_floating_point()]
+        found = {self._stored(name).dtype for name in names if ".deepspeed_moe.gate." not in name}
+        return found.pop() if len(found) == 1 else torch.float32
 
     @property
     def base(self) -> dict[str, Any] | None:

@@ -23,7 +23,8 @@ def needs_labels(module: nn.Module) -> bool:
 def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], device: torch.device) -> None:
     """Call the model with one sequence of the first step, as a check will (collective).
 
-    A set that was given, or comes from a checkpoint, is not tried.
+    A set that was given, or comes from a checkpoint, is not tried. Each rank tries a sequence of its own; one that
+    fails inside of a collective of the model itself (ZeRO stage 3) leaves the others waiting there.
 
     Raises:
         MocteError: it fails on any rank, on all of them; with its reason and what to do.
@@ -42,10 +43,10 @@ def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], de
         fits = isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
         return value[:1] if fits else value
 
-    one = ProbeSet(1, None)
-    one.load_state_dict(cut(state))
     failure: Exception | None = None
     try:
+        one = ProbeSet(1, None)
+        one.load_state_dict(cut(state))
         one.read(module, blocks, device)
     except Exception as error:  # whatever a user's model raises
         failure = error

@@ -17,7 +17,9 @@ def forget_shared_memory() -> None:
     name holds the user, the address and port of the run's rendezvous, and the rank, so that it is this process's own.
     The ranks keep what they have mapped; hence the barrier, after which all of them have.
     """
-    if not dist.is_initialized() or dist.get_world_size() != int(os.environ.get("LOCAL_SIZE") or 0):
+    if not dist.is_initialized() or dist.get_backend() == "nccl":
+        return
+    if dist.get_world_size() != int(os.environ.get("LOCAL_SIZE") or 0):
         return
     dist.barrier()
     address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))

@@ -46,8 +46,11 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
 
 def stack_of(model: nn.Module, block: Block) -> tuple[str, nn.ModuleList] | None:
     """Path and members of the outermost list of modules that a block lies in, which is the model's layers; or None."""
-    lists = ((path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList))
-    return next(((path, part) for path, part in lists if holds(part, block)), None)
+    for path, part in model.named_modules():
+        # By its path too: a model may have a second list of some of its layers.
+        if isinstance(part, nn.ModuleList) and block.name.startswith(f"{path}.") and holds(part, block):
+            return path, part
+    return None
 
 
 def layer_number(model: nn.Module, block: Block) -> int | None:

@@ -102,18 +102,21 @@ def run_lock(folder: Path) -> Iterator[RunLock]:
 
 
 def require_idle(folder: Path) -> None:
-    """Refuse a folder, before it is removed, in which a run of this host is going on, or in a folder directly in it.
+    """Refuse a folder, before it is removed, in which a run of this host is going on, or in a folder in it.
 
     Raises:
         MocteError: names the process.
     """
-    for path in (folder / LOCK_FILE, *folder.glob(f"*/{LOCK_FILE}")):
+    for path in sorted(folder.rglob(LOCK_FILE)):
         # What cannot be opened is no run's lock, and not every file system has locks.
         with contextlib.suppress(OSError), open(path, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise _refusal(_holder(file.fileno()), path.parent) from None
+                holder = _name(_holder(file.fileno()))
+                raise MocteError(
+                    f"a run is going on in {path.parent}: {holder}. Nothing was removed; stop it first."
+                ) from None
 
 
 def _taken(folder: Path) -> int:

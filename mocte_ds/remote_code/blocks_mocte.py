@@ -1,5 +1,6 @@
 """The block that stands for a dense FFN in an exported model; needs torch alone."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +17,25 @@ from .tokens_mocte import RoutingError
 
 
 class Running:
-    """The call that a model is in; one object is shared by all of its blocks."""
+    """The call that a model is in, for each thread that calls it; one object is shared by all of its blocks."""
 
-    call: Call | None = None
-    """None: the model is not called."""
+    def __init__(self) -> None:
+        self._calls = threading.local()
+
+    @property
+    def call(self) -> Call | None:
+        """None: this thread does not call the model."""
+        return getattr(self._calls, "call", None)
+
+    @call.setter
+    def call(self, call: Call | None) -> None:
+        self._calls.call = call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copied or pickled model is in no call
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._calls = threading.local()
 
 
 class MocteBank(nn.Module):

@@ -76,6 +76,13 @@ class MocteBlocksConfig(PretrainedConfig):
 
 
 def _require_known(block: dict[str, Any]) -> None:
+    try:
+        _require_possible(block)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a block of the config is damaged ({type(error).__name__}: {error}): {block}") from error
+
+
+def _require_possible(block: dict[str, Any]) -> None:
     name = block.get("module")
     if block.get("kind") not in ("ffn", "lora"):
         raise ValueError(f"the block {name} is of the kind {block.get('kind')!r}, not 'ffn' or 'lora'.")

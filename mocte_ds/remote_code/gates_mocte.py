@@ -93,5 +93,6 @@ class Gate(nn.Module):
         ]
         super()._apply(fn, recurse)
         for buffers, name, buffer in kept:
-            buffers[name] = buffer.to(buffers[name].device)
+            now = buffers[name].device
+            buffers[name] = torch.empty_like(buffer, device=now) if buffer.is_meta else buffer.to(now)
         return self

@@ -225,14 +225,12 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
                 f"{path}: unknown section '{name_shown(name)}' (value {shown(values[name])}).{nearest(name, allowed)} "
                 f"Allowed: {', '.join(sorted(allowed))}."
             )
-    model, init = _model(values.get("model"))
     sections: dict[str, Any] = {name: values.get(name) for name in ("data", "training", "evaluation")}
-    return RunConfig(
-        model=model,
-        **sections,
-        deepspeed=_deepspeed(values.get("deepspeed")),
-        init=init,
-    )
+    try:
+        model, init = _model(values.get("model"))
+        return RunConfig(model=model, **sections, deepspeed=_deepspeed(values.get("deepspeed")), init=init)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _model(values: Any) -> tuple[DecoderConfig, str | None]:

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -12,6 +14,8 @@ from mocte_ds.checkpoints.load import read_state
 from mocte_ds.checkpoints.model import load_model
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.convert.hf.export import export
+from mocte_ds.convert.hf.running import _require_as_made
+from mocte_ds.convert.hf.trained import tensor_of
 from mocte_ds.errors import CheckpointError
 from tests.engine import runs
 from tests.spawn import spawn
@@ -96,3 +100,26 @@ def test_two_ranks_export_the_experts_of_both(tmp_path: Path) -> None:
         assert "LlamaForCausalLM that a script of its own has trained" in str(error)
     else:
         raise AssertionError("the decoder of launch/pretrain.py is not there")
+
+
+def test_a_part_that_was_replaced_is_named() -> None:
+    """The folder is made of the config, and would compute something else without a word."""
+    model, made = runs.model(), runs.model()
+    _require_as_made(model, made)
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(
+        CheckpointError, match=r"model.layers.1.mlp.act_fn is ReLU\(\) in the model that trains, and SiLU"
+    ):
+        _require_as_made(model, made)
+    model.model.layers[1].mlp.act_fn = made.model.layers[1].mlp.act_fn
+    model.model.norm.variance_epsilon = 0.5
+    with pytest.raises(CheckpointError, match="model.norm is LlamaRMSNorm.*0.5"):
+        _require_as_made(model, made)
+
+
+def test_only_our_own_gates_stay_precise() -> None:
+    """A base model may have gates of its own."""
+    source: Any = SimpleNamespace(read=lambda name: torch.ones(2), dtype="bf16")
+    assert tensor_of(source, "model.layers.1.mlp.gate.weight").dtype == torch.bfloat16
+    ours = "model.layers.0.mlp.banks.0.deepspeed_moe.gate.key.cluster_weight"
+    assert tensor_of(source, ours).dtype == torch.float32

@@ -74,7 +74,7 @@ def test_a_folder_is_not_removed_under_a_run(tmp_path: Path) -> None:
     child = holding(run, lambda: time.sleep(60))
     try:
         for folder in (run, run.parent):
-            with pytest.raises(MocteError, match=f"another process runs in .*: process {child} on"):
+            with pytest.raises(MocteError, match=f"a run is going on in .*: process {child} on .* Nothing was removed"):
                 remove_by_command([str(folder)])
         assert (run / "run.json").is_file()
     finally:

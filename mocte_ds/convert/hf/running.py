@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mocte_ds.base_model import base_facts, require_base
 from mocte_ds.dist.collectives import from_rank_zero, world
 from mocte_ds.errors import CheckpointError, ConfigError, MocteError
@@ -29,7 +31,11 @@ def export_run(
         Facts, as there, on all ranks.
 
     Raises:
-        CheckpointError, ConfigError: as there, on all ranks; the run can go on.
+        CheckpointError, ConfigError: as there, on all ranks; the run can go on. Or a part of the model was replaced
+            after it was made.
+
+    Note:
+        The other ranks wait for rank zero in a collective, at most as long as the process group's time-out.
     """
     try:  # importing mocte_ds must not import transformers, nor need what only conversions need
         from mocte_ds.convert.hf.export import TOOL, export_trained
@@ -51,11 +57,35 @@ def export_run(
     if weights is not None:
         try:
             source = GatheredSource(weights, base, engine.mocte.run.state_dict())
+            _require_as_made(engine.module, source.model)
             facts = export_trained(source, out, dtype, tokenizer, choice=choice)
         except Exception as error:  # the other ranks must not wait for ever
             failure = error
     _agree(failure)
     return from_rank_zero(facts)
+
+
+def _require_as_made(model: nn.Module, made: nn.Module) -> None:
+    """Refuse a model of which a part was replaced after it was made: the folder would compute something else.
+
+    Args:
+        model: that trains.
+        made: of the same config, on the meta device.
+    """
+    found, expected = _parts(model), _parts(made)
+    for name in {**found, **expected}:
+        if found.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"{name} is {found.get(name, 'missing')} in the model that trains, and "
+                f"{expected.get(name, 'missing')} in one that is made of its config. A model that was changed after it "
+                "was made cannot be exported; say the same in its config, or register a class of your own."
+            )
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """Class and settings of each module, experts apart: each rank has its own."""
+    parts = ((name, part) for name, part in model.named_modules() if ".banks" not in name)
+    return {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in parts}
 
 
 def _agree(failure: Exception | None) -> None:

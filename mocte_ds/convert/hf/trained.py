@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocte_ds.base_model import make_config
+from mocte_ds.base_model import make_config, with_floats
 from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
 from mocte_ds.convert.hf.shards import SHARD_BYTES
 from mocte_ds.errors import CheckpointError
@@ -100,7 +100,7 @@ def choose_target(source: Source, choice: str) -> Target:
         if strange := [bank.gate.router.kind for bank in block.banks if bank.gate.router.kind not in KINDS]:
             raise CheckpointError(
                 f"router.kind '{strange[0]}' is a key of your own, and the exported class has {', '.join(KINDS)}; "
-                "load the checkpoint with mocte_ds.initialize in a script that registers it."
+                "a model with it cannot be exported. Its checkpoints train and run in scripts that register it."
             )
     own = choice == "own" or bool(emerged)
     prefix, names = _BASE if own else "", {}
@@ -133,7 +133,7 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
         model.tie_weights()
         generation = (source.base or {}).get("generation")
         if generation is not None and model.can_generate():
-            model.generation_config = type(model.generation_config).from_dict(generation)
+            model.generation_config = type(model.generation_config).from_dict(with_floats(generation))
         model.save_pretrained(folder, max_shard_size=shard_bytes)
         return sum(parameter.numel() for parameter in model.parameters())
 
@@ -161,7 +161,7 @@ def trained_model(source: Source) -> nn.Module:
 def tensor_of(source: Source, name: str) -> Tensor:
     """One of our tensors as it is stored: gates, and integers, as they are, everything else in the source's dtype."""
     tensor = source.read(name)
-    narrow = tensor.is_floating_point() and _GATE not in name
+    narrow = tensor.is_floating_point() and ".deepspeed_moe.gate." not in name
     return tensor.to(NARROW[source.dtype]) if narrow and source.dtype in NARROW else tensor
 
 

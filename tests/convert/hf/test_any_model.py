@@ -1,9 +1,12 @@
 """Models of any architecture of transformers, with experts: the folder computes and generates what trained."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from mocte_ds.convert.hf.export import export_trained
 from mocte_ds.convert.hf.trained import GatheredSource, trained_model
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe import Block
+from mocte_ds.remote_code.blocks_mocte import Running
+from mocte_ds.remote_code.calls_mocte import Call
 from mocte_ds.remote_code.modeling_blocks_mocte import MocteBlocksForCausalLM
 from mocte_ds.remote_code.tokens_mocte import RoutingError, RoutingState, Tokens
 from tests.checkpoints import tiny
@@ -304,3 +309,15 @@ def test_refusals(exports: dict[str, Exported], tmp_path: Path) -> None:
     with raises(CheckpointError, match="holds a Mine; only causal language models"):
         source_of(made("llama"), {**base, "architecture": "Mine"}, LAYERS)
     assert not (tmp_path / "out").exists() and isinstance(case.ours.model.layers[0].mlp, Block)
+
+
+def test_each_thread_is_in_a_call_of_its_own() -> None:
+    """Two requests of a server that are computed at the same time."""
+    running, seen = Running(), []
+    running.call = mine = Call()
+    thread = threading.Thread(target=lambda: seen.append(running.call))
+    thread.start()
+    thread.join()
+    assert seen == [None] and running.call is mine
+    first, second = copy.deepcopy([running, running])
+    assert first is second and first.call is None and pickle.loads(pickle.dumps(running)).call is None
