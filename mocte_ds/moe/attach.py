@@ -37,6 +37,7 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
     blocks = []
     for name in names:
         ffn = model.get_submodule(name)
+        _require_one_argument(ffn, name)
         block = Block(name, ffn, config, context, vocab_size).train(ffn.training)
         model.set_submodule(name, block)
         block.layer = layer_number(model, block)
@@ -93,6 +94,18 @@ def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:
         if outer:
             raise ConfigError(f"mocte.modules matches '{name}' inside of '{outer[0]}'; name only one of them.")
     return [name for name in all_names if name in found]
+
+
+def _require_one_argument(ffn: nn.Module, name: str) -> None:
+    """Refuse an FFN that reads something beside the feature, e.g. the residual as in BLOOM, before its first step."""
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(ffn.forward).parameters.values()
+    needed = [p.name for p in parameters if p.kind in named and p.default is p.empty]
+    if len(needed) > 1:
+        raise ConfigError(
+            f"mocte.modules matches {name} ({type(ffn).__name__}), whose forward needs {', '.join(needed)}; a block "
+            "gives its FFN the feature alone. Name a module inside of it that reads nothing else."
+        )
 
 
 def _require_one_stream(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from deepspeed.moe.layer import MoE
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights
@@ -112,6 +112,13 @@ def test_name_that_deepspeed_would_lose():
     model.expert_mlp = model.model.layers[0].mlp
     with pytest.raises(ConfigError, match="expert"):
         attach(model, MocteConfig.from_dict({"modules": "expert_mlp"}))
+
+
+def test_an_ffn_that_reads_something_else_is_refused():
+    values = {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **values))
+    with pytest.raises(ConfigError, match=r"h.0.mlp \(BloomMLP\), whose forward needs hidden_states, residual"):
+        attach(model, MocteConfig.from_dict({"modules": "transformer.h.*.mlp"}))
 
 
 def test_documents_of_a_packed_batch():
