@@ -66,8 +66,11 @@ class Source:
     def stored_dtype(self) -> torch.dtype:
         """What the weights lie there as, gates apart, which may be more precise; fp32 where they differ."""
         names = [name for name, like in self.model.state_dict().items() if like.is_floating_point()]
-        found = {self._stored(name).dtype for name in names if ".deepspeed_moe.gate." not in name}
+        found = {self._dtype(name) for name in names if ".deepspeed_moe.gate." not in name}
         return found.pop() if len(found) == 1 else torch.float32
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._stored(name).dtype
 
     @property
     def base(self) -> dict[str, Any] | None:
@@ -187,8 +190,10 @@ class StoredSource(Source):
     @property
     def kept_dtype(self) -> str:
         """What an export of it is stored as if nothing is said: an imported model as it came, a trained one in fp32."""
-        names = [name for name, dtype in NARROW.items() if dtype is self.stored_dtype()]
-        return names[0] if names and self.state["step"] == 0 else "fp32"
+        if self.state["step"] != 0:
+            return "fp32"
+        stored = self.stored_dtype()
+        return next((name for name, dtype in NARROW.items() if dtype is stored), "fp32")
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -204,6 +209,11 @@ class StoredSource(Source):
         tensor = self._open[1][name]
         self._read_bytes += tensor.nbytes
         return tensor
+
+    def _dtype(self, name: str) -> torch.dtype:
+        tensor = self._stored(name)
+        self._read_bytes -= tensor.nbytes  # none of its pages is read
+        return tensor.dtype
 
     def _find_experts(self) -> dict[str, str]:
         """The file of each expert's tensors.
