@@ -226,11 +226,8 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
                 f"Allowed: {', '.join(sorted(allowed))}."
             )
     sections: dict[str, Any] = {name: values.get(name) for name in ("data", "training", "evaluation")}
-    try:
-        model, init = _model(values.get("model"))
-        return RunConfig(model=model, **sections, deepspeed=_deepspeed(values.get("deepspeed")), init=init)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    model, init = _model(values.get("model"))
+    return RunConfig(model=model, **sections, deepspeed=_deepspeed(values.get("deepspeed")), init=init)
 
 
 def _model(values: Any) -> tuple[DecoderConfig, str | None]:
