@@ -20,6 +20,11 @@ EXPERT_PARAMETER = re.compile(r"(.+)\.banks\.(\d+)\.deepspeed_moe\.experts\.deep
 """Path of an expert's parameter: block, bank, number, and its name in the expert."""
 
 
+def is_gate(name: str) -> bool:
+    """Whether a tensor is part of one of our gates, which keep their precision; a base model may have gates too."""
+    return ".deepspeed_moe.gate." in name
+
+
 def expert_parameter(block: str, bank: int, number: int, name: str) -> str:
     """Path of an expert's parameter; what :data:`EXPERT_PARAMETER` takes apart."""
     return f"{block}.banks.{bank}.deepspeed_moe.experts.deepspeed_experts.{number}.{name}"

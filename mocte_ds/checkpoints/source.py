@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mocte_ds.base_model import make_model, require_base
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole
-from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, model_file
+from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, is_gate, model_file
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
 from mocte_ds.checkpoints.reshaping.written import require_experts
@@ -55,7 +55,7 @@ class Source:
         tensor = self._stored(name)
         if not tensor.is_floating_point():
             return tensor.clone()
-        if self.dtype in NARROW and ".deepspeed_moe.gate." not in name:
+        if self.dtype in NARROW and not is_gate(name):
             tensor = tensor.to(NARROW[self.dtype])
         return tensor.to(torch.float32, copy=True)
 
@@ -63,11 +63,11 @@ class Source:
         """A tensor as it lies there; not to be changed."""
         raise NotImplementedError
 
-    def stored_dtype(self) -> torch.dtype:
-        """What the weights lie there as, gates apart, which may be more precise; fp32 where they differ."""
+    def stored_dtype(self) -> str:
+        """What the weights lie there as, gates apart: `fp32` or one of NARROW; `fp32` where they differ."""
         names = [name for name, like in self.model.state_dict().items() if like.is_floating_point()]
-        found = {self._dtype(name) for name in names if ".deepspeed_moe.gate." not in name}
-        return found.pop() if len(found) == 1 else torch.float32
+        found = {self._dtype(name) for name in names if not is_gate(name)}
+        return next((name for name, kind in NARROW.items() if found == {kind}), "fp32")
 
     def _dtype(self, name: str) -> torch.dtype:
         return self._stored(name).dtype
@@ -190,10 +190,7 @@ class StoredSource(Source):
     @property
     def kept_dtype(self) -> str:
         """What an export of it is stored as if nothing is said: an imported model as it came, a trained one in fp32."""
-        if self.state["step"] != 0:
-            return "fp32"
-        stored = self.stored_dtype()
-        return next((name for name, dtype in NARROW.items() if dtype is stored), "fp32")
+        return self.stored_dtype() if self.state["step"] == 0 else "fp32"
 
     @property
     def checkpoint_bytes(self) -> int:

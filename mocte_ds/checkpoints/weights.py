@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mocte_ds.checkpoints.files import write_file
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE
+from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, is_gate
 from mocte_ds.checkpoints.outline import Outline, Stored
 from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.errors import CheckpointError
@@ -52,7 +52,7 @@ def tensors_of(source: Source) -> Tensors:
     """The weights of a source, in the dtypes of a training: where it rounds to bf16, all but gates and integers."""
     found: Tensors = {}
     for name, like in source.model.state_dict().items():
-        narrow = source.dtype in NARROW and like.is_floating_point() and ".gate." not in name
+        narrow = source.dtype in NARROW and like.is_floating_point() and not is_gate(name)
         dtype = NARROW[source.dtype] if narrow else torch.float32 if like.is_floating_point() else like.dtype
         found[name] = Made(dtype, tuple(like.shape), (), partial(_read, source, name, dtype))
     return found

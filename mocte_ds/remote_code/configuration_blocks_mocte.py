@@ -31,7 +31,7 @@ class MocteBlocksConfig(PretrainedConfig):
                 "vocab_size": entries of tables by token ids or None, "banks": one for each bank of experts: {"kind":
                 one of KINDS, "weight": one of WEIGHTS, "learn": bool, "top_k": experts a token, "normalise": whether
                 their weights are divided by their sum, "scale": factor of the weights}}.
-            document_end_id: token that ends a document; routers start anew after it.
+            document_end_id: token that ends a document; routing starts over after it.
             **kwargs: fields of every transformers config.
 
         Raises:

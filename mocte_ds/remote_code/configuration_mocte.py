@@ -80,7 +80,7 @@ class MocteLMConfig(PretrainedConfig):
             routers: one for each bank of experts: {"kind": one of KINDS, "weight": "hard", "softmax" or "sigmoid",
                 "learn": bool, "top_k": experts a token, "normalise": whether their weights are divided by their sum,
                 "scale": factor of the weights}.
-            document_end_id: token that ends a document; routers start anew behind it.
+            document_end_id: token that ends a document; routing starts over after it.
             use_cache: whether generation keeps keys and values.
             bos_token_id: begins a text.
             eos_token_id: ends a text.

@@ -48,7 +48,7 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """What the base model returns; arguments are the base model's (``cache`` is ``past_key_values``).
 
-        Where a document begins, routers start anew: after ``document_end_id``, where position_ids begin at 0 again, and
+        Routing starts over at each new document: after ``document_end_id``, where position_ids begin at 0 again, and
         as transformers' `cu_seq_lens_q` or `seq_idx` say.
 
         Raises:

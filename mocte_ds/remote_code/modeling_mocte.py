@@ -198,7 +198,7 @@ class MocteModel(MoctePreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, d); arguments as in every model of transformers (``cache`` is ``past_key_values``).
 
-        Where a document begins, routers start anew: after ``document_end_id``, where position_ids begin at 0 again, and
+        Routing starts over at each new document: after ``document_end_id``, where position_ids begin at 0 again, and
         as transformers' `cu_seq_lens_q` or `seq_idx` say. Attention does not read these.
 
         Raises:

@@ -128,9 +128,7 @@ def export_trained(
         raise ConfigError(
             f"dtype = {dtype!r}, class = {choice!r}: not one of {['fp32', *NARROW]} and of {list(CHOICES)}."
         )
-    stored = source.stored_dtype()
-    trained = next((name for name, kind in NARROW.items() if kind is stored), "fp32")
-    source.dtype, out = dtype or trained, Path(out)
+    source.dtype, out = dtype or source.stored_dtype(), Path(out)
     target = choose_target(source, choice)
     tokenizer = None if tokenizer_path is None else run_tokenizer(tokenizer_path, None, out)
     config = make_config(source.base or {}, out).get_text_config()

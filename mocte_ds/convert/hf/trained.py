@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.base_model import make_config, with_floats
+from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
 from mocte_ds.convert.hf.shards import SHARD_BYTES
 from mocte_ds.errors import CheckpointError
@@ -161,7 +162,7 @@ def trained_model(source: Source) -> nn.Module:
 def tensor_of(source: Source, name: str) -> Tensor:
     """One of our tensors as it is stored: gates, and integers, as they are, everything else in the source's dtype."""
     tensor = source.read(name)
-    narrow = tensor.is_floating_point() and ".deepspeed_moe.gate." not in name
+    narrow = tensor.is_floating_point() and not is_gate(name)
     return tensor.to(NARROW[source.dtype]) if narrow and source.dtype in NARROW else tensor
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mocte_ds.checkpoints.files import to_json
 from mocte_ds.checkpoints.manifest import require_whole
+from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import Source, empty_decoder
 from mocte_ds.convert.hf.shards import Entry, Shards, write_shards
 from mocte_ds.convert.megatron.model import Settings, settings_of
@@ -33,7 +34,7 @@ def rest(source: Source, pairs: Iterable[Pair]) -> list[Entry]:
     def dtype(name: str) -> torch.dtype:
         if not own[name].is_floating_point():
             return own[name].dtype
-        return torch.bfloat16 if source.dtype == "bf16" and ".gate." not in name else torch.float32
+        return torch.bfloat16 if source.dtype == "bf16" and not is_gate(name) else torch.float32
 
     return [Entry(name, shape, dtype(name)) for name, shape in source.shapes.items() if name not in used]
 
