@@ -11,6 +11,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.models import DecoderConfig
 from mocte_ds.models.presets import PRESETS
 from mocte_ds.sections import PLACES, bounds, meanings, type_name
+from mocte_ds.training.model import TransformersModel
 from mocte_ds.training.run_config import DataSection, EvaluationSection, TrainingSection
 
 _HEAD = """# Config reference
@@ -31,15 +32,18 @@ YAML for `launch/pretrain.py`, with the sections below and `deepspeed`: a DeepSp
 Without a "mocte" block in it the run is dense. These follow from the other sections and need not be given in it: batch
 sizes, gradient clipping, seed, AdamW's settings, scheduler; in the "mocte" block `total_steps`, `eod_id` and `seed`.
 
-`model` takes two more keys: `preset`, the name of a size ({", ".join(f"`{name}`" for name in PRESETS)}),
-which the keys below may change, or `init`, a folder of checkpoints to start from, e.g. of tools/import_hf.py. Without
-them the keys that have no default are required.
+`model` is one of four: a causal language model of transformers, by `hf` or `pretrained` (first table below); `preset`,
+the name of a size ({", ".join(f"`{name}`" for name in PRESETS)}), which the keys of the second table
+may change; all keys of the second table that have no default; or `init`, a folder of checkpoints to start from, e.g. of
+another run or of tools/import_hf.py.
 """
 
 
 def page() -> str:
     """The page, in Markdown."""
-    run_file = [_tables(cls) for cls in (DecoderConfig, DataSection, TrainingSection, EvaluationSection)]
+    run_file = [
+        _tables(cls) for cls in (TransformersModel, DecoderConfig, DataSection, TrainingSection, EvaluationSection)
+    ]
     return "\n".join([_HEAD, *_tables(MocteConfig), _RUN_FILE, *(line for table in run_file for line in table)])
 
 

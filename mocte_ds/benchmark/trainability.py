@@ -46,12 +46,14 @@ class ExpertSizes:
     @classmethod
     def of(cls, plan: RunPlan) -> "ExpertSizes":
         """Those of a run."""
-        model, config = plan.model, plan.config
-        width = model.intermediate_size // len(config.routers)
+        d, config = plan.sizes.hidden_size, plan.config
+        layer = max(plan.sizes.layers, key=lambda layer: layer.ffn_width)
+        style: Literal["llama", "gpt2"] = "llama" if layer.ffn == 3 * d * layer.ffn_width else "gpt2"
+        width = layer.ffn_width // len(config.routers)
         if config.expert.kind == "lora":
             width = config.expert.width or max(1, width // config.num_experts)
         rows, iterations = config.freeze.rows, config.freeze.iterations
-        return cls(model.hidden_size, width, rows, plan.local_experts, iterations, model.style)
+        return cls(d, width, rows, plan.local_experts, iterations, style)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from mocte_ds.checkpoints.place import Place, last_good
 from mocte_ds.checkpoints.plain import size_in_bytes
 from mocte_ds.dist.collectives import from_rank_zero, gather_objects, max_over_ranks, world
 from mocte_ds.errors import CheckpointError
-from mocte_ds.ownership.durable import replace_text, sync_folder
+from mocte_ds.ownership.durable import show_text, sync_folder
 from mocte_ds.ownership.facts import FileFacts
 from mocte_ds.ownership.manifest import Manifest
 
@@ -183,7 +183,8 @@ class _Save(threading.Thread):
         if self.rank:
             sync_folder(self.place.partial)
             part = {name: [fact.bytes, fact.sha256] for name, fact in facts.items()}
-            replace_text(self.place.partial / _PART.format(self.rank), json.dumps(part))
+            # The last thing that this rank does there: rank zero may rename the folder now.
+            show_text(self.place.partial / _PART.format(self.rank), json.dumps(part))
         return facts
 
     def _wait_for_parts(self, own: dict[str, FileFacts]) -> dict[str, FileFacts]:

@@ -161,7 +161,7 @@ class StoredSource(Source):
         if saved:
             require_experts(saved["mocte"]["config"], manifest.files, folder / STATE_FILE)
         state: dict[str, Any] = {"step": shared["global_steps"], "model": None, "base": None, "mocte": None}
-        state.update(tokenizer=None, blocks=[], tokens=client.get("tokens", 0))
+        state.update(tokenizer=client.get("tokenizer"), blocks=[], tokens=client.get("tokens", 0))
         if is_decoder(client.get("model")):
             layers = client["model"]["num_layers"]
             if type(layers) is not int or layers > len(shared["module"]):
@@ -170,12 +170,12 @@ class StoredSource(Source):
                     f"{len(shared['module'])} are there."
                 )
             model = empty_decoder(client["model"], saved["mocte"] if saved else None, folder / STATE_FILE)
-            state.update(model=dict(client["model"]), tokenizer=client.get("tokenizer"))
+            state["model"] = dict(client["model"])
         else:
-            state["base"] = require_base(saved.get("base") if saved else None, folder)
+            state["base"] = require_base(saved.get("base") if saved else client.get("base"), folder)
             shapes = {name: tuple(tensor.shape) for name, tensor in shared["module"].items()}
             require_backed(state["base"]["config"], shapes, folder / STATE_FILE)
-            model = empty_model(state["base"], saved["mocte"] if saved else {}, folder / STATE_FILE)
+            model = empty_model(state["base"], saved["mocte"] if saved else None, folder / STATE_FILE)
         if saved:
             mocte = saved["mocte"]
             state.update(mocte=mocte["config"], tokens=mocte["tokens"])
@@ -281,7 +281,7 @@ def empty_decoder(sizes: dict[str, Any], mocte: dict[str, Any] | None, path: Pat
     return model if mocte is None else with_blocks(model, mocte, path)
 
 
-def empty_model(base: dict[str, Any], mocte: dict[str, Any], path: Path) -> nn.Module:
+def empty_model(base: dict[str, Any], mocte: dict[str, Any] | None, path: Path) -> nn.Module:
     """The user's own model with its blocks in their modes, all experts local, without weights.
 
     Args:
@@ -293,7 +293,8 @@ def empty_model(base: dict[str, Any], mocte: dict[str, Any], path: Path) -> nn.M
         CheckpointError: transformers do not make such a model, or as :func:`empty_decoder`.
         ConfigError: settings that this version does not know.
     """
-    return with_blocks(make_model(base, path), mocte, path)
+    model = make_model(base, path)
+    return model if mocte is None else with_blocks(model, mocte, path)
 
 
 def with_blocks(model: nn.Module, mocte: dict[str, Any], path: Path) -> nn.Module:

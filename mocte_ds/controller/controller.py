@@ -117,14 +117,16 @@ class Controller:
         """
         self._domain, self.run.domain_names = domain, list(names)
 
-    def set_probe(self, input_ids: Tensor, domain: Tensor | None = None) -> None:
+    def set_probe(self, input_ids: Tensor, domain: Tensor | None = None, **given: Any) -> None:
         """Look at these sequences at every check; without them, at some of the first step's.
 
-        Held-out sequences are better: a lower loss on them is not memory. The model is called with `input_ids`.
+        Held-out sequences are better: a lower loss on them is not memory.
 
         Args:
             input_ids: (S, T) the same on all ranks; the first ones are used, as many as `probe_tokens` asks for.
             domain: (S,) index of each into the names given to :meth:`annotate`, or None.
+            **given: what else the model is called with, such as `position_ids`; tensors (S, ...) have a row for each
+                sequence.
 
         Raises:
             MocteError: another shape, or after the first step.
@@ -136,7 +138,7 @@ class Controller:
                 "the probe set must be given before the first step; later checks compare with earlier ones."
             )
         if self.progress.active:
-            self.progress.probe.give(input_ids, domain)
+            self.progress.probe.give(input_ids, domain, given)
 
     def on_event(self, listener: EventListener) -> None:
         """Call ``listener`` with every event (check, projection, emergence, freeze, thaw), on rank 0 only."""

@@ -119,12 +119,13 @@ class ProbeSet:
         given = {name: value for name, value in kwargs.items() if name != "labels" or self.needs_labels}
         self._parts.append(([cut(value) for value in args], {name: cut(value) for name, value in given.items()}))
 
-    def give(self, ids: Tensor, domain: Tensor | None) -> None:
+    def give(self, ids: Tensor, domain: Tensor | None, given: Mapping[str, Any] | None = None) -> None:
         """Take these sequences, this rank its part of them, in place of some of the first step.
 
         Args:
             ids: (S, T), the same on all ranks; the first ones are used, as many as are wanted.
             domain: (S,) source of each sequence, None where unknown.
+            given: what else the model is called with; tensors (S, ...) have a row for each sequence.
         """
         rank, size = world()
         chosen = torch.arange(min(len(ids), max(1, math.ceil(self._wanted / ids.shape[1]))))
@@ -133,7 +134,13 @@ class ProbeSet:
         self._valid = [torch.ones(len(mine), dtype=torch.bool)]
         if not len(mine):  # company, see below
             mine, self._valid = chosen[:1], [torch.zeros(1, dtype=torch.bool)]
-        self._parts, self._domain, self._number = [((), {"input_ids": ids[mine].cpu()})], [known[mine]], [mine]
+
+        def cut(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(ids)
+            return value[mine].cpu() if fits else value
+
+        call = {name: cut(value) for name, value in {**(given or {}), "input_ids": ids}.items()}
+        self._parts, self._domain, self._number = [((), call)], [known[mine]], [mine]
         self._labelled = [torch.ones(ids[mine].shape, dtype=torch.bool)]
         if self.needs_labels:
             self._parts[0][1]["labels"] = ids[mine].cpu()

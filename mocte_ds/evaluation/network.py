@@ -1,142 +1,46 @@
-"""A Hugging Face folder as a model that is scored: whole, unchanged, of the class that it says, or refused by name."""
+"""A Hugging Face folder as a model and a tokenizer that are scored."""
 
-import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from mocte_ds.claims import require_backed, require_blocks, require_experts
-from mocte_ds.convert.hf.folder import COMPUTED, require_weights
-from mocte_ds.convert.hf.shards import Shards
+from mocte_ds.convert.hf.load import ONLY_LOCAL, load_model, refusing
 from mocte_ds.errors import CheckpointError
-from mocte_ds.json_files import read_object, require_small
-from mocte_ds.ownership.checksums import Checksums
-
-# Nothing is fetched, and no code from the folder runs.
-_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_TIED = 2
-"""A tied matrix may stand in a class twice and in the files once."""
-_PACKED = 32
-"""Quantised weights: bits of a number, at most."""
-_BUFFER_BYTES = 1 << 30
+from mocte_ds.json_files import read_object
 
 
 def load_network(folder: Path) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer.
 
     Args:
-        folder: in Hugging Face format; only read, no code in it is run. An export of ours is held against its
-            checksums, any other folder against what its own config says.
+        folder: see :func:`mocte_ds.convert.hf.load.load_model`.
 
     Returns:
         The model on the CPU, and the tokenizer.
 
     Raises:
-        CheckpointError: files are missing, damaged or changed, the config belongs to other weights, or transformers do
-            not load it; names the file or the tensor.
+        CheckpointError: as there, or the tokenizer is missing, damaged or of another model.
     """
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder} is not an exported model: {name} is missing; tools/export_hf.py makes one."
             )
-    require_small(folder, CheckpointError)
-    sums = Checksums.read(folder)
-    if sums:
-        sums.require_files()
-    values = read_object(folder / "config.json", CheckpointError, foreign=True)
+    model = load_model(folder)
     read_object(folder / "tokenizer_config.json", CheckpointError, foreign=True)
-    require_weights(folder)
-    shards = Shards(folder)
-    shapes = {name: tuple(shards.outline(name)[1]) for name in shards.files}
-    require_backed(values, shapes, folder / "config.json")
-    if values.get("model_type") == "mocte":
-        _require_experts(values, shapes, folder / "config.json")
-    if values.get("model_type") == "mocte_blocks":
-        require_blocks(values.get("blocks"), shapes, folder / "config.json")
-    if sums:
-        sums.require_tensors(list(shards.files), shards.read)
-    try:
-        stored = sum(torch.Size(shape).numel() for shape in shapes.values())
-        _require_room(folder, stored * (_PACKED if "quantization_config" in values else _TIED))
-        network = _network(folder)
+    with refusing(folder):
         tokenizer = _tokenizer(folder)
-    except (CheckpointError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # transformers raise many types for a damaged folder; tokenizers panic
-        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
-    embeddings = network.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings: one of them "
             "belongs to another model."
         )
-    return network, tokenizer
-
-
-def _require_experts(values: dict[str, Any], shapes: Mapping[str, Any], path: Path) -> None:
-    """Refuse more experts of the own class than there are tensors; the class makes a module of each."""
-    layers, routers, experts = (values.get(key) for key in ("expert_layers", "routers", "num_experts"))
-    if not layers or not routers or not experts:
-        return  # a dense model
-    if not (isinstance(layers, list) and isinstance(routers, list) and isinstance(experts, int)):
-        raise CheckpointError(f"{path}: expert_layers, routers or num_experts are not what an export writes.")
-    require_experts(experts * len(routers), len(layers), shapes, path)
-
-
-def _require_room(folder: Path, most: int) -> None:
-    """Refuse a config that asks for more numbers than the files hold, before memory is taken for them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, **_ONLY)
-    with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    wanted = sum(parameter.numel() for parameter in blank.parameters())
-    buffers = sum(buffer.nbytes for buffer in blank.buffers())
-    if wanted > most or buffers > _BUFFER_BYTES:
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes a model of {wanted:,} parameters and {buffers:,} bytes of tables, "
-            "more than the folder's files hold: the config belongs to another model, or files are missing."
-        )
-
-
-def _network(folder: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    network, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **_ONLY)
-    for kind, what in (
-        ("missing_keys", "has no tensor"),
-        ("unexpected_keys", "holds a tensor for which its class has no place:"),
-        ("mismatched_keys", "has a tensor of another shape than its config says:"),
-        ("error_msgs", "cannot be loaded:"),
-    ):
-        names = sorted(_names(info.get(kind) or ()))
-        names = [name for name in names if not COMPUTED.fullmatch(name)]
-        if names:
-            raise CheckpointError(
-                f"{folder} {what} {names[0][:200]} ({len(names)} in all; {type(network).__name__}): its files are "
-                "incomplete, or its config belongs to another model."
-            )
-    for name, parameter in network.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CheckpointError(f"{folder}: {name} holds numbers that are not finite: it is damaged, or diverged.")
-    return network
-
-
-def _names(found: Iterable[Any]) -> Iterable[str]:
-    for item in found:
-        yield str(item[0]) if isinstance(item, tuple | list) else str(item)
+    return model, tokenizer
 
 
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, **_ONLY)
-
-
-def _first_line(error: BaseException) -> str:
-    text = re.sub(r"\s*\n.*", "", str(error).strip(), flags=re.DOTALL)
-    return text[:300] or "no more is known"
+    return AutoTokenizer.from_pretrained(folder, **ONLY_LOCAL)

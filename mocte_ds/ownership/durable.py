@@ -20,6 +20,12 @@ def write_new(path: Path, content: bytes) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a small file in one move, onto the disk: readers see the old content or the new one, never half."""
+    show_text(path, text)
+    sync_folder(path.parent)
+
+
+def show_text(path: Path, text: str) -> None:
+    """Write a small file in one move; a power cut may take it, and its folder may be renamed as soon as it is seen."""
     pending = path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")  # a name that nobody else has
     try:
         write_new(pending, text.encode())
@@ -28,7 +34,6 @@ def replace_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             pending.unlink()
         raise
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from mocte_ds.data import Manifest
 from mocte_ds.errors import ConfigError
 from mocte_ds.json_files import read_json
 from mocte_ds.sweep.plan import Arm, Sweep
+from mocte_ds.training.model import model_facts
 from mocte_ds.training.run_config import FREE_TRAINING_KEYS
 
 MOCTE = "deepspeed.mocte."
@@ -41,7 +42,7 @@ def wanted_settings(sweep: Sweep, arm: Arm, seed: int) -> dict[str, Any]:
         settings["mocte"] = MocteConfig.from_dict(settings["mocte"]).to_dict()
     facts = {
         "world_size": sweep.processes,
-        "model": asdict(run.model),
+        "model": model_facts(run.model),
         "data": {"weights": run.data.weights, "manifest_sha256": manifest.sha256},
         "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
         "evaluation": asdict(run.evaluation),

@@ -13,6 +13,7 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import BlendedLoader, validation_batches
@@ -20,13 +21,13 @@ from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, token
 from mocte_ds.dist.collectives import gather_rows, world
 from mocte_ds.engine import initialize
 from mocte_ds.errors import NonFiniteLoss
-from mocte_ds.models import Decoder
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
+from mocte_ds.training.model import Forward, make_model, model_facts, model_record, next_token_loss
 from mocte_ds.training.model_sizes import model_sizes
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
 from mocte_ds.training.saving import finish, load, prepare, save
@@ -55,8 +56,9 @@ class Trainer:
         # Looked at before a model of the sizes that it claims is made.
         init = InitialWeights(self.run.init) if self.run.init is not None and start.checkpoints is None else None
         _seed_everything(t.seed)
-        end = start.manifest.eod_id if self.run.data.document_mask else None
-        model = Decoder(self.run.model, end)
+        model = make_model(self.run.model, start.manifest.eod_id, weights=init is None and start.checkpoints is None)
+        self.forward = Forward(model, start.manifest.eod_id if self.run.data.document_mask else None)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.sizes = model_sizes(model, matching_modules(model, self.config.modules) if self.config else ())
         if init:
             init.require_fit(self.config, model, (settings.get("zero_optimization") or {}).get("stage", 0))
@@ -85,7 +87,7 @@ class Trainer:
         validated = self.run.evaluation.sequences_per_domain
         held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES, None)
         scored = {name: (ids[:validated], labels[:validated]) for name, (ids, labels) in held_out.items()}
-        self.validation = Validation(scored, t.micro_batch)
+        self.validation = Validation(scored, t.micro_batch, self.forward)
         if self.config:
             self._give_probe({name: ids[validated:] for name, (ids, _) in held_out.items()})
         self.ledger, self.stop_asked, self._stays = Ledger(), False, set[str]()
@@ -173,7 +175,8 @@ class Trainer:
             batch = next(batches)
             if self.config:
                 engine.mocte.annotate(batch["domain"], self.loader.domains)
-            loss = engine(input_ids=batch["input_ids"].to(engine.device), labels=batch["labels"].to(engine.device))
+            output = engine(**self.forward.inputs(batch["input_ids"].to(engine.device)))
+            loss = next_token_loss(output, batch["labels"])
             total += loss.item() / turns
             if turn == turns - 1:
                 # Agreed before the last backward pass, so that no rank steps while another one stops.
@@ -252,7 +255,8 @@ class Trainer:
             return  # too little text: some sequences of the first step will do
         rows.sort(key=lambda row: row[:2])  # all domains in turn
         domain = torch.tensor([number for _, number, _ in rows])
-        self.engine.mocte.set_probe(torch.stack([ids for _, _, ids in rows]), domain)
+        inputs = self.forward.inputs(torch.stack([ids for _, _, ids in rows]))
+        self.engine.mocte.set_probe(domain=domain, **inputs)
 
     def _optimizer_bytes(self) -> int:
         if self.config:
@@ -266,7 +270,7 @@ class Trainer:
         folder, started = self.out / "checkpoints", time.perf_counter()
         state = {
             "data_position": self.loader.position,
-            "model": asdict(self.run.model),
+            **model_record(self.run.model, self.engine.module),
             "tokenizer": str(tokenizer_in(self.out.absolute())),
             "tokens": step * self.run.training.batch_tokens,
             "ledger": self.ledger.to_dict(),
@@ -307,8 +311,8 @@ class Trainer:
             "command": " ".join(sys.argv),
             "world_size": self.world_size,
             "device": get_accelerator().device_name(),
-            "model": asdict(run.model),
-            "parameters": run.model.num_params(),
+            "model": model_facts(run.model),
+            "parameters": self.parameters,
             "data": {**asdict(run.data), "manifest_sha256": start.manifest.sha256, "domains": start.manifest.domains},
             "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
             "evaluation": asdict(run.evaluation),
@@ -327,7 +331,7 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _engine(model: Decoder, settings: dict[str, Any]) -> Any:
+def _engine(model: nn.Module, settings: dict[str, Any]) -> Any:
     """An engine with blocks, or DeepSpeed's own for a dense run."""
     if "mocte" in settings:
         return initialize(model=model, config=settings)[0]

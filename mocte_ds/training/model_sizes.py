@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from mocte_ds.errors import MocteError
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe.ffn_shape import ffn_shape
 from mocte_ds.remote_code.experts_mocte import is_matrix
+from mocte_ds.training.model import ModelConfig, make_model
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def model_sizes(model: nn.Module, ffns: Collection[str] = ()) -> ModelSizes:
     )
 
 
-def decoder_sizes(config: DecoderConfig) -> ModelSizes:
-    """Of a decoder that need not be made."""
+def config_sizes(config: ModelConfig) -> ModelSizes:
+    """Of a model that need not be made."""
     with torch.device("meta"):
-        return model_sizes(Decoder(config))
+        return model_sizes(make_model(config, weights=False))
 
 
 def _layer(layer: nn.Module, blocks: Collection[int]) -> LayerSizes:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mocte_ds.checkpoints.sizes import stored_sizes
+from mocte_ds.checkpoints.stored_model import stored_model
 from mocte_ds.config import MocteConfig
 from mocte_ds.data.verify import Amount
 from mocte_ds.deepspeed_settings import checked_settings
@@ -16,6 +16,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.models import DecoderConfig, preset
 from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shown import name_shown, nearest, shown
+from mocte_ds.training.model import ModelConfig, TransformersModel, model_facts
 from mocte_ds.training.run_file import read_values
 from mocte_ds.training.schedule import warmup_cosine
 
@@ -95,8 +96,8 @@ class EvaluationSection:
 class RunConfig:
     """A run file with its defaults filled in."""
 
-    model: DecoderConfig
-    """Size and style of the model."""
+    model: ModelConfig
+    """The model: one of ours by its sizes, or one of transformers."""
     data: DataSection
     """What the model reads."""
     training: TrainingSection
@@ -181,9 +182,7 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed, flat, for a comparison key by key."""
-        model = {
-            f"model.{key}": value for key, value in asdict(self.model).items() if key != "activation_checkpointing"
-        }
+        model = {f"model.{key}": value for key, value in model_facts(self.model).items()}
         given = {**asdict(self.training), "context": self.context, "warmup_steps": self.warmup_steps}
         training = {f"training.{key}": value for key, value in given.items() if key not in FREE_TRAINING_KEYS}
         stage = (self.deepspeed.get("zero_optimization") or {}).get("stage", 0)
@@ -230,8 +229,8 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     return RunConfig(model=model, **sections, deepspeed=_deepspeed(values.get("deepspeed")), init=init)
 
 
-def _model(values: Any) -> tuple[DecoderConfig, str | None]:
-    """The decoder, and the checkpoint that it starts from."""
+def _model(values: Any) -> tuple[ModelConfig, str | None]:
+    """The model, and the checkpoint that it starts from."""
     if not isinstance(values, dict | None):
         raise ConfigError(f"model must be a section with keys, not {shown(values)}.")
     section = dict(values or {})
@@ -243,11 +242,15 @@ def _model(values: Any) -> tuple[DecoderConfig, str | None]:
     return _started(section, init), init
 
 
-def _started(section: dict[str, Any], init: str) -> DecoderConfig:
-    """The decoder of `model.init`; a size that the section gives must be its size."""
-    if "preset" in section:
-        raise ConfigError("model.preset and model.init both say how large the model is; remove model.preset.")
-    sizes = stored_sizes(init)
+def _started(section: dict[str, Any], init: str) -> ModelConfig:
+    """The model of `model.init`; a size that the section gives must be its size."""
+    for key in ("preset", "hf", "pretrained"):
+        if key in section:
+            raise ConfigError(f"model.{key} and model.init both say which model it is; remove model.{key}.")
+    sizes = stored_model(init)
+    if "config" in sizes:
+        values = {"model_type": sizes["model_type"], **sizes["config"]}
+        return parse_section(TransformersModel, {"hf": values, **section})
     config = parse_section(DecoderConfig, {**sizes, **section})
     free = ("activation_checkpointing", *(("max_positions",) if config.style == "llama" else ()))
     stored = asdict(parse_section(DecoderConfig, sizes))  # of an older version: with today's defaults
@@ -257,14 +260,18 @@ def _started(section: dict[str, Any], init: str) -> DecoderConfig:
     return config
 
 
-def _fresh(section: dict[str, Any]) -> DecoderConfig:
+def _fresh(section: dict[str, Any]) -> ModelConfig:
+    if "hf" in section or "pretrained" in section:
+        return parse_section(TransformersModel, section)
     if "preset" in section:
         base = asdict(preset(section.pop("preset")))
         return parse_section(DecoderConfig, {**base, **section})
     needed = [f.name for f in fields(DecoderConfig) if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in needed if name not in section]
     if missing:
-        raise ConfigError(f"model: a preset, init or all sizes are needed; missing: {', '.join(missing)}.")
+        raise ConfigError(
+            f"model: a preset, hf, pretrained, init or all sizes are needed; missing: {', '.join(missing)}."
+        )
     return parse_section(DecoderConfig, section)
 
 

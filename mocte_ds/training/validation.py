@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from mocte_ds.dist.collectives import sum_over_ranks, world
+from mocte_ds.training.model import Forward, logits_of
 
 
 class Validation:
     """Fixed validation sequences, shared out over the ranks so that every rank makes the same number of forwards."""
 
-    def __init__(self, batches: dict[str, tuple[Tensor, Tensor]], micro_batch: int) -> None:
+    def __init__(self, batches: dict[str, tuple[Tensor, Tensor]], micro_batch: int, forward: Forward) -> None:
         """Take the sequences.
 
         Args:
             batches: by domain: input_ids and labels (n, T).
             micro_batch: sequences of a forward.
+            forward: how the model is called.
         """
+        self._forward = forward
         self.domains = sorted(batches)
         inputs = torch.cat([batches[d][0] for d in self.domains])
         labels = torch.cat([batches[d][1] for d in self.domains])
@@ -38,7 +41,7 @@ class Validation:
         engine.eval()
         sums = torch.zeros(2, len(self.domains), dtype=torch.float64)
         for (inputs, labels, owner), valid in zip(self._parts, self._valid, strict=True):
-            logits = engine(input_ids=inputs.to(engine.device)).float()
+            logits = logits_of(engine(**self._forward.inputs(inputs.to(engine.device)))).float()
             flat = labels.flatten().to(logits.device)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-100, reduction="none")
             by_row = loss.view(labels.shape).double().sum(1).cpu() * valid

@@ -18,7 +18,7 @@ from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import Place, find_checkpoint, find_tag, remove_leftovers, resolve_tag
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states, restore_random_states
-from mocte_ds.checkpoints.save import Saver
+from mocte_ds.checkpoints.save import Saver, _Save
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.ownership.facts import FileFacts
@@ -303,6 +303,22 @@ def test_too_little_room_is_refused_before_anything_is_written(saved, monkeypatc
     ):
         Saver().save(saved, "two", {**files, "c.bin": bytes(16_000_000)}, 1)
     assert digest(saved) == before and not list(saved.glob(".*"))
+
+
+def test_the_folder_may_be_renamed_as_soon_as_the_last_part_is_seen(tmp_path, monkeypatch):
+    place, replace = Place(tmp_path, "step1"), os.replace
+    place.prepare(0)
+
+    def seen_at_once(pending, path):
+        replace(pending, path)
+        if path.name.startswith(".part_"):
+            place.partial.rename(place.final)
+
+    monkeypatch.setattr(os, "replace", seen_at_once)
+    part = _Save(place, 1, 2, {"a.bin": b"x"}, "run", 1, True, 2)
+    part.run()
+    assert part.failure is None and (place.final / "a.bin").read_bytes() == b"x"
+    place.settle()
 
 
 def test_a_rank_that_does_not_see_the_folder(saved, monkeypatch):

@@ -17,7 +17,7 @@ from mocte_ds.moe import BlockMode, attach, dispatch
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.training.ledger import Ledger
-from mocte_ds.training.model_sizes import decoder_sizes, model_sizes
+from mocte_ds.training.model_sizes import config_sizes, model_sizes
 
 LLAMA = DecoderConfig("llama", 96, 32, 48, 2, 4, 2, max_positions=64)
 GPT2 = DecoderConfig("gpt2", 96, 32, 64, 2, 4, max_positions=64)
@@ -45,10 +45,10 @@ def counted(model: nn.Module, backward: bool) -> int:
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_dense_step(config: DecoderConfig) -> None:
     model, ledger = Decoder(config).to(torch.bfloat16), Ledger()
-    ledger.step(decoder_sizes(config), TOKENS, CONTEXT, None, [])
+    ledger.step(config_sizes(config), TOKENS, CONTEXT, None, [])
     assert ledger.forward == counted(model, backward=False)
     assert ledger.forward + ledger.dgrad + ledger.wgrad == counted(model, backward=True) == ledger.total
-    ledger.validate(decoder_sizes(config), TOKENS, CONTEXT)
+    ledger.validate(config_sizes(config), TOKENS, CONTEXT)
     assert ledger.validation == ledger.forward and ledger.total == counted(model, backward=True)
 
 
@@ -91,7 +91,7 @@ def test_what_freezing_saves() -> None:
     # A block whose four experts, all frozen, share the tokens costs what the frozen FFN costs, and its gate.
     blocks = [WARMUP[0], {"layer": 1, "mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]}]
     ledger = Ledger()
-    ledger.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks)
+    ledger.step(config_sizes(LLAMA), TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks)
     assert ledger.wgrad_saved == saved
     assert ledger.forward + ledger.dgrad + ledger.wgrad == everything - saved
     assert ledger.total == everything - saved + ledger.routing + ledger.sampling
@@ -101,8 +101,8 @@ def test_one_frozen_expert_saves_its_tokens() -> None:
     blocks = [{"layer": 0, "mode": "specialising", "experts": ["training", "frozen"], "load": [100, 28]}] * 2
     some, none = Ledger(), Ledger()
     config = MocteConfig(modules="x", num_experts=2)
-    some.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, blocks)
-    none.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, [{**b, "experts": ["training"] * 2} for b in blocks])
+    some.step(config_sizes(LLAMA), TOKENS, CONTEXT, config, blocks)
+    none.step(config_sizes(LLAMA), TOKENS, CONTEXT, config, [{**b, "experts": ["training"] * 2} for b in blocks])
     assert some.wgrad_saved == 2 * 28 * (2 * 3 * 32 * 48)
     assert some.total == none.total - some.wgrad_saved
 
@@ -120,7 +120,7 @@ def test_what_a_frozen_front_saves(config: DecoderConfig, layers: int, locked: b
     block = {"layer": 0, "mode": "locked", "experts": ["frozen"] * 4, "load": [50, 40, 30, 8]} if locked else WARMUP[0]
     blocks = [{**block, "layer": i} for i in range(layers)]
     ledger = Ledger()
-    ledger.step(decoder_sizes(config), TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks, layers)
+    ledger.step(config_sizes(config), TOKENS, CONTEXT, MocteConfig(modules="model.layers.*.mlp"), blocks, layers)
     assert ledger.forward + ledger.dgrad + ledger.wgrad == rest
     assert ledger.prefix_saved + ledger.wgrad_saved == everything - rest
     assert (ledger.wgrad_saved > 0) == locked
@@ -132,7 +132,7 @@ def test_gate() -> None:
         gate(torch.zeros(TOKENS, 32), Tokens())
     ledger, config = Ledger(), MocteConfig(modules="x", num_experts=4)
     ledger.step(
-        decoder_sizes(LLAMA),
+        config_sizes(LLAMA),
         TOKENS,
         CONTEXT,
         config,
@@ -145,14 +145,14 @@ def test_lora_experts_come_on_top() -> None:
     config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "expert": {"kind": "lora", "width": 12}})
     blocks = [{"layer": 0, "mode": "specialising", "experts": ["training"] * 4, "load": [32] * 4}] * 2
     dense, lora = Ledger(), Ledger()
-    dense.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, WARMUP)
-    lora.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, blocks)
+    dense.step(config_sizes(LLAMA), TOKENS, CONTEXT, config, WARMUP)
+    lora.step(config_sizes(LLAMA), TOKENS, CONTEXT, config, blocks)
     assert lora.forward - dense.forward == 2 * 2 * TOKENS * 3 * 32 * 12
 
 
 def test_round_trip() -> None:
     ledger = Ledger()
-    ledger.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, None, [])
+    ledger.step(config_sizes(LLAMA), TOKENS, CONTEXT, None, [])
     other = Ledger()
     other.load(ledger.to_dict())
     assert other == ledger and other.to_dict()["total"] == ledger.total > 0
@@ -195,17 +195,17 @@ def test_every_kind_of_step(router: str, kind: str, recompute: bool, locked: boo
     modes = ["frozen" if locked else "training"] * 4
     rows = [{"layer": i, "mode": mode, "experts": modes, "load": load} for i, load in enumerate(loads)]
     ledger = Ledger()
-    ledger.step(decoder_sizes(sizes), TOKENS, CONTEXT, config, rows, sampled=False)
+    ledger.step(config_sizes(sizes), TOKENS, CONTEXT, config, rows, sampled=False)
     assert ledger.total == found and (ledger.recompute > 0) == recompute
-    ledger.validate(decoder_sizes(sizes), TOKENS, CONTEXT, config, rows)
+    ledger.validate(config_sizes(sizes), TOKENS, CONTEXT, config, rows)
     assert ledger.validation == forward
 
 
 def test_recompute_stops_where_the_front_is_frozen() -> None:
     sizes = replace(LLAMA, activation_checkpointing=True)
     whole, front = Ledger(), Ledger()
-    whole.step(decoder_sizes(sizes), TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP)
-    front.step(decoder_sizes(sizes), TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP, 1)
+    whole.step(config_sizes(sizes), TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP)
+    front.step(config_sizes(sizes), TOKENS, CONTEXT, MocteConfig(modules="x"), WARMUP, 1)
     assert front.recompute == whole.recompute / 2
 
 
@@ -225,5 +225,5 @@ def test_several_experts_a_token(top_k: int) -> None:
     load = [TOKENS * top_k // 4] * 4
     blocks = [{"layer": i, "mode": "specialising", "experts": ["training"] * 4, "load": load} for i in range(2)]
     ledger = Ledger()
-    ledger.step(decoder_sizes(LLAMA), TOKENS, CONTEXT, config, blocks)
+    ledger.step(config_sizes(LLAMA), TOKENS, CONTEXT, config, blocks)
     assert ledger.forward + ledger.dgrad + ledger.wgrad + ledger.routing == found

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.training.model import Forward
 from mocte_ds.training.validation import Validation
 from tests.spawn import spawn
 
@@ -44,7 +45,7 @@ def losses_on_a_rank(micro_batch: int) -> dict:
     engine = _Engine(Decoder(CONFIG))
     for mode in (False, True):
         engine.train(mode)
-        found = Validation(batches(), micro_batch).losses(engine)
+        found = Validation(batches(), micro_batch, Forward(engine.module, None)).losses(engine)
         assert engine.module.training is mode and not any(engine.modes)
     return found
 

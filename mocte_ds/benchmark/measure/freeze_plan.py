@@ -8,7 +8,7 @@ import torch
 from mocte_ds.config import MocteConfig
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.training.ledger import Ledger
-from mocte_ds.training.model_sizes import decoder_sizes
+from mocte_ds.training.model_sizes import config_sizes
 
 FORMULAS = {
     "optimizer": "12 bytes (fp32 weight and two moments) x trainable parameters / ranks that share them, each group of "
@@ -195,5 +195,5 @@ def step_flops(sizes: FreezeSizes, percent: int, load: list[list[int]]) -> Ledge
     ]
     ledger = Ledger()
     block = MocteConfig.from_dict(sizes.config()["mocte"])
-    ledger.step(decoder_sizes(sizes.model), sizes.tokens * sizes.ranks, sizes.context, block, blocks)
+    ledger.step(config_sizes(sizes.model), sizes.tokens * sizes.ranks, sizes.context, block, blocks)
     return ledger

@@ -8,10 +8,10 @@ import torch
 import mocte_ds
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import MocteError
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.training.ledger import Ledger
-from mocte_ds.training.model_sizes import ModelSizes, decoder_sizes
+from mocte_ds.training.model import ModelConfig, make_model
+from mocte_ds.training.model_sizes import ModelSizes, config_sizes
 from mocte_ds.training.run_config import RunConfig, read_run
 
 _RUNS = Path(mocte_ds.__file__).resolve().parent.parent / "launch" / "runs"
@@ -23,7 +23,7 @@ class RunPlan:
 
     path: str
     ranks: int
-    model: DecoderConfig
+    model: ModelConfig
     sizes: ModelSizes
     """Of the model."""
     config: MocteConfig
@@ -77,7 +77,7 @@ def read_plan(path: str | Path, ranks: int) -> RunPlan:
             f"{run.training.micro_batch} sequences of {run.context} tokens; give another number of ranks."
         )
     ledger = Ledger()
-    sizes = decoder_sizes(run.model)
+    sizes = config_sizes(run.model)
     ledger.step(sizes, run.training.batch_tokens, run.context, None, [])
     interval = max(1, round(config.check_every * run.training.steps))
     return RunPlan(
@@ -106,4 +106,4 @@ def sampling_window(config: MocteConfig, interval: int, sequences_per_step: int)
 
 def _blocks(run: RunConfig, config: MocteConfig) -> int:
     with torch.device("meta"):
-        return len(matching_modules(Decoder(run.model), config.modules))
+        return len(matching_modules(make_model(run.model, weights=False), config.modules))

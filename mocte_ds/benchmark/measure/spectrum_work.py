@@ -61,11 +61,11 @@ class SpectrumSizes:
         """Those of a run."""
         spectrum = plan.config.spectrum
         return cls(
-            d=plan.model.hidden_size,
+            d=plan.sizes.hidden_size,
             layers=plan.blocks,
             rows=spectrum.rows,
             documents=spectrum.documents,
-            rank=min(spectrum.rank, plan.model.hidden_size),
+            rank=min(spectrum.rank, plan.sizes.hidden_size),
             experts=plan.config.num_experts,
             context=plan.context,
             sequences=plan.micro_batch,

@@ -10,13 +10,13 @@ from mocte_ds.moe.keys import LinearKey
 
 # Largest accepted difference in fp32, relative to the largest value; sums are taken in another order.
 TOLERANCE = 1e-4
-# Tokens whose last chosen expert and the next one are closer than this, relative to |gate| |feature|, may go to either
-# by rounding.
+# Tokens whose last chosen expert and the next one are closer than this, relative to |row of the gate| |feature|, may go
+# to either by rounding.
 MARGIN = 2e-6
 
 
 def margins(block: Block, features: Tensor) -> Tensor:
-    """How far the last chosen expert's logit is above the next, relative to |gate| |feature|, in the closest bank.
+    """How far the last chosen expert's logit is above the next, relative to |row| |feature|, in the closest bank.
 
     Args:
         block: with its weights; the pass that it runs in knows the token ids.
@@ -40,8 +40,9 @@ def margins(block: Block, features: Tensor) -> Tensor:
         k = gate.router.top_k
         if k == logits.shape[1]:
             continue  # every token goes to all of them
-        best = gate.order(logits).topk(k + 1, dim=-1).values
-        scale = matrix.norm(dim=1).max() * rows.norm(dim=-1)
+        best, experts = gate.order(logits).topk(k + 1, dim=-1)
+        # Each logit is rounded relative to its own row, and rows of one gate may differ by orders of magnitude.
+        scale = matrix.norm(dim=1)[experts[:, k - 1 :]].amax(dim=-1) * rows.norm(dim=-1)
         if gate.router.weight == "sigmoid":
             scale = scale.clamp(min=1.0)  # sigmoids are rounded themselves
         least = torch.minimum(least, ((best[:, k - 1] - best[:, k]) / scale.clamp(min=1e-30)).view(least.shape))

@@ -3,6 +3,7 @@
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
 from mocte_ds.convert.hf.card import model_card
 from mocte_ds.convert.hf.compare import compare
 from mocte_ds.convert.hf.dense import Layout
-from mocte_ds.convert.hf.kept_tokenizer import run_tokenizer
+from mocte_ds.convert.hf.kept_tokenizer import KeptTokenizer, run_tokenizer
 from mocte_ds.convert.hf.layouts import CHOICES, choose_layout
 from mocte_ds.convert.hf.shards import SHARD_BYTES, Entry, write_shards
+from mocte_ds.convert.hf.tokenizer import SourceTokenizer
 from mocte_ds.convert.hf.trained import choose_target, save_model, tensor_of
 from mocte_ds.convert.hf.trained_check import compare_folder
 from mocte_ds.convert.hf.whole import require_free, require_room, whole, write_json
@@ -78,7 +80,10 @@ def export(
     source = StoredSource(folder, dtype or "fp32")
     if source.base is not None:
         sizes = {"checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
-        return sizes | export_trained(source, out, dtype, tokenizer_path, tell, choice, shard_bytes)
+        trained, tokenizer = source.state["tokenizer"], None
+        if tokenizer_path is not None or trained is not None:
+            tokenizer = run_tokenizer(tokenizer_path, trained, folder)
+        return sizes | export_trained(source, out, dtype, tokenizer, tell, choice, shard_bytes)
     source.dtype = dtype or source.kept_dtype
     tokenizer = run_tokenizer(tokenizer_path, source.state["tokenizer"], folder)
     tokenizer.require_fit(source.config.vocab_size)
@@ -101,7 +106,7 @@ def export_trained(
     source: Source,
     out: str | Path,
     dtype: str | None = None,
-    tokenizer_path: str | Path | None = None,
+    tokenizer: SourceTokenizer | KeptTokenizer | None = None,
     tell: Callable[[str], None] = lambda _text: None,
     choice: str = "auto",
     shard_bytes: int = SHARD_BYTES,
@@ -112,7 +117,7 @@ def export_trained(
         source: of a user's own model, from a checkpoint or from a run that goes on.
         out: folder to write, from :func:`require_free`.
         dtype: as of :func:`export`; None: as it trains.
-        tokenizer_path: a tokenizer that goes along; None: none does.
+        tokenizer: goes along, and gives the ids of special tokens that the model does not name; None: none does.
         tell: as of :func:`export`.
         choice: `auto`: the base model's class, and where experts have emerged ours around it; `stock`, `own`.
         shard_bytes: as of :func:`export`.
@@ -130,10 +135,10 @@ def export_trained(
         )
     source.dtype, out = dtype or source.stored_dtype(), Path(out)
     target = choose_target(source, choice)
-    tokenizer = None if tokenizer_path is None else run_tokenizer(tokenizer_path, None, out)
     config = make_config(source.base or {}, out).get_text_config()
     if tokenizer is not None:
         tokenizer.require_fit(config.vocab_size)
+        target = replace(target, special=tokenizer.special)
     require_room(out, sum(tensor_of(source, name).nbytes for name in target.names.values()))
     with whole(out, TOOL) as pending:
         tell(f"writing {target.architecture}")

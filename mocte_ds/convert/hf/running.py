@@ -39,6 +39,7 @@ def export_run(
     """
     try:  # importing mocte_ds must not import transformers, nor need what only conversions need
         from mocte_ds.convert.hf.export import TOOL, export_trained
+        from mocte_ds.convert.hf.kept_tokenizer import run_tokenizer
         from mocte_ds.convert.hf.trained import GatheredSource
         from mocte_ds.convert.hf.whole import require_free
     except ModuleNotFoundError as error:
@@ -58,7 +59,8 @@ def export_run(
         try:
             source = GatheredSource(weights, base, engine.mocte.run.state_dict())
             _require_as_made(engine.module, source.model)
-            facts = export_trained(source, out, dtype, tokenizer, choice=choice)
+            goes_along = None if tokenizer is None else run_tokenizer(tokenizer, None, out)
+            facts = export_trained(source, out, dtype, goes_along, choice=choice)
         except Exception as error:  # the other ranks must not wait for ever
             failure = error
     _agree(failure)

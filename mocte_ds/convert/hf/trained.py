@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mocte_ds.base_model import make_config, with_floats
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
+from mocte_ds.convert.hf.dense import SpecialIds
 from mocte_ds.convert.hf.shards import SHARD_BYTES
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block, BlockMode
@@ -71,6 +72,8 @@ class Target:
     """Name of each tensor of the class, and of ours."""
     reason: str | None
     """Why it is not the base model's class."""
+    special: SpecialIds = SpecialIds(None, None, None)
+    """Ids for the configs where the base model's names none."""
 
 
 def emerged_blocks(source: Source) -> list[Block]:
@@ -135,6 +138,10 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
         generation = (source.base or {}).get("generation")
         if generation is not None and model.can_generate():
             model.generation_config = type(model.generation_config).from_dict(with_floats(generation))
+        for config in (model.config, model.config.get_text_config(), model.generation_config):
+            for name, number in target.special.fields().items():
+                if config is not None and getattr(config, name, None) is None:
+                    setattr(config, name, number)
         model.save_pretrained(folder, max_shard_size=shard_bytes)
         return sum(parameter.numel() for parameter in model.parameters())
 
@@ -150,10 +157,10 @@ def trained_model(source: Source) -> nn.Module:
             if not name.startswith(banks):
                 start = next((start for start in inside if name.startswith(start)), None)
                 dense[name if start is None else inside[start] + name.removeprefix(start)] = source.read(name)
-        mocte = {"config": source.state["mocte"], "blocks": source.state["blocks"]}
         config = make_config(source.base or {}, _STATE)
         model = type(source.model).from_pretrained(None, config=config, state_dict=dense, dtype=torch.float32)
-        with_blocks(model, mocte, _STATE)
+        if source.state["mocte"] is not None:
+            with_blocks(model, {"config": source.state["mocte"], "blocks": source.state["blocks"]}, _STATE)
         model.load_state_dict({name: source.read(name) for name in source.shapes}, assign=True)
         model.tie_weights()
         return model.eval()

@@ -1,30 +1,31 @@
-"""Which decoder a checkpoint holds, found out without building anything."""
+"""Which model a checkpoint holds, found out without building anything."""
 
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.base_model import require_base
 from mocte_ds.checkpoints.names import MODEL_FILE
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.plain import read_plain
-from mocte_ds.errors import CheckpointError
 
 _STATE_FILE = "mocte_state.pt"
 
 
-def stored_sizes(checkpoint: str | Path) -> dict[str, Any]:
-    """Values of DecoderConfig.
+def stored_model(checkpoint: str | Path) -> dict[str, Any]:
+    """Values of DecoderConfig, or what :func:`mocte_ds.base_model.base_facts` says of a model of transformers.
 
     Args:
         checkpoint: a folder of checkpoints (its `latest` is taken) or the folder of one tag.
 
     Raises:
-        CheckpointError: it is none, or of another script than launch/pretrain.py.
+        CheckpointError: it is none, or does not say which model it holds.
     """
     folder = find_tag(checkpoint)
     own = folder / _STATE_FILE
     content = read_plain(own if own.is_file() else folder / MODEL_FILE, mmap=True)
     client = content.get("client_state", content) if isinstance(content, dict) else {}
     sizes = client.get("model") if isinstance(client, dict) else None
-    if not isinstance(sizes, dict):
-        raise CheckpointError(f"{folder} does not say which model it holds; only those of launch/pretrain.py do.")
-    return dict(sizes)
+    if isinstance(sizes, dict):
+        return dict(sizes)
+    kept = content if own.is_file() and isinstance(content, dict) else client
+    return require_base(kept.get("base") if isinstance(kept, dict) else None, folder)
