@@ -1,6 +1,8 @@
 """Runs of launch/pretrain.py that train models of transformers, from a config and from a folder."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mocte_ds.convert.hf.export import export
 from mocte_ds.data import validation_batches
-from tests.e2e.conftest import Launcher, read_log
+from tests.e2e.conftest import LIMIT, ROOT, Launcher, read_log
 from tests.e2e.test_init import CONTEXT, first_loss
 
 STEPS, STOP, SEQUENCES = 8, 5, 3
@@ -80,6 +82,9 @@ def test_a_dense_run_and_runs_that_start_from_it(
     assert code == 0, output
     assert export(tmp_path / "dense" / "checkpoints", tmp_path / "export")["architecture"] == "LlamaForCausalLM"
     expected = first_loss(tmp_path / "export", prepared)
+    tool = [sys.executable, "tools/to_megatron.py", tmp_path / "dense" / "checkpoints", tmp_path / "megatron"]
+    done = subprocess.run(tool, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
     for name, start in (("pretrained", tmp_path / "export"), ("init", tmp_path / "dense" / "checkpoints")):
         run = write_run(tmp_path / f"{name}.yaml", {name: str(start)}, run_file)
         code, output = launch.pretrain(run, tmp_path / name, "--stop-after", 1)

@@ -14,17 +14,18 @@ from mocte_ds import remote_code
 from mocte_ds.base_model import make_config
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
+from mocte_ds.convert.hf.as_decoder import DecoderView
 from mocte_ds.convert.hf.card import model_card
 from mocte_ds.convert.hf.compare import compare
-from mocte_ds.convert.hf.dense import Layout
+from mocte_ds.convert.hf.dense import Layout, SpecialIds
 from mocte_ds.convert.hf.kept_tokenizer import KeptTokenizer, run_tokenizer
-from mocte_ds.convert.hf.layouts import CHOICES, choose_layout
+from mocte_ds.convert.hf.layouts import CHOICES, choose_layout, stock_layout
 from mocte_ds.convert.hf.shards import SHARD_BYTES, Entry, write_shards
 from mocte_ds.convert.hf.tokenizer import SourceTokenizer
-from mocte_ds.convert.hf.trained import choose_target, save_model, tensor_of
-from mocte_ds.convert.hf.trained_check import compare_folder
+from mocte_ds.convert.hf.trained import choose_target, emerged_blocks, save_model, tensor_of
+from mocte_ds.convert.hf.trained_check import compare_folder, compare_logits
 from mocte_ds.convert.hf.whole import require_free, require_room, whole, write_json
-from mocte_ds.errors import ConfigError
+from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.ownership.checksums import write_checksums
 
 REMOTE_CODE = Path(remote_code.__file__).parent
@@ -119,7 +120,8 @@ def export_trained(
         dtype: as of :func:`export`; None: as it trains.
         tokenizer: goes along, and gives the ids of special tokens that the model does not name; None: none does.
         tell: as of :func:`export`.
-        choice: `auto`: the base model's class, and where experts have emerged ours around it; `stock`, `own`.
+        choice: `stock`: the base model's class, or where experts have emerged a stock one with experts, or none;
+            `own`: ours around the base model; `auto`: a stock one where it fits.
         shard_bytes: as of :func:`export`.
 
     Returns:
@@ -134,11 +136,23 @@ def export_trained(
             f"dtype = {dtype!r}, class = {choice!r}: not one of {['fp32', *NARROW]} and of {list(CHOICES)}."
         )
     source.dtype, out = dtype or source.stored_dtype(), Path(out)
-    target = choose_target(source, choice)
     config = make_config(source.base or {}, out).get_text_config()
+    ids = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     if tokenizer is not None:
         tokenizer.require_fit(config.vocab_size)
-        target = replace(target, special=tokenizer.special)
+        ids = {name: getattr(tokenizer.special, name) if value is None else value for name, value in ids.items()}
+    reason = None
+    if choice != "own" and emerged_blocks(source):
+        try:
+            view = DecoderView(source)
+            layout = stock_layout(view, SpecialIds(**ids))
+        except CheckpointError as error:
+            if choice == "stock":
+                raise
+            choice, reason = "own", str(error)
+        else:
+            return _export_mixture(source, view, layout, out, tokenizer, tell, shard_bytes)
+    target = replace(choose_target(source, choice), special=SpecialIds(**ids), reason=reason)
     require_room(out, sum(tensor_of(source, name).nbytes for name in target.names.values()))
     with whole(out, TOOL) as pending:
         tell(f"writing {target.architecture}")
@@ -148,6 +162,31 @@ def export_trained(
         tell("comparing with the trained model")
         compared, checksums = compare_folder(source, target, pending)
         facts = {"architecture": target.architecture, "reason": target.reason, "parameters": parameters}
+        facts |= {"dtype": source.dtype, "tokenizer": tokenizer is not None, **compared}
+        _finish(source, pending, facts, checksums)
+    return facts
+
+
+def _export_mixture(
+    source: Source,
+    view: Source,
+    layout: Layout,
+    out: Path,
+    tokenizer: SourceTokenizer | KeptTokenizer | None,
+    tell: Callable[[str], None],
+    shard_bytes: int,
+) -> dict[str, Any]:
+    """Write a model of transformers as a stock class with experts, and hold that against the model as it trains."""
+    require_room(out, sum(entry.nbytes for entry in _entries(view, layout)))
+    with whole(out, TOOL) as pending:
+        tell(f"writing {layout.name}")
+        parameters = write_model(view, layout, pending, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.write(pending, view.config.max_positions)
+        tell("comparing with the trained model")
+        compared, checksums = compare(view, layout, pending)
+        compared["logit_difference"] = max(compared["logit_difference"], compare_logits(source, pending))
+        facts = {"architecture": layout.name, "reason": None, "parameters": parameters}
         facts |= {"dtype": source.dtype, "tokenizer": tokenizer is not None, **compared}
         _finish(source, pending, facts, checksums)
     return facts

@@ -70,8 +70,8 @@ class Target:
     """Name of the class."""
     names: dict[str, str]
     """Name of each tensor of the class, and of ours."""
-    reason: str | None
-    """Why it is not the base model's class."""
+    reason: str | None = None
+    """Why it is no stock class."""
     special: SpecialIds = SpecialIds(None, None, None)
     """Ids for the configs where the base model's names none."""
 
@@ -86,20 +86,15 @@ def choose_target(source: Source, choice: str) -> Target:
 
     Args:
         source: of the user's own model.
-        choice: `auto`, `stock` (the base model's class or none) or `own`.
+        choice: `own`: ours in any case.
 
     Raises:
-        CheckpointError: experts have emerged and `stock` is asked for, or a router is of the user's own kind.
+        CheckpointError: a router is of the user's own kind.
     """
     from mocte_ds.remote_code.configuration_blocks_mocte import KINDS
 
     emerged, base = emerged_blocks(source), source.base
     assert base is not None
-    if choice == "stock" and emerged:
-        raise CheckpointError(
-            f"{emerged[0].name} has experts with routers of clusters, which {base['architecture']} does not have; "
-            "export with --class own."
-        )
     for block in emerged:
         if strange := [bank.gate.router.kind for bank in block.banks if bank.gate.router.kind not in KINDS]:
             raise CheckpointError(
@@ -112,9 +107,8 @@ def choose_target(source: Source, choice: str) -> Target:
     for name in source.shapes:
         if (new := _stored_name(name, blocks)) is not None:
             names[prefix + new] = name
-    reason = f"{len(emerged)} of {len(blocks)} blocks have experts, which {base['architecture']} does not have"
     architecture = "MocteBlocksForCausalLM" if own else base["architecture"]
-    return Target(architecture, names, reason if emerged else None)
+    return Target(architecture, names)
 
 
 def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:

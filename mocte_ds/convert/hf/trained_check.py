@@ -34,32 +34,46 @@ def compare_folder(source: Source, target: Target, folder: Path) -> tuple[dict[s
         CheckpointError: transformers do not load it, a tensor is missing or changed, or logits differ by more than
             rounding.
     """
-    dtype = NARROW.get(source.dtype, torch.float32)
-    model: Any = _loaded(folder, dtype)
+    model = _loaded(folder, NARROW.get(source.dtype, torch.float32))
     _compare_tensors(source, target, model, folder)
-    if dtype is not torch.float32:
-        del model
-        gc.collect()
-        model = _loaded(folder, torch.float32)
+    del model
+    gc.collect()  # models of transformers hold themselves by cycles
+    difference = compare_logits(source, folder)
+    experts = sum(block.num_experts for block in emerged_blocks(source))
+    shards = Shards(folder)
+    sums = {name: checksum(shards.read(name)) for name in shards.files}
+    facts = {"logit_difference": difference}
+    return {**facts, "tensors_compared": len(target.names), "experts_compared": experts}, sums
+
+
+def compare_logits(source: Source, folder: Path) -> float:
+    """Load a folder as a user does, in fp32, and hold its logits against those of the model as it trains.
+
+    Args:
+        source: the trained model, with the weights rounded as they were written.
+        folder: the export.
+
+    Returns:
+        Largest difference, relative to the largest logit.
+
+    Raises:
+        CheckpointError: transformers do not load or run it, or logits differ by more than rounding.
+    """
+    model: Any = _loaded(folder, torch.float32)
     ids = _probe(model)
     try:
         theirs = _logits(model, ids)
     except RuntimeError as error:
         raise CheckpointError(f"transformers load {folder} but cannot run it: {str(error)[:500]}") from error
     del model
-    gc.collect()  # models of transformers hold themselves by cycles
+    gc.collect()
     ours, decided = _decided_logits(trained_model(source), ids)
     if decided.float().mean() < 0.25:
         raise CheckpointError(
             "some gate has experts with the same row, between which rounding decides; such a model cannot be compared. "
             "Rows that training has not told apart yet are the usual reason: take a checkpoint of a later step."
         )
-    difference = require_close(theirs[decided], ours[decided], "logits")
-    experts = sum(block.num_experts for block in emerged_blocks(source))
-    shards = Shards(folder)
-    sums = {name: checksum(shards.read(name)) for name in shards.files}
-    facts = {"logit_difference": difference}
-    return {**facts, "tensors_compared": len(target.names), "experts_compared": experts}, sums
+    return require_close(theirs[decided], ours[decided], "logits")
 
 
 def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -12,6 +12,7 @@ from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import Source, StoredSource
 from mocte_ds.checkpoints.weights import tensors_of, write_weights
+from mocte_ds.convert.hf.as_decoder import DecoderView
 from mocte_ds.convert.hf.whole import require_room, whole
 from mocte_ds.convert.megatron import folder as files
 from mocte_ds.convert.megatron import own
@@ -49,7 +50,8 @@ def to_megatron(
     found = find_tag(checkpoint)
     target = _require_new(Path(out), found, dtype)
     tell(f"reading {found}")
-    source = StoredSource(found, dtype)
+    stored = StoredSource(found, dtype)
+    source = stored if stored.base is None else DecoderView(stored)
     settings = settings_of(source)
     pairs, manifest = all_pairs(source, settings), Manifest.read(found)
     require_room(target, _size(source))

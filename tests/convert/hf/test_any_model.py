@@ -253,6 +253,36 @@ def test_a_dense_model_is_what_save_pretrained_writes(name: str, tmp_path: Path)
     assert logits[0].dtype is torch.bfloat16 and torch.equal(*logits)
 
 
+HARD, KV = {"kind": "token", "bias": False}, {"num_key_value_heads": 2}
+MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "llama": ("llama", {}, {"router": HARD}, "MixtralForCausalLM"),
+    "mistral, window": ("mistral", {"sliding_window": 6, **KV}, {"router": HARD}, "MixtralForCausalLM"),
+    "tied llama, a block in warm-up": (
+        "llama",
+        {"tie_word_embeddings": True},
+        {"router": HARD, "warmup": (0,)},
+        "Qwen2MoeForCausalLM",
+    ),
+    "qwen2, softmax": ("qwen2", KV, {"router": {**HARD, **LEARNED}}, "Qwen2MoeForCausalLM"),
+    "qwen3, lora": ("qwen3", {"head_dim": 8, **KV}, {"router": HARD, "expert": LORA}, "Glm4MoeForCausalLM"),
+}
+
+
+@mark.parametrize("name", list(MIXTURES))
+@torch.no_grad()
+def test_stock_classes_with_experts(name: str, tmp_path: Path) -> None:
+    kind, sizes, blocks, wanted = MIXTURES[name]
+    model = made(kind, **sizes)
+    source = source_of(model, require_base(base_facts(model), "here"), LAYERS, **blocks)
+    facts = export_trained(source, tmp_path / "out")
+    assert (facts["architecture"], facts["reason"]) == (wanted, None) and facts["experts_compared"] > 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert type(theirs).__name__ == wanted
+    close(theirs(texts()).logits, trained_model(source)(texts()).logits)
+    other = export_trained(source, tmp_path / "own", choice="own")
+    assert other["architecture"] == "MocteBlocksForCausalLM"
+
+
 @torch.no_grad()
 def test_bf16_keeps_routers_and_tables(tmp_path: Path) -> None:
     model = made("llama")
@@ -294,8 +324,11 @@ def test_blocks_that_a_config_only_claims(exports: dict[str, Exported], tmp_path
 
 def test_refusals(exports: dict[str, Exported], tmp_path: Path) -> None:
     case = exports["llama, prefix"]
-    with raises(CheckpointError, match=r"experts with routers of clusters, which LlamaForCausalLM.*--class own"):
+    with raises(CheckpointError, match=r"no stock class routes by router.kind 'prefix'"):
         export_trained(case.source, tmp_path / "out", choice="stock")
+    assert "router.kind 'prefix'" in case.facts["reason"]
+    with raises(CheckpointError, match="no decoder of ours has the layers of a Phi3ForCausalLM"):
+        export_trained(exports["phi3, lora"].source, tmp_path / "out", choice="stock")
     theirs = case.loaded()
     with torch.no_grad(), raises(RoutingError, match="call the whole model"):
         theirs.base(texts())

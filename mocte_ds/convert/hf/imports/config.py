@@ -59,6 +59,29 @@ def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bo
     return foreign, files
 
 
+def decoder_of(architecture: str, config: Any, path: Path) -> DecoderConfig:
+    """The decoder of ours that computes what a dense model of transformers does.
+
+    Args:
+        architecture: name of its class.
+        config: of the model.
+        path: where the config stands, for messages.
+
+    Raises:
+        CheckpointError: none does; says which key stands in the way.
+    """
+    if architecture not in _READERS:
+        raise CheckpointError(
+            f"no decoder of ours has the layers of a {architecture}, so that no class but its own fits."
+        )
+    try:
+        foreign = _READERS[architecture](architecture, Keys(path, config, None, False))
+        _require_finite(asdict(foreign.decoder))
+    except (ConfigError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{path} has sizes that no decoder of ours has: {error}") from error
+    return foreign.decoder
+
+
 def _require_finite(values: dict[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
