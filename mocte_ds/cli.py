@@ -67,6 +67,15 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         told = f"error: {where}{error.strerror}; {_WAYS_OUT[error.errno]}."
         print(told, file=sys.stderr, flush=True)
         code = 2
+    except UnicodeDecodeError as error:
+        if error.encoding != "ascii":
+            raise
+        told = (
+            "error: this Python takes text for ASCII (PYTHONUTF8=0 in an environment without a language), and files of "
+            "torch are UTF-8: unset PYTHONUTF8, or set LC_ALL=C.UTF-8."
+        )
+        print(told, file=sys.stderr, flush=True)
+        code = 2
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:

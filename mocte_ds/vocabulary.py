@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.dist.collectives import first_problem
 from mocte_ds.errors import DataError
 
 _IGNORED = -100
@@ -24,7 +25,7 @@ class Vocabulary:
         self.size, self._every, self._next = embedding_size(model), every, 0
 
     def look(self, args: tuple, kwargs: Mapping[str, Any], step: int, trains: bool = False) -> None:
-        """Check the ids and labels of a batch: always on a CPU, at some steps on a GPU.
+        """Check the ids and labels of a batch: always on a CPU, at some steps on a GPU (collective if it trains).
 
         Args:
             args: of the model's call.
@@ -33,31 +34,39 @@ class Vocabulary:
             trains: whether the pass is one that trains; then the batch must have a label.
 
         Raises:
-            DataError: the batch is empty, an id is negative or too large, or every label is -100: the mean loss of no
-                token is NaN, and so is every weight after the step.
+            DataError: on all ranks where the pass trains: the batch is empty, an id is negative or too large, or every
+                label is -100: the mean loss of no token is NaN, and so is every weight after the step.
         """
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.size is None or not isinstance(ids, Tensor) or ids.is_floating_point():
             return
-        if not ids.numel():
-            raise DataError(f"step {step + 1}: the batch is empty, input_ids are {tuple(ids.shape)}; leave it out.")
         if ids.device.type != "cpu":
             if step < self._next:
                 return
             self._next = step + self._every
+        problem = self._problem(ids, kwargs.get("labels") if trains else None)
+        # Passes that train come on all ranks together.
+        problem = first_problem(problem) if trains else problem
+        if problem is not None:
+            raise DataError(f"step {step + 1}: {problem}")
+
+    def _problem(self, ids: Tensor, labels: Any) -> str | None:
+        """What is wrong with a batch."""
+        if not ids.numel():
+            return f"the batch is empty, input_ids are {tuple(ids.shape)}; leave it out."
         least, most = (int(value) for value in torch.aminmax(ids))
-        if least < 0 or most >= self.size:
-            raise DataError(
-                f"step {step + 1}: a token id is {least if least < 0 else most}, and the model's embedding has the ids "
-                f"0 to {self.size - 1}. Take the tokenizer that belongs to the model, or a model with a larger "
+        if least < 0 or most >= (self.size or 0):
+            return (
+                f"a token id is {least if least < 0 else most}, and the model's embedding has the ids 0 to "
+                f"{(self.size or 0) - 1}. Take the tokenizer that belongs to the model, or a model with a larger "
                 "vocabulary; padding needs an id too."
             )
-        labels = kwargs.get("labels")
-        if trains and isinstance(labels, Tensor) and labels.numel() and bool((labels == _IGNORED).all()):
-            raise DataError(
-                f"step {step + 1}: every label of a micro-batch of {labels.shape[0]} sequences is {_IGNORED}, so its "
-                "mean loss is 0 / 0. Leave such micro-batches out, on all ranks alike, or make them larger."
+        if isinstance(labels, Tensor) and labels.numel() and bool((labels == _IGNORED).all()):
+            return (
+                f"every label of a micro-batch of {labels.shape[0]} sequences is {_IGNORED}, so its mean loss is "
+                "0 / 0. Leave such micro-batches out, on all ranks alike, or make them larger."
             )
+        return None
 
 
 def embedding_size(model: nn.Module) -> int | None:

@@ -104,3 +104,22 @@ def test_a_defect_keeps_its_stack_trace() -> None:
 
     with pytest.raises(FileNotFoundError):
         run_cli(main)
+
+
+@pytest.mark.parametrize(("text", "told"), [(b"\xe2", "takes text for ASCII"), (b"a", None)])
+def test_a_python_that_reads_ascii(
+    text: bytes, told: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(text)
+
+    def main() -> None:
+        (tmp_path / "file").read_text(encoding="ascii")
+
+    with pytest.raises(SystemExit) as end:
+        run_cli(main)
+    assert end.value.code == (2 if told else 0) and (told or "") in capsys.readouterr().err
+
+
+def test_other_text_that_cannot_be_read_keeps_its_stack_trace() -> None:
+    with pytest.raises(UnicodeDecodeError):
+        run_cli(lambda: b"\xff".decode() and 0)

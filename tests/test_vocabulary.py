@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mocte_ds.errors import DataError
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.vocabulary import Vocabulary, embedding_size
+from tests.spawn import spawn
 
 IDS = torch.tensor([[0, 5, 39], [1, 2, 3]])
 
@@ -59,3 +61,19 @@ def test_a_micro_batch_without_a_label() -> None:
     one[1, 2] = 3
     vocabulary.look((), {"input_ids": IDS, "labels": one}, 7, trains=True)
     vocabulary.look((), {"input_ids": IDS, "labels": none}, 7)  # a validation pass changes no weight
+
+
+def look_on_a_rank() -> str:
+    vocabulary = Vocabulary(Decoder(DecoderConfig("llama", 40, 16, 24, 1, 2)), every=10)
+    ids = IDS + 1 if dist.get_rank() else IDS
+    vocabulary.look((), {"input_ids": IDS}, 3, trains=True)
+    try:
+        vocabulary.look((), {"input_ids": ids}, 3, trains=True)
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_what_is_wrong_on_one_rank_stops_all() -> None:
+    zero, one = spawn(look_on_a_rank, 2)
+    assert zero.startswith("step 4: rank 1: a token id is 40") and one.startswith("step 4: a token id is 40")

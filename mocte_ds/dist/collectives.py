@@ -106,6 +106,25 @@ def from_rank_zero(obj: Any, group: Any = None) -> Any:
     return value.reshape(shape).to(home)
 
 
+def first_problem(text: str | None, group: Any = None) -> str | None:
+    """What is wrong on the first rank that has found something, said on all of them.
+
+    A rank that stops alone leaves the others waiting in their next collective operation.
+
+    Args:
+        text: what is wrong on this rank; None: nothing.
+        group: process group; None: all ranks.
+
+    Returns:
+        Its text, with the rank where that is another one; None: nothing is wrong anywhere.
+    """
+    if not int(max_over_ranks(torch.tensor(int(text is not None)), group)):  # a number is cheaper than objects
+        return None
+    rank, found = world(group)[0], gather_objects(text, group)
+    first = next(number for number, one in enumerate(found) if one is not None)
+    return found[first] if first == rank else f"rank {first}: {found[first]}"
+
+
 def require_same(obj: Any, what: str, group: Any = None) -> None:
     """Stop every rank unless all ranks hold the same value.
 
