@@ -38,9 +38,9 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
         }
     name = type(model).__name__
     try:
-        config = _plain(model.config, f"the config of {name}")
+        config = config_values(model.config, f"the config of {name}")
         generation = getattr(model, "generation_config", None)
-        values = None if generation is None else _plain(generation, f"the generation config of {name}")
+        values = None if generation is None else config_values(generation, f"the generation config of {name}")
     except Exception as error:  # a config is whatever its author has made of it
         return {REFUSED: f"the config of {name} cannot be kept in plain values: {error}"}
     return {"architecture": name, "model_type": model.config.model_type, "config": config, "generation": values}
@@ -135,8 +135,10 @@ def with_floats(value: Any) -> Any:
     return [with_floats(item) for item in value] if isinstance(value, list) else value
 
 
-def _plain(config: Any, what: str) -> dict[str, Any]:
+def config_values(config: Any, what: str) -> dict[str, Any]:
     """Values of a config of transformers, as its JSON file would have them.
+
+    Infinite numbers stand as :func:`with_floats` reads them.
 
     Raises:
         TypeError: it holds objects that JSON does not have.

@@ -19,7 +19,7 @@ def load_model(checkpoint: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         "mocte" (None for a dense run), "blocks", "tokenizer".
 
     Raises:
-        CheckpointError: missing, changed, damaged or unknown files; or launch/pretrain.py did not write it.
+        CheckpointError: missing, changed, damaged or unknown files; or it holds no decoder of ours.
         ConfigError: settings that this version does not know.
     """
     source = StoredSource(checkpoint)

@@ -15,6 +15,7 @@ from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, is_gate, m
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
 from mocte_ds.checkpoints.reshaping.written import require_experts
+from mocte_ds.checkpoints.stored_model import is_decoder
 from mocte_ds.claims import require_backed
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
@@ -86,8 +87,8 @@ class Source:
         """
         if self.base is not None:
             raise CheckpointError(
-                f"this is a checkpoint of a {self.base['architecture']} that a script of its own has trained; here "
-                "only those of launch/pretrain.py can be used. tools/export_hf.py makes a Hugging Face folder of it."
+                f"this is a checkpoint of a {self.base['architecture']} of transformers; here only decoders of ours "
+                "(model.preset, or sizes) can be used. tools/export_hf.py makes a Hugging Face folder of it."
             )
         return self.model.config
 
@@ -161,7 +162,9 @@ class StoredSource(Source):
         if saved:
             require_experts(saved["mocte"]["config"], manifest.files, folder / STATE_FILE)
         state: dict[str, Any] = {"step": shared["global_steps"], "model": None, "base": None, "mocte": None}
-        state.update(tokenizer=client.get("tokenizer"), blocks=[], tokens=client.get("tokens", 0))
+        state.update(tokenizer=None, blocks=[], tokens=client.get("tokens", 0))
+        if is_decoder(client.get("model")) or "base" in client:  # of launch/pretrain.py
+            state["tokenizer"] = client.get("tokenizer")
         if is_decoder(client.get("model")):
             layers = client["model"]["num_layers"]
             if type(layers) is not int or layers > len(shared["module"]):
@@ -321,8 +324,3 @@ def with_blocks(model: nn.Module, mocte: dict[str, Any], path: Path) -> nn.Modul
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: the mode of {block.name} is unknown ({error}).") from error
     return model
-
-
-def is_decoder(model: Any) -> bool:
-    """Whether a client state's "model" is what launch/pretrain.py puts there: sizes of a decoder of ours."""
-    return isinstance(model, dict) and {"style", "num_layers"} <= model.keys()

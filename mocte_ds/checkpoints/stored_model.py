@@ -24,8 +24,13 @@ def stored_model(checkpoint: str | Path) -> dict[str, Any]:
     own = folder / _STATE_FILE
     content = read_plain(own if own.is_file() else folder / MODEL_FILE, mmap=True)
     client = content.get("client_state", content) if isinstance(content, dict) else {}
-    sizes = client.get("model") if isinstance(client, dict) else None
-    if isinstance(sizes, dict):
+    sizes: Any = client.get("model") if isinstance(client, dict) else None
+    if is_decoder(sizes):
         return dict(sizes)
     kept = content if own.is_file() and isinstance(content, dict) else client
     return require_base(kept.get("base") if isinstance(kept, dict) else None, folder)
+
+
+def is_decoder(model: Any) -> bool:
+    """Whether a client state's "model" is what launch/pretrain.py puts there: sizes of a decoder of ours."""
+    return isinstance(model, dict) and {"style", "num_layers"} <= model.keys()

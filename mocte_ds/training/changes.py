@@ -18,6 +18,9 @@ DATA_KEYS = ("data.weights", "data.manifest", "training.seed")
 """What `--allow-data-change` lets differ."""
 
 
+_OF_TRANSFORMERS = "model.hf."
+
+
 @dataclass(frozen=True)
 class Changes:
     """How a run differs from the checkpoint that it goes on from."""
@@ -100,6 +103,9 @@ def require_same_run(
     before = read_identity(folder)
     now, usual = (json.loads(json.dumps(dict(values))) for values in (identity, defaults or {}))
     before = {**{key: value for key, value in usual.items() if key in now}, **before}
+    # Another version of transformers has other keys in its configs; what both have must agree.
+    either = {key for key in before.keys() ^ now.keys() if key.startswith(_OF_TRANSFORMERS)}
+    before, now = ({key: value for key, value in side.items() if key not in either} for side in (before, now))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     steps = None
     if "training.steps" in keys and _is_longer(before.get("training.steps"), now.get("training.steps")):

@@ -27,7 +27,7 @@ from mocte_ds.seeds import derived_seed
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
-from mocte_ds.training.model import Forward, make_model, model_facts, model_record, next_token_loss
+from mocte_ds.training.model import Forward, make_model, model_facts, model_record
 from mocte_ds.training.model_sizes import model_sizes
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
 from mocte_ds.training.saving import finish, load, prepare, save
@@ -176,7 +176,7 @@ class Trainer:
             if self.config:
                 engine.mocte.annotate(batch["domain"], self.loader.domains)
             output = engine(**self.forward.inputs(batch["input_ids"].to(engine.device)))
-            loss = next_token_loss(output, batch["labels"])
+            loss = self.forward.loss(output, batch["labels"])
             total += loss.item() / turns
             if turn == turns - 1:
                 # Agreed before the last backward pass, so that no rank steps while another one stops.

@@ -10,48 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.base_model import base_facts
+from mocte_ds.base_model import base_facts, config_values, make_config, with_floats
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.models.decoder import documents
 from mocte_ds.sections import Plain, section
 from mocte_ds.shown import nearest, shown
 
+NO_LIMIT = 1 << 30
+"""Longest context of models that have none, as with ALiBi or a recurrent state."""
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-_OLD_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-"""Keys that configs of transformers take and store under other names."""
+_OLD_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+"""Keys that configs with `rope_parameters` take and store there."""
 _OWN_CLASSES = ("mocte", "mocte_blocks")
 
 
-@section("model")
-class TransformersModel:
-    """A causal language model of transformers."""
+class _OfTransformers:
+    """What runs ask of a config of transformers."""
 
-    hf: dict[str, Plain] | None = None
-    """`model_type`, a name of transformers' such as `qwen3`, and any keys of its config; the others have its defaults.
-    The ids of special tokens are the data's tokenizer's unless they are given."""
-    pretrained: str | None = None
-    """Folder in Hugging Face format that the config and the first weights come from."""
-    activation_checkpointing: bool = False
-    """Whether the backward pass computes each layer again from its input: less memory, more time."""
-
-    def __post_init__(self) -> None:
-        if (self.hf is None) == (self.pretrained is None):
-            raise ConfigError("hf = a config of transformers and pretrained = a folder exclude each other; give one.")
-        self.config  # noqa: B018  made here, so that a wrong value is refused with the run file
-
-    @functools.cached_property
-    def config(self) -> Any:
-        """The config as transformers have it."""
-        if self.pretrained is not None:
-            return _config_of(Path(self.pretrained))
-        return _config_from(self.hf or {})
+    config: Any
+    """As transformers have it."""
 
     @property
     def max_positions(self) -> int:
         """Longest context, in tokens."""
-        # Models without a limit, as with ALiBi or a recurrent state, have no such key.
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        text = self.config.get_text_config()
+        found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        return next((number for number in found if isinstance(number, int) and number > 0), NO_LIMIT)
 
     @property
     def vocab_size(self) -> int:
@@ -69,11 +54,51 @@ class TransformersModel:
             return sum(parameter.numel() for parameter in _fresh(self.config).parameters())
 
 
-ModelConfig = DecoderConfig | TransformersModel
+@section("model")
+class TransformersModel(_OfTransformers):
+    """A causal language model of transformers."""
+
+    hf: dict[str, Plain] | None = None
+    """`model_type`, a name of transformers' such as `qwen3`, and any keys of its config; the others have its defaults.
+    The ids of special tokens are the data's tokenizer's unless they are given."""
+    pretrained: str | None = None
+    """Folder in Hugging Face format that the config and the first weights come from."""
+    activation_checkpointing: bool = False
+    """Whether the backward pass computes each layer again from its input: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        if (self.hf is None) == (self.pretrained is None):
+            raise ConfigError("hf = a config of transformers and pretrained = a folder exclude each other; give one.")
+        self.config  # noqa: B018  made here, so that a wrong value is refused with the run file
+
+    @functools.cached_property
+    def config(self) -> Any:  # type: ignore[override]
+        """The config as transformers have it."""
+        if self.pretrained is not None:
+            return _config_of(Path(self.pretrained))
+        return _config_from(self.hf or {})
+
+
+@section("model")
+class StoredModel(_OfTransformers):
+    """The causal language model of transformers that a checkpoint holds, whose weights the run starts from."""
+
+    base: dict[str, Plain]
+    """What the checkpoint says of it."""
+    activation_checkpointing: bool = False
+    """As of :class:`TransformersModel`."""
+
+    @functools.cached_property
+    def config(self) -> Any:  # type: ignore[override]
+        """The config as transformers have it."""
+        return make_config(self.base, "model.init")
+
+
+ModelConfig = DecoderConfig | TransformersModel | StoredModel
 
 
 def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = True) -> Any:
-    """A dense model on the CPU, in fp32.
+    """A dense model on the CPU, in fp32 and in training mode.
 
     Args:
         config: which one.
@@ -86,25 +111,30 @@ def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = T
     """
     if isinstance(config, DecoderConfig):
         return Decoder(config)
-    if config.pretrained is not None and weights:
+    folder = Path(config.pretrained) if isinstance(config, TransformersModel) and config.pretrained else None
+    if folder and weights:
         from mocte_ds.convert.hf.load import load_model
 
-        model = load_model(Path(config.pretrained), torch.float32)
+        model = load_model(folder, torch.float32)
     else:
         model = _fresh(config.config)
-    if model.config.eos_token_id is None:
-        model.config.eos_token_id = eod_id
-        if model.generation_config is not None:
-            model.generation_config.eos_token_id = eod_id
+        _take_generation(model, folder, config.base.get("generation") if isinstance(config, StoredModel) else None)
+    for settings in (model.config, model.generation_config):
+        if settings is not None and settings.eos_token_id is None:
+            settings.eos_token_id = eod_id
+    for part in model.modules():
+        if isinstance(part, nn.Embedding):
+            # Packed data has no padding; its id may be that of a document's end, whose row is to be trained.
+            part.padding_idx = None
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(f"model.activation_checkpointing: {type(model).__name__} does not support it.")
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    return model.train()  # transformers load models in evaluation mode
 
 
 class Forward:
-    """How the model of a run is called on packed documents."""
+    """How the model of a run is called, and its loss."""
 
     def __init__(self, model: nn.Module, document_end: int | None) -> None:
         """Prepare calls.
@@ -115,13 +145,14 @@ class Forward:
                 count from its start. None: attention goes over the borders of packed documents.
 
         Raises:
-            ConfigError: the model cannot be called, or its attention does go over the borders.
+            ConfigError: the model cannot be called, tokens see later ones, or attention does go over the borders.
         """
-        self._own, self._end = isinstance(model, Decoder), document_end
+        self._own, self._end, self._even_loads = isinstance(model, Decoder), document_end, 0.0
         if isinstance(model, Decoder):
             model.document_end = document_end
         else:
-            self._require_callable(model)
+            self._even_loads = float(getattr(model.config, "router_aux_loss_coef", None) or 0.0)
+            self._require_causal(model)
 
     def inputs(self, input_ids: Tensor) -> dict[str, Any]:
         """Keyword arguments of the model, for (B, T) token ids."""
@@ -133,24 +164,42 @@ class Forward:
             given["position_ids"] = documents(input_ids, self._end)[1]
         return given
 
+    def loss(self, output: Any, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token, and what a mixture of transformers adds for even loads.
+
+        Args:
+            output: what the model returns.
+            labels: (B, T) int64: the token after each position, -100 where there is none.
+        """
+        logits = logits_of(output)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=-100)
+        extra = getattr(output, "aux_loss", None)  # there with output_router_logits
+        return loss if extra is None else loss + self._even_loads * extra.to(loss.device)
+
     @torch.no_grad()
-    def _require_callable(self, model: nn.Module) -> None:
-        """Call it once; where documents are kept apart, change one and look whether the logits of the next one stay."""
-        end = 0 if self._end is None else self._end
+    def _require_causal(self, model: nn.Module) -> None:
+        """Call it once: change a document and the last token, and look which logits stay."""
+        end, training = 0 if self._end is None else self._end, model.training
         a, b, c = [token for token in range(4) if token != end][:3]
-        ids = torch.tensor([[a, a, end, a, b, c, b], [b, c, end, a, b, c, b]])
-        training = model.training
+        ids = torch.tensor([[a, a, end, a, b, c, b], [b, c, end, a, b, c, b], [a, a, end, a, b, c, a]])
+        name = type(model).__name__
         try:
-            first, second = logits_of(model.eval()(**self.inputs(ids)))[:, 3:]
+            plain, other_document, other_token = logits_of(
+                model.eval()(**self.inputs(ids.to(next(model.parameters()).device)))
+            )
         except Exception as error:  # sizes of a config that its class does not hold against each other
+            raise ConfigError(f"model: {name} of this config cannot be called: {_line(error)}") from error
+        finally:
+            model.train(training)
+        if not torch.allclose(plain[:-1], other_token[:-1], rtol=1e-4, atol=1e-5):
             raise ConfigError(
-                f"model: {type(model).__name__} of this config cannot be called: {_line(error)}"
-            ) from error
-        model.train(training)
-        if self._end is not None and not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
+                f"model: in {name} of this config tokens see later ones, so that it cannot learn to predict them; "
+                "give hf.is_decoder: true if it has that key, or take another model_type."
+            )
+        if self._end is not None and not torch.allclose(plain[3:], other_document[3:], rtol=1e-4, atol=1e-5):
             raise ConfigError(
-                f"data.document_mask: in {type(model).__name__} tokens of a document see the one before it also where "
-                "positions start again; set it to false."
+                f"data.document_mask: in {name} tokens of a document see the one before it also where positions start "
+                "again; set it to false."
             )
 
 
@@ -159,34 +208,29 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def next_token_loss(output: Any, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token.
-
-    Args:
-        output: what the model returns.
-        labels: (B, T) int64: the token after each position, -100 where there is none.
-    """
-    logits = logits_of(output)
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=-100)
-
-
 def model_record(config: ModelConfig, model: nn.Module) -> dict[str, Any]:
     """What a checkpoint keeps, from which its model can be made again."""
     return {"model": asdict(config)} if isinstance(config, DecoderConfig) else {"base": base_facts(model)}
 
 
 def model_facts(config: ModelConfig) -> dict[str, Any]:
-    """What identifies a model, flat: sizes of a decoder, or every value of a config of transformers."""
-    values = asdict(config)
-    del values["activation_checkpointing"]
-    if isinstance(config, TransformersModel):
-        values = {"pretrained": config.pretrained, **_values(config.config)}
-    return values
+    """A model in plain values, flat: sizes of a decoder, or every value of a config of transformers."""
+    if isinstance(config, DecoderConfig):
+        return asdict(config)
+    values = {f"hf.{key}": value for key, value in config_values(config.config, "the config").items()}
+    values.pop("hf.dtype", None)  # of a folder's files; runs train as their DeepSpeed config says
+    start = {"pretrained": config.pretrained} if isinstance(config, TransformersModel) else {}
+    return {**start, **values, "activation_checkpointing": config.activation_checkpointing}
 
 
-def _values(config: Any) -> dict[str, Any]:
-    values = {f"hf.{key}": value for key, value in config.to_dict().items()}
-    return {key: value for key, value in values.items() if key not in ("hf.transformers_version", "hf._name_or_path")}
+def _take_generation(model: Any, folder: Path | None, stored: dict[str, Any] | None) -> None:
+    """How texts are generated, as a folder or a checkpoint has it."""
+    from transformers import GenerationConfig
+
+    if folder and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    elif stored is not None:
+        model.generation_config = GenerationConfig.from_dict(with_floats(stored))
 
 
 def _fresh(config: Any) -> Any:
@@ -223,7 +267,7 @@ def _config_of(folder: Path) -> Any:
 
 def _config_from(values: dict[str, Any]) -> Any:
     """A config of transformers from a run file; keys that its class does not know are refused."""
-    from transformers import CONFIG_MAPPING, PretrainedConfig
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = values.get("model_type")
@@ -235,19 +279,31 @@ def _config_from(values: dict[str, Any]) -> Any:
     cls = CONFIG_MAPPING[kind]
     given = {key: value for key, value in values.items() if key != "model_type"}
     try:
-        allowed = {*cls().to_dict(), *(getattr(cls, "attribute_map", None) or {}), *_OLD_KEYS}
-        for key in given:
-            if key not in allowed:
-                own = sorted(cls().to_dict().keys() - PretrainedConfig().to_dict().keys())
-                raise ConfigError(
-                    f"hf: unknown key {shown(key)} of a {cls.__name__}.{nearest(key, sorted(allowed))} Its own keys: "
-                    f"{', '.join(own)}."
-                )
-        return cls(**{**dict.fromkeys(_SPECIAL), **given})
+        _require_known(cls, given)
+        try:
+            return cls(**{**dict.fromkeys(_SPECIAL), **given})
+        except Exception:
+            return cls(**given)  # a class that insists on ids of its own
     except ConfigError:
         raise
     except Exception as error:  # transformers raise many types for values that they do not take
         raise ConfigError(f"hf: {cls.__name__} refuses it: {_line(error)}") from error
+
+
+def _require_known(cls: Any, given: dict[str, Any]) -> None:
+    from transformers import PretrainedConfig
+
+    usual, aliases = cls().to_dict(), getattr(cls, "attribute_map", None) or {}
+    allowed = {*usual, *aliases, *(_OLD_ROPE if "rope_parameters" in usual else ())}
+    for key in given:
+        if key not in allowed:
+            own = sorted(usual.keys() - PretrainedConfig().to_dict().keys())
+            raise ConfigError(
+                f"hf: unknown key {shown(key)} of a {cls.__name__}.{nearest(key, sorted(allowed))} Its own keys: "
+                f"{', '.join(own)}."
+            )
+        if aliases.get(key) in given:
+            raise ConfigError(f"hf: {key} and {aliases[key]} are two names of one key; remove one.")
 
 
 def _line(error: Exception) -> str:

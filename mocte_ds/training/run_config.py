@@ -16,7 +16,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.models import DecoderConfig, preset
 from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shown import name_shown, nearest, shown
-from mocte_ds.training.model import ModelConfig, TransformersModel, model_facts
+from mocte_ds.training.model import NO_LIMIT, ModelConfig, StoredModel, TransformersModel, model_facts
 from mocte_ds.training.run_file import read_values
 from mocte_ds.training.schedule import warmup_cosine
 
@@ -110,6 +110,8 @@ class RunConfig:
     """`model.init`: checkpoint whose weights and modes a new run starts from, e.g. of tools/import_hf.py."""
 
     def __post_init__(self) -> None:
+        if not self.training.context and self.model.max_positions == NO_LIMIT:
+            raise ConfigError("training.context is missing: the model's config says nothing of a longest context.")
         if self.context > self.model.max_positions:
             raise ConfigError(
                 f"training.context = {self.context} is longer than model.max_positions = {self.model.max_positions}."
@@ -182,7 +184,9 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed, flat, for a comparison key by key."""
-        model = {f"model.{key}": value for key, value in model_facts(self.model).items()}
+        # Where weights come from is no matter once there is a checkpoint; where they stand counts.
+        free = ("activation_checkpointing", "pretrained")
+        model = {f"model.{key}": value for key, value in model_facts(self.model).items() if key not in free}
         given = {**asdict(self.training), "context": self.context, "warmup_steps": self.warmup_steps}
         training = {f"training.{key}": value for key, value in given.items() if key not in FREE_TRAINING_KEYS}
         stage = (self.deepspeed.get("zero_optimization") or {}).get("stage", 0)
@@ -249,8 +253,7 @@ def _started(section: dict[str, Any], init: str) -> ModelConfig:
             raise ConfigError(f"model.{key} and model.init both say which model it is; remove model.{key}.")
     sizes = stored_model(init)
     if "config" in sizes:
-        values = {"model_type": sizes["model_type"], **sizes["config"]}
-        return parse_section(TransformersModel, {"hf": values, **section})
+        return parse_section(StoredModel, {**section, "base": sizes})
     config = parse_section(DecoderConfig, {**sizes, **section})
     free = ("activation_checkpointing", *(("max_positions",) if config.style == "llama" else ()))
     stored = asdict(parse_section(DecoderConfig, sizes))  # of an older version: with today's defaults

@@ -113,7 +113,8 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int, allow_da
     if not start.finished:
         own = checkpoints == out / CHECKPOINTS
         other = [checkpoints] if checkpoints is not None and not own else []
-        sources = [prepared, *([Path(run.init)] if run.init else []), *other]
+        read = (run.init, getattr(run.model, "pretrained", None))
+        sources = [prepared, *(Path(folder) for folder in read if folder), *other]
         require_out(out, sources, tokenizer, own, start.step if own else 0, run.training.steps)
     return start
 

@@ -39,7 +39,7 @@ IN_SAVE: dict[str, tuple[Any, str, int, bool]] = {
     "DeepSpeed collects": (PlainFiles, "save", 1, False),
     "inside a file": (files._Hashed, "write", 9, False),
     "between files": (save, "write_file", 1, False),
-    "hashes are told": (save, "replace_text", 0, False),
+    "hashes are told": (save, "show_text", 0, False),
     "before the manifest": (save.Manifest, "write", 0, True),
     "before the rename": (place.Place, "swap_in", 0, True),
     "before latest": (place.Place, "move_latest", 0, True),

@@ -1,17 +1,19 @@
 """Models of a run: transformers' own configs, refusals, documents, and the loss."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from mocte_ds.base_model import base_facts
 from mocte_ds.errors import ConfigError
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.sections import parse_section
-from mocte_ds.training.model import Forward, TransformersModel, make_model, model_facts, next_token_loss
+from mocte_ds.training.model import Forward, StoredModel, TransformersModel, make_model, model_facts
 from mocte_ds.training.model_sizes import config_sizes
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -50,6 +52,8 @@ def test_given_special_tokens_stay() -> None:
         ({"hf": {"model_type": "llama", "hiden_size": 3}}, r"unknown key 'hiden_size' of a LlamaConfig\. Did you mean"),
         ({"hf": {"model_type": "llama", "hidden_size": "x"}}, "LlamaConfig refuses it: .*hidden_size"),
         ({"hf": {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}}, "LlamaConfig refuses it"),
+        ({"hf": {"model_type": "gpt2", "rope_theta": 5.0}}, "unknown key 'rope_theta'"),
+        ({"hf": {"model_type": "gpt2", "n_embd": 8, "hidden_size": 8}}, "two names of one key"),
         ({"hf": [1]}, r"model\.hf = \[1\] must be"),
         ({"hf": {"model_type": "llama"}, "pretrained": "x"}, "exclude each other"),
         ({}, "exclude each other"),
@@ -75,8 +79,51 @@ def test_a_folder(tmp_path: Path) -> None:
     assert not torch.equal(other.lm_head.weight, ours.lm_head.weight)
 
 
+def test_every_row_of_the_embedding_trains_and_dropout_is_on(tmp_path: Path) -> None:
+    theirs = LlamaForCausalLM(LlamaConfig(**SIZES, eos_token_id=END, pad_token_id=END))
+    theirs.generation_config.num_beams = 3
+    theirs.save_pretrained(tmp_path)
+    config = TransformersModel(pretrained=str(tmp_path))
+    for model in (make_model(config), make_model(config, weights=False)):
+        assert model.training and model.generation_config.num_beams == 3
+        forward, ids = Forward(model, None), torch.tensor([[5, END, 6, END]])
+        assert model.training
+        forward.loss(model(**forward.inputs(ids)), ids.roll(-1, 1)).backward()
+        assert model.get_input_embeddings().weight.grad[END].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "codegen", "bamba", "phi3"])
+def test_a_stored_config_makes_the_same_model(kind: str) -> None:
+    """bamba has infinite numbers, codegen no key for padding."""
+    sizes = {"vocab_size": 40, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"mamba_n_heads": 8, "mamba_d_head": 32, "num_key_value_heads": 4, "intermediate_size": 16}
+    first = TransformersModel(hf={"model_type": kind, **sizes, **(more if kind == "bamba" else {})})
+    with torch.device("meta"):
+        model = make_model(first, END)
+    stored = json.loads(json.dumps(base_facts(model), allow_nan=False))
+    again = StoredModel(base=stored)
+    with torch.device("meta"):
+        assert base_facts(make_model(again, END)) == stored
+    facts = model_facts(again)
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+    wanted = {key: value for key, value in model_facts(first).items() if key not in ("pretrained", "hf.eos_token_id")}
+    assert wanted == {key: value for key, value in facts.items() if key != "hf.eos_token_id"}
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"in BertLMHeadModel of this config tokens see later ones.*is_decoder"):
+        Forward(make_model(hf("bert")), None)
+    Forward(make_model(hf("bert", is_decoder=True)), None)
+
+
+def test_no_longest_context() -> None:
+    config = TransformersModel(
+        hf={"model_type": "bloom", "vocab_size": 40, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    )
+    assert config.max_positions == 1 << 30
+
+
 def test_another_value_is_another_model() -> None:
-    assert model_facts(hf()) == model_facts(replace(hf(), activation_checkpointing=True))
     assert model_facts(hf()) != model_facts(hf(rms_norm_eps=1e-3))
 
 
@@ -86,7 +133,17 @@ def test_the_loss_is_that_of_transformers() -> None:
     expected = model(input_ids=ids, labels=ids).loss
     inputs = Forward(model, None).inputs(ids)
     shifted = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], dim=1)
-    torch.testing.assert_close(next_token_loss(model(**inputs), shifted), expected)
+    torch.testing.assert_close(Forward(model, None).loss(model(**inputs), shifted), expected)
+
+
+def test_a_mixture_keeps_its_loss_for_even_loads() -> None:
+    torch.manual_seed(0)
+    sizes = {"num_local_experts": 4, "num_key_value_heads": 2, "output_router_logits": True}
+    model, ids = make_model(hf("mixtral", **sizes, router_aux_loss_coef=0.5)), torch.randint(40, (3, 9))
+    shifted = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], dim=1)
+    forward, theirs = Forward(model, None), model(input_ids=ids, labels=ids)
+    assert theirs.aux_loss > 0.1
+    torch.testing.assert_close(forward.loss(model(**forward.inputs(ids)), shifted), theirs.loss)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3", "gpt2"])
@@ -131,9 +188,3 @@ def test_our_decoder_gets_its_documents_by_their_end() -> None:
     model = Decoder(DecoderConfig("llama", 40, 16, 24, 1, 2, max_positions=12))
     forward = Forward(model, END)
     assert model.document_end == END and list(forward.inputs(torch.zeros(1, 3, dtype=torch.int64))) == ["input_ids"]
-
-
-def test_every_size_of_the_config_is_what_transformers_make() -> None:
-    with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(hf("qwen3", head_dim=8).config)
-    assert hf("qwen3", head_dim=8).num_params() == sum(parameter.numel() for parameter in theirs.parameters())

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.memory import require_memory
 from mocte_ds.benchmark.measure.run_plan import RunPlan
-from mocte_ds.training.model import Forward, make_model, next_token_loss
+from mocte_ds.training.model import Forward, make_model
 
 REPEATS = 3
 
@@ -24,7 +24,7 @@ def step_seconds(plan: RunPlan, clock: Clock) -> float:
 
     def step() -> None:
         for _ in range(plan.tokens_per_step // (plan.micro_batch * plan.context)):
-            next_token_loss(model(**forward.inputs(ids[:, :-1])), ids[:, 1:]).backward()
+            forward.loss(model(**forward.inputs(ids[:, :-1])), ids[:, 1:]).backward()
         model.zero_grad(set_to_none=False)
 
     return clock.seconds(step, REPEATS)[0]

@@ -29,6 +29,8 @@ class DecoderView(Source):
         base, state = source.base, source.state
         assert base is not None
         decoder = decoder_of(base["architecture"], make_config(base, _STATE), _STATE)
+        if decoder.style != "llama":
+            raise CheckpointError(f"no stock class has experts in the layers of a {base['architecture']}.")
         mocte = None if state["mocte"] is None else {"config": state["mocte"], "blocks": state["blocks"]}
         model = empty_decoder(asdict(decoder), mocte, _STATE)
         super().__init__(model, {**state, "model": asdict(decoder), "base": None}, source.dtype)

@@ -40,12 +40,17 @@ def margins(block: Block, features: Tensor) -> Tensor:
         k = gate.router.top_k
         if k == logits.shape[1]:
             continue  # every token goes to all of them
-        best, experts = gate.order(logits).topk(k + 1, dim=-1)
+        ordered = gate.order(logits)
+        best, chosen = ordered.topk(k, dim=-1)
         # Each logit is rounded relative to its own row, and rows of one gate may differ by orders of magnitude.
-        scale = matrix.norm(dim=1)[experts[:, k - 1 :]].amax(dim=-1) * rows.norm(dim=-1)
+        norms = matrix.norm(dim=1).expand(logits.shape[1])
+        scale = torch.maximum(norms[chosen][:, :, None], norms) * rows.norm(dim=-1)[:, None, None]
         if gate.router.weight == "sigmoid":
             scale = scale.clamp(min=1.0)  # sigmoids are rounded themselves
-        least = torch.minimum(least, ((best[:, k - 1] - best[:, k]) / scale.clamp(min=1e-30)).view(least.shape))
+        apart = (best[:, :, None] - ordered[:, None, :]) / scale.clamp(min=1e-30)
+        others = torch.ones_like(ordered, dtype=torch.bool).scatter(1, chosen, False)
+        apart = apart.masked_fill(~others[:, None, :], torch.inf).amin(dim=(1, 2))
+        least = torch.minimum(least, apart.view(least.shape))
     return least
 
 

@@ -129,14 +129,17 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
             text = " ".join(str(error).split())[:500]
             raise CheckpointError(f"the weights do not fit a {target.architecture}: {text}") from error
         model.tie_weights()
-        generation = (source.base or {}).get("generation")
-        if generation is not None and model.can_generate():
-            model.generation_config = type(model.generation_config).from_dict(with_floats(generation))
-        for config in (model.config, model.config.get_text_config(), model.generation_config):
+        stored, generation = (source.base or {}).get("generation"), model.generation_config
+        if stored is not None and model.can_generate():
+            generation = type(generation).from_dict(with_floats(stored))
+        for config in (model.config, model.config.get_text_config(), generation):
             for name, number in target.special.fields().items():
                 if config is not None and getattr(config, name, None) is None:
                     setattr(config, name, number)
         model.save_pretrained(folder, max_shard_size=shard_bytes)
+        if generation is not None and model.can_generate():
+            # Not by the model, which refuses what some published models say, such as top_k without do_sample.
+            generation.to_json_file(folder / "generation_config.json")
         return sum(parameter.numel() for parameter in model.parameters())
 
 

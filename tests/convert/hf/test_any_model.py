@@ -100,7 +100,7 @@ class Exported:
         self.ours, self.folder = made(kind, **sizes), folder
         base = require_base(base_facts(self.ours), "here")
         self.source = source_of(self.ours, base, **blocks)
-        self.facts = export_trained(self.source, folder)
+        self.facts = export_trained(self.source, folder, choice="own")
 
     def loaded(self, **how: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **how).eval()
@@ -283,6 +283,17 @@ def test_stock_classes_with_experts(name: str, tmp_path: Path) -> None:
     assert other["architecture"] == "MocteBlocksForCausalLM"
 
 
+def test_a_generation_config_that_transformers_would_not_save(tmp_path: Path) -> None:
+    model = made("llama")
+    model.generation_config.top_k = 7
+    with raises(ValueError, match="top_k"):
+        model.save_pretrained(tmp_path / "theirs")
+    source = source_of(model, require_base(base_facts(model), "here"), LAYERS, router=PREFIX)
+    export_trained(source, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "generation_config.json").read_text())["top_k"] == 7
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").generation_config.top_k == 7
+
+
 @torch.no_grad()
 def test_bf16_keeps_routers_and_tables(tmp_path: Path) -> None:
     model = made("llama")
@@ -326,9 +337,11 @@ def test_refusals(exports: dict[str, Exported], tmp_path: Path) -> None:
     case = exports["llama, prefix"]
     with raises(CheckpointError, match=r"no stock class routes by router.kind 'prefix'"):
         export_trained(case.source, tmp_path / "out", choice="stock")
-    assert "router.kind 'prefix'" in case.facts["reason"]
+    assert "router.kind 'prefix'" in export_trained(case.source, tmp_path / "auto")["reason"]
     with raises(CheckpointError, match="no decoder of ours has the layers of a Phi3ForCausalLM"):
         export_trained(exports["phi3, lora"].source, tmp_path / "out", choice="stock")
+    with raises(CheckpointError, match="no stock class has experts in the layers of a GPT2LMHeadModel"):
+        export_trained(exports["gpt2, token"].source, tmp_path / "out", choice="stock")
     theirs = case.loaded()
     with torch.no_grad(), raises(RoutingError, match="call the whole model"):
         theirs.base(texts())
