@@ -1,5 +1,6 @@
 """One way to end a command line: success, or an error message that says what to do."""
 
+import argparse
 import contextlib
 import errno
 import os
@@ -87,6 +88,22 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     sys.exit(code)
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, for argparse: finite and greater than 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number greater than 0")
+    return number
+
+
+def count_or_zero(text: str) -> int:
+    """A number of things, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    return number
 
 
 def print_all(text: str) -> None:

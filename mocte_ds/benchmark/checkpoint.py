@@ -25,6 +25,7 @@ from mocte_ds.benchmark.measure.memory import require_memory
 from mocte_ds.benchmark.measure.ranks import run_ranks
 from mocte_ds.benchmark.measure.share import require_at_least
 from mocte_ds.checkpoints.place import find_tag
+from mocte_ds.cli import seconds
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import train_tokenizer
 from mocte_ds.errors import MocteError
@@ -52,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the model (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure (default: this one)")
     parser.add_argument(
-        "--time-limit", type=float, default=300.0, help="of the processes of each part, seconds (default: %(default)g)"
+        "--time-limit",
+        type=seconds,
+        default=300.0,
+        help="of the processes of each part, seconds (default: %(default)g)",
     )
 
 

@@ -14,6 +14,7 @@ from mocte_ds.benchmark.measure.memory import require_memory
 from mocte_ds.benchmark.measure.ranks import run_ranks
 from mocte_ds.benchmark.measure.share import require_at_least
 from mocte_ds.benchmark.measure.wire import RING
+from mocte_ds.cli import seconds
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import MocteError
 from mocte_ds.text_table import brief, percent
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of the block (default: %(default)s)")
     parser.add_argument("--gemm-size", type=int, default=None, help="of the products that give the machine's rate")
     parser.add_argument(
-        "--time-limit", type=float, default=600.0, help="of the processes, seconds (default: %(default)g)"
+        "--time-limit", type=seconds, default=600.0, help="of the processes, seconds (default: %(default)g)"
     )
 
 

@@ -1,5 +1,6 @@
 """Builds the ops that DeepSpeed compiles at their first use on a CPU, once, with nobody waiting for a dead process."""
 
+import contextlib
 import fcntl
 import glob
 import os
@@ -80,21 +81,28 @@ class KernelBaton:
 
 
 def _is_open(path: Path) -> bool:
-    """Whether some process of this machine has a file open; where the system does not tell, whether it is young."""
+    """Whether a process of this machine has a file open; where the system does not tell of all, whether it is young."""
     try:
         wanted = path.stat()
     except FileNotFoundError:
         return False
     if not Path("/proc/self/fd").is_dir():
         return time.time() - wanted.st_mtime < _YOUNG
-    for place in glob.iglob("/proc/[0-9]*/fd/*"):
+    hidden = False
+    for process in glob.iglob("/proc/[0-9]*/fd"):
         try:
-            found = os.stat(place)
-        except OSError:  # closed, or another user's
+            places = [os.path.join(process, name) for name in os.listdir(process)]
+        except PermissionError:  # another user's, who may compile there too
+            hidden = True
             continue
-        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-            return True
-    return False
+        except OSError:  # it has ended
+            continue
+        for place in places:
+            with contextlib.suppress(OSError):  # closed
+                found = os.stat(place)
+                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    return True
+    return hidden and time.time() - wanted.st_mtime < _YOUNG
 
 
 def use_kernel_lock() -> None:

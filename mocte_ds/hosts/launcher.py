@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from mocte_ds.cli import run_cli
+from mocte_ds.cli import count_or_zero, run_cli, seconds
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.hosts.agent import ADDRESS, EXIT_STOPPED, Job
 from mocte_ds.hosts.environment import travelling
@@ -257,11 +257,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--interface", default=None, help="network interface of NCCL and gloo on all hosts")
     parser.add_argument("--ssh", type=shlex.split, default=[], metavar="OPTIONS", help='e.g. "-p 2222 -i KEY"')
     parser.add_argument(
-        "--grace", type=float, default=300.0, help="seconds to save and end after a stop (default: 300)"
+        "--grace", type=seconds, default=300.0, help="seconds to save and end after a stop (default: 300)"
     )
-    parser.add_argument("--silence", type=float, default=60.0, help="seconds until a silent host is lost (default: 60)")
-    parser.add_argument("--start_timeout", type=float, default=120.0, help="seconds until all hosts must answer")
-    parser.add_argument("--restarts", type=int, default=0, help="starts after a failure that is not the user's")
+    parser.add_argument(
+        "--silence", type=seconds, default=60.0, help="seconds until a silent host is lost (default 60)"
+    )
+    parser.add_argument("--start_timeout", type=seconds, default=120.0, help="seconds until all hosts must answer")
+    parser.add_argument(
+        "--restarts", type=count_or_zero, default=0, help="new starts after a failure not of the user's"
+    )
     parser.add_argument("command", nargs="+", help="-- SCRIPT OPTIONS")
     args = parser.parse_args(argv)
     launcher = Launcher(args, read_hosts(args.hostfile, args.include, args.exclude))

@@ -1,5 +1,6 @@
 """What a check measures of the experts: rows chosen over all ranks, lambda and gradient norm, whoever holds them."""
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -203,15 +204,30 @@ def test_few_rows_are_no_sample_and_a_checkpoint_holds_them() -> None:
 
 
 def test_padding_and_recomputation_are_left_out() -> None:
-    blocks, model = one_layer(N)
-    blocks[0].context.sampling = True
-    ids = tokens(0)
-    model.train()
-    blocks[0].context.micro_step = 1
-    model(input_ids=ids)
-    kept = [block.banks[0].deepspeed_moe.expert_rows.found() for block in blocks]
-    model(input_ids=ids)  # the same micro-batch again
-    assert [block.banks[0].deepspeed_moe.expert_rows.found() for block in blocks] == kept
+    """Rows of a padded batch are those of the texts without padding; a layer that is computed again adds none."""
+    text, found = tokens(0)[:, : T - 8], []
+    padded, labels = torch.full((SEQUENCES, T), 5), torch.full((SEQUENCES, T), -100)
+    padded[:, : T - 8], labels[:, : T - 8] = text, text
+    for ids, told in ((text, text), (padded, labels), (padded, None)):
+        blocks, model = one_layer(16)
+        model.config = replace(model.config, activation_checkpointing=True)
+        model.model.config = model.config
+        for block in blocks:
+            for bank in block.banks:
+                bank.deepspeed_moe.expert_rows = ExpertRows(4, 16, seed=3)
+        blocks[0].context.announce(first_sequence=0, micro_batch=SEQUENCES, sampling=True)
+        out = model.train()(ids, labels=told)
+        rows = [block.banks[0].deepspeed_moe.expert_rows for block in blocks]
+        before = [r.found() for r in rows]
+        (out if out.dim() == 0 else out.square().mean()).backward()
+        assert [r.found() for r in rows] == before
+        whole = [k for k, count in enumerate(before[1]) if count == 16]
+        found.append((before, whole, rows[1].merged(whole, 32, torch.device("cpu"))))
+    alone, masked, counted = found
+    assert alone[0] == masked[0] and min(map(sum, alone[0])) > 0 and alone[1]
+    torch.testing.assert_close(masked[2], alone[2])
+    # The control: padding that nothing tells of takes rows.
+    assert counted[0] != alone[0] or not torch.allclose(counted[2], alone[2])
 
 
 def test_what_a_hand_has_frozen_only_a_hand_thaws() -> None:

@@ -127,3 +127,21 @@ def test_a_compiler_that_the_system_killed_gets_another_try_file_by_file(
     monkeypatch.setattr(cpu_op.subprocess, "run", run)
     assert cpu_op.build_cpu_op() is True
     assert jobs == [None, "1"]
+
+
+def test_a_lock_of_another_users_process_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, listed = tmp_path / "lock", os.listdir
+
+    def hidden(path: str) -> list[str]:
+        if str(path).startswith("/proc/"):
+            raise PermissionError(path)
+        return listed(path)
+
+    lock.touch()
+    assert not cpu_op._is_open(lock)
+    with lock.open():
+        assert cpu_op._is_open(lock)
+    monkeypatch.setattr(os, "listdir", hidden)
+    assert cpu_op._is_open(lock)
+    os.utime(lock, (1.0, 1.0))
+    assert not cpu_op._is_open(lock), "nobody builds for so long"

@@ -13,7 +13,7 @@ import pytest
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.hosts.environment import travelling
-from mocte_ds.hosts.launcher import read_hosts, run_folder
+from mocte_ds.hosts.launcher import main, read_hosts, run_folder
 
 ROOT, TOY = Path(__file__).resolve().parents[2], Path(__file__).with_name("toy_rank.py")
 LIMIT = 60.0
@@ -175,3 +175,13 @@ def test_the_folder_of_a_run_by_its_command_line() -> None:
         (["--out", "x", "--run", "b.yaml", "--out=z"], "z"),
     ):
         assert run_folder(["launch/pretrain.py", *words]) == Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--restarts", "-1"), ("--silence", "nan"), ("--silence", "inf"), ("--grace", "0"), ("--start_timeout", "-3")],
+)
+def test_numbers_that_make_no_sense_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--hostfile", "none", f"{option}={value}", "--", "script"])
+    assert ended.value.code == 2 and f"argument {option}: {value} must be" in capsys.readouterr().err
