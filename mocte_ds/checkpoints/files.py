@@ -11,6 +11,7 @@ import torch
 
 from mocte_ds.ownership.durable import sync_folder
 from mocte_ds.ownership.facts import FileFacts, hash_file
+from mocte_ds.ownership.put import put, require_ours
 
 
 class Deferred:
@@ -82,6 +83,27 @@ def replace_file(path: Path, content: Any) -> FileFacts:
         raise
     sync_folder(path.parent)
     return facts
+
+
+def put_file(path: Path, content: Any, by: str) -> None:
+    """:func:`replace_file` where a file of the user may lie: only one that ``by`` has written is replaced.
+
+    Args:
+        path: the file; its folder gets a marker that lists it.
+        content: as of :func:`write_file`.
+        by: who writes.
+
+    Raises:
+        NotOurs: something else lies there; nothing was changed.
+        OSError, RuntimeError: it could not be written.
+    """
+    require_ours(path.parent, [path.name], by)
+    pending = path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")
+    try:
+        write_file(pending, content)
+        put(path.parent, {path.name: pending}, by)
+    finally:
+        pending.unlink(missing_ok=True)
 
 
 def to_json(values: Any) -> bytes:

@@ -12,7 +12,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from mocte_ds.checkpoints.files import replace_file
+from mocte_ds.checkpoints.files import put_file
 from mocte_ds.checkpoints.place import Place
 from mocte_ds.checkpoints.plain import from_plain, only_plausible, read_plain, to_plain
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
@@ -168,11 +168,12 @@ class PlainFiles(CheckpointEngine):
 
         Raises:
             CheckpointError: it could not be written, or holds a value that is not plain.
+            NotOurs: a file lies there that this did not write.
         """
         name = Path(path).name
         if self._collected is None:
             try:
-                replace_file(Path(path), to_plain(state_dict, name, classes=_CLASSES))
+                put_file(Path(path), to_plain(state_dict, name, classes=_CLASSES), "DeepSpeed")
             except (OSError, RuntimeError) as error:
                 raise CheckpointError(
                     f"could not write {path}: {error}. Make room or choose another folder."

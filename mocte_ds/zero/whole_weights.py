@@ -10,11 +10,11 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from mocte_ds.checkpoints.files import replace_file
+from mocte_ds.checkpoints.files import put_file
 from mocte_ds.checkpoints.names import EXPERT_PARAMETER, renumbered
 from mocte_ds.dist.collect import tensors_on_rank_zero
 from mocte_ds.dist.collectives import gather_objects
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, NotOurs
 from mocte_ds.zero.partitioned_files import weights_in_state_dicts
 
 
@@ -54,18 +54,20 @@ def write_weights_file(path: Path, weights: dict[str, Tensor] | None) -> None:
     """Write what :func:`whole_weights` has returned as one file, whole or not at all (collective).
 
     Raises:
-        CheckpointError: on all ranks; it could not be written.
+        CheckpointError: on all ranks; it could not be written, or a file lies there that this did not write.
     """
     failure = None
     if weights is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, weights)
+            put_file(path, weights, "save_16bit_model")
+        except NotOurs as error:
+            failure = str(error)
         except (OSError, RuntimeError) as error:  # the latter is what torch.save makes of a full disk
-            failure = f"{type(error).__name__}: {error}"
+            failure = f"{type(error).__name__}: {error}. Make room or choose another folder."
     failure = gather_objects(failure)[0]
     if failure:
-        raise CheckpointError(f"could not write {path}: {failure}. Make room or choose another folder.")
+        raise CheckpointError(f"could not write {path}: {failure}")
 
 
 def require_local_is_whole(model: nn.Module, partitioned: bool) -> None:

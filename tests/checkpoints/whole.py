@@ -42,13 +42,19 @@ def write_and_load(folder: str) -> dict[str, Any]:
         "module_state_dict": engine.module_state_dict,
         "empty tag": lambda: engine.load_checkpoint(root / "r[1]", tag=""),
         "no room": lambda: engine.save_16bit_model("/dev/full/x"),
+        "of the user": lambda: engine.save_16bit_model(str(root / "mine"), "thesis.bin"),
     }
+    if rank == 0:
+        (root / "mine").mkdir()
+        (root / "mine" / "thesis.bin").write_text("the only copy")
+    torch.distributed.barrier()
     for name, call in calls.items():
         try:
             call()
         except CheckpointError as error:
             errors[name] = str(error)
-    same["written"] = engine.save_16bit_model(str(root / "w[*]"), "all.bin")
+    engine.save_16bit_model(str(root / "w[*]"), "all.bin")
+    same["written"] = engine.save_16bit_model(str(root / "w[*]"), "all.bin")  # again, over what it wrote
     same["trained"] = engine.save_16bit_model(str(root / "w[*]"), "trained.bin", exclude_frozen_parameters=True)
     weights = engine._consolidated_16bit_state_dict()
     same["on rank 0"] = (weights is not None) == (rank == 0)

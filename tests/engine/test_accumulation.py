@@ -1,0 +1,80 @@
+"""Gradients of many micro-batches in bf16, against the same gradients added up in fp32 by hand."""
+
+from typing import Any
+
+import torch
+
+from tests.spawn import spawn
+
+TURNS, VOCAB = 16, 40
+
+
+def small_model() -> torch.nn.Module:
+    from mocte_ds.models import Decoder, DecoderConfig
+
+    torch.manual_seed(0)
+    config = DecoderConfig("llama", VOCAB, 32, 48, 1, 2, max_positions=16, initializer_range=0.1)
+    return Decoder(config).bfloat16()
+
+
+def batch(turn: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (1, 16), generator=torch.Generator().manual_seed(turn))
+
+
+def summed_by_hand() -> dict[str, torch.Tensor]:
+    model, sums = small_model(), {}
+    for turn in range(TURNS):
+        ids = batch(turn)
+        model(input_ids=ids, labels=ids.roll(-1, 1)).backward()
+        for name, parameter in model.named_parameters():
+            sums[name] = sums.get(name, 0.0) + parameter.grad.float() / TURNS
+            parameter.grad = None
+    return sums
+
+
+def error_of(stage: int, fp32: bool, offload: bool) -> float:
+    """Relative error of the gradient that an engine steps with."""
+    from deepspeed.utils import safe_get_full_grad
+
+    import mocte_ds
+
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": TURNS,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "mocte": {"modules": "model.layers.*.mlp", "num_experts": 2, "auto": False, "total_steps": 10},
+    }
+    if offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if fp32:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    engine, *_ = mocte_ds.initialize(model=small_model(), config=settings)
+    expected, apart, whole = summed_by_hand(), 0.0, 0.0
+    for turn in range(TURNS):
+        ids = batch(turn)
+        engine.backward(engine(input_ids=ids, labels=ids.roll(-1, 1)))
+        if turn == TURNS - 1:
+            for name, parameter in engine.module.named_parameters():
+                wanted = expected.get(name.replace(".mlp.dense.", ".mlp."))
+                if wanted is not None:
+                    found = safe_get_full_grad(parameter)
+                    apart += float((found.float() - wanted).square().sum())
+                    whole += float(wanted.square().sum())
+        engine.step()
+    assert whole > 0
+    return (apart / whole) ** 0.5
+
+
+def errors() -> dict[str, float]:
+    cases = {"2": (2, True, False), "2 offloaded": (2, True, True), "3": (3, True, False), "bf16": (2, False, False)}
+    return {name: error_of(*case) for name, case in cases.items()}
+
+
+def test_micro_batches_are_added_up_in_fp32() -> None:
+    found = spawn(errors, 1, timeout=240, deepspeed=True)[0]
+    control = found.pop("bf16")
+    assert all(error < 1e-6 for error in found.values()), found
+    assert control > 1e-3, "without grad_accum_dtype they are rounded to bf16 again and again"
