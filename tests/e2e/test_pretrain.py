@@ -66,6 +66,18 @@ def test_terminated_run_saves_and_goes_on(launch: Launcher, run_file: Write, tmp
     assert f"stopped at step {stopped}" in output
 
 
+def test_a_killed_rank_ends_the_run_in_few_words(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
+    run, out = run_file(False), tmp_path / "out"
+    process = launch.start("launch/pretrain.py", "--run", run, "--out", out, "--set", "training.steps=100000")
+    wait_for_step(out, 7)
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+    ranks[0].kill()
+    code, output = launch.finish(process)
+    lines = [line for line in output.splitlines() if not line.startswith("training ") and "Warning" not in line]
+    assert code != 0 and "Traceback" not in output and len(lines) < 15, output
+    assert (out / "checkpoints" / "latest").read_text(encoding="utf-8").startswith("step")
+
+
 def test_full_disk_leaves_the_last_checkpoint(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
     run, out = run_file(False), tmp_path / "out"
     code, output = launch.pretrain(run, out, "--stop-after", 2)
@@ -100,11 +112,13 @@ def test_non_finite_loss_stops_the_run(launch: Launcher, run_file: Write, tmp_pa
 
 
 def test_finished_run_goes_on_with_other_data(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
-    run, peak, ramp, floor = run_file(False), 3e-3, 2, 0.1
-    short = ["--set", "training.steps=6", "--set", f"training.warmup_steps={ramp}"]
+    run, peak, ramp, floor = run_file(True), 3e-3, 2, 0.1
+    both = ["--set", f"training.warmup_steps={ramp}", "--set", "deepspeed.mocte.check_every=0.34"]
+    both += ["--set", "deepspeed.bf16.enabled=false"]
+    short = ["--set", "training.steps=6", *both]
     code, output = launch.pretrain(run, tmp_path / "out", *short)
     assert code == 0, output
-    longer = ["--set", "training.steps=12", "--set", "training.seed=7", "--set", f"training.warmup_steps={ramp}"]
+    longer = ["--set", "training.steps=12", "--set", "training.seed=7", *both]
     code, output = launch.pretrain(run, tmp_path / "out", *longer)
     assert code == 2 and "training.seed: checkpoint 0, run 7" in output and "--allow-data-change" in output, output
     code, output = launch.pretrain(run, tmp_path / "out", *longer, "--allow-data-change")
@@ -118,7 +132,12 @@ def test_finished_run_goes_on_with_other_data(launch: Launcher, run_file: Write,
     assert [row["step"] for row in rows] == list(range(1, 13))
     expected = [cosine(step, 6 if step <= 6 else 12) for step in range(ramp + 2, 13)]
     assert [row["lr"] for row in rows[ramp + 1 :]] == pytest.approx(expected)
-    events = {event["event"]: event for event in read_log(tmp_path / "out", "events")}
+    told = read_log(tmp_path / "out", "events")
+    # At shares .34, .68 and 1 of the budget: of 6 steps, and from step 6 on of 12. No experts emerge twice.
+    assert [event["step"] for event in told if event["event"] == "check"] == [3, 5, 6, 9, 12]
+    emerged = [event for event in told if event["event"] == "emergence"]
+    assert sorted(event["block"] for event in emerged) == [0, 1] and max(event["step"] for event in emerged) <= 6
+    events = {event["event"]: event for event in told}
     assert events["prolong"]["steps"] == [6, 12]
     assert events["prolong"]["lr"] == pytest.approx([cosine(7, 6), cosine(7, 12)])
     assert events["data_change"]["changes"]["training.seed"] == {"checkpoint": 0, "run": 7}
