@@ -120,9 +120,7 @@ class Controller:
     def set_probe(self, input_ids: Tensor, domain: Tensor | None = None, **given: Any) -> None:
         """Look at these sequences at every check; without them, at some of the first step's.
 
-        Held-out sequences are better: a lower loss on them is not memory. Give them also where a loop pads micro-batches
-        to lengths of their own: of the first step's only sequences of the first micro-batch's length are looked at, so
-        that the set would depend on how the batch is cut.
+        Held-out sequences are better: a lower loss on them is not memory.
 
         Args:
             input_ids: (S, T) the same on all ranks; the first ones are used, as many as `probe_tokens` asks for.

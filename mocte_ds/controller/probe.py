@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.controller.probe_batches import Call, alike, ids_of, joined, labelled
+from mocte_ds.controller.probe_batches import Call, Rows, ids_of, labelled, spread, together
 from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks, world
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.forward import ForwardState, Look
@@ -68,21 +68,25 @@ class ProbeSet:
             eod_id: token that ends a document; the one after it is not counted.
         """
         self._wanted, self._eod_id = tokens, eod_id
-        self._parts: list[Call] = []
-        self._valid: list[Tensor] = []
-        self._domain: list[Tensor] = []
-        self._number: list[Tensor] = []
-        self._labelled: list[Tensor] = []
-        self.complete = False
+        self._offers: list[Rows] = []
+        self._company: Rows | None = None
+        self._batch = 0
+        self._rows: Rows | None = None
+        self._valid = torch.empty(0, dtype=torch.bool)
         self.collected = False
         """True where the set was taken from the first step."""
         self.needs_labels = False
         """True for a model that cannot be called without labels."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether this rank has its part of the set."""
+        return self._rows is not None
+
     def offer(
         self, args: tuple, kwargs: Mapping[str, Any], offset: int, batch: int, domain: Tensor | None = None
     ) -> None:
-        """Take what belongs to the set from a micro-batch of the first step.
+        """Take what may belong to the set from a micro-batch of the first step.
 
         Args:
             args: of the model's call.
@@ -94,30 +98,25 @@ class ProbeSet:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.complete or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             return
-        count = min(batch, math.ceil(self._wanted / ids.shape[1]))
-        stride = batch // count
-        number = offset + torch.arange(ids.shape[0])
-        chosen = (number % stride == 0) & (number // stride < count)
-        if not chosen.any():
-            if self._parts:
-                return
-            chosen[0] = True  # company: experts are spread over ranks, so every rank has to make every pass
-            self._valid.append(torch.zeros(1, dtype=torch.bool))
-        else:
-            self._valid.append(torch.ones(int(chosen.sum()), dtype=torch.bool))
-
-        known = domain if domain is not None else torch.full((ids.shape[0],), -1)
-        self._domain.append(known.cpu()[chosen])
-        self._number.append(number[chosen] // stride)
-
-        def cut(value: Any) -> Any:
-            fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == ids.shape[0]
-            return value.detach()[chosen.to(value.device)].cpu() if fits else value
-
         labels = kwargs.get("labels")
-        self._labelled.append(labelled(ids.cpu(), None if labels is None else labels.cpu())[chosen])
-        given = {name: value for name, value in kwargs.items() if name != "labels" or self.needs_labels}
-        self._parts.append(([cut(value) for value in args], {name: cut(value) for name, value in given.items()}))
+        rows = Rows(
+            call=(list(args), {name: v for name, v in kwargs.items() if name != "labels" or self.needs_labels}),
+            domain=(domain if domain is not None else torch.full((len(ids),), -1)).cpu(),
+            number=offset + torch.arange(len(ids)),
+            labelled=labelled(ids.cpu(), None if labels is None else labels.cpu()),
+            length=torch.full((len(ids),), ids.shape[1]),
+        )
+        # The longest sequence of the step will not be shorter than these, nor the set larger.
+        self._batch, chosen = batch, self._chosen(rows.number, batch, ids.shape[1])
+        if chosen.any():
+            self._offers.append(rows.cut(chosen))
+        elif self._company is None:
+            self._company = rows.cut(torch.arange(len(ids)) == 0)
+
+    def _chosen(self, number: Tensor, batch: int, longest: int) -> Tensor:
+        """(n,) bool: which of the global batch's sequences belong to the set; those of a smaller set do to a larger."""
+        count = min(batch, math.ceil(self._wanted / longest))
+        return (number < batch) & (spread(batch)[number.clamp(max=batch - 1)] < count)
 
     def give(self, ids: Tensor, domain: Tensor | None, given: Mapping[str, Any] | None = None) -> None:
         """Take these sequences, this rank its part of them, in place of some of the first step.
@@ -131,42 +130,44 @@ class ProbeSet:
         chosen = torch.arange(min(len(ids), max(1, math.ceil(self._wanted / ids.shape[1]))))
         known = domain.cpu() if domain is not None else torch.full((len(ids),), -1)
         mine = chosen[rank::size]
-        self._valid = [torch.ones(len(mine), dtype=torch.bool)]
-        if not len(mine):  # company, see below
-            mine, self._valid = chosen[:1], [torch.zeros(1, dtype=torch.bool)]
-
-        def cut(value: Any) -> Any:
-            fits = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(ids)
-            return value[mine].cpu() if fits else value
-
-        call = {name: cut(value) for name, value in {**(given or {}), "input_ids": ids}.items()}
-        self._parts, self._domain, self._number = [((), call)], [known[mine]], [mine]
-        self._labelled = [torch.ones(ids[mine].shape, dtype=torch.bool)]
-        if self.needs_labels:
-            self._parts[0][1]["labels"] = ids[mine].cpu()
-        self.complete = True
+        self._valid = torch.ones(len(mine), dtype=torch.bool)
+        if not len(mine):  # experts are spread over ranks, so every rank has to make every pass
+            mine, self._valid = chosen[:1], torch.zeros(1, dtype=torch.bool)
+        call = {**(given or {}), "input_ids": ids, **({"labels": ids} if self.needs_labels else {})}
+        every = torch.ones(ids.shape, dtype=torch.bool)
+        rows = Rows(((), call), known, torch.arange(len(ids)), every, torch.full((len(ids),), ids.shape[1]))
+        keep = torch.zeros(len(ids), dtype=torch.bool)
+        keep[mine] = True
+        self._rows = rows.cut(keep)
 
     def finish(self) -> None:
-        """The first step is over: the set is what was taken, but for micro-batches that cannot be joined to the first.
+        """The first step is over: the set is what was taken (collective).
 
-        These have another length, or other arguments; what is not a row a sequence must be equal.
+        Shorter micro-batches are filled up to the rank's longest one. Those with other arguments, or with arguments
+        that cannot be filled up, are left out; what is not a row a sequence must be equal.
         """
-        if self.complete or not self._parts:
+        offers = [*self._offers, *([self._company] if self._company else [])]
+        longest = int(max_over_ranks(torch.tensor(max((int(rows.length.max()) for rows in offers), default=0))))
+        self._offers, self._company = [], None
+        if self.complete or not offers:
             return
-        first = self._parts[0]
-        same = [i for i, part in enumerate(self._parts) if alike(first, part)]
-        parts = [self._parts[i] for i in same]
-        self._parts, self._valid = [joined(parts)], [torch.cat([self._valid[i] for i in same])]
-        self._domain = [torch.cat([self._domain[i] for i in same])]
-        self._number = [torch.cat([self._number[i] for i in same])]
-        self._labelled = [torch.cat([self._labelled[i] for i in same])]
-        self.complete = self.collected = True
+        company = offers[0].cut(torch.arange(len(offers[0].number)) == 0)
+        kept = [rows.cut(self._chosen(rows.number, self._batch, longest)) for rows in offers]
+        kept = [rows for rows in kept if len(rows.number)]
+        self._valid = torch.ones(sum(len(rows.number) for rows in kept), dtype=torch.bool)
+        if not kept:  # experts are spread over ranks, so every rank has to make every pass
+            kept, self._valid = [company], torch.zeros(1, dtype=torch.bool)
+        rows = together(kept)
+        everyone = torch.arange(self._batch)
+        rows.number = torch.searchsorted(everyone[self._chosen(everyone, self._batch, longest)], rows.number)
+        self._rows = rows
+        self._valid, self.collected = self._valid[: len(self._rows.number)], True
 
     def read(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeReading | None:
         """One pass in evaluation mode (collective); None where nothing was collected on some rank."""
         if not self._everywhere():
             return None
-        shape = self._ids(self._parts[0]).shape
+        shape = self._ids.shape
         with torch.no_grad(), _looking(module, blocks) as look:
             output = self._forward(module, device)
         routes = {
@@ -175,25 +176,26 @@ class ProbeSet:
             for j, bank in enumerate(block.banks)
             if bank.deepspeed_moe in look.routes and look.routes[bank.deepspeed_moe].numel() == shape.numel()
         }
-        return ProbeReading(self._losses(output, self._ids(self._parts[0])), routes, self.real)
+        return ProbeReading(self._losses(output, self._ids), routes, self.real)
 
     @property
     def domain(self) -> Tensor:
         """(S,) source of each of this rank's sequences, -1 where unknown or where it only keeps company."""
-        return torch.where(self._valid[0], self._domain[0], -1) if self.complete else torch.empty(0, dtype=torch.int64)
+        rows = self._rows
+        return torch.where(self._valid, rows.domain, -1) if rows else torch.empty(0, dtype=torch.int64)
 
     @property
     def number(self) -> Tensor:
         """(S,) number in the set of each of this rank's sequences, however they are shared out; -1 for company."""
-        empty = torch.empty(0, dtype=torch.int64)
-        return torch.where(self._valid[0], self._number[0], -1) if self.complete else empty
+        rows = self._rows
+        return torch.where(self._valid, rows.number, -1) if rows else torch.empty(0, dtype=torch.int64)
 
     @property
     def real(self) -> Tensor:
         """(S, T) bool: tokens that count; neither padding nor sequences that only keep company."""
-        ids = self._ids(self._parts[0])
-        real = self._state().counted((*ids.shape, 1))
-        valid = self._valid[0][:, None].expand(ids.shape)
+        rows, shape = self._held, self._ids.shape
+        real = self._state().counted((*shape, 1))
+        valid = self._valid[:, None] & (torch.arange(shape[1]) < rows.length[:, None])
         return valid if real is None else valid & real
 
     @property
@@ -204,29 +206,31 @@ class ProbeSet:
         """
         real, counts = self.real, torch.zeros_like(self.real)
         inside = ~self._state().tokens((*real.shape, 1)).starts(real.device)[:, 1:]
-        counts[:, :-1] = real[:, :-1] & real[:, 1:] & inside & self._labelled[0][:, 1:]
+        counts[:, :-1] = real[:, :-1] & real[:, 1:] & inside & self._held.labelled[:, 1:]
         return counts
 
     def _state(self) -> ForwardState:
-        args, kwargs = self._parts[0]
+        args, kwargs = self._held.call
         return ForwardState.of_call(dict(kwargs), args[0] if args else None, self._eod_id)
 
     def read_gradient(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeGradient | None:
         """One pass with a graph (collective); None where :meth:`read` gives none, or where there are no logits."""
         if not self._everywhere():
             return None
-        args, kwargs = self._parts[0]
-        shape = self._ids(self._parts[0]).shape
+        args, kwargs = self._held.call
+        shape = self._ids.shape
 
         def cut(value: Any) -> Any:
             long = isinstance(value, Tensor) and value.shape[:2] == shape
             return value[:, :GRADIENT_TOKENS] if long else value
 
         part = ([cut(value) for value in args], {name: cut(value) for name, value in kwargs.items()})
-        ids = self._ids(part)
+        ids = ids_of(part)
         # Neither rows of padding nor those of sequences that only keep company count.
-        number = torch.where(self.real[:, :GRADIENT_TOKENS], self.number[:, None], -1)
-        places = torch.stack([number, torch.arange(ids.shape[1]).expand_as(ids)], dim=-1)
+        real = self.real[:, :GRADIENT_TOKENS]
+        number = torch.where(real, self.number[:, None], -1)
+        # Counted among real tokens: how far a sequence is padded depends on what it is batched with.
+        places = torch.stack([number, (real.long().cumsum(dim=1) - 1).clamp(min=0)], dim=-1)
         with torch.enable_grad(), _looking(module, blocks, places.to(device)) as look:
             logits = _logits(self._forward(module, device, part), ids)
             if logits is None:
@@ -243,16 +247,16 @@ class ProbeSet:
             return ProbeGradient(loss, found)
 
     def count(self) -> int:
-        """Tokens of the set over all ranks (collective); 0 where it is not complete."""
+        """Tokens of the set over all ranks, without padding (collective); 0 where it is not complete."""
         if not self._everywhere():
             return 0
-        return int(sum_over_ranks(self._valid[0].sum())) * self._ids(self._parts[0]).shape[1]
+        return int(sum_over_ranks(self.real.sum()))
 
     def _everywhere(self) -> bool:
         return not int(max_over_ranks(torch.tensor(0 if self.complete else 1)))
 
     def _forward(self, module: nn.Module, device: torch.device, part: Call | None = None) -> Any:
-        args, kwargs = part or self._parts[0]
+        args, kwargs = part or self._held.call
         with forward_pass(module):
             return module(*[_to(v, device) for v in args], **{name: _to(v, device) for name, v in kwargs.items()})
 
@@ -260,21 +264,21 @@ class ProbeSet:
         """Plain values of this rank; None where nothing was collected."""
         if not self.complete:
             return None
-        args, kwargs = self._parts[0]
-        facts = {"valid": self._valid[0], "domain": self._domain[0], "number": self._number[0]}
-        facts["labelled"] = self._labelled[0]
-        return {"args": list(args), "kwargs": dict(kwargs), **facts}
+        rows = self._held
+        facts = {"valid": self._valid, "domain": rows.domain, "number": rows.number, "length": rows.length}
+        return {"args": list(rows.call[0]), "kwargs": dict(rows.call[1]), "labelled": rows.labelled, **facts}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take over what :meth:`state_dict` returned."""
-        if state is not None:
-            self._parts, self._valid = [(list(state["args"]), dict(state["kwargs"]))], [state["valid"]]
-            self._domain = [state["domain"]]
-            every = torch.ones(self._ids(self._parts[0]).shape, dtype=torch.bool)
-            self._labelled = [state.get("labelled", every)]  # older checkpoints have none
-            rank, ranks = world()  # nor have they the numbers: any that no other rank has will do
-            self._number = [state.get("number", rank + ranks * torch.arange(len(state["valid"])))]
-            self.complete = True
+        if state is None:
+            return
+        call = (list(state["args"]), dict(state["kwargs"]))
+        shape, (rank, ranks) = ids_of(call).shape, world()
+        # What older checkpoints have not; of numbers any will do that no other rank has.
+        labelled = state.get("labelled", torch.ones(shape, dtype=torch.bool))
+        number = state.get("number", rank + ranks * torch.arange(shape[0]))
+        length = state.get("length", torch.full((shape[0],), shape[1]))
+        self._rows, self._valid = Rows(call, state["domain"], number, labelled, length), state["valid"]
 
     def _losses(self, output: Any, ids: Tensor) -> Tensor | None:
         logits = _logits(output, ids)
@@ -287,9 +291,14 @@ class ProbeSet:
         losses[~self.targets] = math.nan
         return losses
 
-    @staticmethod
-    def _ids(part: Call) -> Tensor:
-        return ids_of(part)
+    @property
+    def _held(self) -> Rows:
+        assert self._rows is not None  # who asks has seen that the set is complete
+        return self._rows
+
+    @property
+    def _ids(self) -> Tensor:
+        return ids_of(self._held.call)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Micro-batches of which the probe set is made: which tokens are to be predicted, and which batches can be joined."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +29,82 @@ def labelled(ids: Tensor, labels: Tensor | None) -> Tensor:
     return every
 
 
-def alike(first: Call, part: Call) -> bool:
-    """Whether two micro-batches can be made one: the same arguments, of the same length."""
+@dataclass
+class Rows:
+    """Sequences of one call of the model, on the CPU, and what is known of them."""
+
+    call: Call
+    domain: Tensor
+    """(n,) source of each sequence, -1 where unknown."""
+    number: Tensor
+    """(n,) of each sequence in the global batch, later in the set."""
+    labelled: Tensor
+    """(n, T) bool, see :func:`labelled`."""
+    length: Tensor
+    """(n,) tokens of each, before it was filled up."""
+
+    def cut(self, keep: Tensor) -> "Rows":
+        """Some of the sequences: where ``keep`` (n,) is True."""
+        count = len(self.number)
+
+        def of(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+            return value.detach()[keep.to(value.device)].cpu() if fits else value
+
+        args, kwargs = self.call
+        call = ([of(value) for value in args], {name: of(value) for name, value in kwargs.items()})
+        return Rows(call, self.domain[keep], self.number[keep], self.labelled[keep], self.length[keep])
+
+
+def spread(count: int) -> Tensor:
+    """(count,) int64 place of each number in an order whose every beginning is spread evenly over all of them.
+
+    Numbers are ordered by their binary digits from the last to the first (van der Corput, 1935).
+    """
+    digits = max(1, (count - 1).bit_length())
+    backwards = sum(((torch.arange(count) >> digit) & 1) << (digits - 1 - digit) for digit in range(digits))
+    return torch.as_tensor(backwards).argsort().argsort()
+
+
+def together(parts: list[Rows]) -> Rows:
+    """One call of several, as long as the longest; those that do not fit to the first one are left out."""
+    longest = max(ids_of(part.call).shape[1] for part in parts)
+    filled = [part for part in (_filled(part, longest) for part in parts) if part is not None] or parts[:1]
+    same = [part for part in filled if _alike(filled[0].call, part.call)]
+    return Rows(
+        joined([part.call for part in same]),
+        torch.cat([part.domain for part in same]),
+        torch.cat([part.number for part in same]),
+        torch.cat([part.labelled for part in same]),
+        torch.cat([part.length for part in same]),
+    )
+
+
+def _filled(part: Rows, longest: int) -> Rows | None:
+    """A call with zeros behind its sequences (labels: -100); None where an argument cannot be filled up."""
+    rows, length = ids_of(part.call).shape
+    if length == longest:
+        return part
+
+    def fill(value: Any, filler: int = 0) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:2] != (rows, length):
+            return value
+        more = value.new_full((rows, longest - length, *value.shape[2:]), filler)
+        return torch.cat([value, more], dim=1)
+
+    args, kwargs = part.call
+    whole = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if any(value.dim() > 1 and value.shape[:2] != (rows, length) and length in value.shape for value in whole):
+        return None  # a mask of queries and keys, for example
+    call = (
+        [fill(value) for value in args],
+        {name: fill(value, _IGNORED if name == "labels" else 0) for name, value in kwargs.items()},
+    )
+    return Rows(call, part.domain, part.number, fill(part.labelled), part.length)
+
+
+def _alike(first: Call, part: Call) -> bool:
+    """Whether two calls can be made one: the same arguments, of the same length."""
     one, other = ids_of(first), ids_of(part)
     if one.shape[1:] != other.shape[1:] or len(first[0]) != len(part[0]) or set(first[1]) != set(part[1]):
         return False

@@ -67,9 +67,9 @@ class Progress:
         Raises:
             MocteError: checks could not call the model.
         """
-        self.probe.finish()
         if self.active and not self._tried:
             self._tried = True
+            self.probe.finish()
             blocks = [handle.block for handle in run.blocks]
             require_callable(self.probe, run.module, blocks, next(run.module.parameters()).device)
             let_go(run.module)

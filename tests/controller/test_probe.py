@@ -49,6 +49,36 @@ def test_the_set_does_not_depend_on_ranks_and_micro_batches() -> None:
     assert len(collected([[(0, 16)]], wanted=10**6)) == BATCH
 
 
+def padded_probe(parts: list[tuple[int, int]], lengths: torch.Tensor, left: bool) -> ProbeSet:
+    """Of sequences of these lengths, each micro-batch padded to its own longest one."""
+    probe = ProbeSet(4 * T, EOD)
+    for start, end in parts:
+        longest = int(lengths[start:end].max())
+        ids, mask = torch.full((end - start, longest), EOD), torch.zeros(end - start, longest, dtype=torch.long)
+        for row, length in enumerate(lengths[start:end].tolist()):
+            place = slice(longest - length, longest) if left else slice(0, length)
+            ids[row, place], mask[row, place] = IDS[start + row, :length], 1
+        probe.offer((), {"input_ids": ids, "attention_mask": mask}, start, BATCH)
+    probe.finish()
+    return probe
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_the_set_does_not_depend_on_padding_to_each_micro_batch_s_length(left: bool) -> None:
+    lengths = torch.tensor([8, 24, 12, 5, 20, 24, 9, 6, 7, 10, 23, 11, 24, 4, 9, 6])
+    made, blocks = model("transformers")
+    found = []
+    for parts in ([(0, 16)], [(0, 4), (4, 8), (8, 12), (12, 16)], [(i, i + 1) for i in range(16)]):
+        probe = padded_probe(parts, lengths, left)
+        reading, order = probe.read(made, blocks, torch.device("cpu")), probe.number.argsort()
+        assert reading is not None and reading.losses is not None
+        kept = [row[~row.isnan()] for row in reading.losses[order]]
+        found.append((probe.number[order].tolist(), probe.count(), torch.cat(kept)))
+    for number, count, losses in found:
+        assert number == [0, 1, 2, 3] and count == int(lengths[[0, 4, 8, 12]].sum())
+        torch.testing.assert_close(losses, found[0][2])
+
+
 def test_given_sequences_are_shared_out_and_the_first_step_adds_none() -> None:
     probe = ProbeSet(4 * T, EOD)
     probe.give(IDS, torch.arange(BATCH))
@@ -114,7 +144,7 @@ def test_losses_and_routes(kind: str) -> None:
     assert made.training and all(module.training for module in made.modules())
     for block, before in zip(blocks, counts, strict=True):
         assert torch.equal(block.banks[0].deepspeed_moe.routed, before), "a look is not training"
-    ids = IDS[[0, 5, 10]]
+    ids = IDS[[0, 4, 8]]
     with torch.no_grad():
         output = made.eval()(input_ids=ids)
     logits = output if kind == "ours" else output.logits
