@@ -73,6 +73,15 @@ def test_every_tool_names_an_unusable_output(tool: str, tmp_path: Path) -> None:
             import_module(f"tools.{tool}").main([str(path) if word == "OUT" else word for word in TOOLS[tool]])
 
 
+def test_training_names_an_unusable_output(tmp_path: Path) -> None:
+    run = ROOT / "launch" / "runs" / "quickstart.yaml"
+    for told, path in unusable(tmp_path).items():
+        with pytest.raises(MocteError, match=told):
+            import_module("launch.pretrain").main(["--run", str(run), "--out", str(path)])
+    with pytest.raises(MocteError, match="is a file, and a folder is needed"):
+        import_module("launch.pretrain").main(["--run", str(run), "--out", str(tmp_path / "file")])
+
+
 def test_no_tool_with_an_output_is_left_out() -> None:
     for path in (ROOT / "tools").glob("[a-z]*.py"):
         writes = any(word in path.read_text(encoding="utf-8") for word in ('"--out"', '"--output"', '"out"'))
