@@ -18,7 +18,7 @@ from mocte_ds.controller.probe_batches import Call, Rows, ids_of, labelled, spre
 from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks, world
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.forward import ForwardState, Look
-from mocte_ds.zero import exchanged, forward_pass, held
+from mocte_ds.zero import forward_pass
 
 # Shapes: S sequences of this rank, T tokens.
 
@@ -154,14 +154,11 @@ class ProbeSet:
         company = offers[0].cut(torch.arange(len(offers[0].number)) == 0)
         kept = [rows.cut(self._chosen(rows.number, self._batch, longest)) for rows in offers]
         kept = [rows for rows in kept if len(rows.number)]
-        self._valid = torch.ones(sum(len(rows.number) for rows in kept), dtype=torch.bool)
-        if not kept:  # experts are spread over ranks, so every rank has to make every pass
-            kept, self._valid = [company], torch.zeros(1, dtype=torch.bool)
-        rows = together(kept)
+        rows = together(kept or [company])  # experts are spread over ranks, so every rank has to make every pass
         everyone = torch.arange(self._batch)
         rows.number = torch.searchsorted(everyone[self._chosen(everyone, self._batch, longest)], rows.number)
-        self._rows = rows
-        self._valid, self.collected = self._valid[: len(self._rows.number)], True
+        self._rows, self._valid = rows, torch.full(rows.number.shape, bool(kept))
+        self.collected = True
 
     def read(self, module: nn.Module, blocks: list[Block], device: torch.device) -> ProbeReading | None:
         """One pass in evaluation mode (collective); None where nothing was collected on some rank."""
@@ -311,49 +308,6 @@ def _looking(module: nn.Module, blocks: list[Block], places: Tensor | None = Non
             yield look
     finally:
         module.train(training)
-
-
-class Snapshots:
-    """This rank's experts as they were at the last check, to see what they have learned since."""
-
-    def __init__(self) -> None:
-        self._weights: dict[str, list[Tensor]] = {}
-
-    def __contains__(self, unit: str) -> bool:
-        return unit in self._weights
-
-    @torch.no_grad()
-    def take(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> None:
-        """Remember the weights of some units and forget all others."""
-        for name in set(self._weights) - set(units):
-            del self._weights[name]
-        for name, old in self._weights.items():
-            for kept, now in zip(old, held(units[name]), strict=True):
-                kept.copy_(now)
-        self.add(units)
-
-    @torch.no_grad()
-    def add(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> None:
-        """Remember the weights of the units that are not known yet, beside the others'."""
-        for name, parameters in units.items():
-            if name not in self._weights:
-                self._weights[name] = [now.clone() for now in held(parameters)]
-
-    @contextmanager
-    def in_place(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> Iterator[None]:
-        """Within it the units have their old weights; afterwards the very same tensors as before."""
-        names = [name for name in self._weights if name in units]
-        parameters = [parameter for name in names for parameter in units[name]]
-        with exchanged(parameters, [old for name in names for old in self._weights[name]]):
-            yield
-
-    def state_dict(self) -> dict[str, list[Tensor]]:
-        """Weights by unit."""
-        return {name: [tensor.cpu() for tensor in tensors] for name, tensors in self._weights.items()}
-
-    def load_state_dict(self, state: Mapping[str, list[Tensor]], device: torch.device) -> None:
-        """Take over what :meth:`state_dict` returned."""
-        self._weights = {name: [tensor.to(device) for tensor in tensors] for name, tensors in state.items()}
 
 
 def _logits(output: Any, ids: Tensor) -> Tensor | None:

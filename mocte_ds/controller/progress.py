@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.handles import BlockHandle
-from mocte_ds.controller.probe import ProbeReading, ProbeSet, Snapshots
+from mocte_ds.controller.probe import ProbeReading, ProbeSet
 from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.controller.run_state import RunState
+from mocte_ds.controller.snapshots import Snapshots
 from mocte_ds.dist.collectives import sum_over_ranks
 from mocte_ds.moe.block import BlockMode, ExpertMode
 from mocte_ds.registry import OFF

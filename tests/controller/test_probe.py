@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.gradients import DENSE, block_conflict, read_conflict
-from mocte_ds.controller.probe import ProbeSet, Snapshots
+from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.run_state import RunState
+from mocte_ds.controller.snapshots import Snapshots
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, ExpertMode, attach
 from mocte_ds.seeds import derived_seed
