@@ -8,6 +8,7 @@ from torch import nn
 
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.plain_values import require_plain
+from mocte_ds.shown import one_line
 
 MOST_BYTES = 1 << 20
 """Of a config as text; those of published models have some 2,000."""
@@ -115,7 +116,7 @@ def make_model(base: dict[str, Any], where: object) -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # transformers raise many types for values that they do not take
-        text = " ".join(str(error).split())[:300]
+        text = one_line(error)
         raise CheckpointError(f"{where}: transformers make no {base['architecture']} of its config: {text}") from error
     if type(model).__name__ != base["architecture"]:
         raise CheckpointError(

@@ -49,6 +49,11 @@ def path_shown(path: Any) -> str:
     return text if text.isprintable() and text else repr(text)
 
 
+def one_line(error: object, most: int | None = 300) -> str:
+    """What an error says, on one line of at most so many characters; None: all of it."""
+    return " ".join(str(error).split())[:most]
+
+
 def nearest(name: Any, allowed: Iterable[str], cutoff: float = 0.6) -> str:
     """` Did you mean 'NAME'?` with the nearest of the allowed names, or nothing."""
     near = difflib.get_close_matches(str(name)[:_WORD] if isinstance(name, str) else shown(name), allowed, 1, cutoff)

@@ -3,13 +3,12 @@
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from mocte_ds.ownership.durable import sync_folder
+from mocte_ds.ownership.durable import pending_name, sync_folder
 from mocte_ds.ownership.facts import FileFacts, hash_file
 from mocte_ds.ownership.put import put, require_ours
 
@@ -74,7 +73,7 @@ def replace_file(path: Path, content: Any) -> FileFacts:
     Raises:
         OSError, RuntimeError: it could not be written.
     """
-    pending = path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")  # a name that nobody else has
+    pending = pending_name(path)
     try:
         facts = write_file(pending, content)
         os.replace(pending, path)
@@ -98,10 +97,10 @@ def put_file(path: Path, content: Any, by: str) -> None:
         OSError, RuntimeError: it could not be written.
     """
     require_ours(path.parent, [path.name], by)
-    pending = path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")
+    pending = pending_name(path)
     try:
-        write_file(pending, content)
-        put(path.parent, {path.name: pending}, by)
+        facts = write_file(pending, content)
+        put(path.parent, {path.name: pending}, by, known={path.name: facts})
     finally:
         pending.unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ from mocte_ds.checkpoints.weights import Made
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership import require_outside_whole
 from mocte_ds.ownership.manifest import Manifest
+from mocte_ds.shown import one_line
 
 WEIGHTS_FILE = "pytorch_model.bin"
 
@@ -95,7 +96,7 @@ def load_state_dict_from_zero_checkpoint(
     try:
         model.float().load_state_dict(weights)
     except RuntimeError as error:
-        text = " ".join(str(error).split())[:500]
+        text = one_line(error, 500)
         raise CheckpointError(f"the checkpoint {checkpoint_dir} does not fit the model: {text}") from error
     return model
 

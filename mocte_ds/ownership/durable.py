@@ -18,6 +18,11 @@ def write_new(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def pending_name(path: Path) -> Path:
+    """Where a file is written before it gets its name: a name beside it that nobody else has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a small file in one move, onto the disk: readers see the old content or the new one, never half."""
     show_text(path, text)
@@ -26,7 +31,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def show_text(path: Path, text: str) -> None:
     """Write a small file in one move; a power cut may take it, and its folder may be renamed as soon as it is seen."""
-    pending = path.with_name(f".{path.name}.{secrets.token_hex(8)}.mocte-tmp")  # a name that nobody else has
+    pending = pending_name(path)
     try:
         write_new(pending, text.encode())
         os.replace(pending, path)

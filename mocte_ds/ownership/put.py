@@ -48,6 +48,7 @@ def put(
     withdraw: str | None = None,
     keep_others: bool = False,
     grows: bool = False,
+    known: Mapping[str, FileFacts] | None = None,
 ) -> None:
     """Write files into a folder, and list them in its marker.
 
@@ -60,6 +61,7 @@ def put(
         withdraw: name among ``files`` that is removed before the others change and comes back last.
         keep_others: rename a file in the way to NAME.kept and go on, in place of refusing.
         grows: whether more will be added to the files (see mocte_ds.ownership.growth).
+        known: sizes and hashes of files that need not be read again, by name.
 
     Raises:
         NotOurs: something else lies under one of the names; nothing was changed.
@@ -70,7 +72,7 @@ def put(
     require_outside_whole(folder)
     with workshop(folder) as work, locked(folder):
         pending = _written(work / NEW, files)
-        facts = {name: hash_file(path) for name, path in pending.items()}
+        facts = {name: (known or {}).get(name) or hash_file(path) for name, path in pending.items()}
         marker = Marker.read(folder) or Marker()
         todo = [name for name in files if not _is_there(folder / name, facts[name])]
         dropped = [name for name in drop if os.path.lexists(folder / name)]

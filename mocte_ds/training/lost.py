@@ -10,6 +10,7 @@ from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.json_files import read_object
 from mocte_ds.ownership import note_built, require_ours
 from mocte_ds.ownership.run_lock import CAUSE_FILE
+from mocte_ds.shown import one_line
 
 _TOOL = "pretrain"
 _PATIENCE = 2.0  # seconds that a rank which fails has for writing down why
@@ -85,7 +86,7 @@ def write_cause(folder: Path, rank: int, error: BaseException) -> None:
         rank: this one.
         error: the reason.
     """
-    text = " ".join(str(error).split())
+    text = one_line(error, None)
     text = text if isinstance(error, MocteError) else f"{type(error).__name__}: {text}"
     path = folder / CAUSE_FILE
     try:

@@ -15,7 +15,7 @@ from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.models.decoder import documents
 from mocte_ds.sections import Plain, section
-from mocte_ds.shown import nearest, shown
+from mocte_ds.shown import nearest, one_line, shown
 
 NO_LIMIT = 1 << 30
 """Longest context of models that have none, as with ALiBi or a recurrent state."""
@@ -188,7 +188,7 @@ class Forward:
                 model.eval()(**self.inputs(ids.to(next(model.parameters()).device)))
             )
         except Exception as error:  # sizes of a config that its class does not hold against each other
-            raise ConfigError(f"model: {name} of this config cannot be called: {_line(error)}") from error
+            raise ConfigError(f"model: {name} of this config cannot be called: {one_line(error)}") from error
         finally:
             model.train(training)
         if not torch.allclose(plain[:-1], other_token[:-1], rtol=1e-4, atol=1e-5):
@@ -240,7 +240,7 @@ def _fresh(config: Any) -> Any:
         # A copy, because models write into their configs.
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # transformers raise many types for values that they do not take
-        raise ConfigError(f"model: transformers make no model of this config: {_line(error)}") from error
+        raise ConfigError(f"model: transformers make no model of this config: {one_line(error)}") from error
 
 
 def _config_of(folder: Path) -> Any:
@@ -287,7 +287,7 @@ def _config_from(values: dict[str, Any]) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # transformers raise many types for values that they do not take
-        raise ConfigError(f"hf: {cls.__name__} refuses it: {_line(error)}") from error
+        raise ConfigError(f"hf: {cls.__name__} refuses it: {one_line(error)}") from error
 
 
 def _require_known(cls: Any, given: dict[str, Any]) -> None:
@@ -304,7 +304,3 @@ def _require_known(cls: Any, given: dict[str, Any]) -> None:
             )
         if aliases.get(key) in given:
             raise ConfigError(f"hf: {key} and {aliases[key]} are two names of one key; remove one.")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

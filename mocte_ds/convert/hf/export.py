@@ -89,18 +89,8 @@ def export(
     tokenizer = run_tokenizer(tokenizer_path, source.state["tokenizer"], folder)
     tokenizer.require_fit(source.config.vocab_size)
     layout = choose_layout(source, tokenizer.special, choice)
-    require_room(out, sum(entry.nbytes for entry in _entries(source, layout)))
-    with whole(out, TOOL) as pending:
-        tell(f"writing {layout.name}")
-        parameters = write_model(source, layout, pending, shard_bytes)
-        tokenizer.write(pending, source.config.max_positions)
-        tell("comparing with the trained model")
-        facts: dict[str, Any] = {"architecture": layout.name, "reason": layout.reason, "parameters": parameters}
-        facts |= {"dtype": source.dtype, "checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
-        compared, checksums = compare(source, layout, pending)
-        facts |= compared
-        _finish(source, pending, facts, checksums)
-    return facts
+    sizes = {"checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
+    return _export_layout(source, layout, out, tokenizer, tell, shard_bytes, sizes)
 
 
 def export_trained(
@@ -151,7 +141,8 @@ def export_trained(
                 raise
             choice, reason = "own", str(error)
         else:
-            return _export_mixture(source, view, layout, out, tokenizer, tell, shard_bytes)
+            told = {"tokenizer": tokenizer is not None}
+            return _export_layout(view, layout, out, tokenizer, tell, shard_bytes, told, source)
     target = replace(choose_target(source, choice), special=SpecialIds(**ids), reason=reason)
     require_room(out, sum(tensor_of(source, name).nbytes for name in target.names.values()))
     with whole(out, TOOL) as pending:
@@ -167,28 +158,44 @@ def export_trained(
     return facts
 
 
-def _export_mixture(
+def _export_layout(
     source: Source,
-    view: Source,
     layout: Layout,
     out: Path,
     tokenizer: SourceTokenizer | KeptTokenizer | None,
     tell: Callable[[str], None],
     shard_bytes: int,
+    told: dict[str, Any],
+    trained: Source | None = None,
 ) -> dict[str, Any]:
-    """Write a model of transformers as a stock class with experts, and hold that against the model as it trains."""
-    require_room(out, sum(entry.nbytes for entry in _entries(view, layout)))
+    """Write a model tensor by tensor, and compare it with the trained one.
+
+    Args:
+        source: a decoder of ours.
+        layout: what it is written as.
+        out: as of :func:`export_trained`.
+        tokenizer: as there.
+        tell: as there.
+        shard_bytes: as there.
+        told: further facts.
+        trained: the model of transformers that ``source`` is a view of: its logits are compared, too.
+
+    Returns:
+        Facts, as of :func:`export`.
+    """
+    require_room(out, sum(entry.nbytes for entry in _entries(source, layout)))
     with whole(out, TOOL) as pending:
         tell(f"writing {layout.name}")
-        parameters = write_model(view, layout, pending, shard_bytes)
+        parameters = write_model(source, layout, pending, shard_bytes)
         if tokenizer is not None:
-            tokenizer.write(pending, view.config.max_positions)
+            tokenizer.write(pending, source.config.max_positions)
         tell("comparing with the trained model")
-        compared, checksums = compare(view, layout, pending)
-        compared["logit_difference"] = max(compared["logit_difference"], compare_logits(source, pending))
-        facts = {"architecture": layout.name, "reason": None, "parameters": parameters}
-        facts |= {"dtype": source.dtype, "tokenizer": tokenizer is not None, **compared}
-        _finish(source, pending, facts, checksums)
+        facts: dict[str, Any] = {"architecture": layout.name, "reason": layout.reason, "parameters": parameters}
+        compared, checksums = compare(source, layout, pending)
+        facts |= {"dtype": source.dtype, **told, **compared}
+        if trained is not None:
+            facts["logit_difference"] = max(compared["logit_difference"], compare_logits(trained, pending))
+        _finish(trained or source, pending, facts, checksums)
     return facts
 
 

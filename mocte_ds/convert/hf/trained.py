@@ -20,6 +20,7 @@ from mocte_ds.convert.hf.shards import SHARD_BYTES
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.remote_code.experts_mocte import sizes_of
+from mocte_ds.shown import one_line
 
 _ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale")
 _GATE = ".gate."
@@ -28,7 +29,8 @@ _RENAMED = (
     (".deepspeed_moe.experts.deepspeed_experts.", ".experts."),
     (".deepspeed_moe.gate.", _GATE),
 )
-_STATE = Path("the state of the run")
+STATE = Path("the state of the run")
+"""Names where values come from, in messages."""
 
 
 class GatheredSource(Source):
@@ -48,7 +50,7 @@ class GatheredSource(Source):
         blocks = [{key: entry[key] for key in ("name", "mode", "experts")} for entry in mocte["blocks"]]
         state = {"step": mocte["step"], "tokens": mocte["tokens"], "mocte": mocte["config"], "blocks": blocks}
         with torch.random.fork_rng(devices=[]), quiet_transformers():
-            model = empty_model(base, mocte, _STATE)
+            model = empty_model(base, mocte, STATE)
         super().__init__(model, {**state, "base": base, "model": None, "tokenizer": None})
         self._weights = weights
         different = self.shapes.keys() ^ weights.keys()
@@ -126,7 +128,7 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            text = " ".join(str(error).split())[:500]
+            text = one_line(error, 500)
             raise CheckpointError(f"the weights do not fit a {target.architecture}: {text}") from error
         model.tie_weights()
         stored, generation = (source.base or {}).get("generation"), model.generation_config
@@ -154,10 +156,10 @@ def trained_model(source: Source) -> nn.Module:
             if not name.startswith(banks):
                 start = next((start for start in inside if name.startswith(start)), None)
                 dense[name if start is None else inside[start] + name.removeprefix(start)] = source.read(name)
-        config = make_config(source.base or {}, _STATE)
+        config = make_config(source.base or {}, STATE)
         model = type(source.model).from_pretrained(None, config=config, state_dict=dense, dtype=torch.float32)
         if source.state["mocte"] is not None:
-            with_blocks(model, {"config": source.state["mocte"], "blocks": source.state["blocks"]}, _STATE)
+            with_blocks(model, {"config": source.state["mocte"], "blocks": source.state["blocks"]}, STATE)
         model.load_state_dict({name: source.read(name) for name in source.shapes}, assign=True)
         model.tie_weights()
         return model.eval()
@@ -212,7 +214,7 @@ def _empty(source: Source, target: Target) -> Any:
 
     base = source.base
     assert base is not None
-    config = make_config(base, _STATE)
+    config = make_config(base, STATE)
     dtype = NARROW.get(source.dtype, torch.float32)
     with torch.device("meta"):
         if target.architecture == base["architecture"]:

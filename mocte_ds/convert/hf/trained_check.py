@@ -14,6 +14,7 @@ from mocte_ds.convert.hf.trained import Target, emerged_blocks, quiet_transforme
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.ownership.checksums import checksum
+from mocte_ds.shown import one_line
 
 PROBE = (4, 64)
 
@@ -84,7 +85,7 @@ def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
     except Exception as error:  # transformers raise many types for what they cannot load
-        text = " ".join(str(error).split())[:500]
+        text = one_line(error, 500)
         raise CheckpointError(f"transformers cannot load {folder}: {text}") from error
     lost = {key: [str(value) for value in values][:3] for key, values in info.items() if values}
     if lost:

@@ -45,11 +45,7 @@ def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bo
     require_backed(values, {name: tuple(blank.shape) for name, blank in files.blanks.items()}, path)
     keys = Keys(path, _transformers_config(folder), max_positions, fixed_router)
     keys.require("quantization_config", None, "take the folder without quantisation.")
-    try:
-        foreign = _READERS[name](name, keys)
-        _require_finite(asdict(foreign.decoder))
-    except (ConfigError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{path} has sizes that no decoder of ours has: {error}") from error
+    foreign = _foreign(name, keys)
     layers = "transformer.h" if foreign.decoder.style == "gpt2" else "model.layers"
     require_layers(foreign.decoder.num_layers, files.files, layers, path)
     if foreign.mocte:
@@ -74,12 +70,17 @@ def decoder_of(architecture: str, config: Any, path: Path) -> DecoderConfig:
         raise CheckpointError(
             f"no decoder of ours has the layers of a {architecture}, so that no class but its own fits."
         )
+    return _foreign(architecture, Keys(path, config, None, False)).decoder
+
+
+def _foreign(architecture: str, keys: Keys) -> Foreign:
+    """A config in our terms; its architecture is one of those that are read."""
     try:
-        foreign = _READERS[architecture](architecture, Keys(path, config, None, False))
+        foreign = _READERS[architecture](architecture, keys)
         _require_finite(asdict(foreign.decoder))
     except (ConfigError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{path} has sizes that no decoder of ours has: {error}") from error
-    return foreign.decoder
+        raise CheckpointError(f"{keys.path} has sizes that no decoder of ours has: {error}") from error
+    return foreign
 
 
 def _require_finite(values: dict[str, Any]) -> None:
