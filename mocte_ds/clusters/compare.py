@@ -1,7 +1,6 @@
 """How far two labelings of the same points agree."""
 
 import torch
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from mocte_ds.errors import MocteError
@@ -21,6 +20,8 @@ def stability(labels_a: Tensor, labels_b: Tensor) -> float:
         raise MocteError(
             f"labelings of {labels_a.numel()} and {labels_b.numel()} points cannot be compared; label the same points."
         )
+    from sklearn.metrics import adjusted_rand_score  # takes two seconds to import, which most commands need not wait
+
     return float(adjusted_rand_score(labels_a.cpu().numpy(), labels_b.cpu().numpy()))
 
 
@@ -35,6 +36,8 @@ def agreement(labels: Tensor, domains: Tensor) -> dict[str, float]:
         "nmi": normalised mutual information; "purity": share of points whose source is their cluster's most frequent
         one. Over points with a cluster and a known source; 0 where there is none.
     """
+    from sklearn.metrics import normalized_mutual_info_score
+
     known = (labels >= 0) & (domains >= 0)
     labels, domains = labels[known], domains[known]
     if not labels.numel():

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from sklearn.cluster import DBSCAN, HDBSCAN
 from torch import Tensor
 
 from mocte_ds.clusters.density import Neighbourhood, join_groups, local_dimension, separate_groups
@@ -166,6 +165,8 @@ def _clusterings(
         view = points[:, :directions]
         there = near if directions == width else Neighbourhood.of(_between(view), neighbours)
         if method == "hdbscan":
+            from sklearn.cluster import HDBSCAN
+
             found = HDBSCAN(min_cluster_size=max(2, math.ceil(least)), min_samples=neighbours, copy=True)
             yield join_groups(there, found.fit_predict(view), VALLEY), view
         else:
@@ -212,6 +213,8 @@ def published_line(z: Tensor) -> dict[str, float]:
     points = points[:: math.ceil(len(points) / _PUBLISHED_POINTS)]
     low, high = points.min(axis=0), points.max(axis=0)
     scaled = 2 * (points - low) / np.where(high > low, high - low, 1.0) - 1
+    from sklearn.cluster import DBSCAN
+
     labels = DBSCAN(eps=0.3, min_samples=max(8, len(points) // 150)).fit_predict(scaled)
     sizes = np.bincount(labels[labels >= 0], minlength=1) / len(points)
     kept = sizes[sizes >= 0.02]
