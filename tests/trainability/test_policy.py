@@ -113,9 +113,10 @@ def test_controls() -> None:
 
 def test_random_is_a_coin_that_everybody_sees_alike() -> None:
     probes = history([1.0] * 110, first=0.0)
-    when = [first_freeze(policy("random"), probes, 0.0, (b, k)) for b in range(20) for k in range(20)]
-    assert when == [first_freeze(policy("random"), probes, 0.0, (b, k)) for b in range(20) for k in range(20)]
-    assert when != [first_freeze(policy("random", seed=1), probes, 0.0, (b, k)) for b in range(20) for k in range(20)]
+    one, same, other = policy("random"), policy("random"), policy("random", seed=1)
+    when = [first_freeze(one, probes, 0.0, (b, k)) for b in range(20) for k in range(20)]
+    assert when == [first_freeze(same, probes, 0.0, (b, k)) for b in range(20) for k in range(20)]
+    assert when != [first_freeze(other, probes, 0.0, (b, k)) for b in range(20) for k in range(20)]
     # Half of those that are left within half of the time: .5 after .45 of the budget, .75 after .9.
     half = sum(n is not None and probes[n - 1].share <= 0.45 for n in when) / len(when)
     late = sum(n is not None for n in when) / len(when)
@@ -125,15 +126,12 @@ def test_random_is_a_coin_that_everybody_sees_alike() -> None:
 @pytest.mark.parametrize("born", [0.1, 0.3, 0.6])
 def test_random_freezes_half_by_half_way_whatever_the_birth(born: float) -> None:
     for every in (0.008, 0.02):  # how often checks come does not matter
-        counts = [0, 0]
+        counts, rule = [0, 0], policy("random")
+        probes = [Probe(i, born + every * i, 1.0, 64, 1.0) for i in range(int((1 - born) / every))]
         for k in range(2000):
             frozen_at = 1.0
-            probes = [Probe(i, born + every * i, 1.0, 64, 1.0) for i in range(int((1 - born) / every))]
             for n in range(5, len(probes) + 1):
-                if (
-                    policy("random").decide(probes[n - 8 if n > 8 else 0 : n], born, [], (0, k), False).action
-                    == "freeze"
-                ):
+                if rule.decide(probes[n - 8 if n > 8 else 0 : n], born, [], (0, k), False).action == "freeze":
                     frozen_at = probes[n - 1].share
                     break
             counts[0] += frozen_at <= born + (UNTIL - born) / 2 + 1e-9
