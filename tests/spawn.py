@@ -2,7 +2,10 @@
 
 import contextlib
 import faulthandler
+import functools
+import gc
 import multiprocessing
+import multiprocessing.context
 import os
 import pickle
 import signal
@@ -21,9 +24,10 @@ from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 GRACE = 5.0  # seconds that the other ranks get after one has failed
 TAIL = 6000  # characters of each rank's output in an error message
 _BUSY_PORT = "EADDRINUSE"
-# The last two are imported late, by LlamaForCausalLM and by DeepSpeed's engine.
+# Those from the model on are imported late, by transformers, by DeepSpeed's engine and where they are needed.
 PRELOADED = ["torch", "deepspeed", "mocte_ds.engine", "transformers.models.llama.modeling_llama"]
-PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer"]
+PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer", "mocte_ds.training.loop", "transformers.models.auto"]
+PRELOADED += ["sklearn.cluster", "sklearn.metrics"]
 
 
 class SpawnError(AssertionError):
@@ -75,23 +79,28 @@ def spawn(
 def _run(payload: bytes, world_size: int, timeout: float, deepspeed: bool, backend: str) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="mocte-spawn-") as folder:
         port, processes = free_port(), []
-        context = multiprocessing.get_context("forkserver")
-        # Imports take seconds; the server makes them once, for all ranks of all tests.
-        context.set_forkserver_preload(PRELOADED)
         try:
             for rank in range(world_size):
-                environment = _environment(rank, world_size, port, backend)
-                process = context.Process(
+                environment = environment_of(rank, world_size, port, backend)
+                process = context().Process(
                     target=_child, args=(payload, folder, environment, timeout, deepspeed, backend), daemon=False
                 )
                 process.start()
                 processes.append(process)
             problem = _wait(processes, time.monotonic() + timeout, timeout)
             if problem:
-                _dump_stacks(processes)
+                dump_stacks(processes)
         finally:
-            _kill(processes)
+            kill(processes)
         return _results(Path(folder), processes, problem)
+
+
+@functools.cache
+def context() -> multiprocessing.context.ForkServerContext:
+    """Where processes come from: imports take many seconds; the server makes them once, for all ranks of all tests."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    return server
 
 
 def _child(
@@ -99,6 +108,8 @@ def _child(
 ) -> None:
     """One rank, from start to end; its result or error goes into a file."""
     os.setpgid(0, 0)  # so that everything this rank starts can be ended with it
+    # DeepSpeed collects garbage at every rebuild of a partition: a second each over all that the server has imported.
+    gc.freeze()
     os.environ.update(environment)
     rank = int(environment["RANK"])
     log = open(Path(folder) / f"log_{rank}", "w", buffering=1)  # noqa: SIM115  lives as long as the process
@@ -152,7 +163,7 @@ def _wait(processes: list, deadline: float, timeout: float) -> str | None:
         time.sleep(0.02)
 
 
-def _dump_stacks(processes: list) -> None:
+def dump_stacks(processes: list) -> None:
     """Ask every living rank for the stacks of its threads, into its log."""
     alive = [process for process in processes if process.is_alive()]
     for process in alive:
@@ -162,7 +173,7 @@ def _dump_stacks(processes: list) -> None:
         time.sleep(1.0)
 
 
-def _kill(processes: list) -> None:
+def kill(processes: list) -> None:
     """End our ranks and what they have started; nothing else."""
     for process in processes:
         for end in (os.killpg, os.kill):  # a rank that has just started has no group of its own yet
@@ -187,13 +198,14 @@ def _results(folder: Path, processes: list, problem: str | None) -> list[Any]:
     raise SpawnError("\n".join(parts))
 
 
-def _environment(rank: int, world_size: int, port: int, backend: str) -> dict[str, str]:
+def environment_of(rank: int, world_size: int, port: int, backend: str) -> dict[str, str]:
     """What a launcher would put into this rank's environment."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),  # without it DeepSpeed starts `numactl` for every bucket of stage 3
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",

@@ -52,7 +52,7 @@ def watch(case: Case) -> dict[str, Any]:
     import mocte_ds
 
     engine, optimizer, *_ = mocte_ds.initialize(model=Net(), config=config(case))
-    for step in range(9):
+    for step in range(6):
         act(engine, step)
         global_step(engine, step, torch.bfloat16 if case.bf16 else torch.float32)
     calls: list[str] = []

@@ -10,7 +10,7 @@ from tests.spawn import spawn
 from tests.zero.small_run import Case, Net, act, config, global_step, named_parameters
 
 # Behind an emergence and freezes in one step; with all of one block frozen; with all of the model; behind a thaw.
-STOPS, FOLLOWING = (9, 21, 27, 33), 20
+STOPS, FOLLOWING = (5, 11, 14, 18), 8
 
 
 def steps(case: Case, engine: Any, first: int, last: int) -> dict[str, Any]:

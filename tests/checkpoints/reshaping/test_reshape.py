@@ -15,7 +15,8 @@ from tests.spawn import spawn
 from tests.zero.small_run import FINAL_MODES, Case
 
 # Behind an emergence and freezes in one step; with experts of one rank all frozen; with all of the model frozen.
-STOPS, END = (9, 15, 27), 41
+STOPS = (5, 8, 14)
+START = f"step{STOPS[0]}"
 HOPS = (Case(2, 1, 1), Case(4, 4, 2, offload=True, optimizer="cpu"), Case(2, 2, 2))
 
 
@@ -50,7 +51,7 @@ def test_ep_2_to_1_to_4_to_2_keeps_the_curve(first_part):
     whole = mean_losses(ranks, "whole")
     before, sources = ranks, {"tool": folder / "start", "fly": folder / "start"}
     for number, case in enumerate(HOPS):
-        first, last = STOPS[number], (*STOPS, END)[number + 1]
+        first, last = STOPS[number], (*STOPS, travel.END)[number + 1]
         cut = folder / f"cut{number}"
         reshape(sources["tool"], cut, case.world, case.ep)
         ways = {"tool": (str(cut), str(folder / f"tool{number}"))}
@@ -69,9 +70,9 @@ def test_ep_2_to_1_to_4_to_2_keeps_the_curve(first_part):
         assert_equal(merged(before, way, "saved"), merged(ranks, "whole", "saved"), bitwise=False)
         for mine, expected in zip(before, ranks, strict=True):
             assert mine[way]["rates"] == approx(expected["whole"]["rates"])
-    state = torch.load(folder / "fly2" / f"step{END}" / "mocte_state.pt", weights_only=True)
+    state = torch.load(folder / "fly2" / f"step{travel.END}" / "mocte_state.pt", weights_only=True)
     assert [block["experts"] for block in state["mocte"]["blocks"]] == FINAL_MODES
-    runs = {Manifest.read(folder / name / tag).run for name, tag in (("start", "step9"), ("fly2", "step41"))}
+    runs = {Manifest.read(folder / name / tag).run for name, tag in (("start", START), ("fly2", f"step{travel.END}"))}
     assert len(runs) == 1
 
 
@@ -81,16 +82,16 @@ def test_there_and_back_changes_no_bit(first_part, tmp_path):
     source = folder / "start"
     for number, (world, ep) in enumerate([(2, 1), (8, 4), (1, 1), (4, 2), (2, 2)]):
         facts = reshape(source, tmp_path / str(number), world, ep)
-        assert (facts["step"], facts["after"]) == (9, f"{world} rank{'s' * (world > 1)} with ep_size {ep}")
+        assert (facts["step"], facts["after"]) == (STOPS[0], f"{world} rank{'s' * (world > 1)} with ep_size {ep}")
         source = tmp_path / str(number)
-        manifest = require_whole(source / "step9")
-        assert (source / "latest").read_text() == "step9" and manifest.world_size == world
-        assert manifest.run == Manifest.read(folder / "start" / "step9").run
+        manifest = require_whole(source / START)
+        assert (source / "latest").read_text() == START and manifest.world_size == world
+        assert manifest.run == Manifest.read(folder / "start" / START).run
     assert digest(folder / "start") == before
-    names = {path.name for path in (folder / "start" / "step9").iterdir()}
-    assert {path.name for path in (source / "step9").iterdir()} == names
+    names = {path.name for path in (folder / "start" / START).iterdir()}
+    assert {path.name for path in (source / START).iterdir()} == names
     for name in sorted(name for name in names if name.endswith(".pt")):
-        one, other = (torch.load(where / "step9" / name, weights_only=True) for where in (folder / "start", source))
+        one, other = (torch.load(where / START / name, weights_only=True) for where in (folder / "start", source))
         if name == "mocte_random_rank0.pt":
             del one["mocte"]  # samples: a new number of ranks collects them anew
         if name == "mocte_random_rank1.pt":

@@ -11,6 +11,8 @@ from tests.checkpoints.runs import MODEL
 from tests.zero.small_run import Case, Net, act, config, global_step, learning_rate
 
 BATCH, MICRO = 8, 2
+END = 22
+"""Steps of the small run, some after its last action."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"modules": "model.layers.1.mlp", "expert": {"kind": "lora", "width": 16}},
     "banks": {"banks": [{"kind": "token", "bias": False}, {"kind": "previous"}]},
@@ -86,7 +88,7 @@ def go_on(case: Case, first: int, last: int, ways: dict[str, tuple[str, str]]) -
         note, rates = engine.checkpoint_engine.note, rates_of(engine)
         results[way] = {"losses": losses, "loaded": loaded, "saved": saved, "note": note, "rates": rates}
         if out and not source:
-            results["whole"] = {"losses": losses + [_step(engine, step) for step in range(last, 41)]}
+            results["whole"] = {"losses": losses + [_step(engine, step) for step in range(last, END)]}
             results["whole"].update(saved=optimizer_of(engine), rates=rates_of(engine))
         engine.destroy()
     return results
