@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from mocte_ds.data import prepare, train_tokenizer
 from mocte_ds.dist.shared_memory import SHARED_MEMORY
+from tests.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 150.0
@@ -93,7 +95,7 @@ def run_file(prepared: Path, tmp_path: Path) -> Callable[[bool], Path]:
 
 
 class Launcher:
-    """Starts scripts through `deepspeed` on two processes."""
+    """Starts scripts on two processes: through `deepspeed`, or forked where the start is not what is tested."""
 
     def start(self, *arguments: object, before: str = "", processes: int = 2) -> subprocess.Popen:
         """Start in the repository's root; ``before`` is a shell command in front, e.g. a limit."""
@@ -132,9 +134,9 @@ class Launcher:
         """Start and wait."""
         return self.finish(self.start(*arguments, before=before))
 
-    def pretrain(self, run: Path, out: Path, *more: object, before: str = "") -> tuple[int, str]:
-        """launch/pretrain.py."""
-        return self("launch/pretrain.py", "--run", run, "--out", out, *more, before=before)
+    def pretrain(self, run: Path, out: Path, *more: object, **options: Any) -> tuple[int, str]:
+        """launch/pretrain.py on two ranks without the launcher's own start; see :func:`tests.scripts.run_script`."""
+        return run_script("launch/pretrain.py", "--run", run, "--out", out, *more, timeout=LIMIT, **options)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_full_disk_leaves_the_last_checkpoint(launch: Launcher, run_file: Write,
     code, output = launch.pretrain(run, out, "--stop-after", 2)
     assert code == 0, output
     # No file may grow over 20 KiB: the logs fit, the weights do not.
-    code, output = launch.pretrain(run, out, before="ulimit -f 20")
+    code, output = launch.pretrain(run, out, file_size=20 * 1024)
     assert code == 2 and "Traceback" not in output, output
     assert "could not save the checkpoint" in output and "The last good checkpoint (step2) is untouched" in output
     code, output = launch.pretrain(run, out, "--set", "model.num_layers=3")
@@ -103,7 +103,7 @@ def test_full_disk_leaves_the_last_checkpoint(launch: Launcher, run_file: Write,
 def test_non_finite_loss_stops_the_run(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
     # Weights of this size overflow in the forward pass.
     changes = ["--set", "training.learning_rate=1e30", "--set", "training.gradient_clipping=1e30"]
-    code, output = launch.pretrain(run_file(False), tmp_path, *changes)
+    code, output = launch("launch/pretrain.py", "--run", run_file(False), "--out", tmp_path, *changes)
     assert code == 2 and "Traceback" not in output, output
     assert "of step 3 is" in output and "last good checkpoint" in output
     assert output.count("error: ") == 1, "the same message from every rank"
