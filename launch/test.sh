@@ -30,4 +30,4 @@ NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict
 echo "tests: pytest"
 # INT lets pytest print what hung and its closing line; a group that does not end is killed.
 exec timeout --signal=INT --kill-after=30 4500 python -m pytest -n "${MOCTE_TEST_WORKERS:-2}" --dist loadfile \
-  ${fast[@]+"${fast[@]}"} "$@"
+  --no-loadscope-reorder ${fast[@]+"${fast[@]}"} "$@"
