@@ -24,6 +24,7 @@ from mocte_ds.dist.collectives import max_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.moe.context import BatchContext
+from mocte_ds.watch import phase
 from mocte_ds.zero import TRUNK, UnitOptimizer, UnitRegistry
 
 
@@ -276,7 +277,8 @@ class Controller:
         self.passes.close_step()
         self.proof.after_step(self.run)
         self.progress.close_step(self.run)
-        self.checks.after_step()
+        with phase("check", long=True):
+            self.checks.after_step()
         set_rates(self.run)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.experts import feature_size, make_expert
 from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.graph import tag_made, tag_read
+from mocte_ds.watch import phase
 
 
 class BlockMode(StrEnum):
@@ -95,9 +96,10 @@ class Block(nn.Module):
         if self.mode is BlockMode.WARMUP:
             return self.dense(hidden)
         output = self.dense(hidden) if self.kind == "lora" else None
-        for bank in self.banks:
-            added = bank(hidden, state, again)
-            output = added if output is None else output + added
+        with phase(f"experts of {self.name}"):
+            for bank in self.banks:
+                added = bank(hidden, state, again)
+                output = added if output is None else output + added
         assert output is not None
         return output
 

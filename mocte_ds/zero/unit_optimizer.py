@@ -14,6 +14,8 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from torch import Tensor, nn
 
+from mocte_ds.watch import phase
+
 UnitState = dict[nn.Parameter, dict[str, Tensor]]
 """fp32 `master` and optimizer state (`exp_avg`, ...; scalars such as `step` too) of each parameter, unpartitioned."""
 
@@ -204,8 +206,9 @@ class UnitOptimizer(ZeROOptimizer):
                 squares[number] += gradient.detach().float().square().sum().to(device)
         self._unit_squares = ([group["unit"] for group in groups], squares / self._gradient_scale**2)
         total = squares.sum()
-        dist.all_reduce(total, group=self.dp_process_group)
-        norm = total.sqrt()
+        with phase("reduction of the gradient norm", waits=True):
+            dist.all_reduce(total, group=self.dp_process_group)
+            norm = total.sqrt()
         mask_nan_or_inf_with_val_inplace(norm, device=device)
         # It scales the gradients, which CPU offload has elsewhere.
         return norm.to(self.device)
