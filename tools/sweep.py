@@ -51,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sweep = replace(sweep, processes=args.processes)
     chosen = replace(sweep, seeds=list(dict.fromkeys(args.seeds or sweep.seeds)))
     if args.only:
-        names = [arm.name for arm in sweep.arms]
+        names = list(dict.fromkeys(name for arm in sweep.arms for name in (arm.of, arm.name)))
         unknown = [name for name in args.only if name not in names]
         if unknown:
             raise ConfigError(f"--only {unknown[0]}: {args.file} has no such arm; arms: {', '.join(names)}.")
         # A result says something beside the baseline's of the same seed only.
-        chosen = replace(chosen, arms=[arm for arm in sweep.arms if arm.name in (*args.only, sweep.baseline)])
+        wanted = {*args.only, sweep.baseline}
+        chosen = replace(chosen, arms=[arm for arm in sweep.arms if wanted & {arm.of, arm.name}])
     if args.list:
         _list(chosen, args.json)
         return 0
