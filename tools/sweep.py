@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
 
-    from mocte_ds.sweep import MOST_RANKS, markdown_table, read_sweep, require_checkout, run_sweep
+    from mocte_ds.sweep import MOST_RANKS, markdown_table, read_sweep, require_checkout, run_sweep, trials_table
 
     require_checkout()
     sweep = read_sweep(args.file).with_shared(args.set)
@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"runs": [result.to_dict() for result in results]}))
     else:
-        print(f"\n{markdown_table(sweep, results)}\n\n{out / 'results.md'} says what the columns mean.")
+        tables = [markdown_table(sweep, results), trials_table(sweep, results) if sweep.baseline is not None else ""]
+        shown = "\n\n".join(table for table in tables if table)
+        print(f"\n{shown}\n\n{out / 'results.md'} says what the columns mean.")
     return 0
 
 

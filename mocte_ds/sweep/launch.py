@@ -103,7 +103,7 @@ def _keep_results(
     values = {"runs": [result.to_dict() for result in results]}
     text = f"{markdown_table(sweep, results)}\n\n{LEGEND}\n"
     if sweep.baseline is not None and (trials := trials_table(sweep, results)):
-        text = f"{trials}\n\n{trials_legend}\n\n{text}"
+        text += f"\n{trials}\n\n{trials_legend}\n"
     files = {"results.json": json.dumps(values, indent=1), "results.md": text}
     try:
         put(out, {name: content.encode() for name, content in files.items()}, _TOOL)
