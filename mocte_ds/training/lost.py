@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mocte_ds.dist.lost_peer import peer_is_lost
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.json_files import read_object
 from mocte_ds.ownership import note_built, require_ours
@@ -17,34 +18,12 @@ _PATIENCE = 2.0  # seconds that a rank which fails has for writing down why
 _TURN = 15.0  # seconds: the end of a process takes some on a slow machine
 _BEGUN = time.time()
 _APART = 10.0  # seconds between the starts of a run's ranks, by the clocks of their hosts
-_SIGNS = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection refused",
-    "broken pipe",
-    "remote process exited",
-    "socket closed",
-    "communicator was aborted",
-    "no longer connected",
-)
 
 
 class LostRank(MocteError):
     """Another rank has ended; the message holds what is known of the reason."""
 
     exit_code = 1
-
-
-def peer_is_lost(error: BaseException) -> bool:
-    """Whether an error is only the echo of another rank's end."""
-    seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        if isinstance(found, RuntimeError) and any(sign in str(found).lower() for sign in _SIGNS):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
 
 
 @contextlib.contextmanager
