@@ -63,7 +63,15 @@ class Block(nn.Module):
         self.banks = nn.ModuleList()
         for number, router in enumerate(routers):
             part = Part(number, len(routers))
-            expert = make_expert(ffn, config.expert.kind, config.expert.width, config.num_experts, name, part)
+            expert = make_expert(
+                ffn,
+                config.expert.kind,
+                config.expert.width,
+                config.num_experts,
+                name,
+                part,
+                redrawn=config.expert.redraw > 0,
+            )
             self.banks.append(Bank(self.hidden_size, expert, config, router, context, vocab_size))
             self.banks[number].gate.key.name = f"{name}.{number}"
         self.observe: Callable[[Tensor, ForwardState], None] | None = None
