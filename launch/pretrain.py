@@ -1,4 +1,7 @@
-"""Pre-trains a decoder: deepspeed launch/pretrain.py --run launch/runs/NAME.yaml [--out DIR] [--set KEY=VALUE]."""
+"""Pre-trains a decoder: deepspeed launch/pretrain.py --run launch/runs/NAME.yaml [--out DIR] [--set KEY=VALUE].
+
+torchrun takes --run for the beginning of an option of its own; --run-file is the same under every launcher.
+"""
 
 import argparse
 import contextlib
@@ -14,8 +17,8 @@ from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
 from mocte_ds.ownership.run_lock import RunLock, run_lock
 from mocte_ds.paths import require_folder_for
+from mocte_ds.stop import end_on_signals
 from mocte_ds.training.lost import forget_cause, give_way, word_of_errors
-from mocte_ds.training.run_config import read_run
 
 if TYPE_CHECKING:
     from mocte_ds.training.start import Start
@@ -25,8 +28,8 @@ EXTENSIONS = Path(__file__).resolve().parents[1] / ".cache" / "torch_extensions"
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run file (YAML)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", "--run-file", type=Path, required=True, help="run file (YAML)")
     parser.add_argument("--out", type=Path, default=None, help="the run's folder (default: runs/NAME)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the run file")
     parser.add_argument("--resume", default="auto", help="auto (default), no, or the folder of a run to go on from")
@@ -42,13 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # What is refused here leaves nothing in a folder that may be somebody else's.
         start = _checked(args, out)
-    except MocteError:
-        give_way(rank)
+    except MocteError as error:
+        give_way(rank, error)
         raise
     return _pretrain(args, start, rank)
 
 
 def _checked(args: argparse.Namespace, out: Path) -> "Start":
+    # torch takes seconds to import: a signal must find its handler before.
+    from mocte_ds.training.run_config import read_run
+
     run = read_run(args.run, args.set)
     require_folder_for(out, "--out")
     from mocte_ds.training.start import make_start
@@ -102,5 +108,6 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
 
 
 if __name__ == "__main__":
+    end_on_signals()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_cli(main)

@@ -23,6 +23,11 @@ class ExpertConfig:
     starts at zero; the paper's word, it is not a low-rank adapter."""
     width: Count | None = None
     """Hidden units of a `lora` expert. Null: the FFN's width / num_experts. Not for `ffn` experts."""
+    redraw: Share = 0.0
+    """Share of an expert's hidden units that are drawn anew when it emerges, each expert's for itself: from a normal
+    distribution with the mean and the spread of the dense FFN's weights, and with fresh moments. 0: `ffn` experts are
+    copies. 0.5: Drop-Upcycling. 1: experts from scratch; `lora` experts then write from the start. Other values than 0
+    change the model's function at emergence."""
 
     def __post_init__(self) -> None:
         if self.width is not None and self.kind == "ffn":
@@ -55,8 +60,25 @@ class RouterConfig:
     `sigmoid`."""
     scale: Positive = 1.0
     """Factor of all weights. Only with `sigmoid`."""
+    unit_mean: bool = False
+    """Whether weights are divided by their running mean over the global batch (of a token's experts together), so that
+    the block's output keeps its scale where a router is not sure. Not for `hard` and not with `normalise`."""
+    std: Positive | None = None
+    """Standard deviation of the directions of kind `random`, 0.02 for instance. Null: that of Switch, (0.1 / d)^0.5
+    with d features."""
+    shuffled: bool = False
+    """Control for the clusters: clusters of the sizes that were found, with members by chance. For kind `type` token
+    ids are dealt out anew; for `token` and `prefix` the centroids are random points in the same directions, with prices
+    that even the loads out."""
     aux: NotNegative = 0.01
     """Weight of Switch's loss for even loads of a trained router. The engine adds it to the model's loss."""
+    balance_rate: NotNegative = 0.0
+    """Loss-free balance: what each expert's number in the choice moves by after each optimizer step, up where the
+    expert had fewer tokens of the global batch than the mean and down where it had more. Only with `sigmoid`; DeepSeek
+    used 0.001, short runs need 0.01. Give aux = 0 with it."""
+    rate: Positive = 1.0
+    """Factor of the learning rate of a trained router, which has no weight decay. Switch and mixtures from scratch are
+    steadier with 0.1 to 0.3."""
 
     def __post_init__(self) -> None:
         key = KEYS.get(self.kind, "kind")
@@ -75,6 +97,22 @@ class RouterConfig:
             raise ConfigError(f"top_k = {self.top_k} needs weight 'softmax' or 'sigmoid': experts share a token.")
         if self.normalise and self.top_k == 1 and self.weight != "sigmoid":
             raise ConfigError("normalise is for top_k > 1; for one expert it is the weight 'hard'.")
+        if self.unit_mean and (self.weight == "hard" or self.normalise):
+            raise ConfigError(
+                "unit_mean is for weights that differ from token to token in sum: not for weight 'hard', "
+                "not with normalise."
+            )
+        if self.shuffled and not key.of_sample:
+            raise ConfigError(f"shuffled is for clusters, and kind '{self.kind}' has none.")
+        if self.std is not None and self.kind != "random":
+            raise ConfigError(f"std = {self.std} is for kind 'random', not for '{self.kind}'.")
+        if self.balance_rate and self.weight != "sigmoid":
+            raise ConfigError(
+                f"balance_rate = {self.balance_rate} needs weight 'sigmoid', whose choice has a number for each "
+                "expert; for 'softmax' use aux."
+            )
+        if self.rate != 1.0 and not self.learn:
+            raise ConfigError(f"rate = {self.rate} is for a router that learns; set learn true or remove it.")
 
 
 MOST_ROWS = 1 << 24
@@ -121,7 +159,9 @@ class ClustersConfig:
     """Adjusted Rand index from which the clusters of two checks in a row count as the same, on the documents of the
     later check."""
     deadline: Share = 0.1
-    """Share of the budget at which experts emerge even if no clusters were detected. 1: never without clusters."""
+    """Share of the budget at which experts emerge even if no clusters were detected. 1: never without clusters. 0, with
+    not_before 0: at the first check, or, if no router needs features (kinds `random`, `hash` and `previous`), before
+    the first step."""
     not_before: Share = 0.02
     """Share of the budget before which no experts emerge (the learning rate's warm-up)."""
 

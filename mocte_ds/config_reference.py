@@ -12,7 +12,7 @@ from mocte_ds.models import DecoderConfig
 from mocte_ds.models.presets import PRESETS
 from mocte_ds.sections import PLACES, bounds, meanings, type_name
 from mocte_ds.training.model import TransformersModel
-from mocte_ds.training.run_config import DataSection, EvaluationSection, TrainingSection
+from mocte_ds.training.run_config import DataSection, EvaluationSection, TrainingSection, WatchSection
 
 _HEAD = """# Config reference
 
@@ -41,9 +41,8 @@ another run or of tools/import_hf.py.
 
 def page() -> str:
     """The page, in Markdown."""
-    run_file = [
-        _tables(cls) for cls in (TransformersModel, DecoderConfig, DataSection, TrainingSection, EvaluationSection)
-    ]
+    sections = (TransformersModel, DecoderConfig, DataSection, TrainingSection, EvaluationSection, WatchSection)
+    run_file = [_tables(cls) for cls in sections]
     return "\n".join([_HEAD, *_tables(MocteConfig), _RUN_FILE, *(line for table in run_file for line in table)])
 
 

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.plain_values import require_plain
+from mocte_ds.plain_values import MOST_LEVELS, require_plain
 from mocte_ds.shown import name_shown, nearest, shown
 
 T = TypeVar("T")
@@ -135,11 +135,16 @@ def _defaults_for_null(values: Any) -> Any:
     return {key: _plain(value) for key, value in values.items()} if isinstance(values, Mapping) else values
 
 
-def _plain(value: Any) -> Any:
-    """Tuples and mappings of a config that was written in Python, as a file would have them."""
+def _plain(value: Any, level: int = 0) -> Any:
+    """Tuples and mappings of a config that was written in Python, as a file would have them.
+
+    What lies deeper than any value of ours stays as it is, to be refused: it may refer to itself.
+    """
+    if level > MOST_LEVELS:
+        return value
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if type(value) in (list, tuple) else value
+        return {key: _plain(inner, level + 1) for key, inner in value.items()}
+    return [_plain(inner, level + 1) for inner in value] if type(value) in (list, tuple) else value
 
 
 def _refusing(make: Callable[..., Any], cls: type) -> Callable[..., Any]:

@@ -23,7 +23,13 @@ NUMBERS = [0, 1, -1, 2, 7, 2**31, 2**63, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, -
 NUMBERS += [math.nan, math.inf, -math.inf]
 WORDS = ["", " ", "1", "true", "token", "ffn", "é☃", "a\0b", "*", "model.layers.*.mlp", "x" * 5000, "auto"]
 NESTED: list[Any] = [[], {}, [None], [1], [[]], ["x"], {"a": 1}, {1: 2}, {"kind": "hash"}, [{"kind": "hash"}], (1, 2)]
+DEEP: list[Any] = []
+for _ in range(5000):
+    DEEP = [DEEP]
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 ODD = [None, True, False, *NUMBERS, *WORDS, *NESTED, b"x", 1j, object()]
+IN_MEMORY = [*ODD, DEEP, ENDLESS, {"a": ENDLESS}]
 RUN: dict[str, Any] = {
     "model": {"preset": "quickstart"},
     "data": {"prepared": "somewhere", "weights": {"a": 1}},
@@ -97,7 +103,7 @@ FIELDS = list(fields_of(MocteConfig))
 
 @pytest.mark.parametrize("path", FIELDS, ids=".".join)
 def test_every_field_with_every_odd_value(path: tuple[str, ...]) -> None:
-    for odd in ODD:
+    for odd in IN_MEMORY:
         block: dict[str, Any] = {"modules": "m"}
         put(block, path, odd)
         config = outcome(lambda block=block: MocteConfig.from_dict(block, 2))
@@ -113,7 +119,7 @@ def test_blocks(seed: int) -> None:
         block: dict[Any, Any] = {"modules": "m"}
         for _ in range(rng.choice([1, 2, 5])):
             usual = [True, 1, 2, 4, 16, 0.1, 0.5]
-            put(block, rng.choice(FIELDS), rng.choice(rng.choice([ODD, usual])))
+            put(block, rng.choice(FIELDS), rng.choice(rng.choice([IN_MEMORY, usual])))
         if rng.random() < 0.1:
             block[rng.choice(["Router", 1, None, "é"])] = rng.choice(ODD)
         config = outcome(lambda block=block: MocteConfig.from_dict(block))
@@ -164,7 +170,7 @@ def test_texts_in_a_run_file(tmp_path: Path) -> None:
 def test_deepspeed_configs() -> None:
     base = {**RUN["deepspeed"], "scheduler": {"type": "WarmupLR", "params": {}}}
     for path in places(base):
-        for odd in ODD:
+        for odd in IN_MEMORY:
             values = copy.deepcopy(base)
             put(values, path, odd)
             outcome(lambda values=values: checked_settings(values))

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
 
-    from mocte_ds.sweep import MOST_RANKS, markdown_table, read_sweep, require_checkout, run_sweep
+    from mocte_ds.sweep import MOST_RANKS, markdown_table, read_sweep, require_checkout, run_sweep, trials_table
 
     require_checkout()
     sweep = read_sweep(args.file).with_shared(args.set)
@@ -51,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sweep = replace(sweep, processes=args.processes)
     chosen = replace(sweep, seeds=list(dict.fromkeys(args.seeds or sweep.seeds)))
     if args.only:
-        names = [arm.name for arm in sweep.arms]
+        names = list(dict.fromkeys(name for arm in sweep.arms for name in (arm.of, arm.name)))
         unknown = [name for name in args.only if name not in names]
         if unknown:
             raise ConfigError(f"--only {unknown[0]}: {args.file} has no such arm; arms: {', '.join(names)}.")
         # A result says something beside the baseline's of the same seed only.
-        chosen = replace(chosen, arms=[arm for arm in sweep.arms if arm.name in (*args.only, sweep.baseline)])
+        wanted = {*args.only, sweep.baseline}
+        chosen = replace(chosen, arms=[arm for arm in sweep.arms if wanted & {arm.of, arm.name}])
     if args.list:
         _list(chosen, args.json)
         return 0
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"runs": [result.to_dict() for result in results]}))
     else:
-        print(f"\n{markdown_table(sweep, results)}\n\n{out / 'results.md'} says what the columns mean.")
+        tables = [markdown_table(sweep, results), trials_table(sweep, results) if sweep.baseline is not None else ""]
+        shown = "\n\n".join(table for table in tables if table)
+        print(f"\n{shown}\n\n{out / 'results.md'} says what the columns mean.")
     return 0
 
 

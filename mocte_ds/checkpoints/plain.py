@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from mocte_ds.checkpoints.files import Deferred
+from mocte_ds.dist.lost_peer import peer_is_lost
 from mocte_ds.errors import CheckpointError, MocteError
+from mocte_ds.shown import one_line
 
 _DEEPEST = 100  # containers within containers
+_IMPLAUSIBLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What values of other types and sizes than expected lead to."""
 _OBJECT, _FIELDS = "object of class", "fields"
 
 
@@ -147,22 +151,25 @@ def require_keys(values: Any, keys: tuple[str, ...], path: Path) -> dict[str, An
 
 
 @contextlib.contextmanager
-def only_plausible(folder: Path) -> Iterator[None]:
+def only_plausible(folder: Path, *kinds: type[Exception]) -> Iterator[None]:
     """Turn what goes wrong with values that no save writes into a refusal; hashes do not guard against purpose.
 
     Args:
         folder: or file, whose content is looked at within.
+        *kinds: of errors that come of such values beside the usual ones.
 
     Raises:
         CheckpointError: names it and what was met.
+        RuntimeError: the echo of another rank's end, as it is.
     """
     try:
         yield
-    except MocteError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+    except Exception as error:
+        of_values = isinstance(error, (*_IMPLAUSIBLE, *kinds)) and not isinstance(error, MocteError)
+        if not of_values or peer_is_lost(error):
+            raise
         raise CheckpointError(
-            f"{folder} holds values that no version of mocte_ds writes ({type(error).__name__}: {str(error)[:200]}): "
+            f"{folder} holds values that no version of mocte_ds writes ({type(error).__name__}: {one_line(error)}): "
             "it was changed, or another program has written it."
         ) from error
 

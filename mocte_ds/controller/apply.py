@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mocte_ds.controller.birth import copy_dense_weights, draw_bypasses, inherit, set_gate
+from mocte_ds.controller.birth import copy_dense_weights, draw_bypasses, inherit, redraw_units, set_gate
 from mocte_ds.controller.decide import Change
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.reading import BlockReading
@@ -70,7 +70,8 @@ def apply_changes(
             reading, handle = readings[change.block], run.blocks[change.block]
             fact["clusters"] = reading.found.detection.count if reading.found else None
             change_of_output = _relative_change(outputs_before[change.block], _output(run, handle, reading))
-            if all(router.weight == "hard" for router in run.config.routers):
+            hard = all(router.weight == "hard" for router in run.config.routers)
+            if hard and not run.config.expert.redraw:
                 _require_no_jump(handle.name, change_of_output)
             fact["output_change"] = change_of_output
     return facts
@@ -79,13 +80,16 @@ def apply_changes(
 def _give_birth(run: RunState, block: Block) -> UnitState:
     """Weights of a block's experts, and what to make the state of `ffn` experts of: the dense FFN's."""
     experts = [parameter for bank in block.banks for parameter in bank.local_experts.parameters()]
-    if block.kind == "lora":
-        with whole(experts, changed=True):
+    of_dense = block.kind == "ffn" or run.config.expert.redraw > 0
+    with whole([*(block.dense.parameters() if of_dense else ()), *experts], changed=True):
+        if block.kind == "lora":
             draw_bypasses(block, run.config, run.ep_rank)
-        return {}
-    with whole([*block.dense.parameters(), *experts], changed=True):
-        copy_dense_weights(block)
-        return run.optimizer.own_part(inherit(block, run.optimizer.unit_state(dense_unit(block))))
+        else:
+            copy_dense_weights(block)
+        drawn = redraw_units(block, run.config, run.ep_rank)
+        if block.kind == "lora" or run.config.expert.redraw == 1.0:
+            return {}  # nothing of the dense FFN is in them: their moments start anew
+        return run.optimizer.own_part(inherit(block, run.optimizer.unit_state(dense_unit(block)), drawn))
 
 
 def _rebuild_partition(run: RunState, born: UnitState) -> None:

@@ -1,18 +1,27 @@
 """How a block's experts are born: the gate from the sampled features, the weights and moments from the dense FFN."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocte_ds.clusters import balanced_kmeans, hash_table, linear_gate, subspace_without_mean, type_table
+from mocte_ds.clusters.control import random_clusters, shuffled_table
 from mocte_ds.config import MocteConfig, RouterConfig
-from mocte_ds.dist.collectives import from_rank_zero, gather_rows
+from mocte_ds.dist.collectives import from_rank_zero, gather_rows, sum_over_ranks
+from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import copy_slice, draw_bypass
 from mocte_ds.moe.ffn_shape import Part
+from mocte_ds.moe.redraw import Drawn, redraw
+from mocte_ds.remote_code.tokens_mocte import Tokens
 from mocte_ds.seeds import derived_seed
+from mocte_ds.zero import whole
 from mocte_ds.zero.unit_optimizer import UnitState
+
+_ROWS = 4096
+"""Of the weights' mean where nothing was sampled."""
 
 # Shapes: n tokens and m documents of this rank, d features, k directions.
 
@@ -101,7 +110,8 @@ class Birth:
         # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
         basis = rows.basis if self.router.bias else subspace_without_mean(rows.basis, rows.mean)
         points = rows.coordinates(basis)
-        clusters = balanced_kmeans(points, self.num_experts, self.seed, directions=not self.router.bias)
+        make = random_clusters if self.router.shuffled else balanced_kmeans
+        clusters = make(points, self.num_experts, self.seed, directions=not self.router.bias)
         weight, bias = (from_rank_zero(t.to(basis)) for t in linear_gate(clusters, basis, rows.mean))
         if self.router.weight == "softmax":
             sharpness = from_rank_zero(_sharpness(rows.gathered(rows.features @ weight.T + bias)))
@@ -113,7 +123,10 @@ class Birth:
         assert self.tokens is not None and self._token_ids is not None
         coordinates = self.tokens.coordinates().cpu()
         ids = self.tokens.gathered(self._token_ids[:, None])[:, 0].cpu()
-        return from_rank_zero(type_table(ids, coordinates, vocab_size, self.num_experts, self.seed))
+        table = type_table(ids, coordinates, vocab_size, self.num_experts, self.seed)
+        if self.router.shuffled:
+            table = shuffled_table(table, ids, self.num_experts, derived_seed(self.seed, "shuffled"))
+        return from_rank_zero(table)
 
     def random_table(self, vocab_size: int) -> Tensor:
         """(V,) int64 expert of each token id, by chance, all experts equally often."""
@@ -134,7 +147,26 @@ class Birth:
 def set_gate(block: Block, config: MocteConfig, sample: FeatureSample | None = None) -> None:
     """Fix the routing of a block by the clusters of its sampled features, without a sample by chance (collective)."""
     for number, bank in enumerate(block.banks):
-        bank.gate.key.fit(Birth(block, number, config, sample))
+        birth = Birth(block, number, config, sample)
+        bank.gate.key.fit(birth)
+        if bank.gate.router.unit_mean:
+            with whole(bank.gate.parameters()):
+                bank.gate.cluster_mean.fill_(_mean_weight(bank, birth, sample))
+
+
+def _mean_weight(bank: Bank, birth: Birth, sample: FeatureSample | None) -> float:
+    """What the weights of a token's experts come to together at birth, on average over the sample (collective).
+
+    Before any feature was seen, over normal rows of the size that a norm in front of the FFN gives.
+    """
+    if sample is not None:
+        total, count = bank.gate.begin_mean(sample.tokens.features, Tokens(sample.token_ids))
+        sums = from_rank_zero(sum_over_ranks(torch.stack([total.cpu(), torch.tensor(float(count))]).double()))
+        return float(sums[0] / sums[1])
+    generator = torch.Generator().manual_seed(derived_seed(birth.seed, "mean weight"))
+    rows = torch.randn(_ROWS, birth.hidden_size, generator=generator)
+    total, count = bank.gate.begin_mean(rows, Tokens(torch.zeros(_ROWS, dtype=torch.int64)))
+    return float(from_rank_zero(total.cpu())) / count
 
 
 def _sharpness(logits: Tensor) -> float:
@@ -155,6 +187,30 @@ def copy_dense_weights(block: Block) -> None:
             copy_slice(block.dense, expert, Part(number, len(block.banks)))
 
 
+@torch.no_grad()
+def redraw_units(block: Block, config: MocteConfig, ep_rank: int) -> dict[nn.Parameter, Drawn]:
+    """Draw anew what `expert.redraw` asks for of each local expert; an expert's draw hangs on no number of ranks.
+
+    Args:
+        block: whose experts have the weights that they are born with.
+        config: the "mocte" block.
+        ep_rank: this rank's place among those that share the experts.
+
+    Returns:
+        What was drawn, for :func:`inherit`.
+    """
+    drawn: dict[nn.Parameter, Drawn] = {}
+    for number, bank in enumerate(block.banks if config.expert.redraw else ()):
+        for local, expert in enumerate(bank.local_experts):
+            k = bank.first_local(ep_rank) + local
+            seed = derived_seed(config.seed, block.name, number, "units of expert", k)
+            named = dict(expert.named_parameters())
+            for name, new in redraw(expert, block.dense, config.expert.redraw, seed).items():
+                named[name].copy_(new.put(named[name]))
+                drawn[named[name]] = new
+    return drawn
+
+
 def draw_bypasses(block: Block, config: MocteConfig, ep_rank: int) -> None:
     """Give each `lora` expert random matrices of its own; what it writes stays zero.
 
@@ -172,8 +228,14 @@ def draw_bypasses(block: Block, config: MocteConfig, ep_rank: int) -> None:
             draw_bypass(expert, bypass_seed(config.seed, block.name, number, k))
 
 
-def inherit(block: Block, dense_state: UnitState) -> UnitState:
-    """fp32 masters and moments for a block's `ffn` experts: those of the dense FFN, each bank its slice."""
+def inherit(block: Block, dense_state: UnitState, drawn: Mapping[nn.Parameter, Drawn] | None = None) -> UnitState:
+    """fp32 masters and moments for a block's `ffn` experts: those of the dense FFN, each bank its slice.
+
+    Args:
+        block: the block.
+        dense_state: of the dense FFN.
+        drawn: what is new in the experts: its moments are zero.
+    """
     dense = dict(block.dense.named_parameters())
     inherited: UnitState = {}
     for number, bank in enumerate(block.banks):
@@ -186,6 +248,13 @@ def inherit(block: Block, dense_state: UnitState) -> UnitState:
                         key: part.cut(block.dense, name, value) if _is_like(value, dense[name]) else value
                         for key, value in state.items()
                     }
+    for parameter, new in (drawn or {}).items():
+        state = inherited.get(parameter, {})
+        for key, value in state.items():
+            if key == "master":
+                state[key] = new.put(value)
+            elif _is_like(value, parameter):
+                state[key] = new.clear(value)
     return inherited
 
 

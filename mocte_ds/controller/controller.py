@@ -12,10 +12,9 @@ from mocte_ds.controller.apply import apply_changes, set_rates
 from mocte_ds.controller.changer import Changer
 from mocte_ds.controller.checks import Checks
 from mocte_ds.controller.decide import Change, unlocked_blocks
+from mocte_ds.controller.emerge import born_at_once, emerge_now
 from mocte_ds.controller.events import EventListener, Events
-from mocte_ds.controller.flops import FlopCount
 from mocte_ds.controller.handles import BlockHandle
-from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.passes import Passes
 from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.proof import Proof
@@ -24,6 +23,7 @@ from mocte_ds.dist.collectives import max_over_ranks, world
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.moe.context import BatchContext
+from mocte_ds.watch import phase
 from mocte_ds.zero import TRUNK, UnitOptimizer, UnitRegistry
 
 
@@ -150,13 +150,7 @@ class Controller:
         handle = self.run.block(block)
         if handle.mode is not BlockMode.WARMUP:
             raise MocteError(f"block {block} ({handle.name}) is {handle.mode}: its experts have emerged already.")
-        with FlopCount() as spectrum:
-            readings, search = read_blocks(self.run, [handle], in_background=False)
-        finish_readings(self.run, readings, search)
-        # All ranks know what the search has cost all of them.
-        searched = sum(r.found.flops for r in readings.values() if r.found) if self.run.rank == 0 else 0
-        spent = {"spectrum": spectrum.total, "clusters": searched}
-        self.changer.apply([Change("emergence", block, None, "called", by_hand=True)], readings, spent)
+        emerge_now(self.run, self.changer, [handle], "called", by_hand=True)
 
     def freeze(self, block: int, expert: int) -> None:
         """Freeze an expert now (collective, between two steps); it stays frozen until :meth:`thaw` is called for it."""
@@ -256,6 +250,8 @@ class Controller:
             args: of the model's call.
             kwargs: of the model's call.
         """
+        if not self.mid_step and (waiting := born_at_once(self.run)):
+            emerge_now(self.run, self.changer, waiting, "from scratch: before the first step")
         run, place = self.run, self.passes.begin(rank, ranks, micro)
         domain, self._domain = self._domain, None
         if self.progress.active and not self.progress.probe.complete:
@@ -276,7 +272,8 @@ class Controller:
         self.passes.close_step()
         self.proof.after_step(self.run)
         self.progress.close_step(self.run)
-        self.checks.after_step()
+        with phase("check", long=True):
+            self.checks.after_step()
         set_rates(self.run)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.moe.bank import ClusterMOELayer
+from mocte_ds.moe.block import BlockMode
 
 
 class Passes:
@@ -50,7 +52,7 @@ class Passes:
         Integers, so that the sums depend neither on the number of ranks nor on how the batch was split.
         """
         run, context = self._run, self._run.context
-        layers = [layer for layer in self._layers if layer.gate.balanced]
+        layers = [layer for layer in self._layers if layer.gate.reads_loads]
         parts = [torch.tensor([int(context.step_tokens), context.step_passes]), *[layer.step_load for layer in layers]]
         summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
         tokens, passes = summed[0].tolist()
@@ -58,11 +60,32 @@ class Passes:
         self.sequences += self._own * self._size
         if tokens and passes:
             context.usual_tokens = tokens / passes
-        for layer, load in zip(layers, summed[1:], strict=True):
+        loads = dict(zip(layers, summed[1:], strict=True))
+        for layer, load in loads.items():
             if int(load.sum()):
                 layer.share = (load.double() / load.sum()).float().to(layer.share.device)
             layer.step_load.zero_()
+        self._move_gates(loads)
         context.step_tokens, context.step_passes, self._own, context.loss_scale = 0, 0, 0, None
+
+    def _move_gates(self, loads: Mapping[ClusterMOELayer, Tensor]) -> None:
+        """Even the loads out, and follow the weights' mean; in blocks whose experts are all frozen nothing moves."""
+        moving = {
+            bank.deepspeed_moe
+            for handle in self._run.blocks
+            for bank in handle.block.banks
+            if handle.mode is BlockMode.SPECIALISING
+        }
+        weighed = [layer for layer in loads if layer.gate.router.unit_mean]
+        sums = sum_over_ranks(torch.cat([layer.step_weight for layer in weighed])).tolist() if weighed else []
+        for layer, total in zip(weighed, sums, strict=True):
+            layer.step_weight.zero_()
+            tokens = int(loads[layer].sum()) / layer.gate.router.top_k
+            if tokens and layer in moving:
+                layer.gate.follow_mean(total / tokens)
+        for layer, load in loads.items():
+            if layer in moving:
+                layer.gate.balance(load)
 
     def routed(self) -> list[Tensor]:
         """(E,) tokens routed to the experts of each block since the start, all ranks together (collective)."""
@@ -100,6 +123,7 @@ class Passes:
         for layer, share in zip(self._layers, shares, strict=True):
             layer.share = share.to(layer.share.device)
             layer.step_load.zero_()
+            layer.step_weight.zero_()
         for handle, routed in zip(run.blocks, state["routed"], strict=True):
             parts = routed.split([bank.num_experts for bank in handle.block.banks])
             for bank, part in zip(handle.block.banks, parts, strict=True):

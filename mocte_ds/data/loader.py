@@ -1,7 +1,7 @@
 """Batches from prepared data. The place in the data is one integer; who reads which part hangs on nothing else."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +114,7 @@ class BlendedLoader:
         weights: dict[str, float] | None = None,
         position: int = 0,
         verify: Amount | None = "auto",
+        left_out: Sequence[int] = (),
     ) -> None:
         """Open prepared data.
 
@@ -129,6 +130,7 @@ class BlendedLoader:
             weights: share of each domain, any scale; a domain that is not named gets nothing. None: by tokens.
             position: global sequences already consumed.
             verify: how much is held against its hashes; None: nothing, since that was done already.
+            left_out: positions at which the global batches begin that are passed over.
 
         Raises:
             DataError: sizes that do not fit together, unknown or negative weights, too little text, damaged files, or a
@@ -163,7 +165,7 @@ class BlendedLoader:
         }
         self._patterns: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.batch_size, self.rank, self.world_size, self.micro_batch = batch_size, rank, world_size, micro_batch
-        self.seed = seed
+        self.seed, self._left_out = seed, frozenset(left_out)
         self.seek(position)
 
     def seek(self, position: int) -> None:
@@ -186,6 +188,8 @@ class BlendedLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Endless micro-batches: input_ids and labels (micro_batch, context), domain (micro_batch,)."""
         while True:
+            while self.position in self._left_out:
+                self.position += self.batch_size
             for turn in range(self.batch_size // (self.world_size * self.micro_batch)):
                 first = self.position + (turn * self.world_size + self.rank) * self.micro_batch
                 found = [self.sequence(first + i) for i in range(self.micro_batch)]

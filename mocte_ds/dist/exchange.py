@@ -6,18 +6,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mocte_ds.watch import HEART, phase
+
 
 class _Exchange(torch.autograd.Function):
     """All-to-all of rows; the gradient takes the way back."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+        ctx.send, ctx.receive, ctx.group, ctx.where = send, receive, group, HEART.name
         return _all_to_all(rows, send, receive, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return _all_to_all(gradient.contiguous(), ctx.receive, ctx.send, ctx.group), None, None, None
+        with phase(ctx.where or "experts"):
+            return _all_to_all(gradient.contiguous(), ctx.receive, ctx.send, ctx.group), None, None, None
 
 
 def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
@@ -46,11 +49,13 @@ def exchange_counts(counts: Tensor, group: Any) -> Tensor:
         (world, n) int64, row r from rank r.
     """
     received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=group)
+    with phase("all-to-all of counts", waits=True):
+        dist.all_to_all_single(received, counts.contiguous(), group=group)
     return received
 
 
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
     received = rows.new_empty((sum(receive), rows.shape[1]))
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    with phase("all-to-all", waits=True):
+        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received

@@ -1,8 +1,13 @@
-"""Which environment variables travel from the launcher to every rank of every host."""
+"""Which environment variables travel from the launcher to every rank of every host.
 
+python -m mocte_ds.hosts.environment     prints those of .deepspeed_env, NAME=VALUE each with a zero byte after it
+"""
+
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from mocte_ds.cli import run_cli
 from mocte_ds.errors import ConfigError
 
 FILE = ".deepspeed_env"
@@ -28,6 +33,16 @@ def travelling(environment: Mapping[str, str], folder: Path, interface: str | No
     found = {name: value for name, value in environment.items() if name.startswith(PREFIXES) or name in NAMES}
     if interface:
         found.update(NCCL_SOCKET_IFNAME=interface, GLOO_SOCKET_IFNAME=interface)
+    return {**found, **from_file(folder)}
+
+
+def from_file(folder: Path) -> dict[str, str]:
+    """Variables of the files :data:`FILE` in the home directory and in a folder; the folder's win.
+
+    Raises:
+        ConfigError: a line is not NAME=VALUE.
+    """
+    found = {}
     for path in (Path.home() / FILE, folder / FILE):
         if not path.is_file():
             continue
@@ -35,7 +50,18 @@ def travelling(environment: Mapping[str, str], folder: Path, interface: str | No
             name, equals, value = line.partition("=")
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
-            if not equals or not name.strip():
+            if not equals or not name.strip().isidentifier():
                 raise ConfigError(f"{path}, line {number}: {line!r} is not NAME=VALUE.")
             found[name.strip()] = value.strip()
     return found
+
+
+def main() -> int:
+    """Print the variables of the files."""
+    for name, value in from_file(Path.cwd()).items():
+        sys.stdout.write(f"{name}={value}\0")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -22,14 +22,12 @@ from mocte_ds.cli import count_or_zero, run_cli, seconds
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.hosts.agent import ADDRESS, EXIT_STOPPED, Job
 from mocte_ds.hosts.environment import travelling
+from mocte_ds.hosts.retries import Retries, last_checkpoint, run_folder
 
 HEARTBEAT = 5.0
 """Seconds between two words to each host."""
 MOST_SLOTS = 64
-USER_ERROR = 2
-"""Exit code of an error that the user has to mend, see mocte_ds.cli: no restart helps."""
 _POLL = 0.2
-_PAUSE, _LONGEST_PAUSE = 15.0, 600.0
 
 
 class Host:
@@ -193,24 +191,10 @@ class Launcher:
             return 0
         code = failed.code()
         assert code
-        print(f"error: host {failed.name} {_how(code)}.{self._checkpoint()}", file=sys.stderr, flush=True)
+        good = last_checkpoint(run_folder(self._args.command))
+        told = f" The last good checkpoint is {good}." if good else ""
+        print(f"error: host {failed.name} {_how(code)}.{told}", file=sys.stderr, flush=True)
         return code if code > 0 else 1
-
-    def _checkpoint(self) -> str:
-        latest = run_folder(self._args.command) / "checkpoints" / "latest"
-        with contextlib.suppress(OSError):
-            return f" The last good checkpoint is {latest.parent / latest.read_text(encoding='utf-8').strip()}."
-        return ""
-
-
-def run_folder(command: Sequence[str]) -> Path:
-    """The folder of the run that a command line of launch/pretrain.py makes."""
-    values = {}
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name in ("--out", "--run"):
-            values[name] = value if equals else following
-    return Path(values.get("--out") or Path("runs") / Path(values.get("--run", "run")).stem)
 
 
 def read_hosts(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, list[int]]:
@@ -264,7 +248,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--start_timeout", type=seconds, default=120.0, help="seconds until all hosts must answer")
     parser.add_argument(
-        "--restarts", type=count_or_zero, default=0, help="new starts after a failure not of the user's"
+        "--restarts",
+        type=count_or_zero,
+        default=0,
+        help="starts after failures not of the user's, without a new checkpoint between them (default: 0)",
     )
     parser.add_argument("command", nargs="+", help="-- SCRIPT OPTIONS")
     args = parser.parse_args(argv)
@@ -277,14 +264,30 @@ def main(argv: list[str] | None = None) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
-    for attempt in range(args.restarts + 1):
-        code = launcher.run()
-        if code in (0, USER_ERROR) or launcher.stopping or attempt == args.restarts:
+    retries = Retries(args.restarts, checkpoint=last_checkpoint(run_folder(args.command)))
+    while True:
+        code = _run(launcher, again=retries.count > 0)
+        pause = retries.after(code, last_checkpoint(run_folder(args.command)))
+        if launcher.stopping or pause is None:
             break
-        pause = min(_LONGEST_PAUSE, _PAUSE * 2**attempt)
-        print(f"start {attempt + 2} of {args.restarts + 1} in {pause:g} s", file=sys.stderr, flush=True)
+        print(
+            f"start again in {pause:g} s ({retries.count} of {args.restarts} without a new checkpoint)",
+            file=sys.stderr,
+            flush=True,
+        )
         _sleep(pause, launcher)
     return EXIT_STOPPED if launcher.stopping else code
+
+
+def _run(launcher: Launcher, again: bool) -> int:
+    """One start; a host that does not come back at once, where the run was on it before, is a failure like others."""
+    try:
+        return launcher.run()
+    except MocteError as error:
+        if not again:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
 def _sleep(seconds: float, launcher: Launcher) -> None:

@@ -29,6 +29,8 @@ class ClusterMOELayer(MOELayer):
         """(E,) of :attr:`routed`, what the optimizer step that goes on has added on this rank."""
         self.share = torch.full((num_experts,), 1.0 / num_experts, device="cpu")
         """(E,) share of the tokens that each expert got in the last optimizer step, all ranks together."""
+        self.step_weight = torch.zeros(1, dtype=torch.float64, device="cpu")
+        """(1,) sum of the weights that this rank's tokens of the optimizer step had; for `unit_mean`."""
         self.by_source: Tensor | None = None
         """(S, E) tokens of each source and expert while the controller samples."""
         self.exp_counts: Tensor | None = None
@@ -60,7 +62,7 @@ class ClusterMOELayer(MOELayer):
             self.ep_size,
         )
         if counts_now:
-            self._count(index, counts, counted, state)
+            self._count(index, weight, counts, counted, state)
             if state.sampling and self.expert_rows is not None:
                 self.expert_rows.offer(features, index, *state.places(hidden.shape, index.device))
         if state.look is not None and not again:
@@ -77,7 +79,9 @@ class ClusterMOELayer(MOELayer):
             return None
         return Balance(state.shares.setdefault(self, self.share), counted, state.usual_tokens)
 
-    def _count(self, index: Tensor, counts: Tensor, counted: Tensor | None, state: ForwardState) -> None:
+    def _count(
+        self, index: Tensor, weight: Tensor | None, counts: Tensor, counted: Tensor | None, state: ForwardState
+    ) -> None:
         """Tokens of each expert, and of each source where it is known; padding is left out."""
         experts = self.routed.numel()
         real = None if counted is None else counted.reshape(-1, 1).expand_as(index).to(index.device)
@@ -90,10 +94,16 @@ class ClusterMOELayer(MOELayer):
             known = known if real is None else known & real
             cells = torch.bincount(source[known] * experts + index[known], minlength=state.sources * experts)
             table = cells.view(state.sources, experts)
-        state.count(self, counts, table)
+        total = None
+        if weight is not None and self.gate.router.unit_mean:
+            given = weight.detach().double()
+            total = (given if real is None else torch.where(real, given, 0.0)).sum() / self.gate.router.scale
+        state.count(self, counts, table, total)
 
-    def add_counts(self, counts: Tensor, table: Tensor | None) -> None:
-        """Take what a pass has counted: (E,) tokens of each expert, (S, E) by source."""
+    def add_counts(self, counts: Tensor, table: Tensor | None, weight: Tensor | None = None) -> None:
+        """Take what a pass has counted: (E,) tokens of each expert, (S, E) by source, () sum of the weights."""
+        if weight is not None:
+            self.step_weight += weight.to(self.step_weight.device)
         self.routed += counts.to(self.routed.device)
         self.step_load += counts.to(self.step_load.device)
         if table is not None:

@@ -11,6 +11,7 @@ from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.experts import feature_size, make_expert
 from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.graph import tag_made, tag_read
+from mocte_ds.watch import phase
 
 
 class BlockMode(StrEnum):
@@ -62,7 +63,15 @@ class Block(nn.Module):
         self.banks = nn.ModuleList()
         for number, router in enumerate(routers):
             part = Part(number, len(routers))
-            expert = make_expert(ffn, config.expert.kind, config.expert.width, config.num_experts, name, part)
+            expert = make_expert(
+                ffn,
+                config.expert.kind,
+                config.expert.width,
+                config.num_experts,
+                name,
+                part,
+                redrawn=config.expert.redraw > 0,
+            )
             self.banks.append(Bank(self.hidden_size, expert, config, router, context, vocab_size))
             self.banks[number].gate.key.name = f"{name}.{number}"
         self.observe: Callable[[Tensor, ForwardState], None] | None = None
@@ -95,9 +104,10 @@ class Block(nn.Module):
         if self.mode is BlockMode.WARMUP:
             return self.dense(hidden)
         output = self.dense(hidden) if self.kind == "lora" else None
-        for bank in self.banks:
-            added = bank(hidden, state, again)
-            output = added if output is None else output + added
+        with phase(f"experts of {self.name}"):
+            for bank in self.banks:
+                added = bank(hidden, state, again)
+                output = added if output is None else output + added
         assert output is not None
         return output
 

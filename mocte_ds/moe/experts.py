@@ -28,7 +28,13 @@ def feature_size(ffn: nn.Module, name: str) -> int:
 
 
 def make_expert(
-    ffn: nn.Module, kind: str, width: int | None, num_experts: int, name: str, part: Part | None = None
+    ffn: nn.Module,
+    kind: str,
+    width: int | None,
+    num_experts: int,
+    name: str,
+    part: Part | None = None,
+    redrawn: bool = False,
 ) -> nn.Module:
     """One expert, before it is copied to the slots of a block.
 
@@ -40,15 +46,20 @@ def make_expert(
         num_experts: E.
         name: the block's name, for messages.
         part: the bank's slice of an `ffn`; None: all of it.
+        redrawn: whether hidden units of it will be drawn anew.
 
     Raises:
-        ConfigError: a narrower expert of an FFN that cannot be cut by hidden units, or banks that do not divide its
-            width.
+        ConfigError: a narrower or redrawn expert of an FFN that cannot be cut by hidden units, or banks that do not
+            divide its width.
     """
-    expert, part = copy.deepcopy(ffn), part or Part()
+    expert, part, shape = copy.deepcopy(ffn), part or Part(), ffn_shape(ffn)
     if kind == "ffn" and part.count == 1:
+        if redrawn and (shape is None or not is_additive(ffn, shape)):
+            raise ConfigError(
+                f"mocte.expert.redraw cannot draw hidden units of {name} ({type(ffn).__name__}), whose linear layers "
+                f"have none of these forms: {FORMS}. Use 0."
+            )
         return expert
-    shape = ffn_shape(ffn)
     if shape is None:
         raise _no_narrow(ffn, name, f"whose linear layers have none of these forms: {FORMS}")
     if not is_additive(ffn, shape):

@@ -63,6 +63,7 @@ class ForwardState(Call):
     """Tokens of this pass that count; None before the first block."""
     _counts: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _tables: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
+    _weights: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
 
     def tokens(self, shape: torch.Size | tuple[int, ...], remembers: bool = False) -> Tokens:
@@ -131,25 +132,26 @@ class ForwardState(Call):
             counted = self.counted(features.shape)
             self.token_count = features.numel() // features.shape[-1] if counted is None else counted.sum()
 
-    def count(self, layer: "ClusterMOELayer", counts: Tensor, table: Tensor | None) -> None:
+    def count(
+        self, layer: "ClusterMOELayer", counts: Tensor, table: Tensor | None, weight: Tensor | None = None
+    ) -> None:
         """Remember what a layer of experts has counted until the pass is complete.
 
         Args:
             layer: which.
             counts: (E,) tokens of each expert.
             table: (S, E) tokens by source and expert, or None.
+            weight: () fp64 sum of the weights, or None.
         """
-        before = self._counts.get(layer)
-        self._counts[layer] = counts if before is None else before + counts
-        if table is not None:
-            before = self._tables.get(layer)
-            self._tables[layer] = table if before is None else before + table
+        for kept, value in ((self._counts, counts), (self._tables, table), (self._weights, weight)):
+            if value is not None:
+                kept[layer] = value if layer not in kept else kept[layer] + value
 
     def commit(self) -> None:
         """The pass is complete: its tokens count."""
         for layer, counts in self._counts.items():
-            layer.add_counts(counts, self._tables.get(layer))
-        self._counts, self._tables = {}, {}
+            layer.add_counts(counts, self._tables.get(layer), self._weights.get(layer))
+        self._counts, self._tables, self._weights = {}, {}, {}
 
 
 def documents_of(tokens: Tokens, counted: Tensor | None, device: torch.device) -> Tensor:

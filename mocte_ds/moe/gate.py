@@ -3,6 +3,7 @@
 The choice itself travels with exported models (mocte_ds/remote_code/gates_mocte.py and keys_mocte.py).
 """
 
+import torch
 from torch import Tensor
 
 from mocte_ds.config import RouterConfig
@@ -11,6 +12,9 @@ from mocte_ds.moe.balance import Balance, balance_loss
 from mocte_ds.moe.keys import LinearKey, key_class
 from mocte_ds.remote_code.gates_mocte import Gate
 from mocte_ds.remote_code.tokens_mocte import RoutingError, Tokens
+
+_KEPT = 0.95
+"""Of the running mean of the weights, a step."""
 
 
 class ClusterGate(Gate):
@@ -33,6 +37,46 @@ class ClusterGate(Gate):
     def balanced(self) -> bool:
         """Whether the gate learns and has a loss for even loads."""
         return self.router.learn and self.router.aux > 0
+
+    @property
+    def reads_loads(self) -> bool:
+        """Whether the loads of each optimizer step change how the next one is routed."""
+        return self.balanced or self.router.balance_rate > 0 or self.router.unit_mean
+
+    @torch.no_grad()
+    def balance(self, load: Tensor) -> None:
+        """Move what is added to the choice toward even loads (Wang et al., arXiv 2408.15664, algorithm 1).
+
+        Args:
+            load: (E,) int64 tokens of each expert in an optimizer step, all ranks together.
+        """
+        if self.router.balance_rate:
+            missing = load.sum() - len(load) * load
+            self.cluster_correction += self.router.balance_rate * missing.sign().to(self.cluster_correction)
+
+    @torch.no_grad()
+    def follow_mean(self, mean: float) -> None:
+        """Move the running mean of the weights by what an optimizer step had.
+
+        Args:
+            mean: what the weights of a token's experts came to together, on average over the global batch; 1 if the
+                running mean is right.
+        """
+        if self.router.unit_mean and mean > 0:
+            self.cluster_mean *= _KEPT + (1 - _KEPT) * mean
+
+    @torch.no_grad()
+    def begin_mean(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
+        """Sum of the weights of some tokens as they are at birth, before a division, and how many tokens these are.
+
+        Args:
+            features: (n, d).
+            tokens: what else is known of them.
+        """
+        self.cluster_mean.fill_(1.0)
+        _, weight, _ = self.choose(features.to(self.cluster_mean), tokens)
+        assert weight is not None  # unit_mean is refused for hard weights
+        return weight.double().sum() / self.router.scale, len(features)
 
     def forward(
         self, features: Tensor, tokens: Tokens, balance: Balance | None = None

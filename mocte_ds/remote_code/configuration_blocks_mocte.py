@@ -30,7 +30,8 @@ class MocteBlocksConfig(PretrainedConfig):
                 "expert_sizes": inputs and outputs of the linear layers that differ from the FFN's, by their paths,
                 "vocab_size": entries of tables by token ids or None, "banks": one for each bank of experts: {"kind":
                 one of KINDS, "weight": one of WEIGHTS, "learn": bool, "top_k": experts a token, "normalise": whether
-                their weights are divided by their sum, "scale": factor of the weights}}.
+                their weights are divided by their sum, "scale": factor of the weights, "unit_mean": whether they are
+                divided by their mean in training}}.
             document_end_id: token that ends a document; routing starts over after it.
             **kwargs: fields of every transformers config.
 

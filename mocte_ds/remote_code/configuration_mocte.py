@@ -79,7 +79,7 @@ class MocteLMConfig(PretrainedConfig):
             expert_width: hidden units of one expert; None: the FFN's, shared out to the banks.
             routers: one for each bank of experts: {"kind": one of KINDS, "weight": "hard", "softmax" or "sigmoid",
                 "learn": bool, "top_k": experts a token, "normalise": whether their weights are divided by their sum,
-                "scale": factor of the weights}.
+                "scale": factor of the weights, "unit_mean": whether they are divided by their mean in training}.
             document_end_id: token that ends a document; routing starts over after it.
             use_cache: whether generation keeps keys and values.
             bos_token_id: begins a text.
@@ -104,7 +104,7 @@ class MocteLMConfig(PretrainedConfig):
         self.initializer_range, self.tie_word_embeddings = initializer_range, tie_word_embeddings
         self.expert_layers = list(expert_layers or [])
         self.num_experts, self.expert_kind = num_experts, expert_kind
-        usual = {"weight": "hard", "learn": False, "top_k": 1, "normalise": False, "scale": 1.0}
+        usual = {"weight": "hard", "learn": False, "top_k": 1, "normalise": False, "scale": 1.0, "unit_mean": False}
         self.routers = [{**usual, **router} for router in routers or [{"kind": "token"}]]
         self.expert_width = intermediate_size // len(self.routers) if expert_width is None else expert_width
         self.document_end_id, self.use_cache = document_end_id, use_cache

@@ -27,10 +27,15 @@ class Gate(nn.Module):
 
         Args:
             key: the prior.
-            router: `weight` ("hard", "softmax" or "sigmoid"), `learn`, `top_k`, `normalise` and `scale` of its config.
+            router: `weight` ("hard", "softmax" or "sigmoid"), `learn`, `top_k`, `normalise`, `scale` and `unit_mean` of
+                its config.
         """
         super().__init__()
         self.router, self.key = router, key
+        self.unit_mean = bool(getattr(router, "unit_mean", False))  # configs of older exports lack it
+        if self.unit_mean:
+            # What the weights of a token's experts come to together, on average; training measures it.
+            self.register_buffer("cluster_mean", torch.ones(1))
         if router.weight == "sigmoid":
             self.register_buffer("cluster_correction", torch.zeros(key.num_experts))
         if router.learn:
@@ -78,6 +83,8 @@ class Gate(nn.Module):
             weight = weight / (weight.sum(dim=-1, keepdim=True) + (_TINY if sigmoid else 0.0))
         if sigmoid:
             weight = weight * self.router.scale
+        if self.unit_mean:
+            weight = weight / self.cluster_mean
         return index, weight, scores
 
     def order(self, logits: Tensor) -> Tensor:

@@ -37,6 +37,9 @@ class Key(nn.Module):
     """Whether a trained router's gradient goes through it into the features. Clusters' logits are sharp: through them
     the features would get gradients many times those of the loss."""
 
+    of_sample: ClassVar[bool] = True
+    """Whether :meth:`fit` needs sampled features; a key without them can be born before the first step."""
+
     name = ""
     """What it is kept under in generation; no two keys of a model share one."""
 
@@ -159,7 +162,7 @@ class PrefixKey(LinearKey):
 class PreviousKey(TypeKey):
     """`previous`: a random table from the id of the token before; the first token of a document counts its own id."""
 
-    remembers = True
+    remembers, of_sample = True, False
 
     def fit(self, birth: Any) -> None:
         self.set(birth.random_table(self.vocab_size))
@@ -173,6 +176,8 @@ class PreviousKey(TypeKey):
 class HashKey(TypeKey):
     """`hash`: a random table from the token's id; a baseline."""
 
+    of_sample = False
+
     def fit(self, birth: Any) -> None:
         self.set(birth.random_table(self.vocab_size))
 
@@ -183,10 +188,10 @@ class RandomKey(LinearKey):
     With `learn` it is the router of Switch and of sparse upcycling; a baseline.
     """
 
-    by_chance = True
+    by_chance, of_sample = True, False
 
     def fit(self, birth: Any) -> None:
-        self.set(*birth.directions((0.1 / self.hidden_size) ** 0.5))
+        self.set(*birth.directions(birth.router.std or (0.1 / self.hidden_size) ** 0.5))
 
 
 KEYS: dict[str, type[Key]] = {

@@ -20,7 +20,13 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "base"
     # What the base model does not support, it refuses itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["cluster_weight", "cluster_bias", "cluster_correction", "cluster_residual"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [
+        "cluster_weight",
+        "cluster_bias",
+        "cluster_correction",
+        "cluster_mean",
+        "cluster_residual",
+    ]  # noqa: RUF012
     supports_gradient_checkpointing = False
 
     def __init__(self, config: MocteBlocksConfig) -> None:

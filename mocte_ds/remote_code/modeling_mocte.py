@@ -169,7 +169,7 @@ class MoctePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MocteLayer"]  # noqa: RUF012  transformers want lists, and pass over tuples
     _supports_sdpa = True
     # Not tables, whose integers would become floats.
-    _keep_in_fp32_modules_strict = ["router.weight", "router.bias", "router.correction", "router.residual"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [f"router.{name}" for name in "weight bias correction mean residual".split()]  # noqa: RUF012  # noqa: RUF012
 
 
 class MocteModel(MoctePreTrainedModel):

@@ -67,6 +67,9 @@ class MocteRouter(nn.Module):
             self.register_buffer("bias", torch.zeros(config.num_experts))
         if self.weighing == "sigmoid":
             self.register_buffer("correction", torch.zeros(config.num_experts))
+        self.unit_mean = router["unit_mean"]
+        if self.unit_mean:
+            self.register_buffer("mean", torch.ones(1))
         if router["learn"]:
             self.residual = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
         self.learns, self.top_k, self.normalise = bool(router["learn"]), router["top_k"], router["normalise"]
@@ -101,7 +104,8 @@ class MocteRouter(nn.Module):
         if self.normalise:
             # Sigmoids may all be zero.
             weight = weight / (weight.sum(dim=-1, keepdim=True) + (1e-20 if sigmoid else 0.0))
-        return index, weight * self.scale
+        weight = weight * self.scale
+        return index, weight / self.mean if self.unit_mean else weight
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "MocteRouter":
         """Moves with the model but stays in fp32: a boundary rounded to bf16 sends tokens elsewhere."""

@@ -4,6 +4,7 @@ from mocte_ds.sweep.launch import require_checkout, run_sweep
 from mocte_ds.sweep.plan import MOST_RANKS, Arm, Sweep, read_sweep
 from mocte_ds.sweep.results import RunResult, read_result
 from mocte_ds.sweep.table import markdown_table
+from mocte_ds.sweep.trials import trials_table
 
 __all__ = [
     "MOST_RANKS",
@@ -15,4 +16,5 @@ __all__ = [
     "read_sweep",
     "require_checkout",
     "run_sweep",
+    "trials_table",
 ]

@@ -16,6 +16,8 @@ from mocte_ds.sweep.plan import Arm, Sweep
 from mocte_ds.sweep.results import RunResult, read_result
 from mocte_ds.sweep.settings import differences, wanted_settings
 from mocte_ds.sweep.table import LEGEND, markdown_table
+from mocte_ds.sweep.trials import LEGEND as trials_legend
+from mocte_ds.sweep.trials import trials_table
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 _TAIL, _TOOL = 8, "sweep"
@@ -100,6 +102,8 @@ def _keep_results(
             results.append(found)
     values = {"runs": [result.to_dict() for result in results]}
     text = f"{markdown_table(sweep, results)}\n\n{LEGEND}\n"
+    if sweep.baseline is not None and (trials := trials_table(sweep, results)):
+        text += f"\n{trials}\n\n{trials_legend}\n"
     files = {"results.json": json.dumps(values, indent=1), "results.md": text}
     try:
         put(out, {name: content.encode() for name, content in files.items()}, _TOOL)

@@ -13,12 +13,12 @@ from pydantic import Field
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.paths import is_file
-from mocte_ds.sections import Plain, Seed, parse_section, section
+from mocte_ds.sections import Plain, Positive, Seed, parse_section, section
 from mocte_ds.shown import name_shown, shown
 from mocte_ds.training.run_config import RunConfig, read_run
 from mocte_ds.yaml_files import read_yaml
 
-SEED = "training.seed"
+SEED, RATE = "training.seed", "training.learning_rate"
 MOST_RANKS = 1 << 16
 MOST_ARMS = 10_000
 """Of a sweep: a grid's combinations grow with the product of its lists."""
@@ -33,6 +33,13 @@ class Arm:
     name: str
     changes: dict[str, Any]
     """`section.key` of the run file to its value; a section as a value takes the place of the whole section."""
+    family: str = ""
+    """Name under which trials of several learning rates belong together; empty: the arm's own."""
+
+    @property
+    def of(self) -> str:
+        """The name in the sweep file."""
+        return self.family or self.name
 
 
 @section("sweep")
@@ -43,6 +50,7 @@ class _SweepFile:
     processes: Annotated[int, Field(ge=1, le=MOST_RANKS)] = 1
     seeds: list[Seed] = field(default_factory=lambda: [0])
     baseline: str | None = None
+    learning_rates: list[Positive] = field(default_factory=list)
     set: dict[str, Plain] = field(default_factory=dict)
     arms: dict[str, Plain] = field(default_factory=dict)
     grid: dict[str, list[Plain]] = field(default_factory=dict)
@@ -59,7 +67,7 @@ class Sweep:
     seeds: list[int]
     """Every arm is run with each of them (`training.seed`)."""
     baseline: str | None
-    """The arm that others are compared with, seed by seed."""
+    """The arm that others are compared with, seed by seed; with several learning rates its best trial."""
     arms: list[Arm]
     shared: tuple[str, ...] = ()
     """Changes of all arms, `section.key=value` each; an arm's own changes come after them."""
@@ -98,9 +106,9 @@ class Sweep:
 def read_sweep(path: Path) -> Sweep:
     """Read and check a sweep file.
 
-    Keys: `run` (a run file, relative to this file), `processes`, `seeds`, `baseline` (name of an arm), `set` (changes
-    that all arms share), and `arms` (name to changes), `grid` (key to list of values: every combination is an arm), or
-    both.
+    Keys: `run` (a run file, relative to this file), `processes`, `seeds`, `baseline` (name of an arm), `learning_rates`
+    (every arm is tried with each of them), `set` (changes that all arms share), and `arms` (name to changes), `grid`
+    (key to list of values: every combination is an arm), or both.
 
     Raises:
         ConfigError: unknown key, wrong value, no arm, two arms of one name, or a run file that is not there.
@@ -121,7 +129,7 @@ def _checked(file: _SweepFile, path: Path) -> Sweep:
     if not file.seeds or len(set(file.seeds)) < len(file.seeds):
         raise ConfigError(f"seeds = {shown(file.seeds)} must be at least one number, each of them once.")
     _require_changes(file.set, "set")
-    arms = [*_named(file.arms), *_combinations(file.grid)]
+    arms = _trials([*_named(file.arms), *_combinations(file.grid)], file)
     names = [arm.name for arm in arms]
     if not arms:
         raise ConfigError("there is no arm; give arms, a grid, or both.")
@@ -137,8 +145,9 @@ def _checked(file: _SweepFile, path: Path) -> Sweep:
             )
     for arm in arms:
         _require_kept(arm, list(file.set), "set", same=False)
-    if file.baseline is not None and file.baseline not in names:
-        raise ConfigError(f"baseline = {shown(file.baseline)} is not one of the arms {shown(names)}.")
+    families = list(dict.fromkeys(arm.of for arm in arms))
+    if file.baseline is not None and file.baseline not in families:
+        raise ConfigError(f"baseline = {shown(file.baseline)} is not one of the arms {shown(families)}.")
     return Sweep(
         (path.parent / file.run).resolve(),
         file.processes,
@@ -147,6 +156,22 @@ def _checked(file: _SweepFile, path: Path) -> Sweep:
         arms,
         tuple(_written(file.set)),
     )
+
+
+def _trials(arms: list[Arm], file: _SweepFile) -> list[Arm]:
+    """Every arm with each learning rate, so that all of them have equal trials."""
+    if not file.learning_rates:
+        return arms
+    if len(set(file.learning_rates)) < len(file.learning_rates):
+        raise ConfigError(f"learning_rates = {shown(file.learning_rates)} must have each number once.")
+    for where, keys in [("set", list(file.set)), *((f"arms.{arm.name}", list(arm.changes)) for arm in arms)]:
+        if RATE in keys:
+            raise ConfigError(f"{where} has {RATE}, and every arm is tried with all learning_rates; remove one.")
+    return [
+        Arm(f"{arm.name},lr={rate:g}", {**arm.changes, RATE: rate}, arm.name)
+        for arm in arms
+        for rate in file.learning_rates
+    ]
 
 
 def _named(arms: Mapping[Any, Any]) -> list[Arm]:

@@ -45,6 +45,8 @@ class RunResult:
     without a probe set of the last step's tokens."""
     seconds: float
     check_seconds: float
+    curve: tuple[tuple[float, float, float, float], ...] = ()
+    """Of each validation the tokens, FLOPs and seconds spent until then, and the loss."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -94,7 +96,20 @@ def read_result(folder: Path, arm: str, seed: int) -> RunResult | None:
         imbalance=imbalance if imbalance is not None else _last_step_imbalance(run),
         seconds=ledger.wall_seconds(run) or 0.0,
         check_seconds=sum(ledger.check_seconds(run).values(), 0.0),
+        curve=_curve(run),
     )
+
+
+def _curve(run: Run) -> tuple[tuple[float, float, float, float], ...]:
+    """See :attr:`RunResult.curve`; validations without all of the numbers are left out."""
+    seconds, points = ledger.wall_clock(run), []
+    for number, row in enumerate(run.metrics):
+        loss = (row.get("validation") or {}).get("mean")
+        numbers = [row.get("tokens"), row.get("flops"), None if seconds is None else seconds[number], loss]
+        if None not in numbers:
+            tokens, flops, spent, value = (float(number) for number in numbers if number is not None)
+            points.append((tokens, flops, spent, value))
+    return tuple(points)
 
 
 def _sum(values: list[int | None] | None) -> int | None:

@@ -5,6 +5,7 @@ from statistics import mean
 
 from mocte_ds.sweep.plan import Sweep
 from mocte_ds.sweep.results import RunResult
+from mocte_ds.sweep.trials import best_trials
 
 _HEAD = ["arm", "seeds", "loss", "vs {}", "FLOPs", "optimizer MB", "frozen", "detected", "load", "churn"]
 _HEAD += ["own work", "not spent"]
@@ -37,7 +38,7 @@ def markdown_table(sweep: Sweep, results: Sequence[RunResult]) -> str:
         results: of any of its runs; arms without one have no row.
     """
     by_arm = {arm.name: [r for r in results if r.arm == arm.name] for arm in sweep.arms}
-    base = {result.seed: result for result in by_arm.get(sweep.baseline or "", [])}
+    base = {result.seed: result for result in by_arm.get(best_trials(sweep, results).get(sweep.baseline or "", ""), [])}
     compared = bool(base)
     head = [name.format(sweep.baseline) for name in _HEAD if compared or "{}" not in name]
     rows = [head + (_RATES if compared else [])]

@@ -15,6 +15,8 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 
+_OF_TRAINING = ("aux", "balance_rate", "rate", "std", "redraw", "shuffled")
+"""Keys of routers and experts that are about how they are born or trained."""
 _STRUCTURE = ("num_experts", "expert", "router", "banks")
 
 
@@ -110,6 +112,12 @@ class InitialWeights:
 def _structure(settings: dict[str, Any]) -> dict[str, Any]:
     """What of a "mocte" block decides which experts and gates there are, and what they compute."""
     found = {key: settings.get(key) for key in _STRUCTURE}
-    if found["banks"] is None and found["router"]:
-        found["router"] = {key: value for key, value in found["router"].items() if key != "aux"}
+    routers = found["banks"] if found["banks"] is not None else [found["router"] or {}]
+    kept = [{key: value for key, value in router.items() if key not in _OF_TRAINING} for router in routers]
+    if found["banks"] is not None:
+        found["banks"] = kept
+    elif found["router"]:
+        found["router"] = kept[0]
+    if found["expert"]:
+        found["expert"] = {key: value for key, value in found["expert"].items() if key not in _OF_TRAINING}
     return found

@@ -1,7 +1,7 @@
 """The training loop, top to bottom: model, engine, data, steps, validation, checkpoints."""
 
+import contextlib
 import logging
-import random
 import signal
 import sys
 import time
@@ -9,24 +9,21 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import deepspeed
-import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import BlendedLoader, validation_batches
 from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, tokenizer_in
 from mocte_ds.dist.collectives import gather_rows, world
-from mocte_ds.engine import initialize
-from mocte_ds.errors import NonFiniteLoss
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
+from mocte_ds.training.left_out import LeftOut
+from mocte_ds.training.make_engine import make_engine, seed_everything
 from mocte_ds.training.model import Forward, make_model, model_facts, model_record
 from mocte_ds.training.model_sizes import model_sizes
 from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
@@ -34,6 +31,8 @@ from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry, expect_board
 from mocte_ds.training.validation import Validation
+from mocte_ds.training.watching import Watch
+from mocte_ds.watch import HEART, phase
 
 PROBE_SEQUENCES = 8
 """Of a domain at most, for the probe set of checks."""
@@ -55,7 +54,7 @@ class Trainer:
         self.config = MocteConfig.from_dict(settings["mocte"]) if "mocte" in settings else None
         # Looked at before a model of the sizes that it claims is made.
         init = InitialWeights(self.run.init) if self.run.init is not None and start.checkpoints is None else None
-        _seed_everything(t.seed)
+        seed_everything(t.seed)
         model = make_model(self.run.model, start.manifest.eod_id, weights=init is None and start.checkpoints is None)
         self.forward = Forward(model, start.manifest.eod_id if self.run.data.document_mask else None)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -66,12 +65,13 @@ class Trainer:
         board = settings.get("tensorboard") or {}
         if self.rank == 0 and board.get("enabled") and board.get("output_path") == str(self.out / "tensorboard"):
             expect_board(self.out)
-        self.engine = _engine(model, settings)
+        self.engine = make_engine(model, settings)
         if init and self.config:
             init.begin(self.engine.mocte)
         prepare(self.engine, start.identity)
         # Every rank draws other numbers from here on; the weights above had to be the same.
-        _seed_everything(derived_seed(t.seed, "rank", self.rank))
+        seed_everything(derived_seed(t.seed, "rank", self.rank))
+        left_out = LeftOut(self.out)
         self.loader = BlendedLoader(
             start.prepared,
             "train",
@@ -83,6 +83,7 @@ class Trainer:
             t.seed,
             self.run.data.weights,
             verify=None,  # Start.verify_data has done it
+            left_out=left_out.starts,
         )
         validated = self.run.evaluation.sequences_per_domain
         held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES, None)
@@ -115,6 +116,7 @@ class Trainer:
                     logging.getLogger("mocte_ds").warning(facts["note"])
         if self.config:
             self.engine.mocte.on_event(self._mocte_event)
+        self.watch = Watch(self.run.watch, self.out, self.loader.batch_size, left_out)
 
     def train(self, stop_after: int | None) -> bool:
         """Train to the end of the budget, or up to ``stop_after``; SIGTERM and SIGINT save behind the current step.
@@ -127,10 +129,13 @@ class Trainer:
         """
         before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            self.watch.begin()
             done = self._train(stop_after)
+            self.watch.end()
             self.telemetry.close()
             return done
         except BaseException:
+            self.watch.end()
             # What a disk that is full or a rank that is gone leads to afterwards must not hide what happened first.
             self.telemetry.close(after_error=True)
             self.engine.checkpoint_engine.saver.tell()
@@ -142,26 +147,33 @@ class Trainer:
     def _train(self, stop_after: int | None) -> bool:
         t = self.run.training
         last = min(t.steps, stop_after if stop_after is not None else t.steps)
-        batches, started = iter(self.loader), time.perf_counter()
+        batches, started, metrics = iter(self.loader), time.perf_counter(), None
         while self.engine.global_steps < last:
             if self.lock:
                 self.lock.require_held()
-            metrics, stopping = self._step(batches)
+            HEART.begin_step(self.engine.global_steps + 1)
+            with phase("first step", long=True) if metrics is None else contextlib.nullcontext():
+                metrics, stopping = self._step(batches)
             step = metrics["step"]
             if step % self.run.validate_every == 0 or step == t.steps:
-                metrics["validation"] = self.validation.losses(self.engine)
+                with phase("validation", long=True):
+                    metrics["validation"] = self.validation.losses(self.engine)
                 tokens, blocks = self.validation.tokens, self._modes()[0]
                 self.ledger.validate(self.sizes, tokens, self.run.context, self.config, blocks)
             now = time.perf_counter()
             metrics["seconds"], started = now - started, now
             self.telemetry.step(metrics)
+            self.watch.publish(metrics, step == last or stopping)
+            self.watch.look_at_loss(metrics["loss"], self.loader.position, self._event)
             if step % self.run.checkpoint_every == 0 or step == last or stopping:
-                self._save(step)
+                with phase("checkpoint", long=True):
+                    self._save(step)
                 started = time.perf_counter()
             if stopping:
                 self._event("stop", reason="a signal asked for it")
                 break
-        finish(self.engine)
+        with phase("checkpoint", long=True):
+            finish(self.engine)
         self._prune()  # the last one may have come just now
         return self.engine.global_steps >= t.steps
 
@@ -172,22 +184,27 @@ class Trainer:
         rate = engine.optimizer.param_groups[0]["lr"]
         turns, (blocks, frozen) = engine.gradient_accumulation_steps(), self._modes()
         for turn in range(turns):
-            batch = next(batches)
+            with phase("data"):
+                batch = next(batches)
             if self.config:
                 engine.mocte.annotate(batch["domain"], self.loader.domains)
-            output = engine(**self.forward.inputs(batch["input_ids"].to(engine.device)))
-            loss = self.forward.loss(output, batch["labels"])
-            total += loss.item() / turns
+            with phase("forward"):
+                output = engine(**self.forward.inputs(batch["input_ids"].to(engine.device)))
+                loss = self.forward.loss(output, batch["labels"])
+                total += loss.item() / turns
             if turn == turns - 1:
                 # Agreed before the last backward pass, so that no rank steps while another one stops.
-                mine = [total, float(self._optimizer_bytes()), float(self.stop_asked)]
-                losses, sizes, stops = gather_rows(torch.tensor([mine], dtype=torch.float64)).T
-                self._require_finite("loss", losses.mean().item())
-            engine.backward(loss)
-            engine.step()
+                mine = [total, float(self._optimizer_bytes()), float(self.stop_asked), HEART.take_working_seconds()]
+                with phase("agreement", waits=True):
+                    losses, sizes, stops, worked = gather_rows(torch.tensor([mine], dtype=torch.float64)).T
+                self.watch.require_finite("loss", losses.mean().item(), engine.global_steps + 1, self.loader.position)
+            with phase("backward"):
+                engine.backward(loss)
+            with phase("optimizer", waits=True):
+                engine.step()
         norm = engine.get_global_grad_norm()
         if norm is not None:
-            self._require_finite("gradient norm", float(norm), engine.global_steps)
+            self.watch.require_finite("gradient norm", float(norm), engine.global_steps, self.loader.position)
         load = self._count_flops(blocks, frozen)
         metrics = {
             "step": engine.global_steps,
@@ -200,6 +217,7 @@ class Trainer:
             "optimizer_bytes": int(sizes.sum()),
             "optimizer_bytes_by_rank": [int(size) for size in sizes.tolist()],
             "expert_load": load,
+            **self.watch.facts(worked.tolist(), engine.global_steps % self.run.validate_every == 0),
         }
         return metrics, bool(stops.any())
 
@@ -229,20 +247,6 @@ class Trainer:
         tokens = self.run.training.batch_tokens
         self.ledger.step(self.sizes, tokens, self.run.context, self.config, blocks, frozen, sampled)
         return loads or None
-
-    def _require_finite(self, what: str, value: float, step: int | None = None) -> None:
-        if np.isfinite(value):
-            return
-        folder = self.out / "checkpoints"
-        latest = folder / "latest"
-        good = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "none yet"
-        end = self.loader.position
-        raise NonFiniteLoss(
-            f"the {what} of step {step or self.engine.global_steps + 1} is {value} (sequences "
-            f"{end - self.loader.batch_size} to {end - 1} of the data). The run stops and nothing of this step is "
-            f"saved; the last good checkpoint in {folder} is: {good}. Lower training.learning_rate, or look at "
-            "that text, and start again."
-        )
 
     def _give_probe(self, held_out: dict[str, torch.Tensor]) -> None:
         """Checks look at held-out sequences which are not those that validation scores: experts are chosen by them."""
@@ -316,6 +320,7 @@ class Trainer:
             "data": {**asdict(run.data), "manifest_sha256": start.manifest.sha256, "domains": start.manifest.domains},
             "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
             "evaluation": asdict(run.evaluation),
+            "watch": asdict(run.watch),
             "deepspeed": {**start.settings, **mocte},
             "changes": changes,
             "versions": versions(),
@@ -323,19 +328,3 @@ class Trainer:
 
     def _ask_to_stop(self, _number: int, _frame: Any) -> None:
         self.stop_asked = True
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # takes no more
-    torch.manual_seed(seed)
-
-
-def _engine(model: nn.Module, settings: dict[str, Any]) -> Any:
-    """An engine with blocks, or DeepSpeed's own for a dense run."""
-    if "mocte" in settings:
-        return initialize(model=model, config=settings)[0]
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]

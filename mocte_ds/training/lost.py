@@ -6,45 +6,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mocte_ds.dist.lost_peer import peer_is_lost
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.json_files import read_object
 from mocte_ds.ownership import note_built, require_ours
 from mocte_ds.ownership.run_lock import CAUSE_FILE
 from mocte_ds.shown import one_line
+from mocte_ds.stop import EXIT_AGAIN
 
 _TOOL = "pretrain"
 _PATIENCE = 2.0  # seconds that a rank which fails has for writing down why
 _TURN = 15.0  # seconds: the end of a process takes some on a slow machine
 _BEGUN = time.time()
 _APART = 10.0  # seconds between the starts of a run's ranks, by the clocks of their hosts
-_SIGNS = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection refused",
-    "broken pipe",
-    "remote process exited",
-    "socket closed",
-    "communicator was aborted",
-    "no longer connected",
-)
 
 
 class LostRank(MocteError):
     """Another rank has ended; the message holds what is known of the reason."""
 
     exit_code = 1
-
-
-def peer_is_lost(error: BaseException) -> bool:
-    """Whether an error is only the echo of another rank's end."""
-    seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        if isinstance(found, RuntimeError) and any(sign in str(found).lower() for sign in _SIGNS):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
 
 
 @contextlib.contextmanager
@@ -60,22 +40,33 @@ def word_of_errors(folder: Path, rank: int) -> Iterator[None]:
     """
     try:
         yield
+    except SystemExit as error:
+        if error.code == EXIT_AGAIN:
+            write_cause(folder, rank, LostRank("a signal stopped it before the first step. Start again."))
+        raise
     except Exception as error:
         if peer_is_lost(error):
             raise lost_rank(folder) from error
         if isinstance(error, MocteError):
-            give_way(rank)
+            give_way(rank, error)
         write_cause(folder, rank, error)
         raise
 
 
-def give_way(rank: int) -> None:
+def give_way(rank: int, error: MocteError) -> None:
     """Let rank 0 say an error that all ranks have: the launcher ends the others as soon as it has.
 
     Before word is left, so that rank 0 finds nothing of others in a folder that it takes away again.
+
+    Raises:
+        SystemExit: with the error's own code, where the launcher has come: SLURM takes the largest of all ranks.
     """
-    if rank:
+    if not rank:
+        return
+    try:
         time.sleep(_TURN)
+    except SystemExit:
+        raise SystemExit(error.exit_code) from None
 
 
 def write_cause(folder: Path, rank: int, error: BaseException) -> None:
@@ -94,7 +85,7 @@ def write_cause(folder: Path, rank: int, error: BaseException) -> None:
             forget_cause(folder)
         require_ours(folder, [CAUSE_FILE], _TOOL)
         with open(path, "x", encoding="utf-8") as file:
-            json.dump({"rank": rank, "error": text}, file)
+            json.dump({"rank": rank, "error": text, "code": getattr(error, "exit_code", 1)}, file)
         note_built(folder, [CAUSE_FILE], _TOOL)
     except (OSError, MocteError):  # a full disk, or a damaged marker: this rank has its own error to tell
         return

@@ -7,8 +7,10 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.ownership import require_apart, require_ours
 from mocte_ds.ownership.proof import is_checkpoint_of_ours
 from mocte_ds.training.run_folder import TOOL, checkpoint_step
+from mocte_ds.watch.watchdog import require_own_folder
 
 LOGS = ("run.json", "ledger.json", "metrics.jsonl", "events.jsonl")
+_WATCH = ("left_out.json", "metrics.prom")
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 
 
@@ -35,7 +37,8 @@ def require_out(out: Path, sources: list[Path], tokenizer: AnyTokenizer, resumed
             require_apart(out / part, source)
     files = tokenizer_files(tokenizer)
     changed = [name for name, path in files.items() if not _same(out / name, path)]
-    require_ours(out, [*(() if resumed else LOGS), *changed, *other_tokenizer(out, files)], TOOL)
+    require_ours(out, [*(() if resumed else LOGS), *changed, *_WATCH, *other_tokenizer(out, files)], TOOL)
+    require_own_folder(out)
     folder = out / CHECKPOINTS
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         step = checkpoint_step(path.name)

@@ -92,6 +92,24 @@ class EvaluationSection:
     """Validation sequences per domain."""
 
 
+@section("watch")
+class WatchSection:
+    """What watches the run while it goes on, see docs/watch.md. Nothing here changes what is learned."""
+
+    stalled_after: NotNegative = 300.0
+    """Seconds that a rank may stand in one phase of a step (the forward or backward pass of one micro-batch, an
+    exchange, the optimizer) before the run ends with a message that names rank, host and phase. 0: no watchdog."""
+    long_phases: Positive = 1800.0
+    """Seconds for the phases that may take long: the first step, checks, validations, checkpoints."""
+    loss_spike: NotNegative = 6.0
+    """Deviations above the median of the last 32 losses from which on a loss is logged as a spike. 0: none is."""
+    leave_out: CountOrZero = 0
+    """How many batches a run may leave out because their loss or gradient is NaN or infinite: it ends, and the next
+    start goes on from the last good checkpoint without them. 0: none; the user has to decide."""
+    prometheus: bool = False
+    """Whether metrics.prom in the run's folder holds the latest numbers for Prometheus' node exporter."""
+
+
 @section("")
 class RunConfig:
     """A run file with its defaults filled in."""
@@ -106,6 +124,8 @@ class RunConfig:
     """How often the model is validated, and on how much."""
     deepspeed: dict[str, Any]
     """DeepSpeed's own config with its "mocte" block; without the block the run is dense."""
+    watch: WatchSection = field(default_factory=WatchSection)
+    """What watches the run while it goes on."""
     init: str | None = None
     """`model.init`: checkpoint whose weights and modes a new run starts from, e.g. of tools/import_hf.py."""
 
@@ -214,7 +234,7 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """Read and check a run file.
 
     Args:
-        path: YAML file with the sections model, data, training, evaluation and deepspeed.
+        path: YAML file with the sections model, data, training, evaluation, watch and deepspeed.
         changes: `section.key=value` each, value in YAML; they win over the file.
 
     Raises:
@@ -228,7 +248,7 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
                 f"{path}: unknown section '{name_shown(name)}' (value {shown(values[name])}).{nearest(name, allowed)} "
                 f"Allowed: {', '.join(sorted(allowed))}."
             )
-    sections: dict[str, Any] = {name: values.get(name) for name in ("data", "training", "evaluation")}
+    sections: dict[str, Any] = {name: values.get(name) for name in ("data", "training", "evaluation", "watch")}
     model, init = _model(values.get("model"))
     return RunConfig(model=model, **sections, deepspeed=_deepspeed(values.get("deepspeed")), init=init)
 

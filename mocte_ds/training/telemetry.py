@@ -44,7 +44,7 @@ class Telemetry:
                     put(folder, {path.name: b""}, TOOL, grows=True)
                 self._files[name] = open(path, "a", encoding="utf-8", buffering=1)
             except OSError as error:
-                raise _cannot_write(path, error) from error
+                raise cannot_write(path, error) from error
         self._folder = folder
         self.note()
         self._bar = tqdm(
@@ -75,7 +75,7 @@ class Telemetry:
                 self._monitor.write_events([(f"mocte/{name}", v, metrics["tokens"]) for name, v in found.items()])
             except OSError as error:
                 self._failed = True
-                raise _cannot_write(Path("the files of TensorBoard"), error) from error
+                raise cannot_write(Path("the files of TensorBoard"), error) from error
 
     def event(self, event: dict[str, Any]) -> None:
         """Write one event, and show those that people wait for."""
@@ -101,7 +101,7 @@ class Telemetry:
         try:
             note_growing(self._folder, map(str, names), TOOL)
         except OSError as error:
-            raise _cannot_write(self._folder, error) from error
+            raise cannot_write(self._folder, error) from error
 
     def close(self, after_error: bool = False) -> None:
         """Flush and close.
@@ -120,17 +120,18 @@ class Telemetry:
                 file.close()  # writes once more what could not be written before
             except OSError as error:
                 if not (after_error or self._failed):
-                    raise _cannot_write(Path(file.name), error) from error
+                    raise cannot_write(Path(file.name), error) from error
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
         try:
             self._files[name].write(json.dumps(values) + "\n")
         except OSError as error:
             self._failed = True
-            raise _cannot_write(Path(self._files[name].name), error) from error
+            raise cannot_write(Path(self._files[name].name), error) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> MocteError:
+def cannot_write(path: Path, error: OSError) -> MocteError:
+    """The error for a file of the run that cannot be written."""
     return MocteError(
         f"cannot write {path}: {error.strerror or error}. The last good checkpoint is untouched; make room or choose "
         "another --out, and start again: the run resumes."
@@ -146,7 +147,7 @@ def expect_board(folder: Path) -> None:
     try:
         note_coming(folder, f"tensorboard/*.tfevents.*.{socket.gethostname()}.{os.getpid()}.*", TOOL)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
 
 
 def keep_until(path: Path, step: int) -> None:

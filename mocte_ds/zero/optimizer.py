@@ -15,6 +15,7 @@ from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimize
 from torch import Tensor, nn
 
 from mocte_ds.dist.collectives import gather_rows
+from mocte_ds.watch import phase
 from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState
 
 
@@ -178,10 +179,11 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
 
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
         """Reduce the bucket that is full, or at the end of the backward pass both."""
-        super().reduce_ipg_grads(comm_dtype)
-        if comm_dtype is None and not self._in_expert_bucket:
-            with self._expert_bucket():
-                super().reduce_ipg_grads(None)
+        with phase("reduction of gradients", waits=True):
+            super().reduce_ipg_grads(comm_dtype)
+            if comm_dtype is None and not self._in_expert_bucket:
+                with self._expert_bucket():
+                    super().reduce_ipg_grads(None)
 
     def setup_buckets(self) -> None:
         """Allocate the buffers of both kinds."""

@@ -14,6 +14,8 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from torch import Tensor, nn
 
+from mocte_ds.watch import phase
+
 UnitState = dict[nn.Parameter, dict[str, Tensor]]
 """fp32 `master` and optimizer state (`exp_avg`, ...; scalars such as `step` too) of each parameter, unpartitioned."""
 
@@ -144,18 +146,23 @@ class UnitOptimizer(ZeROOptimizer):
     # ---- rates -----------------------------------------------------------------------------------------------------
 
     def step(self, closure: Any = None) -> Any:
-        """DeepSpeed's step; units in `rate_factors` take a smaller one."""
-        slowed = [group for group in self.optimizer.param_groups if group["unit"] in self.rate_factors]
-        rates = [group["lr"] for group in slowed]
-        for group in slowed:
-            group["lr"] *= self.rate_factors[group["unit"]]
+        """DeepSpeed's step; units in `rate_factors` and groups with a `rate` take that part of it."""
+        factors = [
+            self.rate_factors.get(group["unit"], 1.0) * group.get("rate", 1.0) for group in self.optimizer.param_groups
+        ]
+        slowed = [
+            (group, factor) for group, factor in zip(self.optimizer.param_groups, factors, strict=True) if factor != 1.0
+        ]
+        rates = [group["lr"] for group, _ in slowed]
+        for group, factor in slowed:
+            group["lr"] *= factor
         self.step_rates = {group["unit"]: group["lr"] for group in self.optimizer.param_groups}
         self._gradient_scale = float(self.loss_scale)
         try:
             return super().step(closure)
         finally:
             # The scheduler may compute the next rate from this one.
-            for group, rate in zip(slowed, rates, strict=True):
+            for (group, _), rate in zip(slowed, rates, strict=True):
                 group["lr"] = rate
 
     # ---- what there is ---------------------------------------------------------------------------------------------
@@ -204,8 +211,9 @@ class UnitOptimizer(ZeROOptimizer):
                 squares[number] += gradient.detach().float().square().sum().to(device)
         self._unit_squares = ([group["unit"] for group in groups], squares / self._gradient_scale**2)
         total = squares.sum()
-        dist.all_reduce(total, group=self.dp_process_group)
-        norm = total.sqrt()
+        with phase("reduction of the gradient norm", waits=True):
+            dist.all_reduce(total, group=self.dp_process_group)
+            norm = total.sqrt()
         mask_nan_or_inf_with_val_inplace(norm, device=device)
         # It scales the gradients, which CPU offload has elsewhere.
         return norm.to(self.device)

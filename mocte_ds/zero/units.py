@@ -89,6 +89,7 @@ class UnitRegistry:
         rest = [p for p in model.parameters() if id(p) not in placed and p.requires_grad]
         self.units = {TRUNK: Unit(TRUNK, tuple(rest), None), **self.units}
         self.options, self._option_of = _options(model, blocks, given)
+        _give_routers_their_own(blocks, self.options, self._option_of)
         if not self.groups_of(self.units[TRUNK]):
             raise ConfigError(
                 "nothing outside of the blocks trains: ranks whose experts are all frozen would have no optimizer. Let "
@@ -124,6 +125,23 @@ class UnitRegistry:
 
     def _add(self, name: str, parameters: Iterable[nn.Parameter], process_group: str | None) -> None:
         self.units[name] = Unit(name, tuple(parameters), process_group)
+
+
+def _give_routers_their_own(blocks: list[Block], options: list[dict[str, Any]], option_of: dict[int, int]) -> None:
+    """Trained routers have no weight decay, which would pull them to even odds, and a part of the learning rate.
+
+    Args:
+        blocks: the blocks.
+        options: sets of options; new ones are added.
+        option_of: by id of a parameter; changed.
+    """
+    for bank in (bank for block in blocks for bank in block.banks if bank.gate.router.learn):
+        router = bank.gate.cluster_residual
+        if id(router) in option_of:
+            own = {**options[option_of[id(router)]], "weight_decay": 0.0, "rate": bank.gate.router.rate}
+            if own not in options:
+                options.append(own)
+            option_of[id(router)] = options.index(own)
 
 
 def _but(module: nn.Module, names: set[str]) -> list[nn.Parameter]:

@@ -78,7 +78,14 @@ def change_bytes(folder: Path, rng: random.Random) -> str:
     return f"{path.name} byte {place} of {len(content)}"
 
 
-def fuzz(source: Path, work: Path, seed: int, count: int, say: Callable[[str], Any] = lambda _: None) -> list[str]:
+def fuzz(
+    source: Path,
+    work: Path,
+    seed: int,
+    count: int,
+    say: Callable[[str], Any] = lambda _: None,
+    readers: dict[str, Callable[[Path, Path], Any]] = READERS,
+) -> list[str]:
     """Damage copies of a checkpoint and let every reader look at them.
 
     Args:
@@ -87,6 +94,7 @@ def fuzz(source: Path, work: Path, seed: int, count: int, say: Callable[[str], A
         seed: of the damage.
         count: how many copies.
         say: hears of each failure.
+        readers: called with the folder of checkpoints, and with a place of their own.
 
     Returns:
         What was not right: another error than ours, no error where bytes were changed, or no end.
@@ -97,11 +105,11 @@ def fuzz(source: Path, work: Path, seed: int, count: int, say: Callable[[str], A
         shutil.copytree(source, work / "in")
         change = rng.choice([change_a_value, change_a_value, change_a_value, change_the_manifest, change_bytes])
         told = change(find_tag(work / "in"), rng)
-        for name, read in READERS.items():
+        for name, read in readers.items():
             try:
                 with _limit():
                     read(work / "in", work / f"out-{name}")
-                told_nothing = change is change_bytes and name in ("reshape", "fp32")
+                told_nothing = change is change_bytes and name in ("reshape", "fp32", "resume")
                 failure = "accepted" if told_nothing else ""
             except MocteError as error:
                 failure = "" if str(error).count("\n") < 2 else f"many lines: {error}"
@@ -110,6 +118,27 @@ def fuzz(source: Path, work: Path, seed: int, count: int, say: Callable[[str], A
             if failure:
                 wrong.append(f"seed {seed} case {number}, {told}: {name}: {failure[:300]}")
                 say(wrong[-1])
+    return wrong
+
+
+def resume(source: str, work: str, seeds: list[int], count: int) -> list[str]:
+    """The same for an engine on one rank that loads them, within a process group; see :func:`fuzz`."""
+    import mocte_ds
+    from mocte_ds.models import Decoder
+    from tests.checkpoints import runs
+
+    engine, *_ = mocte_ds.initialize(model=Decoder(runs.MODEL), config=runs.config(ep_size=1))
+    reshape(source, Path(work) / "alone", 1, 1)
+
+    def load(folder: Path, _: Path) -> None:
+        engine.load_checkpoint(str(folder))
+
+    load(Path(work) / "alone", Path(work))
+    readers = {"resume": load}
+    wrong = [
+        told for seed in seeds for told in fuzz(Path(work, "alone"), Path(work, "x"), seed, count, readers=readers)
+    ]
+    load(Path(work) / "alone", Path(work))
     return wrong
 
 

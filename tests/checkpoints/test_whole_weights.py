@@ -19,7 +19,7 @@ from mocte_ds.checkpoints.model import load_model
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.config import MocteConfig
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, MocteError
 from mocte_ds.models import Decoder
 from mocte_ds.moe import attach
 from tests.checkpoints import runs, whole
@@ -75,6 +75,15 @@ def test_master_weights_of_all_ranks(written, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in found.items()) and loaded.keys() == found.keys()
     with raises(CheckpointError, match="is there already"):
         main([str(written.folder / "ffn"), str(tmp_path / "out")])
+    victim = tmp_path / "mine" / "pytorch_model.bin"
+    victim.parent.mkdir()
+    victim.write_text("the only copy")
+    with raises(MocteError, match="pytorch_model.bin"):
+        main([str(written.folder / "ffn"), str(victim.parent)])
+    assert victim.read_text() == "the only copy" and len(list(victim.parent.iterdir())) == 1
+    with raises(MocteError):
+        main([str(written.folder / "ffn"), str(written.folder / "ffn")])
+    assert not (written.folder / "ffn" / "pytorch_model.bin").exists()
 
 
 def test_deepspeeds_own_converters(written):

@@ -203,6 +203,14 @@ def test_command_line(corpus, tokenizer, tmp_path, capsys):
     assert tool.main([str(corpus), *arguments]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("found") and f"{facts['domains']['prose']['train']['tokens']:,}" in shown
+    near = {"text": " ".join(f"word{n}" for n in range(40))}
+    texts = [near, {"text": f"{near['text']} and more"}, *({"text": f"alone {n}"} for n in range(20))]
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "twins.jsonl").write_text("\n".join(json.dumps(text) for text in texts))
+    assert tool.main([str(tmp_path / "near"), *arguments[:3], str(tmp_path / "twins")]) == 0
+    shown = capsys.readouterr().out
+    (row,) = (line.split() for line in shown.splitlines() if line.startswith("twins "))
+    assert row[-1] == "2" and "documents that share 13 words in a row" in shown
     (tmp_path / "empty").mkdir()
     command = [sys.executable, tool.__file__, str(tmp_path / "empty"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -11,7 +11,7 @@ import pytest
 from mocte_ds.data import BlendedLoader, Manifest, prepare, verify
 from mocte_ds.data.loader import PackedDomain
 from mocte_ds.data.verify import chunk_hashes, verify_prepared
-from mocte_ds.errors import DataError
+from mocte_ds.errors import DataError, MocteError
 from mocte_ds.training.start import _place_on_host
 
 
@@ -43,10 +43,8 @@ def test_a_damaged_folder_is_not_taken_for_prepared(corpus, tokenizer, prepared,
     out = shutil.copytree(prepared[0], tmp_path / "out")
     assert not prepare(corpus, out, tokenizer, 0.1, workers=1, progress=False)[1]
     flip(out / "notes_train.bin", 777)
-    try:
-        assert prepare(corpus, out, tokenizer, 0.1, workers=1, progress=False)[1]
-    except Exception as error:  # or it is refused, since the file is not the one that was written
-        assert "notes_train.bin" in str(error)
+    with pytest.raises(MocteError, match="notes_train.bin"):
+        prepare(corpus, out, tokenizer, 0.1, workers=1, progress=False)
 
 
 def test_a_sample_and_the_share_of_each_process(prepared, tmp_path, monkeypatch) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +11,12 @@ import psutil
 import pytest
 
 from tests.checkpoints.damage import flip
-from tests.e2e.conftest import Launcher, read_log, wait_for_step
+from tests.e2e.conftest import LIMIT, ROOT, Launcher, read_log, wait_for_step
+from tests.spawn import free_port
 
 Write = Callable[[bool], Path]
-VARYING = ("seconds", "tokens_per_second")
+VARYING = ("seconds", "tokens_per_second", "rank_seconds", "slowest_rank")
+VARYING += ("rank_seconds_p50", "rank_seconds_p95", "slowest_of_last")
 
 
 def what_is_learned(folder: Path) -> list[dict]:
@@ -76,6 +80,27 @@ def test_a_killed_rank_ends_the_run_in_few_words(launch: Launcher, run_file: Wri
     lines = [line for line in output.splitlines() if not line.startswith("training ") and "Warning" not in line]
     assert code != 0 and "Traceback" not in output and len(lines) < 15, output
     assert (out / "checkpoints" / "latest").read_text(encoding="utf-8").startswith("step")
+
+
+def test_torchrun_restarts_a_run_by_itself(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
+    """A killed rank: both start again, and the run goes on from its last checkpoint to its end."""
+    run, out = run_file(False), tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--master-port", str(free_port()), "launch/pretrain.py", "--run-file", str(run), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--set", "training.steps=60"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_for_step(out, 7)
+        ranks = [p for p in psutil.Process(process.pid).children() if "launch/pretrain.py" in p.cmdline()]
+        assert len(ranks) == 2
+        ranks[1].kill()
+        output, _ = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "done at step 60" in output, output
+    assert [row["step"] for row in read_log(out)] == list(range(1, 61))
+    assert "resume" in [event["event"] for event in read_log(out, "events")]
 
 
 def test_full_disk_leaves_the_last_checkpoint(launch: Launcher, run_file: Write, tmp_path: Path) -> None:

@@ -161,6 +161,16 @@ def test_slurm(run_file: Callable[[bool], Path], tmp_path: Path) -> None:  # noq
     program(tmp_path / "bin", "srun", "exit 0")
     code, output = bash(*command, path=tmp_path / "bin", **variables)
     assert code == 0 and "called requeue 77" in output
+    # A failure goes back after a pause, at most RESTARTS times; one that the user has to mend never.
+    program(tmp_path / "bin", "sleep", "true")
+    variables["RESTARTS"] = "1"
+    try:
+        for status, told in ((2, ""), (137, "called requeue 77"), (137, "")):
+            program(tmp_path / "bin", "srun", f"exit {status}")
+            code, output = bash(*command, path=tmp_path / "bin", **variables)
+            assert code == status and ("requeue" in output) == bool(told) and told in output, output
+    finally:
+        (ROOT / "runs" / "slurm-77.retries.json").unlink()
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "smollm2.sh"])

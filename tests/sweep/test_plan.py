@@ -172,3 +172,29 @@ def test_shipped_sweeps(path: Path) -> None:
     sweep = read_sweep(path)
     for run in configs(sweep).values():
         run.resolve(sweep.processes, eod_id=2, vocab_size=run.model.vocab_size)
+
+
+def test_every_arm_is_tried_with_every_learning_rate(sweep_file: Write) -> None:
+    sweep = read_sweep(sweep_file(learning_rates=[1e-3, 0.002], baseline="dense"))
+    assert {arm.name: arm.of for arm in sweep.arms} == {
+        "dense,lr=0.001": "dense",
+        "dense,lr=0.002": "dense",
+        "blocks,lr=0.001": "blocks",
+        "blocks,lr=0.002": "blocks",
+    }
+    rates = {name: run.training.learning_rate for (name, _), run in configs(sweep).items()}
+    assert rates["dense,lr=0.001"] == rates["blocks,lr=0.001"] == 0.001 and rates["blocks,lr=0.002"] == 0.002
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"learning_rates": [0.0]}, "learning_rates"),
+        ({"learning_rates": [1e-3, 1e-3]}, "each number once"),
+        ({"learning_rates": [1e-3], "set": {"training.learning_rate": 1e-3}}, "set has training.learning_rate"),
+        ({"learning_rates": [1e-3], "grid": {"training.learning_rate": [1e-3]}}, "has training.learning_rate"),
+    ],
+)
+def test_learning_rates_that_say_nothing_are_refused(sweep_file: Write, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_sweep(sweep_file(**keys))

@@ -99,6 +99,10 @@ def _require_exportable(source: Source, block: Block) -> None:
             f"no stock class routes by router.kind '{gate.router.kind}'; for one, train with router.kind 'token' "
             "and router.bias false."
         )
+    if gate.unit_mean:
+        raise CheckpointError(
+            "no stock class divides weights by their mean; for one, train with router.unit_mean false."
+        )
     # The same bias for all experts changes neither the choice nor the softmax.
     bias = source.read(f"{GATE.format(block=block.name)}key.cluster_bias")
     if (bias != bias[0]).any():

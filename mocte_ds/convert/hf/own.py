@@ -14,7 +14,7 @@ from mocte_ds.moe.ffn_shape import ffn_shape
 from mocte_ds.moe.keys import key_class
 
 FILES = ("configuration_mocte.py", "modeling_mocte.py", "routing_mocte.py", "tokens_mocte.py")
-_ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale")
+_ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale", "unit_mean")
 _RENAMED = (
     (re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\."), ".experts."),
     (re.compile(r"\.deepspeed_moe\.gate\.key\.cluster_"), ".router."),

@@ -22,7 +22,7 @@ from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.remote_code.experts_mocte import sizes_of
 from mocte_ds.shown import one_line
 
-_ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale")
+_ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale", "unit_mean")
 _GATE = ".gate."
 _BASE = "base."
 _RENAMED = (

@@ -141,6 +141,8 @@ def _require_convertible(source: Source, block: Block) -> None:
         raise refuse(f"the router.kind '{router.kind}'")
     if router.weight == "sigmoid":
         raise refuse("the router.weight 'sigmoid'")
+    if router.unit_mean:
+        raise refuse("router.unit_mean")
     # The same bias for all experts changes neither the choice nor the softmax.
     bias = source.read(f"{GATE.format(block=block.name)}key.cluster_bias")
     if (bias != bias[0]).any():

@@ -193,6 +193,9 @@ def test_a_shard_of_another_run(written, fresh, tmp_path):
         (8, 8, "ep_size 8 does not divide 8 ranks and 4 experts; ep_size can be 1, 2, 4"),
         (0, 1, "ep_size 1 does not divide 0 ranks .* take 1 or more ranks"),
         (2, 0, "ep_size 0 does not divide 2 ranks"),
+        (10**9, 1, "1000000000 ranks are more than the 65536"),
+        (2**70, 2**70, f"{2**70} ranks are more than the 65536"),
+        (4, 10**12, "ep_size 1000000000000 does not divide 4 ranks and 4 experts"),
         (16, 1, "16 ranks do not divide the global batch of 8 sequences"),
     ],
 )

@@ -1,0 +1,28 @@
+"""The engine of a run, and the seeds of everything that draws numbers."""
+
+import random
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from torch import nn
+
+from mocte_ds.engine import initialize
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # takes no more
+    torch.manual_seed(seed)
+
+
+def make_engine(model: nn.Module, settings: dict[str, Any]) -> Any:
+    """An engine with blocks, or DeepSpeed's own for a dense run."""
+    if "mocte" in settings:
+        return initialize(model=model, config=settings)[0]
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]

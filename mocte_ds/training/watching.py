@@ -1,0 +1,141 @@
+"""What watches a run: the watchdog, the pace of the ranks, loss spikes, and losses that are no number."""
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mocte_ds.dist.collectives import from_rank_zero, world
+from mocte_ds.errors import NonFiniteLoss
+from mocte_ds.hosts.retries import last_checkpoint
+from mocte_ds.training.left_out import LeftOut
+from mocte_ds.training.lost import LostRank, write_cause
+from mocte_ds.training.run_config import WatchSection
+from mocte_ds.training.telemetry import cannot_write
+from mocte_ds.watch.pace import Pace
+from mocte_ds.watch.prometheus import FILE, Prometheus
+from mocte_ds.watch.spikes import LossSpikes
+from mocte_ds.watch.watchdog import Watchdog
+
+Event = Callable[..., None]
+
+
+class Watch:
+    """Watches one run on this rank."""
+
+    def __init__(self, settings: WatchSection, out: Path, batch: int, left_out: LeftOut) -> None:
+        """Begin (collective).
+
+        Args:
+            settings: of the run file.
+            out: the run's folder.
+            batch: sequences of an optimizer step.
+            left_out: sequences that the run leaves out.
+        """
+        self._settings, self._out, self._batch, self._left_out = settings, out, batch, left_out
+        self._pace, self._spikes = Pace(), LossSpikes(settings.loss_spike)
+        self.rank, size = world()
+        self._prometheus = Prometheus(out) if settings.prometheus and self.rank == 0 else None
+        start = from_rank_zero(uuid.uuid4().hex)
+        limits = settings.stalled_after, max(settings.stalled_after, settings.long_phases)
+        self._dog = Watchdog(out, self.rank, size, start, *limits, self._last_words)
+
+    def begin(self) -> None:
+        """Let the watchdog out."""
+        if self._settings.stalled_after:
+            self._dog.begin()
+
+    def end(self) -> None:
+        """Tie it up."""
+        self._dog.end()
+
+    def facts(self, seconds: Sequence[float], summary: bool) -> dict[str, Any]:
+        """What metrics.jsonl says of the pace of the ranks.
+
+        Args:
+            seconds: of work of each rank since the last step.
+            summary: whether the percentiles of the last steps are due.
+        """
+        facts = self._pace.see(seconds)
+        return {**facts, **self._pace.percentiles()} if summary else facts
+
+    def publish(self, metrics: dict[str, Any], last: bool) -> None:
+        """Let outside monitors have the numbers of a step.
+
+        Args:
+            metrics: line of metrics.jsonl.
+            last: whether the run ends with it.
+
+        Raises:
+            MocteError: they cannot be written.
+        """
+        if self._prometheus is None:
+            return
+        try:
+            self._prometheus.step(metrics, last)
+        except OSError as error:
+            raise cannot_write(self._out / FILE, error) from error
+
+    def look_at_loss(self, loss: float, end: int, event: Event) -> None:
+        """Log a loss that stands out.
+
+        Args:
+            loss: of the step.
+            end: number of the first sequence after the step's.
+            event: logs.
+        """
+        found = self._spikes.see(loss)
+        if found:
+            event("loss_spike", **found, sequences=[end - self._batch, end - 1])
+            if self.rank == 0:
+                logging.getLogger("mocte_ds").warning(
+                    f"loss spike: {loss:.3f}, {found['deviations']:.0f} deviations above {found['median']:.3f}."
+                )
+
+    def require_finite(self, what: str, value: float, step: int, end: int) -> None:
+        """End the run at a value that is NaN or infinite; every rank passes the same.
+
+        Args:
+            what: is looked at.
+            value: of the step.
+            step: its number.
+            end: number of the first sequence after the step's.
+
+        Raises:
+            NonFiniteLoss: names step and sequences. With `watch.leave_out` its exit code lets launchers start again.
+        """
+        if np.isfinite(value):
+            return
+        folder = self._out / "checkpoints"
+        good = (last_checkpoint(self._out) or "none yet").rpartition("/")[2]
+        first = end - self._batch
+        error = NonFiniteLoss(
+            f"the {what} of step {step} is {value} (sequences {first} to {end - 1} of the data). The run stops and "
+            f"nothing of this step is saved; the last good checkpoint in {folder} is: {good}. "
+            + self._advice(first, end)
+        )
+        if self._left_out.room(self._settings.leave_out):
+            error.exit_code = 1  # the next start gets past them
+        raise error
+
+    def _advice(self, first: int, end: int) -> str:
+        limit = self._settings.leave_out
+        if not self._left_out.room(limit):
+            used = f" {limit} batches were left out already (watch.leave_out)." if limit else ""
+            return f"Lower training.learning_rate, or look at that text, and start again.{used}"
+        if self.rank == 0:
+            self._left_out.add(first)
+        return (
+            f"The next start goes on from there and leaves these sequences out "
+            f"({len(self._left_out.starts) + 1} of {limit} times, watch.leave_out)."
+        )
+
+    def _last_words(self, text: str) -> str:
+        good = last_checkpoint(self._out)
+        words = f"The last good checkpoint is {good}. " if good else "There is no checkpoint yet. "
+        words += "The run ends; start it again, and it goes on from there."
+        write_cause(self._out, self.rank, LostRank(f"{text} {words}"))
+        return words

@@ -1,0 +1,5 @@
+"""Where every rank stands, and what is said and done when one stands still."""
+
+from mocte_ds.watch.heartbeat import HEART, phase
+
+__all__ = ["HEART", "phase"]

@@ -1,0 +1,57 @@
+"""A loss that is no number: the batch is left out from the next start on, and only where that is wanted."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mocte_ds.data import BlendedLoader
+from mocte_ds.errors import CheckpointError, NonFiniteLoss
+from mocte_ds.training.left_out import FILE, LeftOut
+from mocte_ds.training.run_config import WatchSection
+from mocte_ds.training.watching import Watch
+from tests.e2e.conftest import prepared  # noqa: F401  fixture
+
+
+def watch(out: Path, limit: int) -> Watch:
+    return Watch(WatchSection(leave_out=limit, stalled_after=0), out, 4, LeftOut(out))
+
+
+def test_off_is_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match="the loss of step 3 is nan .sequences 8 to 11 .*Lower training") as found:
+        watch(tmp_path, 0).require_finite("loss", math.nan, 3, 12)
+    assert found.value.exit_code == 2 and not (tmp_path / FILE).exists()
+    watch(tmp_path, 0).require_finite("loss", 1.0, 3, 12)
+
+
+def test_left_out_from_the_next_start_on(tmp_path: Path) -> None:
+    for number, end in enumerate((12, 40), start=1):
+        with pytest.raises(NonFiniteLoss, match=rf"leaves these sequences out \({number} of 2 times") as found:
+            watch(tmp_path, 2).require_finite("gradient norm", math.inf, 3, end)
+        assert found.value.exit_code == 1, "launchers start again"
+    assert LeftOut(tmp_path).starts == [8, 36]
+    with pytest.raises(NonFiniteLoss, match="2 batches were left out already") as found:
+        watch(tmp_path, 2).require_finite("loss", math.nan, 3, 20)
+    assert found.value.exit_code == 2 and LeftOut(tmp_path).starts == [8, 36]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"batches": [1.5]}', '{"batches": [-4]}', '{"batches": 3}'])
+def test_a_damaged_list_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="left_out.json is damaged"):
+        LeftOut(tmp_path)
+
+
+def test_the_loader_passes_over_them(prepared: Path) -> None:  # noqa: F811
+    """The others come in the order that they have anyway, on every rank."""
+
+    def batches(rank: int, left_out: tuple[int, ...], count: int) -> list[np.ndarray]:
+        loader = BlendedLoader(prepared, "train", 16, 4, rank, 2, 1, left_out=left_out)
+        turns = zip(range(2 * count), iter(loader), strict=False)
+        return [batch["input_ids"].numpy() for _, batch in turns]
+
+    for rank in range(2):
+        every, some = batches(rank, (), 5), batches(rank, (4, 8), 3)
+        expected = [batch for place, batch in enumerate(every) if place // 2 not in (1, 2)]
+        assert len(some) == 6 and all(map(np.array_equal, some, expected))
