@@ -29,6 +29,7 @@ from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_json
 from mocte_ds.moe.attach import attach
 from mocte_ds.moe.balance import watched
+from mocte_ds.rotary_tables import kept_in_fp32
 from mocte_ds.shown import shown
 from mocte_ds.vocabulary import Vocabulary
 from mocte_ds.zero import UnitRegistry, find_front, require_conformance, require_stage3_settings
@@ -251,21 +252,22 @@ def initialize(
     front = find_front(model, blocks, block.freeze.prefix.layers)
     registry = UnitRegistry(model, blocks, ep_rank, model_parameters, front)
     controller = Controller(block, blocks, registry, ep_rank, total_steps)
-    engine = MocteEngine(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=registry.groups(controller.run.trainable_units()),
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=settings,
-        config_class=resolved,
-        # Stage 3 is for models that do not fit on a device: it moves one parameter at a time.
-        dont_change_device=resolved.zero_config.stage == 3,
-    )
+    with kept_in_fp32(model):
+        engine = MocteEngine(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=registry.groups(controller.run.trainable_units()),
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=settings,
+            config_class=resolved,
+            # Stage 3 is for models that do not fit on a device: it moves one parameter at a time.
+            dont_change_device=resolved.zero_config.stage == 3,
+        )
     forget_shared_memory()  # again: where the caller made the process group, DeepSpeed's backend came only now
     engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mocte_ds.engine import initialize
+from mocte_ds.rotary_tables import kept_in_fp32
 
 
 def seed_everything(seed: int) -> None:
@@ -25,4 +26,5 @@ def make_engine(model: nn.Module, settings: dict[str, Any]) -> Any:
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+    with kept_in_fp32(model):
+        return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]

@@ -62,6 +62,7 @@ def run(settings: dict[str, Any], first: int, last: int, load: str | None, save:
     import mocte_ds
 
     engine, *_ = mocte_ds.initialize(model=model(), config=settings)
+    assert engine.module.model.rotary_emb.inv_freq.dtype is torch.float32, "positions are not rounded with the weights"
     events: list[dict] = []
     engine.mocte.on_event(events.append)
     client = engine.load_checkpoint(load)[1] if load else {}
