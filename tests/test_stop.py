@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BUSY = "import time; print('ready', flush=True); time.sleep(60)"
 # A wait in C that no signal interrupts, as a collective operation: a lock that its owner takes twice.
 STUCK = """
-import ctypes
+import ctypes, threading
 libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)
 libc.pthread_mutex_lock(lock)
-print('ready', flush=True)
+threading.Timer(1.0, print, ('ready',), {'flush': True}).start()  # by then the main thread waits
 libc.pthread_mutex_lock(lock)
 """
 
@@ -51,6 +51,14 @@ def test_other_ranks_are_silent() -> None:
 
 def test_a_process_that_waits_in_c_ends_too() -> None:
     assert ended(STUCK, signal.SIGTERM, "0") == (EXIT_AGAIN, "")
+
+
+def test_after_training_a_process_says_what_it_has_to_say() -> None:
+    """And ends with its own code, also where it hangs."""
+    script = "s.end_soon(7); import time; print('ready', flush=True); time.sleep({}); print('said', flush=True)"
+    code, output = ended(script.format(0.1), signal.SIGTERM, "0")
+    assert code in (0, 7) and "said" in output and "before the first step" not in output
+    assert ended(script.format(60), signal.SIGTERM, "0") == (7, "")
 
 
 def test_pretraining_has_its_handlers_before_torch() -> None:

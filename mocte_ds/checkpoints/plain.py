@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from mocte_ds.checkpoints.files import Deferred
-from mocte_ds.dist.lost_peer import peer_is_lost
-from mocte_ds.errors import CheckpointError, MocteError
+from mocte_ds.errors import CheckpointError, MocteError, peer_is_lost
 from mocte_ds.shown import one_line
 
 _DEEPEST = 100  # containers within containers

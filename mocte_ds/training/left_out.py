@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from mocte_ds.dist.collectives import from_rank_zero, world
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_object
+from mocte_ds.shown import shown
 from mocte_ds.training.run_folder import write_json
 
 FILE = "left_out.json"
@@ -13,20 +15,28 @@ FILE = "left_out.json"
 class LeftOut:
     """Positions in the data at which the batches begin that are left out; read when a run starts."""
 
-    def __init__(self, out: Path) -> None:
-        """Read them.
+    def __init__(self, out: Path, data: str) -> None:
+        """Read them (collective).
 
         Args:
             out: the run's folder.
+            data: what the positions depend on.
 
         Raises:
             CheckpointError: the file is damaged.
+            ConfigError: it is of other data.
         """
-        self._out, self.starts = out, list[int]()
+        self._out, self._data = out, data
+        # A host whose file system is late must not train on other batches than the rest.
+        self.starts: list[int] = from_rank_zero(self._read() if world()[0] == 0 else [])
+
+    def _read(self) -> list[int]:
+        out = self._out
         if not (out / FILE).exists():
-            return
+            return []
         try:
-            starts = read_object(out / FILE)["batches"]
+            values = read_object(out / FILE)
+            starts, of = values["batches"], values.get("data", self._data)
             if not isinstance(starts, list) or any(type(start) is not int or start < 0 for start in starts):
                 raise ValueError(f"batches = {starts!r}")
         except (ConfigError, LookupError, ValueError) as error:
@@ -34,7 +44,12 @@ class LeftOut:
                 f"{out / FILE} is damaged ({error}): without it the run would train on batches that it has left out. "
                 'Restore it, or write {"batches": []} into it.'
             ) from error
-        self.starts = starts
+        if starts and of != self._data:
+            raise ConfigError(
+                f"{out / FILE} names batches of other data, or of another seed or batch size: it says {shown(of)}, the "
+                f"run has {shown(self._data)}. Remove it, or take another --out."
+            )
+        return starts
 
     def room(self, limit: int) -> bool:
         """Whether one more may be left out."""
@@ -46,4 +61,4 @@ class LeftOut:
         Raises:
             MocteError: it cannot be written.
         """
-        write_json(self._out / FILE, {"batches": [*self.starts, start]})
+        write_json(self._out / FILE, {"data": self._data, "batches": [*self.starts, start]})

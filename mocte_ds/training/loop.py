@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -19,6 +20,7 @@ from mocte_ds.dist.collectives import gather_rows, world
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
+from mocte_ds.stop import end_soon, handles_signals
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.ledger import Ledger
@@ -71,7 +73,9 @@ class Trainer:
         prepare(self.engine, start.identity)
         # Every rank draws other numbers from here on; the weights above had to be the same.
         seed_everything(derived_seed(t.seed, "rank", self.rank))
-        left_out = LeftOut(self.out)
+        batch = f"batches of {t.batch_tokens} tokens, {self.run.context} a sequence"
+        data = f"{start.manifest.sha256}, seed {t.seed}, weights {self.run.data.weights}, {batch}"
+        left_out = LeftOut(self.out, data)
         self.loader = BlendedLoader(
             start.prepared,
             "train",
@@ -114,6 +118,8 @@ class Trainer:
                 self._event(name, **facts)
                 if self.rank == 0:
                     logging.getLogger("mocte_ds").warning(facts["note"])
+        if left_out.starts:
+            self._event("left_out", first_sequences=left_out.starts)
         if self.config:
             self.engine.mocte.on_event(self._mocte_event)
         self.watch = Watch(self.run.watch, self.out, self.loader.batch_size, left_out)
@@ -127,14 +133,17 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss or the gradient is NaN or infinite; the last good checkpoint stays.
         """
+        ours, code = handles_signals(), 1
         before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.watch.begin()
             done = self._train(stop_after)
             self.watch.end()
             self.telemetry.close()
+            code = 0
             return done
-        except BaseException:
+        except BaseException as error:
+            code = getattr(error, "exit_code", 1)
             self.watch.end()
             # What a disk that is full or a rank that is gone leads to afterwards must not hide what happened first.
             self.telemetry.close(after_error=True)
@@ -143,6 +152,8 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if ours:
+                end_soon(code)
 
     def _train(self, stop_after: int | None) -> bool:
         t = self.run.training
@@ -170,11 +181,12 @@ class Trainer:
                     self._save(step)
                 started = time.perf_counter()
             if stopping:
-                self._event("stop", reason="a signal asked for it")
+                if step < t.steps:  # SLURM starts again what was stopped
+                    self._event("stop", reason="a signal asked for it")
                 break
         with phase("checkpoint", long=True):
             finish(self.engine)
-        self._prune()  # the last one may have come just now
+            self._prune()  # the last one may have come just now
         return self.engine.global_steps >= t.steps
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
@@ -287,6 +299,8 @@ class Trainer:
             write_json(self.out / "ledger.json", self.ledger.to_dict())
         self._event("save", checkpoint=checkpoint_tag(step), seconds=time.perf_counter() - started)
         self.telemetry.note()
+        # Nobody stands in a step, which has a shorter limit, while rank 0 is still removing what is old.
+        deepspeed.comm.barrier()
 
     def _prune(self) -> None:
         if self.rank:

@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mocte_ds.dist.lost_peer import peer_is_lost
-from mocte_ds.errors import ConfigError, MocteError
+from mocte_ds.errors import ConfigError, MocteError, peer_is_lost
 from mocte_ds.json_files import read_object
 from mocte_ds.ownership import note_built, require_ours
 from mocte_ds.ownership.run_lock import CAUSE_FILE

@@ -6,8 +6,7 @@ from typing import Any
 
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.random_states import restore_random_states
-from mocte_ds.dist.lost_peer import peer_is_lost
-from mocte_ds.errors import CheckpointError, MocteError
+from mocte_ds.errors import CheckpointError, MocteError, peer_is_lost
 from mocte_ds.training.changes import IDENTITY_FILE
 from mocte_ds.zero.checkpoint_files import own_files, use_plain_files
 

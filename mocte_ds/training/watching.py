@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mocte_ds.dist.collectives import from_rank_zero, world
-from mocte_ds.errors import NonFiniteLoss
+from mocte_ds.errors import NonFiniteLoss, NotOurs
 from mocte_ds.hosts.retries import last_checkpoint
 from mocte_ds.training.left_out import LeftOut
 from mocte_ds.training.lost import LostRank, write_cause
@@ -18,7 +18,7 @@ from mocte_ds.training.telemetry import cannot_write
 from mocte_ds.watch.pace import Pace
 from mocte_ds.watch.prometheus import FILE, Prometheus
 from mocte_ds.watch.spikes import LossSpikes
-from mocte_ds.watch.watchdog import Watchdog
+from mocte_ds.watch.watchdog import Watchdog, note_folder
 
 Event = Callable[..., None]
 
@@ -27,7 +27,7 @@ class Watch:
     """Watches one run on this rank."""
 
     def __init__(self, settings: WatchSection, out: Path, batch: int, left_out: LeftOut) -> None:
-        """Begin (collective).
+        """Nothing is watched yet.
 
         Args:
             settings: of the run file.
@@ -39,18 +39,26 @@ class Watch:
         self._pace, self._spikes = Pace(), LossSpikes(settings.loss_spike)
         self.rank, size = world()
         self._prometheus = Prometheus(out) if settings.prometheus and self.rank == 0 else None
-        start = from_rank_zero(uuid.uuid4().hex)
-        limits = settings.stalled_after, max(settings.stalled_after, settings.long_phases)
-        self._dog = Watchdog(out, self.rank, size, start, *limits, self._last_words)
+        self._size = size
+        self._dog: Watchdog | None = None
 
     def begin(self) -> None:
-        """Let the watchdog out."""
-        if self._settings.stalled_after:
-            self._dog.begin()
+        """Let the watchdog out (collective)."""
+        limit = self._settings.stalled_after
+        if not limit:
+            return
+        if self.rank == 0:
+            note_folder(self._out)  # before any rank makes it
+        start = from_rank_zero(uuid.uuid4().hex)
+        long_limit = max(limit, self._settings.long_phases)
+        self._dog = Watchdog(self._out, self.rank, self._size, start, limit, long_limit, self._last_words)
+        self._dog.begin()
 
     def end(self) -> None:
         """Tie it up."""
-        self._dog.end()
+        if self._dog is not None:
+            self._dog.end()
+            self._dog = None
 
     def facts(self, seconds: Sequence[float], summary: bool) -> dict[str, Any]:
         """What metrics.jsonl says of the pace of the ranks.
@@ -59,6 +67,8 @@ class Watch:
             seconds: of work of each rank since the last step.
             summary: whether the percentiles of the last steps are due.
         """
+        if not any(seconds):
+            return {}  # the first step of a start, a long phase in which nobody's work is counted
         facts = self._pace.see(seconds)
         return {**facts, **self._pace.percentiles()} if summary else facts
 
@@ -78,6 +88,9 @@ class Watch:
             self._prometheus.step(metrics, last)
         except OSError as error:
             raise cannot_write(self._out / FILE, error) from error
+        except NotOurs as error:  # a monitor's file must not end a run
+            logging.getLogger("mocte_ds").warning(f"{error} No further numbers are written there.")
+            self._prometheus = None
 
     def look_at_loss(self, loss: float, end: int, event: Event) -> None:
         """Log a loss that stands out.

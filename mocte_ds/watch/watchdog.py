@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -22,6 +23,8 @@ FOLDER = "heartbeat"
 _TOOL, _PATTERN = "pretrain", f"{FOLDER}/*"
 _BYTES = 1024  # of a record: one write replaces all of it
 _SIGNS = 3  # turns without a new sign of life after which a process is taken for stopped
+_PAUSE = 30.0  # seconds that a turn may come late before the process is taken for paused
+_LATE = 30.0  # seconds that a shared file system may take to show other hosts what one has written
 _NAMED = 4  # ranks in a message
 EXIT_STALLED = 1
 
@@ -38,6 +41,11 @@ def require_own_folder(run: Path) -> None:
             f"pretrain would write in place of what is not shown to be its own: {run / FOLDER}. Nothing was changed. "
             "Name another --out, or move it away."
         )
+
+
+def note_folder(run: Path) -> None:
+    """Say in the run's folder that what will lie in ours was written by us; before any rank makes it."""
+    note_coming(run, _PATTERN, _TOOL)
 
 
 class Watchdog:
@@ -78,18 +86,19 @@ class Watchdog:
         self._limits, self._last_words, self._turn, self._heart = (limit, long_limit), last_words, turn, heart
         self._beats, self._ended = 0, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._run = run
+        self._number: int | None = None
+        self._looked = time.monotonic()
+        """Since when this process has been running without a pause."""
 
     def begin(self) -> None:
-        """Give signs of life from now on.
+        """Give signs of life from now on; :func:`note_folder` comes first.
 
         Raises:
             OSError: they cannot be written.
         """
-        if self._rank == 0:
-            note_coming(self._run, _PATTERN, _TOOL)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._number = os.open(self._folder / f"rank_{self._rank}.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._looked = time.monotonic()  # loading before it is not looked at
         self._beat()
         self._thread.start()
 
@@ -98,17 +107,26 @@ class Watchdog:
         self._ended.set()
         if self._thread.ident is not None:
             self._thread.join()
+        number, self._number = self._number, None
+        if number is not None:
             with contextlib.suppress(OSError):
-                os.close(self._number)
+                os.close(number)
 
     def _watch(self) -> None:
+        last = time.monotonic()
         while not self._ended.wait(self._turn):
-            self._beat()
-            found = self._verdict()
-            if not found and self._stands(self._heart.place):
-                found = self._give_verdict()
-            if found and not self._ended.is_set():
-                self._leave(found)
+            now = time.monotonic()
+            if now - last > self._turn + _PAUSE:
+                self._looked = now  # the whole process was paused: nothing stands that had no time to get on
+            # Whatever goes wrong here (a full disk, a file system without links), the next turn looks again.
+            with contextlib.suppress(Exception):
+                self._beat()
+                found = self._verdict()
+                if not found and self._stands(self._heart.place):
+                    found = self._give_verdict()
+                if found and not self._ended.is_set():
+                    self._leave(found)
+            last = time.monotonic()
 
     def _beat(self) -> None:
         self._beats += 1
@@ -119,11 +137,13 @@ class Watchdog:
             "phase": place.name[:300],
         }
         with contextlib.suppress(OSError):  # a full disk: the run has its own way to end
+            assert self._number is not None
             os.pwrite(self._number, json.dumps(record).encode()[: _BYTES - 1].ljust(_BYTES - 1) + b"\n", 0)
+            os.fsync(self._number)  # or other hosts would see it half a minute later
 
     def _stands(self, place: Place) -> bool:
         limit = self._limits[place.long]
-        return time.monotonic() - place.begun > limit
+        return time.monotonic() - max(place.begun, self._looked) > limit
 
     # ---- the verdict -----------------------------------------------------------------------------------------------
 
@@ -139,25 +159,23 @@ class Watchdog:
     def _give_verdict(self) -> str:
         """What all ranks will say; empty where the rank got on while the others were looked at."""
         before, place = self._records(), self._heart.place
-        for _ in range(_SIGNS):
+        several = len({record["host"] for record in before.values()}) > 1
+        for _ in range(max(_SIGNS, math.ceil(_LATE / self._turn)) if several else _SIGNS):
             if self._ended.wait(self._turn) or self._verdict():
                 return self._verdict()
             self._beat()
         if self._heart.place != place:
             return ""
         text = tell(before, self._records(), self._world)
-        partial = self._verdict_file.with_suffix(f".{self._rank}")
-        partial.write_text(text, encoding="utf-8")
-        with contextlib.suppress(FileExistsError):  # another rank was first
-            os.link(partial, self._verdict_file)
-        partial.unlink()
+        with contextlib.suppress(OSError), open(self._verdict_file, "x", encoding="utf-8") as file:
+            file.write(text)  # in one write; another rank may have been first
         return self._verdict() or text
 
     def _records(self) -> dict[int, dict[str, Any]]:
         """What the ranks of this start have written last."""
         found = {}
         for rank in range(self._world):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                 record = json.loads((self._folder / f"rank_{rank}.json").read_bytes())
                 if record["start"] == self._start:
                     found[rank] = record
@@ -175,17 +193,23 @@ class Watchdog:
         whole = f"{text} Stacks of every rank that still answers: {self._folder}/stacks_*.txt."
         with contextlib.suppress(Exception):
             whole = f"{whole} {self._last_words(whole)}"
-        # The launcher ends all ranks when the first has ended: the others must have left their stacks by then.
-        time.sleep(2 * self._turn + 1.0)
-        if self._rank == min(self._alive(), default=self._rank):
-            with contextlib.suppress(OSError):
+        try:
+            # The launcher ends all ranks when the first has ended: the others must have left their stacks by then.
+            several = len({record["host"] for record in self._records().values()}) > 1
+            until = time.monotonic() + 2 * self._turn + 1.0 + (_LATE if several else 0.0)
+            while time.monotonic() < until and (not several or len(self._alive()) < self._world):
+                time.sleep(self._turn / 4)
+            if self._rank == min(self._alive(), default=self._rank):
                 os.write(sys.stderr.fileno(), f"\nerror: {whole}\n".encode())
-        else:
-            time.sleep(self._turn)
-        os._exit(EXIT_STALLED)
+            else:
+                time.sleep(self._turn)
+        finally:
+            os._exit(EXIT_STALLED)
 
     def _alive(self) -> list[int]:
         """Ranks that have left their stacks since the verdict."""
+        if not self._verdict_file.exists():
+            return []
         since = self._verdict_file.stat().st_mtime - 1.0
         stacks = ((rank, self._folder / f"stacks_{rank}.txt") for rank in range(self._world))
         return [rank for rank, path in stacks if path.exists() and path.stat().st_mtime >= since]
@@ -209,7 +233,8 @@ def tell(before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]], worl
     elif behind:
         why, chosen = "the others have come further and wait", behind
     elif world_size > 1:
-        why, chosen = "all ranks stand there: the exchange between them hangs, look at the network", list(now)
+        why = "all ranks stand there: the exchange between them hangs, look at the network, or at a device that hangs"
+        chosen = list(now)
     else:
         why, chosen = "it gets no further", list(now)
     told = [_where(rank, now.get(rank), bool(silent)) for rank in chosen[:_NAMED]]

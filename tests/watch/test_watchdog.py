@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from mocte_ds.errors import NotOurs
 from mocte_ds.ownership.proof import strangers
 from mocte_ds.watch.heartbeat import Heartbeat
-from mocte_ds.watch.watchdog import EXIT_STALLED, FOLDER, Watchdog, require_own_folder, tell
+from mocte_ds.watch.watchdog import EXIT_STALLED, FOLDER, Watchdog, note_folder, require_own_folder, tell
 from tests.spawn import PRELOADED, free_port
 
 LIMIT, TURN = 1.5, 0.3
@@ -30,6 +31,8 @@ def rank_of(case: str, rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     heart = Heartbeat()
     dog = Watchdog(folder, rank, 2, case, LIMIT, 30.0, lambda _: "Checkpoint step2 is good.", TURN, heart)
+    if rank == 0:
+        note_folder(folder)
     dog.begin()
     for step in range(1, 5):
         heart.begin_step(step)
@@ -101,6 +104,7 @@ def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
     with pytest.raises(NotOurs, match=FOLDER):
         require_own_folder(tmp_path)
     dog = Watchdog(tmp_path / "run", 0, 1, "x", 9.0, 9.0, str)
+    note_folder(tmp_path / "run")
     dog.begin()
     dog.end()
     require_own_folder(tmp_path / "run")
@@ -140,3 +144,21 @@ def test_phases() -> None:
     with pytest.raises(KeyError), heart.phase("x"):
         raise KeyError
     assert heart.name == ""
+
+
+def test_a_paused_process_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading before it begins and a pause of the process do not count; what goes wrong in a turn ends no watch."""
+    heart = Heartbeat()
+    dog = Watchdog(tmp_path, 0, 1, "x", 5.0, 9.0, str, heart=heart)
+    heart._place = replace(heart.place, begun=time.monotonic() - 100)
+    note_folder(tmp_path)
+    monkeypatch.setattr(dog._thread, "start", lambda: None)
+    dog.begin()
+    assert not dog._stands(heart.place)
+    dog._looked -= 6.0
+    assert dog._stands(heart.place)
+    monkeypatch.setattr(dog, "_verdict", lambda: 1 / 0)
+    turns = iter([False, False, True])
+    monkeypatch.setattr(dog._ended, "wait", lambda _: next(turns))
+    dog._watch()
+    assert next(turns, None) is None
