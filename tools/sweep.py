@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             raise ConfigError(f"--only {unknown[0]}: {args.file} has no such arm; arms: {', '.join(names)}.")
         # A result says something beside the baseline's of the same seed only.
-        wanted = {*args.only, sweep.baseline}
+        of_baseline = {arm.name for arm in sweep.arms if arm.of == sweep.baseline} | {sweep.baseline}
+        wanted = {*args.only, *(() if of_baseline & {*args.only} else (sweep.baseline,))}
         chosen = replace(chosen, arms=[arm for arm in sweep.arms if wanted & {arm.of, arm.name}])
     if args.list:
         _list(chosen, args.json)

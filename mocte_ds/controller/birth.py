@@ -155,7 +155,7 @@ def set_gate(block: Block, config: MocteConfig, sample: FeatureSample | None = N
 
 
 def _mean_weight(bank: Bank, birth: Birth, sample: FeatureSample | None) -> float:
-    """What the weights of a token's experts come to together at birth, on average over the sample (collective).
+    """The sum of a token's weights at birth, on average over the sample (collective).
 
     Before any feature was seen, over normal rows of the size that a norm in front of the FFN gives.
     """
@@ -189,7 +189,7 @@ def copy_dense_weights(block: Block) -> None:
 
 @torch.no_grad()
 def redraw_units(block: Block, config: MocteConfig, ep_rank: int) -> dict[nn.Parameter, Drawn]:
-    """Draw anew what `expert.redraw` asks for of each local expert; an expert's draw hangs on no number of ranks.
+    """Draw anew what `expert.redraw` asks for of each local expert, the same whatever the number of ranks.
 
     Args:
         block: whose experts have the weights that they are born with.
@@ -215,7 +215,7 @@ def draw_bypasses(block: Block, config: MocteConfig, ep_rank: int) -> None:
     """Give each `lora` expert random matrices of its own; what it writes stays zero.
 
     Experts that start alike get the same first gradients wherever they see the same tokens, and a bank of copies spans
-    fewer directions than its width. An expert's draw hangs on no number of ranks.
+    fewer directions than its width. An expert's draw does not depend on the number of ranks.
 
     Args:
         block: of kind `lora`.

@@ -34,7 +34,7 @@ class Gate(nn.Module):
         self.router, self.key = router, key
         self.unit_mean = bool(getattr(router, "unit_mean", False))  # configs of older exports lack it
         if self.unit_mean:
-            # What the weights of a token's experts come to together, on average; training measures it.
+            # The sum of a token's weights, on average; training measures it.
             self.register_buffer("cluster_mean", torch.ones(1))
         if router.weight == "sigmoid":
             self.register_buffer("cluster_correction", torch.zeros(key.num_experts))

@@ -58,7 +58,7 @@ class Key(nn.Module):
         """Store what decides, from the clusters of the sampled features (collective).
 
         Args:
-            birth: clusters, tables and directions of this block and bank; without a sample, of chance alone. Exported
+            birth: clusters, tables and directions of this block and bank; without a sample, random ones. Exported
                 models have none.
         """
         raise NotImplementedError(f"{type(self).__name__}.fit")

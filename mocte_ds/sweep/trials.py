@@ -21,15 +21,18 @@ LEGEND = """\
 def best_trials(sweep: "Sweep", results: Sequence[RunResult]) -> dict[str, str]:
     """For each arm of the file that has results, the name of its best trial: the lowest mean loss over its seeds.
 
-    Only trials with as many seeds as the one that has most are compared.
+    Only trials with as many seeds as the one that has most are compared, and those by the seeds that all of them have.
     """
     found = {}
     for family in dict.fromkeys(arm.of for arm in sweep.arms):
         names = [arm.name for arm in sweep.arms if arm.of == family]
-        losses = {name: [r.loss for r in results if r.arm == name] for name in names}
+        losses = {name: {r.seed: r.loss for r in results if r.arm == name} for name in names}
         most = max(len(values) for values in losses.values())
         if most:
-            found[family] = min((n for n in names if len(losses[n]) == most), key=lambda n: mean(losses[n]))
+            tried = [name for name in names if len(losses[name]) == most]
+            common = set.intersection(*(set(losses[name]) for name in tried)) or set(losses[tried[0]])
+            tried = [name for name in tried if common <= set(losses[name])]
+            found[family] = min(tried, key=lambda name: mean(losses[name][seed] for seed in common))
     return found
 
 

@@ -194,7 +194,7 @@ class Trainer:
         engine, t = self.engine, self.run.training
         started, total = time.perf_counter(), 0.0
         rate = engine.optimizer.param_groups[0]["lr"]
-        turns, (blocks, frozen) = engine.gradient_accumulation_steps(), self._modes()
+        turns = engine.gradient_accumulation_steps()
         for turn in range(turns):
             with phase("data"):
                 batch = next(batches)
@@ -204,6 +204,8 @@ class Trainer:
                 output = engine(**self.forward.inputs(batch["input_ids"].to(engine.device)))
                 loss = self.forward.loss(output, batch["labels"])
                 total += loss.item() / turns
+            if not turn:
+                blocks, frozen = self._modes()  # after a birth before the first step, before a check after this one
             if turn == turns - 1:
                 # Agreed before the last backward pass, so that no rank steps while another one stops.
                 mine = [total, float(self._optimizer_bytes()), float(self.stop_asked), HEART.take_working_seconds()]

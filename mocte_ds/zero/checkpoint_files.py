@@ -151,6 +151,8 @@ class PlainFiles(CheckpointEngine):
         base = state["base_optimizer_state"]
         if isinstance(base, dict):
             for saved, own in zip(base["param_groups"], optimizer.optimizer.param_groups, strict=True):
+                if "rate" in own and "rate" not in saved:  # earlier versions had trained routers among the others
+                    saved.update({name: own[name] for name in ("options", "weight_decay")})
                 saved.update({name: value for name, value in own.items() if name not in saved})
 
     # ---- what DeepSpeed calls --------------------------------------------------------------------------------------

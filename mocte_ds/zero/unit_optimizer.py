@@ -253,10 +253,11 @@ def _following(group: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _source(group: dict[str, Any], old_groups: list[dict[str, Any]]) -> int:
-    """Old group whose learning rate an entering group follows: one with the same options, else the first."""
-    for number, old in enumerate(old_groups):
-        if old["options"] == group["options"]:
-            return number
+    """Old group whose learning rate an entering one follows: of its options, of those it is like, or the first."""
+    for wanted in (group["options"], group.get("like")):
+        for number, old in enumerate(old_groups):
+            if old["options"] == wanted:
+                return number
     return 0
 
 

@@ -132,13 +132,14 @@ def _give_routers_their_own(blocks: list[Block], options: list[dict[str, Any]], 
 
     Args:
         blocks: the blocks.
-        options: sets of options; new ones are added.
+        options: sets of options; new ones are added, with the number of the set that a scheduler treats them like.
         option_of: by id of a parameter; changed.
     """
     for bank in (bank for block in blocks for bank in block.banks if bank.gate.router.learn):
         router = bank.gate.cluster_residual
         if id(router) in option_of:
-            own = {**options[option_of[id(router)]], "weight_decay": 0.0, "rate": bank.gate.router.rate}
+            usual = option_of[id(router)]
+            own = {**options[usual], "weight_decay": 0.0, "rate": bank.gate.router.rate, "like": usual}
             if own not in options:
                 options.append(own)
             option_of[id(router)] = options.index(own)

@@ -46,6 +46,13 @@ def test_trials_with_fewer_seeds_do_not_compete() -> None:
     assert best_trials(sweep(), [*seeds, replace(PLAIN, arm="dense,lr=2", loss=1.0)]) == {"dense": "dense,lr=1"}
 
 
+def test_trials_are_compared_by_the_seeds_that_all_have() -> None:
+    """Of lr=1 seed 1 is a hard one; on seed 0, which both have, it is the better."""
+    first = [replace(PLAIN, arm="dense,lr=1", seed=seed, loss=loss) for seed, loss in ((0, 1.0), (1, 9.0))]
+    second = [replace(PLAIN, arm="dense,lr=2", seed=seed, loss=loss) for seed, loss in ((0, 2.0), (2, 1.0))]
+    assert best_trials(sweep(), [*first, *second]) == {"dense": "dense,lr=1"}
+
+
 def test_a_clock_is_read_between_two_validations() -> None:
     result = replace(PLAIN, curve=CURVE)
     assert reached(result, 2.5, 0) == pytest.approx(300.0) and reached(result, 2.5, 2) == pytest.approx(5.0)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocte_ds.errors import ConfigError
+from mocte_ds.zero.unit_optimizer import _source
 from tests.spawn import spawn
 from tests.zero.small_run import Case, Net, act, config, global_step
 
@@ -144,3 +145,9 @@ def refuse(section: str, changes: dict[str, Any]) -> str:
 def test_what_cannot_follow_is_refused_at_the_start(section: str, changes: dict[str, Any], told: str) -> None:
     (said,) = spawn(refuse, 1, section, changes, timeout=60, deepspeed=True)
     assert told in said
+
+
+def test_a_router_that_enters_follows_the_rate_of_its_ffn() -> None:
+    old = [{"options": 0}, {"options": 1}]
+    assert _source({"options": 2, "like": 1}, old) == 1
+    assert _source({"options": 1, "like": 0}, old) == 1 and _source({"options": 2, "like": 5}, old) == 0
