@@ -81,6 +81,7 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
+    from mocte_ds.dist.begin import begin_group
     from mocte_ds.dist.cpu_op import build_cpu_op
     from mocte_ds.dist.end import end_process_groups, end_process_groups_at_exit
     from mocte_ds.dist.shared_memory import forget_shared_memory
@@ -91,7 +92,7 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
     if get_accelerator().device_name() == "cpu":
         build_cpu_op(os.environ.get("TORCH_EXTENSIONS_DIR", EXTENSIONS))
     with contextlib.redirect_stdout(sys.stdout if args.verbose else io.StringIO()):
-        deepspeed.init_distributed(get_accelerator().communication_backend_name())
+        begin_group()
     forget_shared_memory()
     end_process_groups_at_exit()  # a run that is refused ends by an error
     if rank == 0:

@@ -22,6 +22,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.convert.hf.running import export_run
 from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, require_scheduler
+from mocte_ds.dist.begin import begin_group
 from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.dist.shared_memory import forget_shared_memory
@@ -237,11 +238,7 @@ def initialize(
     if not dist.is_initialized():
         if get_accelerator().device_name() == "cpu":
             build_cpu_op()  # DeepSpeed compiles it at its first start, without a word
-        deepspeed.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name(),
-            distributed_port=distributed_port,
-            dist_init_required=dist_init_required,
-        )
+        begin_group(distributed_port=distributed_port, dist_init_required=dist_init_required)
         forget_shared_memory()
         end_process_groups_at_exit()
     block.check(dist.get_world_size())
