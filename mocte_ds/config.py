@@ -24,10 +24,10 @@ class ExpertConfig:
     width: Count | None = None
     """Hidden units of a `lora` expert. Null: the FFN's width / num_experts. Not for `ffn` experts."""
     redraw: Share = 0.0
-    """Share of an expert's hidden units that are drawn anew when it emerges, each expert's for itself: from a normal
-    distribution with the mean and the spread of the dense FFN's weights, and with fresh moments. 0: `ffn` experts are
-    copies. 0.5: Drop-Upcycling. 1: experts from scratch; `lora` experts then write from the start. Other values than 0
-    change the model's function at emergence."""
+    """Share of each expert's hidden units that are re-initialised at emergence, independently for every expert: from a
+    normal distribution with the mean and standard deviation of the dense FFN's weights, and with fresh optimizer
+    moments. 0: `ffn` experts are copies. 0.5: Drop-Upcycling. 1: experts from scratch; `lora` experts then write from
+    the start. Other values than 0 change the model's function at emergence."""
 
     def __post_init__(self) -> None:
         if self.width is not None and self.kind == "ffn":
@@ -67,9 +67,8 @@ class RouterConfig:
     """Standard deviation of the directions of kind `random`, 0.02 for instance. Null: that of Switch, (0.1 / d)^0.5
     with d features."""
     shuffled: bool = False
-    """Control for the clusters: clusters of the sizes that were found, with members by chance. For kind `type` token
-    ids are dealt out anew; for `token` and `prefix` the centroids are random points in the same directions, with prices
-    that even the loads out."""
+    """Control for the clusters, with the same loads. For kind `type` token ids are reassigned at random; for `token`
+    and `prefix` the centroids are random points in the same directions, with prices that balance the loads."""
     aux: NotNegative = 0.01
     """Weight of Switch's loss for even loads of a trained router. The engine adds it to the model's loss."""
     balance_rate: NotNegative = 0.0

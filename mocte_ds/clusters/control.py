@@ -1,4 +1,4 @@
-"""Controls for clusters: of the same sizes, with members by chance."""
+"""Random controls for clusters, with the same loads."""
 
 import torch
 from torch import Tensor

@@ -118,7 +118,7 @@ class Watchdog:
             now = time.monotonic()
             if now - last > self._turn + _PAUSE:
                 self._looked = now  # the whole process was paused: nothing stands that had no time to get on
-            # Whatever goes wrong here (a full disk, a file system without links), the next turn looks again.
+            # Whatever goes wrong here (a full disk, say), the next turn looks again.
             with contextlib.suppress(Exception):
                 self._beat()
                 found = self._verdict()
