@@ -54,8 +54,9 @@ class ClusterMOELayer(MOELayer):
                 state.losses[self] = state.losses.get(self, 0.0) + loss.detach()
         counts_now = state.counting and not again
         outputs, counts = route_through(
-            _for_each(features, index),
-            index.flatten(),
+            features,
+            index,
+            weight,
             list(self.experts.deepspeed_experts),
             self.routed.numel(),
             self.ep_group,
@@ -67,10 +68,6 @@ class ClusterMOELayer(MOELayer):
                 self.expert_rows.offer(features, index, *state.places(hidden.shape, index.device))
         if state.look is not None and not again:
             self._record(index, state.look)
-        if weight is not None:
-            outputs = outputs * weight.to(outputs.dtype).reshape(-1, 1)
-        if index.shape[1] > 1:
-            outputs = outputs.view(*index.shape, -1).sum(dim=1)
         self.exp_counts = counts
         return outputs.view_as(hidden)
 
@@ -124,8 +121,8 @@ class ClusterMOELayer(MOELayer):
         def keep(expert: int, rows: Tensor) -> None:
             found[first + expert] = rows.round().long().cpu()
 
-        places = _for_each(places, index)
-        route_through(places, index.flatten(), stand_ins, self.routed.numel(), self.ep_group, self.ep_size, keep)
+        experts, group = self.routed.numel(), self.ep_group
+        route_through(places, index, None, stand_ins, experts, group, self.ep_size, keep)
         return found
 
     def clear_samples(self) -> None:
@@ -182,8 +179,3 @@ class Bank(MoE):
     def first_local(self, ep_rank: int) -> int:
         """Global number of the first expert that expert-parallel rank ``ep_rank`` holds."""
         return ep_rank * self.num_local_experts
-
-
-def _for_each(rows: Tensor, index: Tensor) -> Tensor:
-    """(T k, ...) each of the rows (T, ...) once for each of its experts (T, k)."""
-    return rows if index.shape[1] == 1 else rows.repeat_interleave(index.shape[1], dim=0)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mocte_ds.moe.dispatch import route_through
+from mocte_ds.moe.rows import filled_up, gather_chunks, scatter_chunks
 from tests.spawn import spawn
 
 EXPERTS, WIDTH = 4, 6
@@ -49,7 +50,7 @@ def on_rank(case: str) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
     mine = make_experts()[rank * local : (rank + 1) * local]
     features, index = tokens(rank, case)
     group = torch.distributed.group.WORLD
-    outputs, counts = route_through(features, index, list(mine), EXPERTS, group, world)
+    outputs, counts = route_through(features, index[:, None], None, list(mine), EXPERTS, group, world)
     outputs.square().sum().backward()
     assert all(p.grad is not None for p in mine.parameters())  # an empty expert stays in the graph
     return outputs.detach(), [p.grad for p in mine.parameters()], counts.tolist()
@@ -72,12 +73,80 @@ def test_one_process_and_observer():
     features, index = tokens(1, "some empty")
     seen = {}
     outputs, counts = route_through(
-        features, index, list(make_experts()), EXPERTS, None, 1, lambda k, rows: seen.update({k: rows})
+        features, index[:, None], None, list(make_experts()), EXPERTS, None, 1, lambda k, rows: seen.update({k: rows})
     )
     torch.testing.assert_close(outputs.detach(), expected("some empty", 2)[0][1])
     for k in range(EXPERTS):
         torch.testing.assert_close(seen[k], features[index == k])
     assert counts.tolist() == torch.bincount(index, minlength=EXPERTS).tolist()
+
+
+def two_each(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features, two experts per token, and their weights."""
+    features, generator = tokens(rank, "mixed")[0].requires_grad_(), torch.Generator().manual_seed(9 + rank)
+    index = torch.rand(len(features), EXPERTS, generator=generator).argsort(dim=1)[:, :2]
+    return features, index, torch.rand(index.shape, generator=generator).requires_grad_()
+
+
+def through_dispatch() -> list[torch.Tensor]:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    local = EXPERTS // world
+    mine = make_experts()[rank * local : (rank + 1) * local]
+    features, index, weight = two_each(rank)
+    group = torch.distributed.group.WORLD if world > 1 else None
+    outputs, counts = route_through(features, index, weight, list(mine), EXPERTS, group, world)
+    assert counts.tolist() == torch.bincount(index.flatten(), minlength=EXPERTS).tolist()
+    outputs.square().sum().backward()
+    return [outputs.detach(), features.grad, weight.grad, *(p.grad for p in mine.parameters())]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_weighted_sum_of_two_experts_against_a_loop(world):
+    experts = make_experts()
+    wanted = []
+    for rank in range(world):
+        features, index, weight = two_each(rank)
+        rows = [
+            sum(weight[t, j] * experts[int(index[t, j])](features[t]) for j in range(2)) for t in range(len(features))
+        ]
+        outputs = torch.stack(rows)
+        outputs.square().sum().backward()
+        wanted.append([outputs.detach(), features.grad, weight.grad])
+    found = spawn(through_dispatch, world, timeout=60)
+    for rank in range(world):
+        torch.testing.assert_close(found[rank][:3], wanted[rank])
+    gradients = [gradient for of_rank in found for gradient in of_rank[3:]]
+    torch.testing.assert_close(gradients, [parameter.grad for parameter in experts.parameters()])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_gradients_of_chunks_against_finite_differences(k):
+    generator, count = torch.Generator().manual_seed(k), 5 * k
+    order, sizes = torch.randperm(count, generator=generator), [0, count - 2, 2]
+    rows = torch.randn(5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(5, k, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda r: gather_chunks(r, order, sizes, k), rows)
+    chunks = [torch.randn(size + 2, 3, dtype=torch.float64, generator=generator, requires_grad=True) for size in sizes]
+    assert torch.autograd.gradcheck(lambda w, *c: scatter_chunks(c, order, sizes, k, w), (weight, *chunks))
+    assert torch.autograd.gradcheck(lambda *c: scatter_chunks(c, order, sizes, k, None), chunks)
+
+
+def test_weights_multiply_in_fp32():
+    """A weight between two bf16 numbers, whose rounding would show."""
+    row, weight = torch.full((1, 1), 1.5, dtype=torch.bfloat16), torch.tensor([[1.0 + 2**-8 + 2**-9]])
+    product = scatter_chunks([row], torch.zeros(1, dtype=torch.int64), [1], 1, weight)
+    assert product.item() == (1.5 * weight).bfloat16().item() != (row * weight.bfloat16()).item()
+
+
+def test_chunks_are_filled_up_a_little():
+    counts = torch.arange(5000)
+    filled = torch.tensor([filled_up(int(count)) for count in counts])
+    assert (
+        (filled >= counts).all()
+        and (filled > 0).all()
+        and (filled - counts <= torch.maximum(counts / 32, torch.tensor(16.0))).all()
+    )
+    assert len(filled.unique()) < 200  # numbers of rows that oneDNN compiles for
 
 
 def test_frozen_experts_compute_no_weight_gradient() -> None:
@@ -91,7 +160,7 @@ def test_frozen_experts_compute_no_weight_gradient() -> None:
         for k in frozen:
             experts[k].requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
-            outputs, _ = route_through(features, index, list(experts), EXPERTS, None, 1)
+            outputs, _ = route_through(features, index[:, None], None, list(experts), EXPERTS, None, 1)
             outputs.square().sum().backward()
         assert all((p.grad is None) == (k in frozen) for k in range(EXPERTS) for p in experts[k].parameters())
         return counter.get_total_flops()
@@ -106,7 +175,7 @@ def with_frozen_experts_on_one_rank() -> list[bool]:
     mine = make_experts()[2 * rank : 2 * rank + 2]
     mine.requires_grad_(rank == 1)
     features, index = tokens(rank, "mixed")  # nothing below trains: they need no gradient
-    outputs, _ = route_through(features, index, list(mine), EXPERTS, torch.distributed.group.WORLD, 2)
+    outputs, _ = route_through(features, index[:, None], None, list(mine), EXPERTS, torch.distributed.group.WORLD, 2)
     outputs.square().sum().backward()
     return [p.grad is not None for p in mine.parameters()]
 

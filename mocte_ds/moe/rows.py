@@ -1,0 +1,123 @@
+"""Rows of tokens into one chunk per expert and back, each way one copy, and the experts' weights on the way back.
+
+Autograd's own indexing adds gradients up row by row, because an index may repeat. Here none does: the gradient of one
+way is the other way.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_LEAST, _PARTS = 16, 32
+
+# Shapes: T tokens, k choices per token, d features. Choice j of token t has the slot t * k + j.
+
+
+def gather_chunks(rows: Tensor, order: Tensor, sizes: list[int], k: int, fill: bool = True) -> tuple[Tensor, ...]:
+    """The rows of some slots, cut into chunks; differentiable once.
+
+    Args:
+        rows: (T, d).
+        order: (T k,) int64, every slot once.
+        sizes: slots of each chunk, one chunk after the other in ``order``.
+        k: choices per token.
+        fill: whether experts are to read the chunks: then they have :func:`filled_up` rows, the last of them zeros.
+
+    Returns:
+        For each chunk (at least its size, d).
+    """
+    return _Gather.apply(rows, order, sizes, k, fill)
+
+
+def scatter_chunks(chunks: Sequence[Tensor], order: Tensor, sizes: list[int], k: int, weight: Tensor | None) -> Tensor:
+    """Weighted sum over each token's slots of the rows of chunks; differentiable once.
+
+    Args:
+        chunks: for each (at least its size, d); rows beyond its size are left out, and get the gradient 0.
+        order: as of :func:`gather_chunks`.
+        sizes: as there.
+        k: as there.
+        weight: (T, k) of the rows, which are multiplied in its precision and then rounded to theirs; None: 1.
+
+    Returns:
+        (T, d).
+    """
+    return _Scatter.apply(order, sizes, k, weight, *chunks)
+
+
+def filled_up(count: int) -> int:
+    """Rows that a CPU multiplies for a chunk of ``count``: at most 1/32 more, but 16 at least.
+
+    oneDNN compiles kernels for every new number of rows, which costs more than the product itself.
+    """
+    step = _LEAST
+    while 2 * _PARTS * step <= count:
+        step *= 2
+    return max(step, -(-count // step) * step)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, sizes: list[int], k: int, fill: bool) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(order)
+        ctx.sizes, ctx.k, ctx.width = sizes, k, rows.shape[1]
+        tokens = order if k == 1 else order // k
+        if fill and rows.device.type == "cpu":
+            return tuple(_chunk(rows, places, filled_up(len(places))) for places in tokens.split(sizes))
+        chunks = rows.index_select(0, tokens).split(sizes)
+        return tuple(chunk if len(chunk) or not fill else rows.new_zeros((1, ctx.width)) for chunk in chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        (order,) = ctx.saved_tensors
+        return _sum_by_token(gradients, order, ctx.sizes, ctx.k), None, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, order: Tensor, sizes: list[int], k: int, weight: Tensor | None, *chunks: Tensor) -> Tensor:
+        ctx.save_for_backward(order, weight, *(chunks if ctx.needs_input_grad[3] else ()))
+        ctx.sizes, ctx.k, ctx.lengths = sizes, k, [len(chunk) for chunk in chunks]
+        parts: Sequence[Tensor] = chunks
+        if weight is not None:
+            flat = weight.reshape(-1, 1)
+            slots = zip(chunks, order.split(sizes), strict=True)
+            parts = [(chunk[: len(places)] * flat[places]).to(chunk.dtype) for chunk, places in slots]
+        return _sum_by_token(parts, order, sizes, k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        order, weight, *chunks = ctx.saved_tensors
+        of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if chunks else None
+        of_chunks = []
+        for number, (places, length) in enumerate(zip(order.split(ctx.sizes), ctx.lengths, strict=True)):
+            given = _chunk(gradient, places if ctx.k == 1 else places // ctx.k, length)
+            rows = given[: len(places)]
+            if of_weight is not None:
+                of_weight.view(-1)[places] = (rows * chunks[number][: len(places)]).sum(dim=1, dtype=of_weight.dtype)
+            if weight is not None:
+                rows.copy_(rows * weight.reshape(-1, 1)[places])
+            of_chunks.append(given)
+        return None, None, None, of_weight, *of_chunks
+
+
+def _chunk(rows: Tensor, places: Tensor, length: int) -> Tensor:
+    """(length, d) the rows at some places, and behind them zeros."""
+    chunk, count = rows.new_empty((length, rows.shape[1])), len(places)
+    torch.index_select(rows, 0, places, out=chunk[:count])
+    chunk[count:].zero_()
+    return chunk
+
+
+def _sum_by_token(chunks: Sequence[Tensor], order: Tensor, sizes: list[int], k: int) -> Tensor:
+    """(T, d) sums of the rows of each token's slots."""
+    rows = torch.cat([chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)])
+    slot = torch.empty_like(order)
+    slot[order] = torch.arange(len(order), device=order.device)
+    slots = rows.index_select(0, slot)
+    return slots if k == 1 else slots.view(-1, k, slots.shape[1]).sum(dim=1)
