@@ -82,28 +82,37 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: Any, order: Tensor, sizes: list[int], k: int, weight: Tensor | None, *chunks: Tensor) -> Tensor:
         ctx.save_for_backward(order, weight, *(chunks if ctx.needs_input_grad[3] else ()))
         ctx.sizes, ctx.k, ctx.lengths = sizes, k, [len(chunk) for chunk in chunks]
-        parts: Sequence[Tensor] = chunks
-        if weight is not None:
-            flat = weight.reshape(-1, 1)
-            slots = zip(chunks, order.split(sizes), strict=True)
-            parts = [(chunk[: len(places)] * flat[places]).to(chunk.dtype) for chunk, places in slots]
-        return _sum_by_token(parts, order, sizes, k)
+        return _sum_by_token(chunks, order, sizes, k, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         order, weight, *chunks = ctx.saved_tensors
-        of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if chunks else None
-        of_chunks = []
-        for number, (places, length) in enumerate(zip(order.split(ctx.sizes), ctx.lengths, strict=True)):
-            given = _chunk(gradient, places if ctx.k == 1 else places // ctx.k, length)
-            rows = given[: len(places)]
-            if of_weight is not None:
-                of_weight.view(-1)[places] = (rows * chunks[number][: len(places)]).sum(dim=1, dtype=of_weight.dtype)
-            if weight is not None:
-                rows.copy_(rows * weight.reshape(-1, 1)[places])
-            of_chunks.append(given)
-        return None, None, None, of_weight, *of_chunks
+        parts = order.split(ctx.sizes)
+        tokens = parts if ctx.k == 1 else (order // ctx.k).split(ctx.sizes)
+        of_chunks = [_chunk(gradient, *place) for place in zip(tokens, ctx.lengths, strict=True)]
+        if weight is None:
+            return None, None, None, None, *of_chunks
+        flat, of_weight, wide = weight.reshape(-1, 1), weight.new_empty(weight.numel()), _Wide(ctx.sizes, gradient, 2)
+        for number, places in enumerate(parts):
+            rows = of_chunks[number][: len(places)]
+            given, product = wide(len(places))
+            if chunks:
+                torch.mul(given.copy_(rows), chunks[number][: len(places)], out=product)
+                of_weight[places] = product.sum(dim=1).to(of_weight.dtype)
+            rows.copy_(torch.mul(rows, flat[places], out=given))
+        return None, None, None, of_weight.view_as(weight) if chunks else None, *of_chunks
+
+
+class _Wide:
+    """Room for the rows of one chunk at a time, in fp32 or wider: to allocate it for each costs more than its use."""
+
+    def __init__(self, sizes: list[int], like: Tensor, count: int) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self._room = like.new_empty((count, max(sizes), like.shape[1]), dtype=dtype)
+
+    def __call__(self, rows: int) -> Sequence[Tensor]:
+        return self._room[:, :rows].unbind()
 
 
 def _chunk(rows: Tensor, places: Tensor, length: int) -> Tensor:
@@ -114,9 +123,18 @@ def _chunk(rows: Tensor, places: Tensor, length: int) -> Tensor:
     return chunk
 
 
-def _sum_by_token(chunks: Sequence[Tensor], order: Tensor, sizes: list[int], k: int) -> Tensor:
-    """(T, d) sums of the rows of each token's slots."""
-    rows = torch.cat([chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)])
+def _sum_by_token(
+    chunks: Sequence[Tensor], order: Tensor, sizes: list[int], k: int, weight: Tensor | None = None
+) -> Tensor:
+    """(T, d) sums of the rows of each token's slots, times their weights."""
+    if weight is None:
+        rows = torch.cat([chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)])
+    else:
+        rows = chunks[0].new_empty((len(order), chunks[0].shape[1]))
+        flat, wide = weight.reshape(-1, 1), _Wide(sizes, rows, 1)
+        for target, places, chunk in zip(rows.split(sizes), order.split(sizes), chunks, strict=True):
+            (product,) = wide(len(places))
+            target.copy_(torch.mul(chunk[: len(places)], flat[places], out=product))
     slot = torch.empty_like(order)
     slot[order] = torch.arange(len(order), device=order.device)
     slots = rows.index_select(0, slot)

@@ -51,16 +51,17 @@ class Clock:
             work: what is timed.
             repeats: timed calls, at least 1.
         """
-        first, result = self._once(work)
+        first, result = self.once(work)
         if first > _LONG:
             return first, result
         times = []
         for _ in range(max(1, repeats)):
-            seconds, result = self._once(work)
+            seconds, result = self.once(work)
             times.append(seconds)
         return min(times), result
 
-    def _once(self, work: Callable[[], Result]) -> tuple[float, Result]:
+    def once(self, work: Callable[[], Result]) -> tuple[float, Result]:
+        """Wall time of one call of ``work``, and its result."""
         self.synchronise()
         started = time.perf_counter()
         result = work()
@@ -90,11 +91,14 @@ class Clock:
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def name(self) -> str:
+        """Of the device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
+
     def machine(self, gemm_size: int | None = None) -> dict[str, Any]:
         """What this machine is and how fast it multiplies, for the result."""
-        cuda = self.device.type == "cuda"
         return {
-            "device": torch.cuda.get_device_name(self.device) if cuda else _cpu_name(),
+            "device": self.name(),
             "kind": self.device.type,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
