@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .keys_mocte import Key
 from .tokens_mocte import Tokens
@@ -68,11 +67,10 @@ class Gate(nn.Module):
             return self._weigh(features.float(), tokens)
 
     def _weigh(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        learns = self.router.learn
-        through = learns and self.key.by_chance
-        logits = self.key.logits(features if through else features.detach(), tokens)
-        if learns:
-            logits = logits + F.linear(features, self.cluster_residual.float())
+        if self.router.learn:
+            logits = self.key.learned_logits(features, tokens, self.cluster_residual.float())
+        else:
+            logits = self.key.logits(features.detach(), tokens)
         k, sigmoid = self.router.top_k, self.router.weight == "sigmoid"
         scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
         order = self.order(logits)

@@ -76,6 +76,16 @@ class Key(nn.Module):
         """(n, E) fp32; the largest one is the choice."""
         raise NotImplementedError(f"{type(self).__name__}.logits")
 
+    def learned_logits(self, features: Tensor, tokens: Tokens, residual: Tensor) -> Tensor:
+        """(n, E) logits of a trained router.
+
+        Args:
+            features: (n, d) fp32.
+            tokens: what else is known of them.
+            residual: (E, d) fp32 linear map that is learned beside the key.
+        """
+        return self.logits(features if self.by_chance else features.detach(), tokens) + F.linear(features, residual)
+
     @classmethod
     def flops(cls, hidden_size: int, num_experts: int) -> float:
         """FLOPs per token of one choice, products of matrices only."""
@@ -189,6 +199,10 @@ class RandomKey(LinearKey):
     """
 
     by_chance, of_sample = True, False
+
+    def learned_logits(self, features: Tensor, tokens: Tokens, residual: Tensor) -> Tensor:
+        # One product in place of two.
+        return F.linear(features, self.cluster_weight + residual, self.cluster_bias)
 
     def fit(self, birth: Any) -> None:
         self.set(*birth.directions(birth.router.std or (0.1 / self.hidden_size) ** 0.5))

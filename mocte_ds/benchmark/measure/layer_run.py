@@ -1,6 +1,7 @@
 """Times mixture layers in turns, in one process or in several that share the experts."""
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def run_rank(sizes: LayerSizes, device: str, repeats: int) -> dict[str, Any]:
     for turn in range(_WARM + repeats):
         for name, arm in arms.items():
             torch.distributed.barrier()
-            taken, _ = clock.once(lambda arm=arm: _forward_and_backward(arm, hidden, gradient))
+            taken, _ = clock.once(partial(_forward_and_backward, arm, hidden, gradient))
             if turn >= _WARM:
                 seconds[name].append(taken)
     rows = arms["block"].layer.banks[0].deepspeed_moe.exp_counts.tolist()
