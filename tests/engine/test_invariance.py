@@ -15,30 +15,36 @@ LAYOUTS = {
     2: [(2, 1, 4, 1), (2, 2, 4, 1), (2, 2, 2, 2)],
     4: [(4, 2, 2, 1)],
 }
-FREEZE = {"policy": "trainability", "alpha": 0.97, "beta": 0.6, "checks": 1, "after_checks": 2, "rows": 32}
+FREEZE = {"alpha": 0.97, "beta": 0.6, "checks": 1, "after_checks": 2, "rows": 32}
 ROUTERS = {
     "hard": {"kind": "token"},
     "learned": {"kind": "token", "weight": "softmax", "learn": True, "aux": 0.1},
     "previous": {"kind": "previous"},
     "prefix": {"kind": "prefix"},
+    "two banks": [{"kind": "token"}, {"kind": "hash"}],
 }
+POLICY = {"two banks": "grad-norm"}
+"""Other than `trainability`."""
 PADDED = {"previous": 8, "prefix": 8}
 """Padding per sequence, of routers that keep a state along it; on the left of every other sequence."""
 LONE = (1, 1, 8, 1)
-PADDED_LAYOUTS = [LONE, (2, 2, 2, 2)]
+FEW_LAYOUTS = [LONE, (2, 2, 2, 2)]
 RUNS = [
     (router, *layout)
     for router in ROUTERS
     for layouts in LAYOUTS.values()
-    for layout in (layouts if router not in PADDED else [layout for layout in layouts if layout in PADDED_LAYOUTS])
+    for layout in (
+        layouts if router in ("hard", "learned") else [layout for layout in layouts if layout in FEW_LAYOUTS]
+    )
 ]
 COMPARED = [run for run in RUNS if run[1:] != LONE]
 
 
 def settings(router: str, ep_size: int, micro: int, parts: int) -> dict[str, Any]:
     """DeepSpeed config in fp32 with automatic emergence and freezing."""
-    freeze = {**FREEZE, "iterations": 12}
-    config = runs.config(ep_size=ep_size, check_every=0.1, router=ROUTERS[router], freeze=freeze, conflict_every=2)
+    freeze = {**FREEZE, "iterations": 12, "policy": POLICY.get(router, "trainability")}
+    routing = {"banks" if isinstance(ROUTERS[router], list) else "router": ROUTERS[router]}
+    config = runs.config(ep_size=ep_size, check_every=0.1, freeze=freeze, conflict_every=2, **routing)
     del config["bf16"]
     return {**config, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": parts}
 
