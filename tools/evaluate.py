@@ -1,8 +1,7 @@
-"""Evaluates an exported model with lm-evaluation-harness; the tasks that ship here need no network."""
+"""Evaluates an exported model or a checkpoint with lm-evaluation-harness; no network is needed."""
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from mocte_ds.cli import run_cli
@@ -16,12 +15,40 @@ _TOOL = "evaluate"
 def main(argv: list[str] | None = None) -> int:
     """Command line; see --help. Started by the `deepspeed` launcher, the ranks share the items."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="folder made by tools/export_hf.py (any Hugging Face causal model)")
+    parser.add_argument(
+        "model",
+        type=Path,
+        help="folder made by tools/export_hf.py (any Hugging Face causal model), or a run's checkpoints",
+    )
     parser.add_argument("--tasks", default="openbookqa_offline,commonsense_qa_generate", help="names, with commas")
     parser.add_argument("--limit", type=int, default=None, help="items of each task (default: all)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences of a forward (default: %(default)s)")
     parser.add_argument("--num-fewshot", type=int, default=None, help="examples before each question")
+    parser.add_argument(
+        "--offline",
+        type=Path,
+        default=None,
+        help="folder filled by tools/get_benchmarks.py: lm-eval's own tasks run from it, and mocte-core for 15 of them",
+    )
     parser.add_argument("--include-path", type=Path, default=None, help="folder with more lm-eval task files")
+    parser.add_argument("--chat-template", action="store_true", help="put questions as the tokenizer's template has it")
+    parser.add_argument(
+        "--run-code", action="store_true", help="run the programs that the model writes, for humaneval; no sandbox"
+    )
+    parser.add_argument("--tag", default=None, help="of checkpoints: which one (default: the latest)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=None,
+        help="of checkpoints: sentencepiece model, or a folder with a tokenizer.json (default: the one of the run)",
+    )
+    parser.add_argument(
+        "--ep-size",
+        type=int,
+        default=None,
+        help="of checkpoints: ranks over which experts are spread (default: all; 1: every rank has all of them and its "
+        "share of the items)",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -36,16 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         # On every rank, before any of them waits for another.
         require_apart(args.output, args.model)
         require_ours(args.output.parent, [args.output.name], _TOOL)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several:
-        import torch
-
-        gpu = torch.cuda.is_available()
-        if gpu:
-            torch.cuda.set_device(args.local_rank)
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    from mocte_ds.dist.end import end_process_groups
     from mocte_ds.evaluation.lm import evaluate, table
+    from mocte_ds.evaluation.replicas import join_ranks
 
+    join_ranks()
+    given = {"tag": args.tag, "tokenizer": args.tokenizer, "ep_size": args.ep_size}
     results = evaluate(
         args.model,
         [task for task in args.tasks.split(",") if task],
@@ -53,15 +76,16 @@ def main(argv: list[str] | None = None) -> int:
         args.batch_size,
         num_fewshot=args.num_fewshot,
         include_path=args.include_path,
+        offline=args.offline,
+        run_code=args.run_code,
+        chat_template=args.chat_template,
+        model_args={name: value for name, value in given.items() if value is not None},
     )
     if results:
         print(json.dumps(results) if args.json else table(results), flush=True)
         if args.output:
             _write(args.output, json.dumps(results, indent=1) + "\n")
-    if several:
-        from mocte_ds.dist.end import end_process_groups
-
-        end_process_groups()
+    end_process_groups()
     return 0
 
 

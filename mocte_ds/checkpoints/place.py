@@ -249,6 +249,11 @@ def find_tag(checkpoint: str | Path) -> Path:
     return folder / tag
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, or has a latest one."""
+    return any(os.path.isfile(folder / name) for name in (MANIFEST_FILE, MODEL_FILE, "latest"))
+
+
 def last_good(root: Path) -> str:
     """A sentence that says which checkpoint a run can go on from."""
     name = None

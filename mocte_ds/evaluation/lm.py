@@ -1,7 +1,6 @@
-"""Runs lm-evaluation-harness on an exported folder, on one process or many, with the tasks that ship here."""
+"""Runs lm-evaluation-harness without a network, on an exported folder or a run's checkpoint, on one process or many."""
 
 import contextlib
-import difflib
 import logging
 import os
 import tempfile
@@ -9,23 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from mocte_ds.dist.collectives import gather_objects, gather_rows, world
-from mocte_ds.errors import ConfigError
-from mocte_ds.evaluation.network import load_network
+from mocte_ds.checkpoints.place import is_checkpoint
+from mocte_ds.dist.collectives import world
+from mocte_ds.errors import ConfigError, MocteError
+from mocte_ds.evaluation.benchmarks import Benchmarks
 from mocte_ds.evaluation.results import collect, table
-from mocte_ds.yaml_files import read_yaml
+from mocte_ds.evaluation.selection import TASKS, chances, manager, offline_tasks, select
 
 __all__ = ["evaluate", "offline_tasks", "table"]
 
-TASKS = Path(__file__).parent / "tasks"
-
-
-def offline_tasks() -> dict[str, dict[str, Any]]:
-    """The tasks that ship with the package: name -> its YAML."""
-    return {path.stem: read_yaml(path) for path in sorted(TASKS.glob("*.yaml"))}
+_WARNED = "lm_eval.models.huggingface"
 
 
 def evaluate(
@@ -37,81 +29,97 @@ def evaluate(
     num_fewshot: int | None = None,
     include_path: str | Path | None = None,
     seed: int = 0,
+    offline: str | Path | None = None,
+    run_code: bool = False,
+    chat_template: bool = False,
+    model_args: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model (collective where several ranks run).
 
     Args:
-        model_dir: Hugging Face folder with model and tokenizer.
-        tasks: names of shipped tasks, or of tasks in ``include_path``.
+        model_dir: Hugging Face folder with model and tokenizer, or a run's folder of checkpoints, or one of them.
+        tasks: names of shipped tasks, of tasks in ``include_path``, and with ``offline`` of lm-eval's own; `mocte-core`
+            for 15 of these.
         limit: items of each task; None: all.
         batch_size: sequences of a forward.
         device: torch device; None: the GPU of this rank, else the CPU.
         num_fewshot: examples before each question; None: the task's own number.
         include_path: folder with more lm-eval task files.
         seed: of the few-shot examples.
+        offline: folder that tools/get_benchmarks.py has filled.
+        run_code: whether programs that the model writes may run, as HumanEval has it.
+        chat_template: whether questions are put as the tokenizer's template of a conversation has it.
+        model_args: of :class:`mocte_ds.evaluation.harness_models.MocteLM`, for a checkpoint.
 
     Returns:
         On rank 0: {"model", "tasks": see :func:`mocte_ds.evaluation.results.collect`, "ranks", "limit", "lm_eval": its
-        version}; on other ranks {}.
+        version, "notes": what a reader of the scores should know}; on other ranks {}.
 
     Raises:
         CheckpointError: no model in the folder, or one that is damaged, changed or cannot be loaded.
-        ConfigError: an unknown task (names the nearest ones), one of ``include_path`` that fails, or a number of items
-            that makes no sense.
+        ConfigError: an unknown task (names the nearest ones), one that fails or whose data are not there, or a number
+            of items that makes no sense.
     """
     folder = Path(model_dir)
     _require_counts(tasks, limit, batch_size, num_fewshot)
-    known = offline_tasks()
-    if include_path is None:
-        for task in tasks:
-            if task not in known:
-                near = difflib.get_close_matches(task, known, n=2, cutoff=0.3)
-                raise ConfigError(
-                    f"task '{task}' does not ship with mocte-ds; nearest: {near or 'none'}; all: {sorted(known)}. "
-                    "--include-path takes a folder with more lm-eval tasks."
-                )
+    benchmarks = None if offline is None else Benchmarks(offline)
     # No hub can be reached from most compute nodes, and waiting for one takes minutes.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    selection = select(tasks, include_path, benchmarks is not None, run_code)
     import datasets
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    rank, size = world()
-    with _task_folder() as shipped, tempfile.TemporaryDirectory() as cache:
+    with contextlib.ExitStack() as stack:
+        shipped, cache = stack.enter_context(_task_folder()), stack.enter_context(tempfile.TemporaryDirectory())
         datasets.config.HF_DATASETS_CACHE = Path(cache)
-        folders = [shipped] + ([str(include_path)] if include_path else [])
-        model = _model(folder, batch_size, device, rank, size)
+        model = _model(folder, batch_size, device, model_args or {})
+        if benchmarks is not None:
+            stack.enter_context(benchmarks.serving())
+        warned = stack.enter_context(_warnings())
         try:
-            manager = TaskManager(include_path=folders, include_defaults=False)
+            own = [] if include_path is None else [str(include_path)]
+            tasks_of = manager([shipped, *selection.folders, *own], selection.everything, num_fewshot)
             found = lm_eval.simple_evaluate(
                 model=model,
-                tasks=list(dict.fromkeys(tasks)),
+                tasks=selection.names,
                 limit=limit,
                 num_fewshot=num_fewshot,
-                task_manager=manager,
+                task_manager=tasks_of,
                 bootstrap_iters=1000,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
                 log_samples=False,
+                apply_chat_template=chat_template,
+                confirm_run_unsafe_code=run_code,
             )
+        except MocteError:
+            raise
         except Exception as error:  # tasks are programs of others and fail in every way
-            if include_path is None:
+            if include_path is None and offline is None:
                 raise
             text = str(error).strip().splitlines() or ["no more is known"]
+            where = offline if include_path is None else f"the task files of {include_path}"
             raise ConfigError(
-                f"lm-eval could not run {', '.join(tasks)} with the task files of {include_path}: "
-                f"{type(error).__name__}: {text[0]}. Mend the task file, or leave the task out."
+                f"lm-eval could not run {', '.join(selection.names)} with {where}: {type(error).__name__}: {text[0]}. "
+                "Mend the task file, or leave the task out."
             ) from error
         model.barrier()
+    rank, size = world()
     if rank != 0:
         return {}
-    chances = {name: (task.get("metadata") or {}).get("chance") for name, task in known.items()}
-    results = collect(found, chances)
-    return {"model": str(folder), "tasks": results, "ranks": size, "limit": limit, "lm_eval": lm_eval.__version__}
+    notes = [f"{name} was left out: {why}" for name, why in selection.left_out.items()]
+    if model.capped:
+        most = f"{model.max_length // 2} tokens, half of the model's context"
+        notes.append(f"{model.capped} answers were allowed fewer tokens than their task allows: {most}")
+    if warned:
+        notes.append(f"{len(warned)} prompts or batches were cut to the model's context of {model.max_length} tokens")
+    results = collect(found, chances(tasks_of.loaded, limit))
+    facts = {"model": str(folder), "tasks": results, "ranks": size, "limit": limit, "lm_eval": lm_eval.__version__}
+    return {**facts, "notes": notes}
 
 
 def _require_counts(tasks: Sequence[str], limit: int | None, batch_size: int, num_fewshot: int | None) -> None:
@@ -133,35 +141,34 @@ def _task_folder() -> Iterator[str]:
         yield folder
 
 
-def _model(folder: Path, batch_size: int, device: str | None, rank: int, size: int) -> Any:
-    """lm-eval's Hugging Face model, with its share of the items where several ranks run."""
-    from lm_eval.models.huggingface import HFLM
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What lm-eval's model warns of within: texts that were cut."""
+    found: list[str] = []
 
-    class RankedLM(HFLM):
-        """HFLM whose ranks exchange results through torch.distributed."""
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if "runcat" in text:
+                found.append(text)
 
-        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-            return gather_rows(tensor.reshape(1, -1)).reshape(-1) if size > 1 else tensor
+    logger, heard = logging.getLogger(_WARNED), Heard()
+    level, shown = logger.level, logger.propagate
+    logger.addHandler(heard)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield found
+    finally:
+        logger.removeHandler(heard)
+        logger.setLevel(level)
+        logger.propagate = shown
 
-        def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-            values = gather_objects(obj)
-            return values if rank == dst else None
 
-        def barrier(self) -> None:
-            if size > 1:
-                dist.barrier()
+def _model(folder: Path, batch_size: int, device: str | None, model_args: dict[str, Any]) -> Any:
+    """The model in a folder of either kind."""
+    from mocte_ds.evaluation.harness_models import MocteLM, folder_model
 
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            """HFLM puts the token that begins a text in front itself: the tokenizer must not do so a second time."""
-            kept, self.add_bos_token = self.add_bos_token, False
-            try:
-                return super().loglikelihood_rolling(requests, disable_tqdm)
-            finally:
-                self.add_bos_token = kept
-
-    if device is None:
-        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    network, tokenizer = load_network(folder)
-    model = RankedLM(pretrained=network.to(device), tokenizer=tokenizer, batch_size=batch_size, device=device)
-    model._rank, model._world_size = rank, size
-    return model
+    if is_checkpoint(folder) or model_args:
+        return MocteLM(folder, batch_size=batch_size, device=device, **model_args)
+    return folder_model(folder, batch_size, device)

@@ -30,7 +30,7 @@ def load_network(folder: Path) -> tuple[nn.Module, Any]:
     model = load_model(folder)
     read_object(folder / "tokenizer_config.json", CheckpointError, foreign=True)
     with refusing(folder):
-        tokenizer = _tokenizer(folder)
+        tokenizer = folder_tokenizer(folder)
     embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
         raise CheckpointError(
@@ -40,7 +40,8 @@ def load_network(folder: Path) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def _tokenizer(folder: Path) -> Any:
+def folder_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, as transformers load it."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, **ONLY_LOCAL)

@@ -123,7 +123,7 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
         CheckpointError: the tensors are not those of the class.
     """
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        model = _empty(source, target)
+        model = empty_class(source, target)
         weights = {name: tensor_of(source, ours) for name, ours in target.names.items()}
         try:
             model.load_state_dict(weights, assign=True)
@@ -207,7 +207,7 @@ def _stored_name(name: str, blocks: list[Block]) -> str | None:
     return name
 
 
-def _empty(source: Source, target: Target) -> Any:
+def empty_class(source: Source, target: Target) -> Any:
     """A model of the class on the meta device."""
     from mocte_ds.remote_code.configuration_blocks_mocte import MocteBlocksConfig
     from mocte_ds.remote_code.modeling_blocks_mocte import MocteBlocksForCausalLM

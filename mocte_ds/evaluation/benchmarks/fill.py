@@ -61,7 +61,9 @@ def fill(
             found.append((part, table.num_rows))
         if not found:
             raise DataError("the cache of Hugging Face datasets holds none of the data of standard tasks.")
-        text = _licences(found, "a cache of Hugging Face datasets" if from_cache else f"{PACKAGE} {VERSION} (Apache-2.0)")
+        text = _licences(
+            found, "a cache of Hugging Face datasets" if from_cache else f"{PACKAGE} {VERSION} (Apache-2.0)"
+        )
         (pending / LICENCES_FILE).write_text(text, encoding="utf-8")
     return counts
 

@@ -1,8 +1,10 @@
 """Serves lm-eval's own task definitions from a folder of benchmark data: nothing is looked for in a network."""
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -53,11 +55,13 @@ class Benchmarks:
         start = f"{path}/{name or DEFAULT}/"
         names = [file for file in self._files if file.startswith(start)]
         if not names:
-            others = sorted({file.removeprefix(f"{path}/").split("/")[0] for file in self._files if file.startswith(path)})
+            others = sorted(
+                {file.removeprefix(f"{path}/").split("/")[0] for file in self._files if file.startswith(path)}
+            )
             has = f"of {path} it has {', '.join(others)[:300]}" if others else f"it has {', '.join(self._paths())}"
             raise ConfigError(
-                f"{self.folder} does not have {path} ({name or DEFAULT}), which a task asks for; {has}. If your cache of "
-                f"Hugging Face datasets has it: tools/get_benchmarks.py {self.folder} --from-cache."
+                f"{self.folder} does not have {path} ({name or DEFAULT}), which a task asks for; {has}. If your cache "
+                f"of Hugging Face datasets has it: tools/get_benchmarks.py {self.folder} --from-cache."
             )
         splits = _splits(f"{self.folder / path} ({name or DEFAULT})", {Path(f).stem: self._read(f) for f in names})
         return splits if split is None else splits[split]
@@ -85,7 +89,6 @@ class Benchmarks:
         Files that a task names itself are read as always. `evaluate.load` finds the metric of HumanEval.
         """
         import datasets
-        import evaluate
 
         usual = datasets.load_dataset
 
@@ -99,19 +102,40 @@ class Benchmarks:
                 raise ConfigError(f"a task asks for the metric {path} of Hugging Face, which needs a network.")
             return CodeEval()
 
-        with mock.patch.object(datasets, "load_dataset", load_dataset), mock.patch.object(evaluate, "load", load):
+        with mock.patch.object(datasets, "load_dataset", load_dataset), _metrics(load):
             yield
 
 
+@contextlib.contextmanager
+def _metrics(load: Callable[..., Any]) -> Iterator[None]:
+    """Within it `import evaluate` gives a module whose `load` is this one.
+
+    The package's own is not there to be changed where a script of the name evaluate.py hides it.
+    """
+    name, usual = "evaluate", sys.modules.get("evaluate")
+    metrics = ModuleType(name)
+    metrics.load = load  # type: ignore[attr-defined]
+    sys.modules[name] = metrics
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if usual is not None:
+            sys.modules[name] = usual
+
+
 def _splits(where: str, found: dict[str, Any]) -> Any:
-    """A `DatasetDict` that says what it lacks."""
+    """A `DatasetDict` that says what it lacks.
+
+    Tasks read the training split when they are made, also where they draw no examples from it: an empty one stands in,
+    and whoever draws from it is refused (see mocte_ds.evaluation.selection).
+    """
     import datasets
 
     class Splits(datasets.DatasetDict):
         def __missing__(self, name: object) -> Any:
-            raise ConfigError(
-                f"{where} has no split {name}, only {', '.join(self)}; examples before a question (--num-fewshot) are "
-                "usually drawn from train."
-            )
+            if str(name) == "train":
+                return next(iter(self.values())).select([])
+            raise ConfigError(f"{where} has no split {name}, only {', '.join(self)}.")
 
     return Splits(found)

@@ -1,0 +1,74 @@
+"""Checkpoints to be scored as they are, written by two processes, and what an lm-eval model answers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.checkpoints import runs
+
+TEXTS = [f"the river moves over stone {n} and light falls on dark water" for n in range(5)]
+LLAMA = {"vocab_size": 340, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+LEARNED = {"kind": "prefix", "weight": "softmax", "learn": True, "top_k": 2}
+
+
+def write(folder: str, tokenizer: str) -> None:
+    """A decoder of ours, and a Llama of transformers whose routers remember and choose two of four experts."""
+    from dataclasses import asdict
+
+    import mocte_ds
+    from mocte_ds.models import Decoder
+    from mocte_ds.training import saving
+
+    torch.manual_seed(0)
+    engine, *_ = mocte_ds.initialize(model=Decoder(runs.MODEL), config=runs.config())
+    _emerge(engine)
+    saving.save(engine, Path(folder) / "decoder", "step6", {"model": asdict(runs.MODEL), "tokenizer": tokenizer})
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**LLAMA, "num_attention_heads": 4, "max_position_embeddings": 48}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
+    engine, *_ = mocte_ds.initialize(model=model, config=runs.config(router=LEARNED))
+    _emerge(engine)
+    engine.save_checkpoint(Path(folder) / "llama", tag="step6")
+
+
+def _emerge(engine: Any) -> None:
+    """Experts in every block, and some steps in which they part."""
+    for step in range(2 * runs.STEPS):
+        if step == runs.STEPS:
+            for block in range(len(engine.mocte.blocks)):
+                engine.mocte.emerge(block)
+        generator = torch.Generator().manual_seed(10 * step + torch.distributed.get_rank())
+        tokens = torch.randint(4, runs.MODEL.vocab_size, (4, 33), generator=generator)
+        output = engine(input_ids=tokens[:, :-1], labels=tokens[:, 1:])
+        engine.backward(output if isinstance(output, torch.Tensor) else output.loss)
+        engine.step()
+
+
+def answers(model: Any) -> dict[str, list[Any]]:
+    """What a model of lm-eval says to requests of all three kinds."""
+    from lm_eval.api.instance import Instance
+
+    def asked(kind: str, arguments: list[tuple]) -> list[Any]:
+        return [Instance(kind, {}, given, i, metadata=("t", i, 1)) for i, given in enumerate(arguments)]
+
+    pairs = [(text, f" {word}") for text in TEXTS for word in ("river", "dark water", "stone 3")]
+    how = {"until": ["5"], "max_gen_toks": 12, "do_sample": False}
+    scored = model.loglikelihood(asked("loglikelihood", [("", TEXTS[0]), *pairs]), disable_tqdm=True)
+    return {
+        "loglikelihood": [value for value, _ in scored],
+        "greedy": [same for _, same in scored],
+        "rolling": model.loglikelihood_rolling(asked("loglikelihood_rolling", [(t * 3,) for t in TEXTS]), True),
+        "generated": model.generate_until(asked("generate_until", [(t, how) for t in TEXTS]), disable_tqdm=True),
+    }
+
+
+def live(checkpoint: str, tokenizer: str, ep_size: int | None) -> tuple[dict[str, list[Any]], int]:
+    """Answers of a checkpoint, and the numbers that this rank holds as experts."""
+    from mocte_ds.evaluation.harness_models import MocteLM
+
+    model = MocteLM(checkpoint, tokenizer=tokenizer, ep_size=ep_size, batch_size=3)
+    held = sum(p.numel() for name, p in model.model.named_parameters() if ".experts." in name)
+    return answers(model), held
