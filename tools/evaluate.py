@@ -10,6 +10,7 @@ from mocte_ds.ownership import put, require_apart, require_ours
 from mocte_ds.paths import require_file_for
 
 _TOOL = "evaluate"
+_TASKS = "openbookqa_offline,commonsense_qa_generate"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,8 +21,18 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="folder made by tools/export_hf.py (any Hugging Face causal model), or a run's checkpoints",
     )
-    parser.add_argument("--tasks", default="openbookqa_offline,commonsense_qa_generate", help="names, with commas")
-    parser.add_argument("--limit", type=int, default=None, help="items of each task (default: all)")
+    parser.add_argument(
+        "--tasks", default=None, help=f"names, with commas (default: {_TASKS}, or none where texts are given)"
+    )
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        default=None,
+        help="corpus (a file for each domain) whose bits per byte, and loss by place in the context, are shown",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=None, help="items of each task, documents of each domain (default: all)"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="sequences of a forward (default: %(default)s)")
     parser.add_argument("--num-fewshot", type=int, default=None, help="examples before each question")
     parser.add_argument(
@@ -66,12 +77,14 @@ def main(argv: list[str] | None = None) -> int:
     from mocte_ds.dist.end import end_process_groups
     from mocte_ds.evaluation.lm import evaluate, table
     from mocte_ds.evaluation.replicas import join_ranks
+    from mocte_ds.evaluation.texts import texts_table
 
     join_ranks()
+    tasks = args.tasks if args.tasks is not None else "" if args.texts else _TASKS
     given = {"tag": args.tag, "tokenizer": args.tokenizer, "ep_size": args.ep_size}
     results = evaluate(
         args.model,
-        [task for task in args.tasks.split(",") if task],
+        [task for task in tasks.split(",") if task],
         args.limit,
         args.batch_size,
         num_fewshot=args.num_fewshot,
@@ -80,9 +93,12 @@ def main(argv: list[str] | None = None) -> int:
         run_code=args.run_code,
         chat_template=args.chat_template,
         model_args={name: value for name, value in given.items() if value is not None},
+        texts=args.texts,
     )
     if results:
-        print(json.dumps(results) if args.json else table(results), flush=True)
+        parts = [table(results)] if results["tasks"] else results["notes"]
+        parts += [texts_table(results["texts"])] if args.texts else []
+        print(json.dumps(results) if args.json else "\n\n".join(parts), flush=True)
         if args.output:
             _write(args.output, json.dumps(results, indent=1) + "\n")
     end_process_groups()

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.evaluation.benchmarks import Benchmarks
 from mocte_ds.evaluation.results import collect, table
 from mocte_ds.evaluation.selection import TASKS, chances, manager, offline_tasks, select
+from mocte_ds.evaluation.texts import score_corpus
 
 __all__ = ["evaluate", "offline_tasks", "table"]
 
@@ -33,6 +35,7 @@ def evaluate(
     run_code: bool = False,
     chat_template: bool = False,
     model_args: dict[str, Any] | None = None,
+    texts: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model (collective where several ranks run).
 
@@ -50,18 +53,23 @@ def evaluate(
         run_code: whether programs that the model writes may run, as HumanEval has it.
         chat_template: whether questions are put as the tokenizer's template of a conversation has it.
         model_args: of :class:`mocte_ds.evaluation.harness_models.MocteLM`, for a checkpoint.
+        texts: a corpus (a file for each domain) whose texts are scored, `limit` of each domain.
 
     Returns:
         On rank 0: {"model", "tasks": see :func:`mocte_ds.evaluation.results.collect`, "ranks", "limit", "lm_eval": its
-        version, "notes": what a reader of the scores should know}; on other ranks {}.
+        version, "notes": what a reader of the scores should know, and with ``texts`` "texts": see
+        :func:`mocte_ds.evaluation.texts.score_texts`}; on other ranks {}.
 
     Raises:
         CheckpointError: no model in the folder, or one that is damaged, changed or cannot be loaded.
         ConfigError: an unknown task (names the nearest ones), one that fails or whose data are not there, or a number
             of items that makes no sense.
+        DataError: the texts, or data of a task, cannot be read.
     """
     folder = Path(model_dir)
-    _require_counts(tasks, limit, batch_size, num_fewshot)
+    if not tasks and texts is None:
+        raise ConfigError(f"no task is named; these ship with mocte-ds: {sorted(offline_tasks())}.")
+    _require_counts(limit, batch_size, num_fewshot)
     benchmarks = None if offline is None else Benchmarks(offline)
     # No hub can be reached from most compute nodes, and waiting for one takes minutes.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -78,35 +86,30 @@ def evaluate(
         if benchmarks is not None:
             stack.enter_context(benchmarks.serving())
         warned = stack.enter_context(_warnings())
-        try:
-            own = [] if include_path is None else [str(include_path)]
-            tasks_of = manager([shipped, *selection.folders, *own], selection.everything, num_fewshot)
-            found = lm_eval.simple_evaluate(
-                model=model,
-                tasks=selection.names,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                task_manager=tasks_of,
-                bootstrap_iters=1000,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-                log_samples=False,
-                apply_chat_template=chat_template,
-                confirm_run_unsafe_code=run_code,
-            )
-        except MocteError:
-            raise
-        except Exception as error:  # tasks are programs of others and fail in every way
-            if include_path is None and offline is None:
-                raise
-            text = str(error).strip().splitlines() or ["no more is known"]
-            where = offline if include_path is None else f"the task files of {include_path}"
-            raise ConfigError(
-                f"lm-eval could not run {', '.join(selection.names)} with {where}: {type(error).__name__}: {text[0]}. "
-                "Mend the task file, or leave the task out."
-            ) from error
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # lm-eval prints what it does
+        own = [] if include_path is None else [str(include_path)]
+        tasks_of = manager([shipped, *selection.folders, *own], selection.everything, num_fewshot)
+        if selection.names:
+            where = f"the task files of {include_path}" if include_path else offline and f"the data in {offline}"
+            with _refusing(selection.names, where):
+                found = lm_eval.simple_evaluate(
+                    model=model,
+                    tasks=selection.names,
+                    limit=limit,
+                    num_fewshot=num_fewshot,
+                    task_manager=tasks_of,
+                    bootstrap_iters=1000,
+                    random_seed=seed,
+                    numpy_random_seed=seed,
+                    torch_random_seed=seed,
+                    fewshot_random_seed=seed,
+                    log_samples=False,
+                    apply_chat_template=chat_template,
+                    confirm_run_unsafe_code=run_code,
+                )
+        else:
+            found = {"results": {}}
+        scored = {} if texts is None else {"texts": score_corpus(model, texts, limit, batch_size)}
         model.barrier()
     rank, size = world()
     if rank != 0:
@@ -117,15 +120,13 @@ def evaluate(
         notes.append(f"{model.capped} answers were allowed fewer tokens than their task allows: {most}")
     if warned:
         notes.append(f"{len(warned)} prompts or batches were cut to the model's context of {model.max_length} tokens")
-    results = collect(found, chances(tasks_of.loaded, limit))
+    results = collect(found, chances(tasks_of.loaded, limit) if selection.names else {})
     facts = {"model": str(folder), "tasks": results, "ranks": size, "limit": limit, "lm_eval": lm_eval.__version__}
-    return {**facts, "notes": notes}
+    return {**facts, **scored, "notes": notes}
 
 
-def _require_counts(tasks: Sequence[str], limit: int | None, batch_size: int, num_fewshot: int | None) -> None:
+def _require_counts(limit: int | None, batch_size: int, num_fewshot: int | None) -> None:
     """Raise ConfigError for numbers that make no evaluation."""
-    if not tasks:
-        raise ConfigError(f"no task is named; these ship with mocte-ds: {sorted(offline_tasks())}.")
     for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None and value < least:
             raise ConfigError(f"{name} = {value} must be {least} or more.")
@@ -139,6 +140,23 @@ def _task_folder() -> Iterator[str]:
             text = path.read_text(encoding="utf-8").replace("@TASKS@", str(TASKS))
             Path(folder, path.name).write_text(text, encoding="utf-8")
         yield folder
+
+
+@contextlib.contextmanager
+def _refusing(names: Sequence[str], where: str | Path | None) -> Iterator[None]:
+    """Within it whatever tasks of others raise is a ConfigError; nothing is changed for shipped ones (None)."""
+    try:
+        yield
+    except MocteError:
+        raise
+    except Exception as error:  # tasks are programs of others and fail in every way
+        if where is None:
+            raise
+        text = str(error).strip().splitlines() or ["no more is known"]
+        raise ConfigError(
+            f"lm-eval could not run {', '.join(names)} with {where}: {type(error).__name__}: {text[0]}. Mend the task "
+            "file, or leave the task out."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ _NO_METRIC = ("alias", "name", "sample_len", "sample_count")
 _NO_FILTER = "none"
 _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 """Metrics that are the share of right choices."""
-_FACTS = ("items", "chance", "chance_stderr", "at_chance")
+_FACTS = ("items", "chance", "chance_stderr", "at_chance", "part_of")
+_MOST_PARTS = 10
+"""Of a group, in the table."""
 
 
 def collect(found: dict[str, Any], chances: Mapping[str, Chance]) -> dict[str, dict[str, Any]]:
@@ -45,6 +47,10 @@ def collect(found: dict[str, Any], chances: Mapping[str, Chance]) -> dict[str, d
         if items is None and task in (found.get("groups") or {}):
             items = numbers_of.get("sample_len")
         results[task] = {**values, "items": items, **_against(values, chances.get(task))}
+    for group, parts in (found.get("group_subtasks") or {}).items():
+        for part in parts:
+            if part in results and part != group:
+                results[part]["part_of"] = group
     return results
 
 
@@ -62,7 +68,11 @@ def _against(values: dict[str, Any], chance: Chance | None) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The results as lines to read: task, items, metric (filter), value, standard error, chance; then notes."""
     rows, some_at_chance = [], False
+    parts = Counter(values["part_of"] for values in results["tasks"].values() if "part_of" in values)
+    hidden = sum(count for count in parts.values() if count > _MOST_PARTS)
     for task, values in results["tasks"].items():
+        if parts[values.get("part_of")] > _MOST_PARTS:
+            continue
         items, chance = values.get("items"), values.get("chance")
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
@@ -84,4 +94,6 @@ def table(results: dict[str, Any]) -> str:
         lines.append(
             f"~ chance: within {NOISE} binomial standard errors of what guessing gives; such scores show nothing"
         )
+    if hidden:
+        lines.append(f"{hidden} parts of groups are left out here; --json and --output have them")
     return "\n".join([*lines, *results.get("notes", [])])

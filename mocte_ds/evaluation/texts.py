@@ -1,0 +1,156 @@
+"""How well a model predicts texts: bits per byte of each domain, and the loss by place in the context."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mocte_ds.data import read_corpus
+from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.errors import ConfigError
+
+Windows = Iterator[tuple[list[int], list[int]]]
+
+
+def score_corpus(model: Any, folder: str | Path, limit: int | None, batch_size: int) -> dict[str, dict[str, Any]]:
+    """Score the texts of a corpus (collective where several ranks run).
+
+    Args:
+        model: a :class:`mocte_ds.evaluation.harness_models.RankedLM`.
+        folder: with a file, or a folder of files, for each domain.
+        limit: documents of each domain; None: all.
+        batch_size: sequences of a forward.
+
+    Returns:
+        As of :func:`score_texts`.
+
+    Raises:
+        DataError: no such folder, or files that cannot be read.
+        ConfigError: it holds no text.
+    """
+    found = score_texts(
+        model, {name: itertools.islice(texts, limit) for name, texts in read_corpus(folder).items()}, batch_size
+    )
+    if not found:
+        raise ConfigError(f"{folder} holds no text to score.")
+    return found
+
+
+def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: int) -> dict[str, dict[str, Any]]:
+    """Score texts, each by itself, behind the token that begins a text (collective).
+
+    A text that is longer than the context is cut into windows that follow each other; the first token of a later one is
+    predicted from the last token before it. The sum of the losses of a text is lm-eval's rolling log-likelihood.
+
+    Args:
+        model: as of :func:`score_corpus`.
+        domains: texts by domain; the same on all ranks.
+        batch_size: sequences of a forward.
+
+    Returns:
+        For each domain with any text: "documents", "tokens", "bytes", "bits_per_byte" (nats of all tokens, over ln 2
+        and the UTF-8 bytes), "nats_per_token", and "by_position": for places 0, 1, 2 to 3, 4 to 7, ... in the window
+        {"first", "last", "tokens", "nats_per_token"}.
+    """
+    names = sorted(domains)
+    bins = max(1, model.max_length).bit_length() + 1
+    sums = torch.zeros(len(names), bins, dtype=torch.float64)
+    counts, sizes = torch.zeros(len(names), bins, dtype=torch.int64), torch.zeros(len(names), 2, dtype=torch.int64)
+    replicas = model.replicas
+    for row, name in enumerate(names):
+        mine = itertools.islice((text for text in domains[name] if text), replicas.number, None, replicas.count)
+        windows: list[tuple[list[int], list[int]]] = []
+        for text in mine:
+            if replicas.place == 0:
+                sizes[row] += torch.tensor([1, len(text.encode("utf-8", "surrogatepass"))])
+            windows += _windows(
+                model.tok_encode(text, add_special_tokens=False), model.prefix_token_id, model.max_length
+            )
+            while len(windows) >= batch_size:
+                _add(model, windows[:batch_size], sums[row], counts[row])
+                del windows[:batch_size]
+        if windows:
+            _add(model, windows, sums[row], counts[row])
+    if replicas.place != 0:  # the ranks of a replica have seen the same texts
+        sums.zero_()
+        counts.zero_()
+    sums, counts, sizes = sum_over_ranks(sums), sum_over_ranks(counts), sum_over_ranks(sizes)
+    found = {
+        name: _facts(sums[i], counts[i], sizes[i], model.max_length) for i, name in enumerate(names) if sizes[i, 0]
+    }
+    return found
+
+
+def _windows(ids: list[int], begin: int, length: int) -> Windows:
+    """Inputs and the tokens that follow them, at most so many at once."""
+    before = [begin, *ids]
+    for start in range(0, len(ids), length):
+        yield before[start : start + length], ids[start : start + length]
+
+
+@torch.no_grad()
+def _add(model: Any, windows: list[tuple[list[int], list[int]]], sums: Tensor, counts: Tensor) -> None:
+    """Add the losses of some windows to the bins of their places."""
+    longest = max(len(inputs) for inputs, _ in windows)
+    inputs = torch.zeros(len(windows), longest, dtype=torch.int64)
+    labels = torch.full_like(inputs, -100)
+    for row, (before, after) in enumerate(windows):
+        inputs[row, : len(before)], labels[row, : len(after)] = torch.tensor(before), torch.tensor(after)
+    # Padding stands behind the texts, where causal attention and routing do not look.
+    logits = model._model_call(inputs.to(model.device)).float()
+    flat = labels.flatten().to(logits.device)
+    losses = F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-100, reduction="none").double().cpu()
+    place = torch.arange(longest).expand_as(labels)
+    bins = _bin(place).flatten()
+    real = (labels != -100).flatten()
+    sums.index_add_(0, bins[real], losses[real])
+    counts.index_add_(0, bins[real], torch.ones_like(bins[real]))
+
+
+def _bin(place: Tensor) -> Tensor:
+    """0, 1, 2 to 3, 4 to 7, ... become 0, 1, 2, 3, ..."""
+    edges = 2 ** torch.arange(63)
+    return torch.bucketize(place, edges, right=True)
+
+
+def _facts(sums: Tensor, counts: Tensor, sizes: Tensor, length: int) -> dict[str, Any]:
+    tokens, documents, size = int(counts.sum()), int(sizes[0]), int(sizes[1])
+    nats = float(sums.sum())
+    places = []
+    for number, (total, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
+        if count:
+            first = 0 if number == 0 else 2 ** (number - 1)
+            last = min(length - 1, max(0, 2**number - 1))
+            places.append({"first": first, "last": last, "tokens": count, "nats_per_token": total / count})
+    return {
+        "documents": documents,
+        "tokens": tokens,
+        "bytes": size,
+        "bits_per_byte": nats / math.log(2) / size,
+        "nats_per_token": nats / max(1, tokens),
+        "by_position": places,
+    }
+
+
+def texts_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Domains as lines to read, and the loss by place over all of them."""
+    wide = max([len(name) for name in found] + [12]) + 2
+    lines = [f"{'domain':<{wide}}{'documents':>10}{'bytes':>12}{'bits/byte':>11}{'nats/token':>12}"]
+    for name, facts in found.items():
+        numbers = f"{facts['bits_per_byte']:>11.4f}{facts['nats_per_token']:>12.4f}"
+        lines.append(f"{name:<{wide}}{facts['documents']:>10,}{facts['bytes']:>12,}{numbers}")
+    places: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for facts in found.values():
+        for place in facts["by_position"]:
+            places.setdefault((place["first"], place["last"]), []).append((place["tokens"], place["nats_per_token"]))
+    lines += ["", f"{'place':<{wide}}{'tokens':>10}{'nats/token':>12}"]
+    for (first, last), parts in sorted(places.items()):
+        tokens = sum(count for count, _ in parts)
+        mean = sum(count * nats for count, nats in parts) / tokens
+        lines.append(f"{(str(first) if first == last else f'{first}-{last}'):<{wide}}{tokens:>10,}{mean:>12.4f}")
+    return "\n".join(lines)
