@@ -4,9 +4,10 @@ Its experts may be spread over the ranks of a replica. All of them see the same 
 the outputs are added up: a token's other experts give zeros.
 """
 
+import functools
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,7 @@ def load_live(
 def _of_decoder(source: StoredSource, special: SpecialIds, replicas: Replicas) -> Any:
     """Our decoder as the own class."""
     layout = own(source, special)
-    read: dict[str, Callable[[], Tensor]] = {
-        stored.name: (lambda stored=stored: stored.tensor(source)) for stored in layout.stored
-    }
+    read = {stored.name: functools.partial(stored.tensor, source) for stored in layout.stored}
     return _filled(layout.model_class(), layout.config, read, source, replicas)
 
 
@@ -77,9 +76,7 @@ def _of_base(source: StoredSource, special: SpecialIds, replicas: Replicas) -> A
     with quiet_transformers():
         empty = empty_class(source, target)
     config = empty.config
-    read: dict[str, Callable[[], Tensor]] = {
-        name: (lambda ours=ours: tensor_of(source, ours)) for name, ours in target.names.items()
-    }
+    read = {name: functools.partial(tensor_of, source, ours) for name, ours in target.names.items()}
     network = _filled(type(empty), config, read, source, replicas)
     stored = source.base.get("generation")
     if stored is not None and network.can_generate():
@@ -92,7 +89,7 @@ def _of_base(source: StoredSource, special: SpecialIds, replicas: Replicas) -> A
 
 
 def _filled(
-    cls: Any, config: Any, read: dict[str, Callable[[], Tensor]], source: StoredSource, replicas: Replicas
+    cls: Any, config: Any, read: Mapping[str, Callable[[], Tensor]], source: StoredSource, replicas: Replicas
 ) -> Any:
     """A model of a class with the weights that this rank holds.
 

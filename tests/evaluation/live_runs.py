@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tests.checkpoints import runs
+from tests.checkpoints import runs, tiny
 
 TEXTS = [f"the river moves over stone {n} and light falls on dark water" for n in range(5)]
 LLAMA = {"vocab_size": 340, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -21,7 +21,7 @@ def write(folder: str, tokenizer: str) -> None:
     from mocte_ds.training import saving
 
     torch.manual_seed(0)
-    engine, *_ = mocte_ds.initialize(model=Decoder(runs.MODEL), config=runs.config())
+    engine, *_ = mocte_ds.initialize(model=_random(Decoder(runs.MODEL)), config=_config())
     _emerge(engine)
     saving.save(engine, Path(folder) / "decoder", "step6", {"model": asdict(runs.MODEL), "tokenizer": tokenizer})
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,9 +29,19 @@ def write(folder: str, tokenizer: str) -> None:
     torch.manual_seed(0)
     sizes = {**LLAMA, "num_attention_heads": 4, "max_position_embeddings": 48}
     model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
-    engine, *_ = mocte_ds.initialize(model=model, config=runs.config(router=LEARNED))
+    engine, *_ = mocte_ds.initialize(model=_random(model), config=_config(router=LEARNED))
     _emerge(engine)
     engine.save_checkpoint(Path(folder) / "llama", tag="step6")
+
+
+def _random(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with large random weights, so that what it generates depends on the prompt."""
+    tiny.randomise(model, 1)
+    return model
+
+
+def _config(**changes: Any) -> dict[str, Any]:
+    return {**runs.config(**changes), "optimizer": {"type": "AdamW", "params": {"lr": 5e-3, "torch_adam": True}}}
 
 
 def _emerge(engine: Any) -> None:
@@ -57,12 +67,11 @@ def answers(model: Any) -> dict[str, list[Any]]:
     pairs = [(text, f" {word}") for text in TEXTS for word in ("river", "dark water", "stone 3")]
     how = {"until": ["5"], "max_gen_toks": 12, "do_sample": False}
     scored = model.loglikelihood(asked("loglikelihood", [("", TEXTS[0]), *pairs]), disable_tqdm=True)
-    return {
-        "loglikelihood": [value for value, _ in scored],
-        "greedy": [same for _, same in scored],
-        "rolling": model.loglikelihood_rolling(asked("loglikelihood_rolling", [(t * 3,) for t in TEXTS]), True),
-        "generated": model.generate_until(asked("generate_until", [(t, how) for t in TEXTS]), disable_tqdm=True),
-    }
+    generated = model.generate_until(asked("generate_until", [(text, how) for text in TEXTS]), disable_tqdm=True)
+    model.add_bos_token = False  # rolling puts the token that begins a text in front itself
+    rolling = model.loglikelihood_rolling(asked("loglikelihood_rolling", [(text * 3,) for text in TEXTS]), True)
+    found = {"loglikelihood": [value for value, _ in scored], "greedy": [same for _, same in scored]}
+    return {**found, "rolling": rolling, "generated": generated}
 
 
 def live(checkpoint: str, tokenizer: str, ep_size: int | None) -> tuple[dict[str, list[Any]], int]:
