@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from mocte_ds.data import read_corpus
 from mocte_ds.dist.collectives import sum_over_ranks
-from mocte_ds.errors import ConfigError
 
 Windows = Iterator[tuple[list[int], list[int]]]
 
@@ -30,15 +29,10 @@ def score_corpus(model: Any, folder: str | Path, limit: int | None, batch_size: 
         As of :func:`score_texts`.
 
     Raises:
-        DataError: no such folder, or files that cannot be read.
-        ConfigError: it holds no text.
+        DataError: no such folder, files that cannot be read, or a domain without any text.
     """
-    found = score_texts(
-        model, {name: itertools.islice(texts, limit) for name, texts in read_corpus(folder).items()}, batch_size
-    )
-    if not found:
-        raise ConfigError(f"{folder} holds no text to score.")
-    return found
+    texts = {name: itertools.islice(found, limit) for name, found in read_corpus(folder).items()}
+    return score_texts(model, texts, batch_size)
 
 
 def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: int) -> dict[str, dict[str, Any]]:
@@ -49,11 +43,11 @@ def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: in
 
     Args:
         model: as of :func:`score_corpus`.
-        domains: texts by domain; the same on all ranks.
+        domains: texts by domain, at least one of each; the same on all ranks.
         batch_size: sequences of a forward.
 
     Returns:
-        For each domain with any text: "documents", "tokens", "bytes", "bits_per_byte" (nats of all tokens, over ln 2
+        For each domain: "documents", "tokens", "bytes", "bits_per_byte" (nats of all tokens, over ln 2
         and the UTF-8 bytes), "nats_per_token", and "by_position": for places 0, 1, 2 to 3, 4 to 7, ... in the window
         {"first", "last", "tokens", "nats_per_token"}.
     """
@@ -63,7 +57,7 @@ def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: in
     counts, sizes = torch.zeros(len(names), bins, dtype=torch.int64), torch.zeros(len(names), 2, dtype=torch.int64)
     replicas = model.replicas
     for row, name in enumerate(names):
-        mine = itertools.islice((text for text in domains[name] if text), replicas.number, None, replicas.count)
+        mine = itertools.islice(domains[name], replicas.number, None, replicas.count)
         windows: list[tuple[list[int], list[int]]] = []
         for text in mine:
             if replicas.place == 0:
@@ -105,8 +99,7 @@ def _add(model: Any, windows: list[tuple[list[int], list[int]]], sums: Tensor, c
     logits = model._model_call(inputs.to(model.device)).float()
     flat = labels.flatten().to(logits.device)
     losses = F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-100, reduction="none").double().cpu()
-    place = torch.arange(longest).expand_as(labels)
-    bins = _bin(place).flatten()
+    bins = _bin(torch.arange(longest)).expand_as(labels).flatten()
     real = (labels != -100).flatten()
     sums.index_add_(0, bins[real], losses[real])
     counts.index_add_(0, bins[real], torch.ones_like(bins[real]))
