@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         texts=args.texts,
     )
     if results:
-        parts = [table(results)] if results["tasks"] else results["notes"]
+        parts = [table(results)] if results["tasks"] else []
         parts += [texts_table(results["texts"])] if args.texts else []
         print(json.dumps(results) if args.json else "\n\n".join(parts), flush=True)
         if args.output:

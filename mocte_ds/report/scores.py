@@ -17,12 +17,15 @@ class Score:
     """Standard error, None where the task has none."""
     chance: float | None
     """What guessing gives, None where unknown."""
+    chance_error: float | None
+    """Standard error of what guessing gives, None where unknown."""
     items: int | None
 
     @property
     def above_chance(self) -> bool | None:
         """Whether the value is more than two standard errors over chance; None where that cannot be said."""
-        return None if self.chance is None or self.error is None else self.value > self.chance + 2 * self.error
+        error = self.error if self.chance_error is None else self.chance_error
+        return None if self.chance is None or error is None else self.value > self.chance + 2 * error
 
 
 def scores(run: Run) -> list[Score]:
@@ -36,7 +39,7 @@ def scores(run: Run) -> list[Score]:
             if not _is_number(value) or metric.endswith("_stderr") or metric in ("items", "chance", "sample_len"):
                 continue
             error = numbers.get(f"{metric}_stderr{comma}{kind}")
-            chance = numbers.get("chance")
+            chance, chance_error = numbers.get("chance"), numbers.get("chance_stderr")
             found.append(
                 Score(
                     task=task,
@@ -44,6 +47,7 @@ def scores(run: Run) -> list[Score]:
                     value=value,
                     error=error if _is_number(error) else None,
                     chance=chance if _is_number(chance) else None,
+                    chance_error=chance_error if _is_number(chance_error) else None,
                     items=_items(run, task, numbers),
                 )
             )
