@@ -10,6 +10,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from mocte_ds.dist.collectives import gather_objects, gather_rows, world
+from mocte_ds.errors import ConfigError
 from mocte_ds.evaluation.live import load_live
 from mocte_ds.evaluation.network import load_network
 from mocte_ds.evaluation.replicas import Replicas, join_ranks
@@ -91,8 +92,14 @@ class RankedLM(HFLM):
         self.replicas.require_same(answers, "the generated answers")
         return answers
 
-    def _loglikelihood_tokens(self, *args: Any, **how: Any) -> list[tuple[float, bool]]:
-        found = super()._loglikelihood_tokens(*args, **how)
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **how: Any) -> list[tuple[float, bool]]:
+        longest = max((len(answer) for _, _, answer in requests), default=0)
+        if longest > self.max_length:
+            raise ConfigError(
+                f"a task asks how likely an answer of {longest} tokens is, and the model's context has "
+                f"{self.max_length}; leave the task out, or take a model with a longer context."
+            )
+        found = super()._loglikelihood_tokens(requests, *args, **how)
         self.replicas.require_same(found, "the log-likelihoods")
         return found
 
@@ -122,7 +129,7 @@ class MocteLM(RankedLM):
             tokenizer: sentencepiece model, or a folder with a tokenizer.json; None: the one of the run.
             dtype: `fp32`, `bf16` or `fp16`.
             batch_size: sequences of a forward.
-            device: torch device; None: the GPU of this rank, else the CPU.
+            device: torch device; None, or any GPU: the GPU of this rank, else the CPU.
             max_batch_size: as of HFLM.
             max_length: as of HFLM.
 
@@ -131,6 +138,8 @@ class MocteLM(RankedLM):
             ConfigError: ``ep_size`` does not divide the number of ranks.
         """
         join_ranks()
+        if device is not None and device.startswith("cuda"):
+            device = None  # lm-eval's command line says cuda:0 on every rank, and where there is none
         replicas = Replicas.of(ep_size)
         folder = Path(checkpoint) / str(tag) if tag is not None else Path(checkpoint)
         network, tokens = load_live(folder, tokenizer, replicas, dtype)

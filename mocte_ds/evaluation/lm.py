@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def _refusing(names: Sequence[str], where: str | Path | None) -> Iterator[None]:
     except Exception as error:  # tasks are programs of others and fail in every way
         if where is None:
             raise
-        text = str(error).strip().splitlines() or ["no more is known"]
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = str(error).strip().splitlines() or [f"in {Path(place.filename).name}: {place.line}"]
         raise ConfigError(
             f"lm-eval could not run {', '.join(names)} with {where}: {type(error).__name__}: {text[0]}. Mend the task "
             "file, or leave the task out."

@@ -69,7 +69,8 @@ def test_lm_evals_own_command_line_finds_the_model(written: tuple[Path, Path], t
     assert get_model("mocte") is harness_models.MocteLM
     folder, tokenizer = written
     given = f"checkpoint={folder / 'decoder'},tag=step6,tokenizer={tokenizer}"
-    model = get_model("mocte").create_from_arg_string(given, {"batch_size": 2, "device": "cpu"})
+    # Its command line says cuda:0 on any machine.
+    model = get_model("mocte").create_from_arg_string(given, {"batch_size": 2, "device": "cuda:0"})
     same(live_runs.answers(model), live_runs.live(str(folder / "decoder"), str(tokenizer), None)[0])
     with pytest.raises(CheckpointError, match="step7"):
         get_model("mocte").create_from_arg_string(given.replace("step6", "step7"))

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mocte_ds.errors import DataError
+from mocte_ds.errors import ConfigError, DataError
 from mocte_ds.evaluation import evaluate
 from mocte_ds.evaluation.texts import texts_table
 from tests.spawn import spawn
@@ -83,3 +83,12 @@ def test_some_texts_and_none(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="holds no document with text"):
         evaluate(folder, [], texts=tmp_path)
+
+
+def test_an_answer_that_is_longer_than_the_context_is_refused(folder: Path) -> None:
+    from mocte_ds.evaluation.harness_models import folder_model
+
+    model = folder_model(folder, 2, "cpu")
+    assert len(model._loglikelihood_tokens([(("a", "b"), [3], [4] * CONTEXT)])) == 1
+    with pytest.raises(ConfigError, match="an answer of 7 tokens is, and the model's context has 6"):
+        model._loglikelihood_tokens([(("a", "b"), [3], [4] * (CONTEXT + 1))])
