@@ -79,14 +79,14 @@ def table(results: dict[str, Any]) -> str:
             if key in _FACTS or metric.endswith("_stderr"):
                 continue
             error = values.get(f"{metric}_stderr{comma}{kind}")
-            right = f"{error:>9.4f}" if isinstance(error, float) else f"{'-':>9}"
+            right = f"{_digits(error):>9}" if isinstance(error, float) else f"{'-':>9}"
             guessed = chance is not None and metric in _SHARES
             floor = f"{chance:>8.2f}" if guessed else f"{'-':>8}"
             near = key in values.get("at_chance", ())
             some_at_chance |= near
             name = f"{metric} ({kind})" if kind else metric
             mark = "  ~ chance" if near else ""
-            rows.append((task, "-" if items is None else str(items), name, f"{value:>8.4f}{right}{floor}{mark}"))
+            rows.append((task, "-" if items is None else str(items), name, f"{_digits(value):>8}{right}{floor}{mark}"))
     wide = [max([least, *(len(row[i]) + 2 for row in rows)]) for i, least in ((0, 28), (2, 14))]
     lines = [f"{'task':<{wide[0]}}{'items':>6}  {'metric':<{wide[1] - 2}}{'value':>8}{'stderr':>9}{'chance':>8}"]
     lines += [f"{task:<{wide[0]}}{items:>6}  {name:<{wide[1] - 2}}{right}" for task, items, name, right in rows]
@@ -97,3 +97,7 @@ def table(results: dict[str, Any]) -> str:
     if hidden:
         lines.append(f"{hidden} parts of groups are left out here; --json and --output have them")
     return "\n".join([*lines, *results.get("notes", [])])
+
+
+def _digits(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
