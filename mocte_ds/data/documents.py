@@ -8,6 +8,7 @@ from typing import Any
 from mocte_ds.data.lines import MAX_BYTES, TooLong, numbered_lines
 from mocte_ds.errors import DataError
 from mocte_ds.json_files import parse_json
+from mocte_ds.shown import one_line
 
 # Few: each may be as long as a document may be.
 _PARQUET_ROWS = 16
@@ -120,7 +121,7 @@ class DocumentFile:
             file = parquet.ParquetFile(self.path, page_checksum_verification=True)
             self._require_text_column(file.schema_arrow)
         except pyarrow.ArrowException as error:
-            raise DataError(f"{self.path} is not a parquet file: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{self.path} is not a parquet file: {one_line(error)}") from error
         number = 0
         with file:
             for batch in file.iter_batches(_PARQUET_ROWS, columns=["text"]):

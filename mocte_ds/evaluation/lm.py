@@ -16,6 +16,7 @@ from mocte_ds.dist.collectives import gather_objects, gather_rows, world
 from mocte_ds.errors import ConfigError
 from mocte_ds.evaluation.network import load_network
 from mocte_ds.evaluation.results import collect, table
+from mocte_ds.shown import one_line
 from mocte_ds.yaml_files import read_yaml
 
 __all__ = ["evaluate", "offline_tasks", "table"]
@@ -101,10 +102,9 @@ def evaluate(
         except Exception as error:  # tasks are programs of others and fail in every way
             if include_path is None:
                 raise
-            text = str(error).strip().splitlines() or ["no more is known"]
             raise ConfigError(
                 f"lm-eval could not run {', '.join(tasks)} with the task files of {include_path}: "
-                f"{type(error).__name__}: {text[0]}. Mend the task file, or leave the task out."
+                f"{type(error).__name__}: {one_line(error)}. Mend the task file, or leave the task out."
             ) from error
         model.barrier()
     if rank != 0:
