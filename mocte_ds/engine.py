@@ -75,9 +75,11 @@ class MocteEngine(UnitEngine):
             return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         finally:
             context.loss_scale = None
+            self.mocte.passes.after_backward()
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """DeepSpeed's scale, for a loss whose own ``backward()`` is called."""
+        self.mocte.passes.after_backward()
         return super().scale(watched(loss, self.mocte.context))
 
     def step(self, *args: Any, **kwargs: Any) -> None:
