@@ -1,7 +1,8 @@
 """What belongs to one forward pass: its tokens, its place in the run, and what the blocks found on the way."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -65,6 +66,18 @@ class ForwardState(Call):
     _tables: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _weights: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of_call(cls, given: Mapping[str, Any], first: Any, end_id: int | None) -> Self:
+        """See :meth:`Call.of_call`.
+
+        Raises:
+            MocteError: padding is told in a form that is not read.
+        """
+        try:
+            return super().of_call(given, first, end_id)
+        except RoutingError as error:
+            raise MocteError(str(error)) from None
 
     def tokens(self, shape: torch.Size | tuple[int, ...], remembers: bool = False) -> Tokens:
         """See :meth:`Call.tokens`.
