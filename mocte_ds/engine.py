@@ -112,10 +112,8 @@ class MocteEngine(UnitEngine):
             CheckpointError: no room, a value that is not plain, or a file that could not be written on some rank; the
                 checkpoints that are there stay as they are.
         """
-        if exclude_frozen_parameters and self.zero_optimization_partition_weights():
-            raise CheckpointError(
-                "exclude_frozen_parameters is not supported under ZeRO stage 3: frozen experts would be lost."
-            )
+        if exclude_frozen_parameters:
+            raise CheckpointError("exclude_frozen_parameters is not supported: frozen experts would be lost.")
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
         client = dict(client_state or {})
         save = super().save_checkpoint
