@@ -75,9 +75,11 @@ class MocteEngine(UnitEngine):
             return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         finally:
             context.loss_scale = None
+            self.mocte.passes.after_backward()
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """DeepSpeed's scale, for a loss whose own ``backward()`` is called."""
+        self.mocte.passes.after_backward()
         return super().scale(watched(loss, self.mocte.context))
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -110,10 +112,8 @@ class MocteEngine(UnitEngine):
             CheckpointError: no room, a value that is not plain, or a file that could not be written on some rank; the
                 checkpoints that are there stay as they are.
         """
-        if exclude_frozen_parameters and self.zero_optimization_partition_weights():
-            raise CheckpointError(
-                "exclude_frozen_parameters is not supported under ZeRO stage 3: frozen experts would be lost."
-            )
+        if exclude_frozen_parameters:
+            raise CheckpointError("exclude_frozen_parameters is not supported: frozen experts would be lost.")
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
         client = dict(client_state or {})
         save = super().save_checkpoint

@@ -6,6 +6,9 @@ from pathlib import Path
 from mocte_ds.errors import MocteError
 from mocte_ds.shown import path_shown
 
+_LONGEST = 255
+"""Bytes of a name."""
+
 
 def is_file(path: Path) -> bool:
     """Whether the file is there; False too for a name that no file can have."""
@@ -13,6 +16,15 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file can have the name: no path, and no longer than Linux allows."""
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(encoded) <= _LONGEST and name not in (".", "..") and not {"/", "\0"} & {*name}
 
 
 def require_folder_for(path: Path, option: str) -> None:

@@ -50,8 +50,11 @@ def path_shown(path: Any) -> str:
 
 
 def one_line(error: object, most: int | None = 300) -> str:
-    """What an error says, on one line of at most so many characters; None: all of it."""
-    return " ".join(str(error).split())[:most]
+    """What an error says, or its type if nothing, on one line of at most so many characters; None: all of it.
+
+    For errors of other libraries, which may repeat whatever stands in a file.
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def nearest(name: Any, allowed: Iterable[str], cutoff: float = 0.6) -> str:

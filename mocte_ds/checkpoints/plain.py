@@ -133,8 +133,7 @@ def read_plain(path: Path, mmap: bool = False) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete or not one of mocte_ds.") from error
     except Exception as error:  # torch.load raises many types for a damaged file
-        text = str(error).strip().splitlines() or ["damaged"]
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {text[0]}") from error
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
 
 def require_keys(values: Any, keys: tuple[str, ...], path: Path) -> dict[str, Any]:

@@ -50,8 +50,9 @@ def balanced_kmeans(
     gate with a bias routes tokens exactly so. With ``directions`` the score is c.z times a price: a linear gate without
     a bias.
 
-    Clusters are numbered by the distance of their centroids from the mean. Turned, mirrored or permuted points get the
-    same clusters, and points that are equal but for rounding all but the same: no order of rows and no sign enters.
+    Clusters are numbered by the mean squared distance of their points from the mean of all. Turned, mirrored or
+    permuted points get the same clusters, and points that are equal but for rounding all but the same: no order of rows
+    and no sign enters, unless the points are symmetric themselves.
     Time is bounded by n and E: under some seconds for 4,096 points and 256 clusters.
 
     Args:
@@ -93,7 +94,9 @@ def balanced_kmeans(
             best = found
     assert best is not None
     centre = (w[:, None] * z).sum(0) / w.sum().clamp(min=1e-300)
-    order = (best.centroids - centre).square().sum(1).argsort(stable=True)
+    # Not by centroids: those of two clusters of equal mass are equally far from the mean, and rounding would decide.
+    spread = means((z - centre).square().sum(1, keepdim=True), w, best.labels, torch.zeros(count, 1, dtype=z.dtype))
+    order = spread[:, 0].argsort(stable=True)
     labels = order.argsort()[best.labels]
     return BalancedClusters(best.centroids[order].float(), best.prices[order].float(), labels, directions)
 

@@ -255,7 +255,7 @@ class Controller:
         run, place = self.run, self.passes.begin(rank, ranks, micro)
         domain, self._domain = self._domain, None
         if self.progress.active and not self.progress.probe.complete:
-            self.progress.probe.offer(args, kwargs, place, run.sequences_per_step, domain)
+            self.progress.probe.offer(args, kwargs, place, run.sequences_per_step, domain, micro)
         for_check = self.checks.begin_pass()
         warming_up = any(handle.mode is BlockMode.WARMUP for handle in run.blocks)
         run.context.announce(

@@ -10,6 +10,7 @@ from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
 from mocte_ds.moe.bank import ClusterMOELayer
 from mocte_ds.moe.block import BlockMode
+from mocte_ds.moe.forward import BEYOND
 
 
 class Passes:
@@ -25,8 +26,12 @@ class Passes:
         self._layers = [bank.deepspeed_moe for handle in run.blocks for bank in handle.block.banks]
         self.sequences = 0
         """Sequences of all passes up to the last optimizer step; the numbers of the next step begin here."""
-        self._own = 0
-        """Passes of this rank in the current optimizer step."""
+        self._parts = 0
+        """Micro-batches of this rank in the current optimizer step: passes between which a backward pass has run."""
+        self._calls = 0
+        """Passes of this micro-batch, as of the chosen and the rejected answers of one loss."""
+        self._brought_in = True
+        """Whether a backward pass has run since the last of them."""
         self._size = 0
         """Sequences of a pass, all ranks together."""
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in run.blocks]
@@ -40,11 +45,16 @@ class Passes:
             micro: sequences of a micro-batch.
 
         Returns:
-            Place of its first sequence in the optimizer step.
+            Place of its first sequence in the optimizer step. Passes of one micro-batch are numbered as one call of
+            all their texts.
         """
-        place = (self._own * ranks + rank) * micro
-        self._own, self._size = self._own + 1, ranks * micro
-        return place
+        self._parts, self._calls = (self._parts + 1, 0) if self._brought_in else (self._parts, self._calls + 1)
+        self._brought_in, self._size = False, ranks * micro
+        return ((self._parts - 1) * ranks + rank) * micro + self._calls * BEYOND
+
+    def after_backward(self) -> None:
+        """The next pass is one of another micro-batch."""
+        self._brought_in = True
 
     def close_step(self) -> None:
         """Sum the step's tokens and loads over the ranks, in one all-reduce for all blocks (collective).
@@ -57,7 +67,7 @@ class Passes:
         summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
         tokens, passes = summed[0].tolist()
         run.tokens += tokens
-        self.sequences += self._own * self._size
+        self.sequences += self._parts * self._size
         if tokens and passes:
             context.usual_tokens = tokens / passes
         loads = dict(zip(layers, summed[1:], strict=True))
@@ -66,7 +76,8 @@ class Passes:
                 layer.share = (load.double() / load.sum()).float().to(layer.share.device)
             layer.step_load.zero_()
         self._move_gates(loads)
-        context.step_tokens, context.step_passes, self._own, context.loss_scale = 0, 0, 0, None
+        context.step_tokens, context.step_passes, context.loss_scale = 0, 0, None
+        self._parts, self._calls, self._brought_in = 0, 0, True
 
     def _move_gates(self, loads: Mapping[ClusterMOELayer, Tensor]) -> None:
         """Even the loads out, and follow the weights' mean; in blocks whose experts are all frozen nothing moves."""
@@ -117,7 +128,8 @@ class Passes:
         run, context = self._run, self._run.context
         # Checkpoints of older versions have no balance of loads: it begins even, as at a birth.
         self.sequences = state.get("sequences", run.step * run.sequences_per_step)
-        self._own, context.step_tokens, context.step_passes = 0, 0, 0
+        context.step_tokens, context.step_passes = 0, 0
+        self._parts, self._calls, self._brought_in = 0, 0, True
         context.usual_tokens = state.get("usual_tokens")
         shares = state.get("shares") or [layer.share for layer in self._layers]
         for layer, share in zip(self._layers, shares, strict=True):

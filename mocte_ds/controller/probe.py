@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mocte_ds.controller.probe_batches import Call, Rows, ids_of, labelled, spread, together
 from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks, world
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.forward import ForwardState, Look
+from mocte_ds.moe.forward import ForwardState, Look, sequence_numbers
 from mocte_ds.zero import forward_pass
 
 # Shapes: S sequences of this rank, T tokens.
@@ -84,7 +84,13 @@ class ProbeSet:
         return self._rows is not None
 
     def offer(
-        self, args: tuple, kwargs: Mapping[str, Any], offset: int, batch: int, domain: Tensor | None = None
+        self,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        offset: int,
+        batch: int,
+        domain: Tensor | None = None,
+        micro: int | None = None,
     ) -> None:
         """Take what may belong to the set from a micro-batch of the first step.
 
@@ -94,6 +100,7 @@ class ProbeSet:
             offset: of the micro-batch's first sequence in the global batch.
             batch: sequences of the global batch.
             domain: (B,) source of each sequence, None where unknown.
+            micro: sequences of a micro-batch; a call may hold further texts of the same samples. None: it does not.
         """
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.complete or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
@@ -102,7 +109,7 @@ class ProbeSet:
         rows = Rows(
             call=(list(args), {name: v for name, v in kwargs.items() if name != "labels" or self.needs_labels}),
             domain=(domain if domain is not None else torch.full((len(ids),), -1)).cpu(),
-            number=offset + torch.arange(len(ids)),
+            number=sequence_numbers(offset, micro, len(ids)),
             labelled=labelled(ids.cpu(), None if labels is None else labels.cpu()),
             length=torch.full((len(ids),), ids.shape[1]),
         )

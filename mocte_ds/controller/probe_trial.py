@@ -10,6 +10,7 @@ from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.dist.collectives import gather_objects, max_over_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
+from mocte_ds.shown import one_line
 
 
 def needs_labels(module: nn.Module) -> bool:
@@ -65,8 +66,7 @@ def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], de
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

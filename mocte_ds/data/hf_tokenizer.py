@@ -6,6 +6,7 @@ from typing import Any
 
 from mocte_ds.errors import DataError
 from mocte_ds.json_files import read_object, require_small
+from mocte_ds.shown import one_line
 
 MAIN_FILE = "tokenizer.json"
 FILES = (
@@ -57,8 +58,7 @@ class HFTokenizer:
         except (KeyboardInterrupt, SystemExit, DataError):
             raise
         except BaseException as error:  # the library raises bare Exceptions, and panics, which are none
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            raise DataError(f"{file} cannot be read: {text[0][:300]}.") from error
+            raise DataError(f"{file} cannot be read: {one_line(error)}.") from error
         self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         """Largest id + 1."""
         self.special = {name: self._special(name) for name in ("bos", "eos", "pad")}

@@ -12,6 +12,7 @@ import sentencepiece
 from mocte_ds.data.corpus import read_corpus
 from mocte_ds.errors import DataError
 from mocte_ds.ownership import put, require_apart, require_ours
+from mocte_ds.shown import one_line
 
 TOOL = "train_tokenizer"
 SAMPLE_CHARACTERS = 8_000_000
@@ -103,7 +104,7 @@ class Tokenizer:
                 raise ValueError("the file is empty")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except Exception as error:
-            raise DataError(f"{path} is not a sentencepiece model: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path} is not a sentencepiece model: {one_line(error)}") from error
         self.sha256 = hashlib.sha256(content).hexdigest()
         """Hash of the model file."""
         if self.eod_id < 0:
@@ -150,7 +151,7 @@ def _advice(vocab_size: int, message: str) -> str:
             f"vocab_size = {vocab_size} is too small: the 256 bytes, 4 special pieces and the characters of this "
             f"corpus need {smallest.group(1)} already."
         )
-    return f"no tokenizer with vocab_size = {vocab_size} could be trained: {message.splitlines()[0]}"
+    return f"no tokenizer with vocab_size = {vocab_size} could be trained: {one_line(message)}"
 
 
 def _sample_lines(corpus: Mapping[str, Iterable[str]], seed: int) -> Iterator[str]:

@@ -17,6 +17,7 @@ from mocte_ds.evaluation.benchmarks import Benchmarks
 from mocte_ds.evaluation.results import collect, table
 from mocte_ds.evaluation.selection import TASKS, chances, manager, offline_tasks, select
 from mocte_ds.evaluation.texts import score_corpus
+from mocte_ds.shown import one_line
 
 __all__ = ["evaluate", "offline_tasks", "table"]
 
@@ -154,9 +155,9 @@ def _refusing(names: Sequence[str], where: str | Path | None) -> Iterator[None]:
         if where is None:
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
-        text = str(error).strip().splitlines() or [f"in {Path(place.filename).name}: {place.line}"]
+        text = one_line(error) if str(error).strip() else f"in {Path(place.filename).name}: {place.line}"
         raise ConfigError(
-            f"lm-eval could not run {', '.join(names)} with {where}: {type(error).__name__}: {text[0]}. Mend the task "
+            f"lm-eval could not run {', '.join(names)} with {where}: {type(error).__name__}: {text}. Mend the task "
             "file, or leave the task out."
         ) from error
 

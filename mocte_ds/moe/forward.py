@@ -1,7 +1,8 @@
 """What belongs to one forward pass: its tokens, its place in the run, and what the blocks found on the way."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 _IGNORED = -100
 # Sequences of a forward pass beyond the micro-batch's size (two texts a sample, for example) are numbered from here on.
-_BEYOND = 1 << 40
+BEYOND = 1 << 40
 
 
 @dataclass(eq=False)
@@ -66,6 +67,18 @@ class ForwardState(Call):
     _weights: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
 
+    @classmethod
+    def of_call(cls, given: Mapping[str, Any], first: Any, end_id: int | None) -> Self:
+        """See :meth:`Call.of_call`.
+
+        Raises:
+            MocteError: padding is told in a form that is not read.
+        """
+        try:
+            return super().of_call(given, first, end_id)
+        except RoutingError as error:
+            raise MocteError(str(error)) from None
+
     def tokens(self, shape: torch.Size | tuple[int, ...], remembers: bool = False) -> Tokens:
         """See :meth:`Call.tokens`.
 
@@ -95,10 +108,7 @@ class ForwardState(Call):
 
     def sequences(self, batch: int, device: torch.device) -> Tensor:
         """(B,) int64 number of each sequence in the run."""
-        place = torch.arange(batch, device=device)
-        if self.micro_batch:
-            place = place % self.micro_batch + place // self.micro_batch * _BEYOND
-        return self.first_sequence + place
+        return sequence_numbers(self.first_sequence, self.micro_batch, batch, device)
 
     def places(self, shape: torch.Size | tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Where in the run the tokens of features (B, T, d) or (n, d) stand.
@@ -152,6 +162,19 @@ class ForwardState(Call):
         for layer, counts in self._counts.items():
             layer.add_counts(counts, self._tables.get(layer), self._weights.get(layer))
         self._counts, self._tables, self._weights = {}, {}, {}
+
+
+def sequence_numbers(first: int, micro: int | None, batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """(B,) int64 number in the run of each of ``batch`` sequences.
+
+    Args:
+        first: of the first one.
+        micro: sequences of a micro-batch, which have numbers in a row; None: all have.
+        batch: B; further texts of the samples follow after ``micro`` sequences.
+        device: of the result.
+    """
+    place = torch.arange(batch, device=device)
+    return first + (place if not micro else place % micro + place // micro * BEYOND)
 
 
 def documents_of(tokens: Tokens, counted: Tensor | None, device: torch.device) -> Tensor:

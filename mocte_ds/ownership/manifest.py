@@ -10,6 +10,7 @@ from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import parse_json, read_text
 from mocte_ds.ownership.durable import replace_text
 from mocte_ds.ownership.facts import FileFacts
+from mocte_ds.paths import is_file_name
 
 FORMAT = 2
 MANIFEST_FILE = "mocte_manifest.json"
@@ -71,7 +72,7 @@ class Manifest:
         """Refuse values that no save writes: whoever changes a manifest can give it a new checksum."""
         changed = f"{path} was changed after it was written:"
         for name, facts in self.files.items():
-            if not _is_file_name(name):
+            if not is_file_name(name):
                 raise CheckpointError(f"{changed} {name!r:.80} is not the name of a file.")
             if not _is_count(facts.bytes, 0) or not isinstance(facts.sha256, str):
                 raise CheckpointError(f"{changed} it does not say how long {name} is and which sha256 it has.")
@@ -101,14 +102,6 @@ def _moved_manifest(folder: Path) -> str:
     except OSError:
         pass
     return ""
-
-
-def _is_file_name(name: str) -> bool:
-    try:
-        encoded = name.encode()
-    except UnicodeEncodeError:
-        return False
-    return b"\0" not in encoded and name not in ("", ".", "..") and "/" not in name
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -15,6 +15,7 @@ from mocte_ds.errors import NotOurs
 from mocte_ds.json_files import parse_json, read_text
 from mocte_ds.ownership.durable import write_new
 from mocte_ds.ownership.facts import FileFacts
+from mocte_ds.paths import is_file_name
 
 MARKER = ".mocte-ds.json"
 _FORMAT = 1
@@ -136,4 +137,4 @@ def _entry(values: dict[str, Any]) -> Entry:
 def safe_name(name: str) -> bool:
     """Whether a name stays inside of its folder."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return not path.is_absolute() and bool(path.parts) and all(map(is_file_name, path.parts))

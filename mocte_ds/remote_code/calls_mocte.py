@@ -38,11 +38,24 @@ class Call:
             given: by name.
             first: the first argument, which counts as token ids where it can and nothing is called `input_ids`.
             end_id: token that ends a document.
+
+        Raises:
+            RoutingError: an attention mask that says what is padding in a form that is not read.
         """
         ids = given.get("input_ids", first)
         usable = isinstance(ids, Tensor) and ids.dim() == 2 and not torch.is_floating_point(ids)
         cache = cache_of(given.get("cache", given.get("past_key_values")))  # "cache" from transformers 5.24 on
         told = {name: given[name] for name in _NAMED if isinstance(given.get(name), Tensor)}
+        mask = given.get("attention_mask")
+        if isinstance(mask, Mapping):
+            # One per kind of layer: a key that no query sees is padding in each of them.
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+            told |= {} if mask is None else {"attention_mask": mask}
+        if mask is not None and not isinstance(mask, Tensor):
+            raise RoutingError(
+                f"attention_mask is a {type(mask).__name__}, which does not say which tokens are padding; give it as a "
+                "tensor, (batch, length) or one that is added to the scores."
+            )
         cached = int(cache.get_seq_length()) if cache is not None else 0
         return cls(ids if usable else None, end_id, told, cache=cache, cached=cached)
 

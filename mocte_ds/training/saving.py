@@ -7,6 +7,7 @@ from typing import Any
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.errors import CheckpointError, MocteError, peer_is_lost
+from mocte_ds.shown import one_line
 from mocte_ds.training.changes import IDENTITY_FILE
 from mocte_ds.zero.checkpoint_files import own_files, use_plain_files
 
@@ -80,10 +81,9 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
         if peer_is_lost(error):
             raise
         # DeepSpeed raises many types for a file that is not what it expects
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"the checkpoint {folder / tag} cannot be loaded: {text}. Put the name of another checkpoint into "
-            f"{folder / 'latest'}, or start again in another --out."
+            f"the checkpoint {folder / tag} cannot be loaded: {one_line(error)}. Put the name of another checkpoint "
+            f"into {folder / 'latest'}, or start again in another --out."
         ) from error
     if path is None:
         raise CheckpointError(f"the checkpoint {folder / tag} is incomplete: DeepSpeed found no model states there.")

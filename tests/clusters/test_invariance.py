@@ -8,11 +8,11 @@ from torch import Tensor
 from mocte_ds.clusters import balanced_kmeans, detect
 
 
-def points(separated: bool, n: int = 400, r: int = 6) -> tuple[Tensor, torch.Generator]:
-    """Four clusters, or a cloud without any."""
+def points(separated: bool, n: int = 400, r: int = 6, clusters: int = 4) -> tuple[Tensor, torch.Generator]:
+    """Some clusters, or a cloud without any."""
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(n, r, generator=generator) * torch.linspace(1.5, 0.7, r)
-    return z + 9.0 * torch.eye(r)[torch.arange(n) % 4] if separated else z, generator
+    return z + 9.0 * torch.eye(max(r, clusters))[:, :r][torch.arange(n) % clusters] if separated else z, generator
 
 
 def variants(z: Tensor, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
@@ -32,11 +32,12 @@ def variants(z: Tensor, generator: torch.Generator) -> dict[str, tuple[Tensor, T
 
 @pytest.mark.parametrize("directions", [False, True])
 @pytest.mark.parametrize("separated", [True, False])
-def test_balanced_clusters(separated: bool, directions: bool) -> None:
-    z, generator = points(separated)
-    found = balanced_kmeans(z, 4, 0, directions=directions).labels
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_balanced_clusters(count: int, separated: bool, directions: bool) -> None:
+    z, generator = points(separated, clusters=count)
+    found = balanced_kmeans(z, count, 0, directions=directions).labels
     for name, (other, place) in variants(z, generator).items():
-        labels = balanced_kmeans(other, 4, 0, directions=directions).labels
+        labels = balanced_kmeans(other, count, 0, directions=directions).labels
         if separated:
             assert torch.equal(labels, found[place]), name
         # A cloud is cut anywhere, but everywhere alike: rounding may move points at a boundary only.

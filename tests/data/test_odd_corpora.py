@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -101,6 +103,27 @@ def test_no_document_is_larger_than_the_bound(tmp_path: Path, monkeypatch: pytes
     parquet.write_table(table, tmp_path / "e.parquet")
     with pytest.raises(DataError, match="e.parquet, row 2: a text of more than 1 MiB"):
         list(Documents(tmp_path / "e.parquet"))
+
+
+def test_a_huge_value_that_repeats_is_made_once(tmp_path: Path) -> None:
+    """A file of some kilobytes that would fill gigabytes."""
+    value = "y" * (96 << 20)
+    table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays([0] * 64, [value])})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    script = (
+        "import sys\n"
+        "from mocte_ds.data import Documents\n"
+        "try:\n"
+        "    list(Documents(sys.argv[1]))\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "a.parquet"], capture_output=True, text=True)
+    told, peak = done.stdout.splitlines()
+    assert "a.parquet, row 1: a text of more than 64 MiB" in told
+    assert 1024 * int(peak) < 10 * len(value), peak
 
 
 def test_deep_json_and_tables_with_two_texts(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ def run(how: str, micro: int, router: dict[str, Any], ragged: bool = False, stag
         ids, known = (t[first : first + micro] for t in (ids_, mask))
         engine.mocte.annotate(torch.arange(first, first + micro) % 2, ["even", "odd"])
         logits = engine(input_ids=ids, attention_mask=known).logits
+        if how == "pair":  # the other answers, which are the same sequences backwards
+            engine.mocte.annotate(torch.arange(first, first + micro) % 2, ["even", "odd"])
+            other = engine(input_ids=ids.flip(1), attention_mask=known.flip(1)).logits
+            logits = logits + 0.5 * other.flip(1)
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
         # Divided by what every split has in common.
         engine.backward((losses * known).sum() / (micro * T))
@@ -61,7 +65,7 @@ def run(how: str, micro: int, router: dict[str, Any], ragged: bool = False, stag
             rows = engine.mocte.run.samples.collectors[1].tokens()
             for number in range(2):
                 engine.mocte.emerge(block=number)
-        if how == "plain":
+        if how in ("plain", "pair"):
             for part in range(turns):
                 backward(part)
                 engine.step()
@@ -106,24 +110,28 @@ WAYS = {
 }
 RAGGED = {"micro 4 x 1, padded": ("plain", 4, True), "micro 2 x 2, padded": ("plain", 2, True)}
 
+PAIRS = {"pairs, micro 4 x 1": ("pair", 4), "pairs, micro 2 x 2": ("pair", 2)}
+
 
 def run_all() -> dict[str, dict[str, Any]]:
     """Every way with a learned router, one after another: starting processes takes longer than a run."""
     results = {name: run(how, micro, LEARNED) for name, (how, micro) in WAYS.items()}
+    results |= {name: run(how, micro, LEARNED) for name, (how, micro) in PAIRS.items()}
     return results | {name: run(how, micro, LEARNED, ragged) for name, (how, micro, ragged) in RAGGED.items()}
 
 
 def test_splits_and_loops_give_one_run() -> None:
     by_rank = spawn(run_all, 2, timeout=240, deepspeed=True)
-    for group in (WAYS, RAGGED):
-        names = list(group)
-        real = sum(int(batch(step, group is RAGGED)[1].sum()) for step in range(EMERGES, STEPS))
+    for group in (WAYS, PAIRS, RAGGED):
+        names, texts = list(group), 2 if group is PAIRS else 1
+        real = texts * sum(int(batch(step, group is RAGGED)[1].sum()) for step in range(EMERGES, STEPS))
         first = [results[names[0]] for results in by_rank]
         for name in names:
             found = [results[name] for results in by_rank]
             for rank in found:
                 assert [sum(load) for load in rank["load"]] == [real, real], name
-                assert rank["tokens"] == sum(int(batch(step, group is RAGGED)[1].sum()) for step in range(STEPS)), name
+                tokens = sum(int(batch(step, group is RAGGED)[1].sum()) for step in range(STEPS))
+                assert rank["tokens"] == texts * tokens, name
                 assert rank["sequences"] == STEPS * GLOBAL, name
                 assert rank["load"] == first[0]["load"], name
                 for mine, plain in zip(rank["shares"], first[0]["shares"], strict=True):

@@ -11,6 +11,7 @@ from mocte_ds.checkpoints.names import renumbered
 from mocte_ds.checkpoints.outline import Stored, read_outline
 from mocte_ds.checkpoints.plain import object_fields, plain_object, require_keys
 from mocte_ds.errors import CheckpointError
+from mocte_ds.shown import one_line
 
 Key = tuple[str, int]
 """Unit and set of options of a parameter group; in a run without blocks the unit is "" and groups are counted."""
@@ -81,7 +82,7 @@ class Shard:
                 parts[group.get("unit", ""), group.get("options", number)] = _part(group, own, first, *values)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} is not an optimizer's file of ours: {type(error).__name__}: {error}."
+                f"{path} is not an optimizer's file of ours: {type(error).__name__}: {one_line(error)}."
             ) from error
         common = {name: None if name == _BASE or name in _LISTS else value for name, value in state.items()}
         return cls(parts, {**content, _STATE: common})

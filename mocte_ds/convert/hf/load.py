@@ -1,7 +1,6 @@
 """A Hugging Face folder as a model: whole, unchanged, of the class that it says, or refused by name."""
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import read_object, require_small
 from mocte_ds.ownership.checksums import Checksums
+from mocte_ds.shown import one_line
 
 ONLY_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For transformers' from_pretrained: nothing is fetched, and no code from the folder runs."""
@@ -23,6 +23,8 @@ _TIED = 2
 _PACKED = 32
 """Quantised weights: bits of a number, at most."""
 _BUFFER_BYTES = 1 << 30
+_TRIED = 16
+"""Tokens that a loaded model is tried on."""
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -60,7 +62,9 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     with refusing(folder):
         _require_room(folder, stored * (_PACKED if "quantization_config" in values else _TIED))
-        return _model(folder, dtype)
+        model = _model(folder, dtype)
+    _require_runs(model, folder)
+    return model
 
 
 @contextlib.contextmanager
@@ -71,7 +75,7 @@ def refusing(folder: Path) -> Iterator[None]:
     except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # they raise many types; tokenizers panic
-        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _require_experts(values: dict[str, Any], shapes: Mapping[str, Any], path: Path) -> None:
@@ -124,11 +128,20 @@ def _model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def _require_runs(model: Any, folder: Path) -> None:
+    """Refuse a config whose values fit the weights but not each other, which shows in no earlier place."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    ids = torch.zeros(1, min(_TRIED, longest) if isinstance(longest, int) else _TRIED, dtype=torch.int64)
+    try:
+        model(input_ids=ids.to(model.device))
+    except Exception as error:  # whatever a class runs into
+        raise CheckpointError(
+            f"{folder}: transformers load the model but cannot run it, its config is damaged: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from error
+
+
 def _names(found: Iterable[Any]) -> Iterable[str]:
     for item in found:
         yield str(item[0]) if isinstance(item, tuple | list) else str(item)
-
-
-def _first_line(error: BaseException) -> str:
-    text = re.sub(r"\s*\n.*", "", str(error).strip(), flags=re.DOTALL)
-    return text[:300] or "no more is known"

@@ -11,6 +11,7 @@ from mocte_ds.convert.hf.folder import Folder
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import read_object
+from mocte_ds.shown import one_line
 
 _EMBEDDING, _HEAD = (".embed_tokens.weight", ".wte.weight"), "lm_head.weight"
 
@@ -40,7 +41,7 @@ class Pieces:
             self.values = read_object(folder / "config.json", CheckpointError, foreign=True)
             self.config_class = type(written)
         except Exception as error:  # transformers raise many types for a config that they do not know
-            raise CheckpointError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+            raise CheckpointError(f"transformers cannot load {folder}: {one_line(error)}") from error
 
     def layer(self, layer: int, dtype: torch.dtype, whole: bool = False) -> nn.Module:
         """A model whose only layer is this one.
@@ -77,7 +78,7 @@ class Pieces:
         except CheckpointError:
             raise
         except Exception as error:  # transformers raise many types for tensors that do not fit
-            raise CheckpointError(f"transformers cannot load {self.folder}: {_first_line(error)}") from error
+            raise CheckpointError(f"transformers cannot load {self.folder}: {one_line(error)}") from error
         lost = {key: [str(value) for value in values][:3] for key, values in info.items() if values}
         if lost:
             raise CheckpointError(f"transformers could not load everything of layer {layer} of {self.folder}: {lost}.")
@@ -94,7 +95,7 @@ class Pieces:
             return part(*inputs)
         except RuntimeError as error:
             raise CheckpointError(
-                f"transformers loads {self.folder} but cannot run it: {_first_line(error)} (its kernels want a "
+                f"transformers loads {self.folder} but cannot run it: {one_line(error)} (its kernels want a "
                 "hidden_size that is a multiple of 4 in fp32 and of 8 in bf16)."
             ) from error
 
@@ -109,8 +110,3 @@ class Pieces:
                 else:
                     tensors[name] = self.shards.read(name)
         return tensors
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return text[0]

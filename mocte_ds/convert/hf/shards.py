@@ -14,6 +14,8 @@ from mocte_ds.checkpoints.source import REMAP_BYTES
 from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import read_object
 from mocte_ds.ownership.checksums import tensor_bytes
+from mocte_ds.paths import is_file, is_file_name
+from mocte_ds.shown import shown
 
 SHARD_BYTES = 2_000_000_000
 INDEX_FILE = "model.safetensors.index.json"
@@ -170,12 +172,12 @@ class Shards:
         if not isinstance(found, dict) or not found:
             raise CheckpointError(f"{path} has no weight_map, the file of each tensor; it is damaged.")
         for file in found.values():
-            if not isinstance(file, str) or Path(file).name != file or "\0" in file:
-                raise CheckpointError(f"{path} names {str(file)[:80]!r}, which is not a file of the folder.")
+            if not isinstance(file, str) or not is_file_name(file):
+                raise CheckpointError(f"{path} names {shown(file)}, which is not a file of the folder.")
         return found
 
     def _names(self, file: str) -> set[str]:
-        if not (self.folder / file).is_file():
+        if not is_file(self.folder / file):
             raise CheckpointError(f"{self.folder / file} is missing, or is not a file.")
         try:
             with safe_open(self.folder / file, "pt") as content:

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from mocte_ds.convert.hf.dense import SpecialIds
 from mocte_ds.errors import CheckpointError
+from mocte_ds.shown import one_line
 
 _SPACE = "\u2581"
 # Spaces, tabs, newlines, digits, code, accents, scripts without pieces, emoji, text that looks like a byte.
@@ -41,8 +42,7 @@ class SourceTokenizer:
         except OSError as error:
             raise CheckpointError(f"the tokenizer {path} cannot be read: {error}; name it with --tokenizer.") from error
         except Exception as error:  # sentencepiece and protobuf raise many types
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(f"{path} is not a sentencepiece model: {text[0]}") from error
+            raise CheckpointError(f"{path} is not a sentencepiece model: {one_line(error)}") from error
         if self.kind not in ("bpe", "unigram"):
             raise CheckpointError(f"{path} is of the kind {self.kind}; only 'bpe' and 'unigram' can be exported.")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mocte_ds.errors import CheckpointError
+from mocte_ds.shown import one_line
 
 METADATA_FILE = ".metadata"
 _WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
@@ -106,8 +107,7 @@ def read(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:  # torch and megatron-core raise many types
-        text = str(error).strip().splitlines() or ["damaged"]
-        raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {text[0]}") from error
+        raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {one_line(error)}") from error
     # megatron-core leaves the rows that a shorter matrix does not have as they are.
     if rows < model.vocab_size:
         raise CheckpointError(f"{folder} has {rows} tokens in its vocabulary, the run {model.vocab_size}.")

@@ -67,6 +67,13 @@ def no_attention(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[name]
 
 
+def long_name(folder: Path) -> None:
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(names, "é" * 5000)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 CASES = {
     "a flipped bit": ("llama-ours", flipped, "is not what checksums.json says"),
     "a tensor of an export is missing": ("llama-ours", weights(no_attention), "has no tensor model.layers.1.self_attn"),
@@ -89,6 +96,9 @@ CASES = {
     "1e12 features": ("llama", config(hidden_size=10**12), "hidden_size = 1000000000000"),
     "a deep config": ("llama", lambda f: (f / "config.json").write_text("[" * 200_000), "nested too deep"),
     "a deep header": ("llama", deep_header, "model.safetensors cannot be read"),
+    "a long dtype": ("llama", config(dtype="é" * 5000), "has no attribute 'éé"),
+    "a long model_type": ("llama", config(model_type="é" * 5000), "model type"),
+    "a file name that is too long": ("llama", long_name, "which is not a file of the folder"),
     "a number with 400 digits": ("llama", config(intermediate_size=10**400), "intermediate_size = a number of more"),
 }
 
@@ -100,9 +110,19 @@ def test_what_the_fuzzer_found(case: str, reader: str, folders: dict[str, Path],
     folder = tmp_path / "folder"
     shutil.copytree(folders[name], folder)
     harm(folder)
-    with pytest.raises(MocteError, match=told):
+    with pytest.raises(MocteError, match=told) as caught:
         load_network(folder) if reader == "evaluate" else import_hf(folder, tmp_path / "out")
+    assert len(str(caught.value)) < 1000
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("window", [0, -1, 2**63])
+def test_a_window_that_no_model_runs_with(window: int, folders: dict[str, Path], tmp_path: Path) -> None:
+    """It fits the weights: only a call shows it."""
+    shutil.copytree(folders["mixtral"], tmp_path / "folder")
+    config(sliding_window=window)(tmp_path / "folder")
+    with pytest.raises(MocteError, match="cannot run it, its config is damaged"):
+        load_network(tmp_path / "folder")
 
 
 def test_numbers_that_are_not_finite(folders: dict[str, Path], tmp_path: Path) -> None:

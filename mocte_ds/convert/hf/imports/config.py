@@ -14,6 +14,7 @@ from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_object, require_small
 from mocte_ds.models import DecoderConfig
 from mocte_ds.ownership.checksums import Checksums
+from mocte_ds.shown import one_line
 
 CONFIG_FILE = "config.json"
 
@@ -109,8 +110,7 @@ def _transformers_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raise many types for a config that they do not know
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"transformers cannot read {folder / CONFIG_FILE}: {text[0]}") from error
+        raise CheckpointError(f"transformers cannot read {folder / CONFIG_FILE}: {one_line(error)}") from error
 
 
 def _llama(name: str, keys: Keys) -> Foreign:
