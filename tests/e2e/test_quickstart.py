@@ -12,7 +12,7 @@ from tests.ownership.trees import tree
 
 CHANGES = (
     "training.steps=24 training.batch_tokens=2048 training.micro_batch=4 training.warmup_steps=2 evaluation.every=8 "
-    "evaluation.sequences_per_domain=1 model.num_layers=2 model.hidden_size=64 model.intermediate_size=96 "
+    "evaluation.sequences_per_domain=1 model.num_hidden_layers=2 model.hidden_size=64 model.intermediate_size=96 "
     "deepspeed.mocte.check_every=0.1 deepspeed.mocte.clusters.deadline=0.3"
 ).split()
 
