@@ -87,8 +87,8 @@ class Source:
         """
         if self.base is not None:
             raise CheckpointError(
-                f"this is a checkpoint of a {self.base['architecture']} of transformers; here only decoders of ours "
-                "(model.preset, or sizes) can be used. tools/export_hf.py makes a Hugging Face folder of it."
+                f"this is a checkpoint of a {self.base['architecture']} of transformers; here only starts of "
+                "tools/import_hf.py can be used. tools/export_hf.py makes a Hugging Face folder of it."
             )
         return self.model.config
 

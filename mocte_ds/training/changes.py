@@ -105,8 +105,8 @@ def require_same_run(
     before = {**{key: value for key, value in usual.items() if key in now}, **before}
     if _OLD_SIZES in before and _OLD_SIZES not in now:
         raise CheckpointError(
-            f"the checkpoint {folder} is of an earlier version of mocte-ds, whose presets were models of its own and not "
-            "of transformers. Finish the run with that version, or start again in another --out."
+            f"the checkpoint {folder} is of an earlier version of mocte-ds, whose presets were models of its own and "
+            "not of transformers. Finish the run with that version, or start again in another --out."
         )
     # Another version of transformers has other keys in its configs; what both have must agree.
     either = {key for key in before.keys() ^ now.keys() if key.startswith(_OF_TRANSFORMERS)}
