@@ -16,15 +16,8 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.models import DecoderConfig
 from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shown import name_shown, nearest, shown
-from mocte_ds.training.model import (
-    NO_LIMIT,
-    ModelConfig,
-    StoredModel,
-    TransformersModel,
-    config_from,
-    model_facts,
-    require_known,
-)
+from mocte_ds.training.model import NO_LIMIT, ModelConfig, StoredModel, TransformersModel, model_facts
+from mocte_ds.training.model_config import config_from, require_known
 from mocte_ds.training.presets import preset
 from mocte_ds.training.run_file import read_values
 from mocte_ds.training.schedule import warmup_cosine
