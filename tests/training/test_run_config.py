@@ -10,9 +10,12 @@ import torch
 import yaml
 
 from mocte_ds.checkpoints.names import MODEL_FILE
+from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.models import DecoderConfig
-from mocte_ds.training.model import TransformersModel
+from mocte_ds.moe.attach import matching_modules
+from mocte_ds.moe.ffn_shape import ffn_shape
+from mocte_ds.training.model import TransformersModel, make_model
 from mocte_ds.training.presets import PRESETS, preset
 from mocte_ds.training.run_config import RunConfig, read_run
 from mocte_ds.yaml_files import read_yaml
@@ -20,6 +23,7 @@ from mocte_ds.yaml_files import read_yaml
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = DecoderConfig("llama", 2048, 128, 352, 4, 4, 2, max_positions=256)
 RUN_FILES = sorted((ROOT / "launch" / "runs").glob("*.yaml"))
+PRESET_FILES = [path for path in RUN_FILES if path.stem != "smollm2-135m"]
 
 
 def minimal() -> dict:
@@ -244,6 +248,18 @@ def test_shipped_run_files(path: Path, tmp_path: Path) -> None:
     assert settings["train_batch_size"] * run.context == run.training.batch_tokens
     if path.stem not in ("quickstart", "cpu-small", "smollm2-135m"):
         assert 0.5e6 <= run.training.batch_tokens <= 0.55e6
+
+
+@pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
+def test_shipped_blocks_are_ffns_of_their_presets(path: Path) -> None:
+    run = read_run(path)
+    with torch.device("meta"):
+        model = make_model(run.model, weights=False)
+    names = matching_modules(model, MocteConfig.from_dict(run.deepspeed["mocte"]).modules)
+    shapes = [ffn_shape(model.get_submodule(name)) for name in names]
+    assert all(shape and shape.hidden_size == run.model.config.hidden_size for shape in shapes)
+    # The GPTs' blocks are the back half of the layers, as in the paper.
+    assert len(names) == run.model.config.num_hidden_layers // (2 if "gpt" in path.stem else 1)
 
 
 def _ranks(path: Path) -> int:
