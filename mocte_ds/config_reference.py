@@ -8,10 +8,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.models import DecoderConfig
-from mocte_ds.models.presets import PRESETS
 from mocte_ds.sections import PLACES, bounds, meanings, type_name
 from mocte_ds.training.model import TransformersModel
+from mocte_ds.training.presets import PRESETS
 from mocte_ds.training.run_config import DataSection, EvaluationSection, TrainingSection, WatchSection
 
 _HEAD = """# Config reference
@@ -32,16 +31,15 @@ YAML for `launch/pretrain.py`, with the sections below and `deepspeed`: a DeepSp
 Without a "mocte" block in it the run is dense. These follow from the other sections and need not be given in it: batch
 sizes, gradient clipping, seed, AdamW's settings, scheduler; in the "mocte" block `total_steps`, `eod_id` and `seed`.
 
-`model` is one of four: a causal language model of transformers, by `hf` or `pretrained` (first table below); `preset`,
-the name of a size ({", ".join(f"`{name}`" for name in PRESETS)}), which the keys of the second table
-may change; all keys of the second table that have no default; or `init`, a folder of checkpoints to start from, e.g. of
-another run or of tools/import_hf.py.
+`model` is one of four: a causal language model of transformers, by `hf` or `pretrained`; `preset`, the name of a size
+({", ".join(f"`{name}`" for name in PRESETS)}), beside which any key of its config (of transformers' LlamaConfig or
+GPT2Config) changes it; or `init`, a folder of checkpoints to start from, e.g. of another run or of tools/import_hf.py.
 """
 
 
 def page() -> str:
     """The page, in Markdown."""
-    sections = (TransformersModel, DecoderConfig, DataSection, TrainingSection, EvaluationSection, WatchSection)
+    sections = (TransformersModel, DataSection, TrainingSection, EvaluationSection, WatchSection)
     run_file = [_tables(cls) for cls in sections]
     return "\n".join([_HEAD, *_tables(MocteConfig), _RUN_FILE, *(line for table in run_file for line in table)])
 

@@ -135,7 +135,8 @@ def test_run_files(tmp_path: Path, seed: int) -> None:
     known = [
         *places(RUN),
         ("model", "rope_scaling"),
-        ("model", "ffn_sizes"),
+        ("model", "num_hidden_layers"),
+        ("model", "head_dim"),
         ("model", "init"),
         ("training", "context"),
     ]

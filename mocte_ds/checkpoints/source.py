@@ -87,8 +87,8 @@ class Source:
         """
         if self.base is not None:
             raise CheckpointError(
-                f"this is a checkpoint of a {self.base['architecture']} of transformers; here only decoders of ours "
-                "(model.preset, or sizes) can be used. tools/export_hf.py makes a Hugging Face folder of it."
+                f"this is a checkpoint of a {self.base['architecture']} of transformers; here only starts of "
+                "tools/import_hf.py can be used. tools/export_hf.py makes a Hugging Face folder of it."
             )
         return self.model.config
 
@@ -163,7 +163,8 @@ class StoredSource(Source):
             require_experts(saved["mocte"]["config"], manifest.files, folder / STATE_FILE)
         state: dict[str, Any] = {"step": shared["global_steps"], "model": None, "base": None, "mocte": None}
         state.update(tokenizer=None, blocks=[], tokens=client.get("tokens", 0))
-        if is_decoder(client.get("model")) or "base" in client:  # of launch/pretrain.py
+        self.of_a_run = is_decoder(client.get("model")) or "base" in client
+        if self.of_a_run:
             state["tokenizer"] = client.get("tokenizer")
         if is_decoder(client.get("model")):
             layers = client["model"]["num_layers"]
@@ -189,6 +190,9 @@ class StoredSource(Source):
         self._require_fit(shared["module"])
         self._open: tuple[str, dict[str, Tensor]] = ("", {})
         self._read_bytes = 0
+
+    of_a_run: bool
+    """Whether launch/pretrain.py or tools/import_hf.py has written it."""
 
     @property
     def kept_dtype(self) -> str:

@@ -1,6 +1,5 @@
-"""Decoders and their named sizes."""
+"""Decoders of imported models."""
 
 from mocte_ds.models.decoder import Decoder, DecoderConfig
-from mocte_ds.models.presets import PRESETS, preset
 
-__all__ = ["PRESETS", "Decoder", "DecoderConfig", "preset"]
+__all__ = ["Decoder", "DecoderConfig"]

@@ -4,13 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mocte_ds.cpu_attention import is_short, plain_attention
 from mocte_ds.models.config import DecoderConfig
 from mocte_ds.models.rotary import frequencies
 
 # Shapes: B sequences, T tokens, d features, H heads, K key/value heads, h features a head.
-
-# Longest context of the plain attention; see causal_attention.
-_PLAIN_CONTEXT = 512
 
 
 class SwiGLU(nn.Module):
@@ -115,33 +113,16 @@ def causal_attention(
     With a window each query sees that many keys, its own included; with (B, T) numbers of documents only keys of its
     own document.
 
-    scaled_dot_product_attention, except for short contexts in bf16 on a CPU, where its backward pass is slow: forward
-    and backward of (4, 4, 256, 32) with 2 key/value heads take 9.9 ms there and 5.3 ms as below, (2, 4, 512, 32) 16 ms
-    and 11 ms (one core with avx512_bf16, torch 2.13). From T = 1024 on, and in fp32, it is the faster one.
+    scaled_dot_product_attention, except where :func:`mocte_ds.cpu_attention.plain_attention` is faster.
     """
     length, grouped = q.shape[2], q.shape[1] != k.shape[1]
     window = None if window is not None and window >= length else window
     seen = None if window is None and document is None else _seen(length, window, document, q.device)
-    if q.device.type != "cpu" or q.dtype is not torch.bfloat16 or length > _PLAIN_CONTEXT:
-        if seen is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=grouped)
-    batch, heads, length, size = q.shape
-    pairs, group = batch * k.shape[1], heads // k.shape[1]
+    if is_short(q):
+        return plain_attention(q, k, v, seen)
     if seen is None:
-        seen = torch.ones(1, length, length, dtype=torch.bool, device=q.device).tril()
-    hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))
-    if len(hidden) > 1:
-        hidden = hidden.repeat_interleave(k.shape[1], dim=0)
-    # The queries of one key/value head stand below each other, so that keys need not be repeated.
-    scores = torch.baddbmm(
-        hidden.repeat(1, group, 1).expand(pairs, -1, -1),
-        q.reshape(pairs, group * length, size),
-        k.reshape(pairs, length, size).transpose(1, 2),
-        alpha=size**-0.5,
-    )
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v.reshape(pairs, length, size)).view(batch, heads, length, size)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=grouped)
 
 
 def _seen(length: int, window: int | None, document: Tensor | None, device: torch.device) -> Tensor:

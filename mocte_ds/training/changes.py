@@ -18,7 +18,7 @@ DATA_KEYS = ("data.weights", "data.manifest", "training.seed")
 """What `--allow-data-change` lets differ."""
 
 
-_OF_TRANSFORMERS = "model.hf."
+_OF_TRANSFORMERS, _OLD_SIZES = "model.hf.", "model.style"
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ def require_same_run(
     before = read_identity(folder)
     now, usual = (json.loads(json.dumps(dict(values))) for values in (identity, defaults or {}))
     before = {**{key: value for key, value in usual.items() if key in now}, **before}
+    if _OLD_SIZES in before and _OLD_SIZES not in now:
+        raise CheckpointError(
+            f"the checkpoint {folder} is of an earlier version of mocte-ds, whose presets were models of its own and "
+            "not of transformers. Finish the run with that version, or start again in another --out."
+        )
     # Another version of transformers has other keys in its configs; what both have must agree.
     either = {key for key in before.keys() ^ now.keys() if key.startswith(_OF_TRANSFORMERS)}
     before, now = ({key: value for key, value in side.items() if key not in either} for side in (before, now))

@@ -1,4 +1,4 @@
-"""The model of a run: a decoder of ours, or any causal language model of transformers."""
+"""The model of a run: any causal language model of transformers, or an imported start."""
 
 import copy
 import functools
@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mocte_ds.base_model import base_facts, config_values, make_config, with_floats
-from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.cpu_attention import use_cpu_attention
+from mocte_ds.errors import ConfigError
 from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.models.decoder import documents
 from mocte_ds.sections import Plain, section
-from mocte_ds.shown import nearest, one_line, shown
+from mocte_ds.shown import one_line
+from mocte_ds.training.model_config import config_from, config_of
+from mocte_ds.training.residual_scale import scale_residual_outputs
 
 NO_LIMIT = 1 << 30
 """Longest context of models that have none, as with ALiBi or a recurrent state."""
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-_OLD_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-"""Keys that configs with `rope_parameters` take and store there."""
-_OWN_CLASSES = ("mocte", "mocte_blocks")
 
 
 class _OfTransformers:
@@ -75,8 +74,8 @@ class TransformersModel(_OfTransformers):
     def config(self) -> Any:  # type: ignore[override]
         """The config as transformers have it."""
         if self.pretrained is not None:
-            return _config_of(Path(self.pretrained))
-        return _config_from(self.hf or {})
+            return config_of(Path(self.pretrained))
+        return config_from(self.hf or {})
 
 
 @section("model")
@@ -95,6 +94,7 @@ class StoredModel(_OfTransformers):
 
 
 ModelConfig = DecoderConfig | TransformersModel | StoredModel
+"""A DecoderConfig is what tools/import_hf.py has written."""
 
 
 def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = True) -> Any:
@@ -103,7 +103,7 @@ def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = T
     Args:
         config: which one.
         eod_id: token that ends a document; it ends texts of a model of transformers whose config names no other one.
-        weights: False: a folder's config is enough, because other weights will follow.
+        weights: False: other weights will follow.
 
     Raises:
         CheckpointError: the folder of `pretrained` is damaged or incomplete.
@@ -118,6 +118,8 @@ def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = T
         model = load_model(folder, torch.float32)
     else:
         model = _fresh(config.config)
+        if weights and isinstance(config, TransformersModel) and not next(model.parameters()).is_meta:
+            scale_residual_outputs(model)
         _take_generation(model, folder, config.base.get("generation") if isinstance(config, StoredModel) else None)
     for settings in (model.config, model.generation_config):
         if settings is not None and settings.eos_token_id is None:
@@ -130,6 +132,7 @@ def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = T
         if not model.supports_gradient_checkpointing:
             raise ConfigError(f"model.activation_checkpointing: {type(model).__name__} does not support it.")
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    use_cpu_attention(model)
     return model.train()  # transformers load models in evaluation mode
 
 
@@ -241,66 +244,3 @@ def _fresh(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # transformers raise many types for values that they do not take
         raise ConfigError(f"model: transformers make no model of this config: {one_line(error)}") from error
-
-
-def _config_of(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    from mocte_ds.convert.hf.load import ONLY_LOCAL, refusing
-
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"pretrained = {shown(str(folder))} is not a folder in Hugging Face format: it has no config.json."
-        )
-    try:
-        with refusing(folder):
-            config = AutoConfig.from_pretrained(folder, **ONLY_LOCAL)
-    except CheckpointError as error:
-        raise ConfigError(f"pretrained: {error}") from error
-    if config.model_type in _OWN_CLASSES:
-        raise ConfigError(
-            f"pretrained = {shown(str(folder))} is an export with experts; start from the checkpoints of its run "
-            "with model.init."
-        )
-    return config
-
-
-def _config_from(values: dict[str, Any]) -> Any:
-    """A config of transformers from a run file; keys that its class does not know are refused."""
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind = values.get("model_type")
-    known = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in _OWN_CLASSES]
-    if not isinstance(kind, str) or kind not in known:
-        raise ConfigError(
-            f"hf.model_type = {shown(kind)} is not a causal language model of transformers.{nearest(kind, known)}"
-        )
-    cls = CONFIG_MAPPING[kind]
-    given = {key: value for key, value in values.items() if key != "model_type"}
-    try:
-        _require_known(cls, given)
-        try:
-            return cls(**{**dict.fromkeys(_SPECIAL), **given})
-        except Exception:
-            return cls(**given)  # a class that insists on ids of its own
-    except ConfigError:
-        raise
-    except Exception as error:  # transformers raise many types for values that they do not take
-        raise ConfigError(f"hf: {cls.__name__} refuses it: {one_line(error)}") from error
-
-
-def _require_known(cls: Any, given: dict[str, Any]) -> None:
-    from transformers import PretrainedConfig
-
-    usual, aliases = cls().to_dict(), getattr(cls, "attribute_map", None) or {}
-    allowed = {*usual, *aliases, *(_OLD_ROPE if "rope_parameters" in usual else ())}
-    for key in given:
-        if key not in allowed:
-            own = sorted(usual.keys() - PretrainedConfig().to_dict().keys())
-            raise ConfigError(
-                f"hf: unknown key {shown(key)} of a {cls.__name__}.{nearest(key, sorted(allowed))} Its own keys: "
-                f"{', '.join(own)}."
-            )
-        if aliases.get(key) in given:
-            raise ConfigError(f"hf: {key} and {aliases[key]} are two names of one key; remove one.")

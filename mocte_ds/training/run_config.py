@@ -13,15 +13,19 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.data.verify import Amount
 from mocte_ds.deepspeed_settings import checked_settings
 from mocte_ds.errors import ConfigError
-from mocte_ds.models import DecoderConfig, preset
+from mocte_ds.models import DecoderConfig
 from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shown import name_shown, nearest, shown
 from mocte_ds.training.model import NO_LIMIT, ModelConfig, StoredModel, TransformersModel, model_facts
+from mocte_ds.training.model_config import config_from, require_known
+from mocte_ds.training.presets import preset
 from mocte_ds.training.run_file import read_values
 from mocte_ds.training.schedule import warmup_cosine
 
 # Changing these does not change what is learned.
 FREE_TRAINING_KEYS = ("micro_batch", "checkpoint_every", "keep_checkpoints")
+OF_THE_RUN = ("activation_checkpointing",)
+"""Keys of `model` that are not of the config of transformers."""
 
 
 @section("data")
@@ -55,7 +59,7 @@ class TrainingSection:
     batch_tokens: Count
     """Tokens per optimizer step over all ranks; a multiple of ranks x micro_batch x context."""
     context: CountOrZero = 0
-    """Tokens per sequence. 0: the model's max_positions."""
+    """Tokens per sequence. 0: the model's longest context, `max_position_embeddings` of most models."""
     micro_batch: Count = 8
     """Sequences per rank and micro-batch."""
     learning_rate: Positive = 3e-4
@@ -115,7 +119,7 @@ class RunConfig:
     """A run file with its defaults filled in."""
 
     model: ModelConfig
-    """The model: one of ours by its sizes, or one of transformers."""
+    """The model, one of transformers."""
     data: DataSection
     """What the model reads."""
     training: TrainingSection
@@ -134,7 +138,8 @@ class RunConfig:
             raise ConfigError("training.context is missing: the model's config says nothing of a longest context.")
         if self.context > self.model.max_positions:
             raise ConfigError(
-                f"training.context = {self.context} is longer than model.max_positions = {self.model.max_positions}."
+                f"training.context = {self.context} is longer than the model's longest context, "
+                f"{self.model.max_positions} (max_position_embeddings of most models)."
             )
         if "mocte" in self.deepspeed:
             MocteConfig.from_dict(self.deepspeed["mocte"])
@@ -284,18 +289,27 @@ def _started(section: dict[str, Any], init: str) -> ModelConfig:
 
 
 def _fresh(section: dict[str, Any]) -> ModelConfig:
-    if "hf" in section or "pretrained" in section:
-        return parse_section(TransformersModel, section)
     if "preset" in section:
-        base = asdict(preset(section.pop("preset")))
-        return parse_section(DecoderConfig, {**base, **section})
-    needed = [f.name for f in fields(DecoderConfig) if f.default is MISSING and f.default_factory is MISSING]
-    missing = [name for name in needed if name not in section]
-    if missing:
-        raise ConfigError(
-            f"model: a preset, hf, pretrained, init or all sizes are needed; missing: {', '.join(missing)}."
-        )
-    return parse_section(DecoderConfig, section)
+        return parse_section(TransformersModel, _from_preset(section))
+    if "hf" not in section and "pretrained" not in section:
+        raise ConfigError("model: one of preset, hf, pretrained and init must say which model it is; all are missing.")
+    return parse_section(TransformersModel, section)
+
+
+def _from_preset(section: dict[str, Any]) -> dict[str, Any]:
+    """The keys `hf` and `activation_checkpointing` of a section with `preset`, whose other keys change the size."""
+    from transformers import CONFIG_MAPPING
+
+    for key in ("hf", "pretrained", "model_type"):
+        if key in section:
+            raise ConfigError(f"model.{key} and model.preset both say which model it is; remove one of them.")
+    values = preset(section["preset"])
+    changes = {key: value for key, value in section.items() if key not in ("preset", *OF_THE_RUN)}
+    cls = CONFIG_MAPPING[values["model_type"]]
+    require_known(cls, changes, "model")
+    values |= {cls.attribute_map.get(key, key): value for key, value in changes.items()}
+    config_from(values, "model")  # refused here, messages name keys as they stand in the file
+    return {"hf": values, **{key: section[key] for key in OF_THE_RUN if key in section}}
 
 
 def _deepspeed(section: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from tools.benchmark import main
 STEPS, BATCH, CONTEXT, CHECK_EVERY = 100, 256, 32, 0.05
 QUICK = ["--device", "cpu", "--gemm-size", "64", "--repeats", "1", "--ranks", "2", "--json"]
 RUN = f"""
-model: {{style: llama, vocab_size: 64, hidden_size: 16, intermediate_size: 24, num_layers: 3, num_heads: 2,
-        max_positions: {CONTEXT}}}
+model: {{preset: quickstart, vocab_size: 64, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 3,
+        num_attention_heads: 2, max_position_embeddings: {CONTEXT}}}
 data: {{prepared: nowhere}}
 training: {{steps: {STEPS}, batch_tokens: {BATCH}, micro_batch: 2}}
 deepspeed:

@@ -61,13 +61,13 @@ def _run_values(prepared: Path, blocks: bool) -> dict:
         }
     return {
         "model": {
-            "style": "llama",
+            "preset": "quickstart",
             "vocab_size": 304,
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_layers": 2,
-            "num_heads": 2,
-            "max_positions": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 32,
         },
         "data": {"prepared": str(prepared)},
         "training": {

@@ -111,9 +111,9 @@ def test_full_disk_leaves_the_last_checkpoint(launch: Launcher, run_file: Write,
     code, output = launch.pretrain(run, out, file_size=20 * 1024)
     assert code == 2 and "Traceback" not in output, output
     assert "could not save the checkpoint" in output and "The last good checkpoint (step2) is untouched" in output
-    code, output = launch.pretrain(run, out, "--set", "model.num_layers=3")
+    code, output = launch.pretrain(run, out, "--set", "model.num_hidden_layers=3")
     assert code == 2 and "Traceback" not in output, output
-    assert "model.num_layers: checkpoint 2, run 3" in output
+    assert "model.hf.num_hidden_layers: checkpoint 2, run 3" in output
     (shard,) = (out / "checkpoints" / "step2").glob("*_pp_rank_1_*")
     flip(shard, 0.5)
     code, output = launch.pretrain(run, tmp_path / "other", "--resume", out)

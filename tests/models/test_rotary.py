@@ -1,14 +1,17 @@
 """Frequencies of rotary positions against those of transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.models import DecoderConfig, preset
+from mocte_ds.models import DecoderConfig
 from mocte_ds.models.rotary import frequencies
 
+LLAMA = DecoderConfig("llama", 2048, 128, 352, 4, 4, 2)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -44,7 +47,7 @@ def test_frequencies(scaling: dict, share: float) -> None:
 )
 def test_what_is_refused(scaling: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        preset("quickstart", rope_scaling=scaling)
+        replace(LLAMA, rope_scaling=scaling)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,6 @@ def test_what_is_refused(scaling: dict, told: str) -> None:
 )
 def test_sizes_that_contradict_each_other(values: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        preset("quickstart", **values)
+        replace(LLAMA, **values)
     with pytest.raises(ConfigError, match="is for the llama style"):
         DecoderConfig("gpt2", 10, 8, 8, 4, 1, **values)

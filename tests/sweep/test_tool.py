@@ -15,6 +15,7 @@ import pytest
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError, DataError, MocteError
 from mocte_ds.sweep import launch
+from mocte_ds.training.model import model_facts
 from mocte_ds.training.run_config import read_run
 from tests.report.synthetic import write_dense_run, write_run
 from tools.sweep import main
@@ -48,7 +49,8 @@ class Launcher:
         settings = run.resolve(int(words["--num_accelerators"]), 2, 2048)
         if "mocte" in settings:
             settings["mocte"] = MocteConfig.from_dict(settings["mocte"]).to_dict()
-        sections = {name: asdict(getattr(run, name)) for name in ("model", "training", "evaluation")}
+        sections = {name: asdict(getattr(run, name)) for name in ("training", "evaluation")}
+        sections["model"] = model_facts(run.model)
         sections["training"].update(context=run.context, warmup_steps=run.warmup_steps)
         facts.update(world_size=2, deepspeed=settings, data={"weights": None}, **sections)
         (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -1,7 +1,8 @@
 """Run files: what they may say, what follows from them, and errors that name key, value and mend."""
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,20 @@ import torch
 import yaml
 
 from mocte_ds.checkpoints.names import MODEL_FILE
+from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError, MocteError
-from mocte_ds.models import preset
+from mocte_ds.models import DecoderConfig
+from mocte_ds.moe.attach import matching_modules
+from mocte_ds.moe.ffn_shape import ffn_shape
+from mocte_ds.training.model import TransformersModel, make_model
+from mocte_ds.training.presets import PRESETS, preset
 from mocte_ds.training.run_config import RunConfig, read_run
 from mocte_ds.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+IMPORTED = DecoderConfig("llama", 2048, 128, 352, 4, 4, 2, max_positions=256)
 RUN_FILES = sorted((ROOT / "launch" / "runs").glob("*.yaml"))
+PRESET_FILES = [path for path in RUN_FILES if path.stem != "smollm2-135m"]
 
 
 def minimal() -> dict:
@@ -55,7 +63,7 @@ def write_start(folder: Path) -> Path:
     """A checkpoint that says of its model how large it is, and nothing else."""
     (folder / "step0").mkdir(parents=True)
     (folder / "latest").write_text("step0")
-    torch.save({"module": {}, "model": asdict(preset("quickstart"))}, folder / "step0" / MODEL_FILE)
+    torch.save({"module": {}, "model": asdict(IMPORTED)}, folder / "step0" / MODEL_FILE)
     return folder
 
 
@@ -65,7 +73,7 @@ def test_sizes_of_an_imported_start(tmp_path: Path) -> None:
     values = {**minimal(), "model": {"init": str(start), "max_positions": 128, "activation_checkpointing": True}}
     run = read(tmp_path, values)
     assert run.init == str(start) and run.identity()["model.init"] == str(start)
-    assert run.model == preset("quickstart", max_positions=128, activation_checkpointing=True)
+    assert run.model == replace(IMPORTED, max_positions=128, activation_checkpointing=True)
     assert read(tmp_path, minimal()).identity()["model.init"] is None
     for change, told in (
         ("model.num_layers=3", "model.num_layers = 3, but 4 in model.init"),
@@ -85,15 +93,46 @@ def test_own_scheduler_stays(tmp_path: Path) -> None:
 def test_changes_from_the_command_line(tmp_path: Path) -> None:
     changes = (
         "training.learning_rate=2e-4",
-        "model.num_layers=3",
+        "model.num_hidden_layers=3",
         "deepspeed.mocte.freeze.policy=off",
         "data.weights={a: 1}",
     )
     run = read(tmp_path, minimal(), *changes)
     assert run.training.learning_rate == 2e-4
-    assert run.model == preset("quickstart", num_layers=3)
+    assert run.model == TransformersModel(hf={**preset("quickstart"), "num_hidden_layers": 3})
     assert run.deepspeed["mocte"]["freeze"] == {"policy": "off"}  # a boolean in YAML 1.1
     assert run.data.weights == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "one of preset, hf, pretrained and init must say which model"),
+        ({"style": "llama", "num_layers": 2}, "one of preset, hf, pretrained and init must say which model"),
+        ({"preset": "gpt-140m", "n_embd": 96, "hidden_size": 96}, "model: hidden_size and n_embd are two names"),
+        ({"preset": ["quickstart"]}, r"model.preset = \['quickstart'\] is unknown"),
+    ],
+)
+def test_models_that_nobody_knows(tmp_path: Path, model: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, {**minimal(), "model": model})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_size_that_their_docstring_says(tmp_path: Path, name: str) -> None:
+    run = read(tmp_path, minimal(), f"model.preset={name}")
+    said = re.search(rf"^ *{name} +([\d,]+)", str(preset.__doc__), re.MULTILINE)
+    assert said and run.model.num_params() == int(said.group(1).replace(",", ""))
+
+
+def test_a_preset_takes_either_name_of_a_key(tmp_path: Path) -> None:
+    """GPT-2's `hidden_size` is `n_embd`."""
+    first, second = (
+        read(tmp_path, minimal(), "model.preset=gpt-140m", f"model.{key}=96", "model.activation_checkpointing=true")
+        for key in ("n_embd", "hidden_size")
+    )
+    assert first.model == second.model and first.model.config.hidden_size == 96 and first.model.num_heads == 12
+    assert first.model.activation_checkpointing and first.model.config.resid_pdrop == 0.0
 
 
 @pytest.mark.parametrize(
@@ -101,12 +140,20 @@ def test_changes_from_the_command_line(tmp_path: Path) -> None:
     [
         ("training.step=5", "training.step .value 5.. Did you mean 'steps'"),
         ("trainig.steps=5", "section 'trainig'.*Did you mean 'training'"),
-        ("model.hidden_sizes=5", "model.hidden_sizes.*'hidden_size'"),
+        ("model.hidden_sizes=5", "model: unknown key 'hidden_sizes' of a LlamaConfig.*'hidden_size'"),
+        ("model.num_layers=3", "model: unknown key 'num_layers' of a LlamaConfig.*'num_hidden_layers'"),
+        ("model.hidden_size=x", "model: LlamaConfig refuses it: .*hidden_size"),
+        ("model.num_attention_heads=3", "model: LlamaConfig refuses it: "),
+        ("model.activation_checkpointing=yes please", "model.activation_checkpointing = 'yes please' must be of type"),
+        ("model.num_hidden_layers=0", "model: the number of layers must be 1 or more"),
+        ("model.hf={model_type: gpt2}", "model.hf and model.preset both say"),
+        ("model.pretrained=nowhere", "model.pretrained and model.preset both say"),
+        ("model.model_type=mistral", "model.model_type and model.preset both say"),
         ("model.preset=quikstart", "'quikstart'.*'quickstart'"),
         ("training.steps=many", "training.steps = 'many' must be of type int"),
         ("training.steps=0", "training.steps = 0 must be 1 or more"),
         ("training.betas=[0.9]", "two numbers"),
-        ("training.context=512", "longer than model.max_positions = 256"),
+        ("training.context=512", "longer than the model's longest context, 256"),
         ("deepspeed.mocte.num_expert=4", "mocte.num_expert .*'num_experts'"),
         ("deepspeed.mocte.ep_size=3", "allowed: .1, 2, 4."),
         ("deepspeed.mocte.expert.kind=fnn", "'ffn'"),
@@ -186,7 +233,7 @@ def test_identity_ignores_only_what_does_not_matter(tmp_path: Path) -> None:
     assert first == read(tmp_path, minimal(), "training.micro_batch=4", "training.checkpoint_every=3").identity()
     for change in (
         "training.learning_rate=1e-3",
-        "model.num_layers=2",
+        "model.num_hidden_layers=2",
         "data.weights={a: 1}",
         "deepspeed.bf16.enabled=false",
     ):
@@ -201,6 +248,18 @@ def test_shipped_run_files(path: Path, tmp_path: Path) -> None:
     assert settings["train_batch_size"] * run.context == run.training.batch_tokens
     if path.stem not in ("quickstart", "cpu-small", "smollm2-135m"):
         assert 0.5e6 <= run.training.batch_tokens <= 0.55e6
+
+
+@pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
+def test_shipped_blocks_are_ffns_of_their_presets(path: Path) -> None:
+    run = read_run(path)
+    with torch.device("meta"):
+        model = make_model(run.model, weights=False)
+    names = matching_modules(model, MocteConfig.from_dict(run.deepspeed["mocte"]).modules)
+    shapes = [ffn_shape(model.get_submodule(name)) for name in names]
+    assert all(shape and shape.hidden_size == run.model.config.hidden_size for shape in shapes)
+    # The GPTs' blocks are the back half of the layers, as in the paper.
+    assert len(names) == run.model.config.num_hidden_layers // (2 if "gpt" in path.stem else 1)
 
 
 def _ranks(path: Path) -> int:

@@ -94,6 +94,14 @@ def test_what_an_older_version_did_not_say_is_as_usual(tmp_path: Path) -> None:
         require_same_run({}, tmp_path, usual)
 
 
+def test_a_run_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
+    """Its presets were models of its own."""
+    (tmp_path / IDENTITY_FILE).write_text(json.dumps({"model.style": "llama", "model.num_layers": 2}))
+    with pytest.raises(CheckpointError, match="earlier version of mocte-ds, whose presets were models of its own"):
+        require_same_run({"model.hf.model_type": "llama", "model.hf.num_hidden_layers": 2}, tmp_path)
+    require_same_run({"model.style": "llama", "model.num_layers": 2}, tmp_path)  # of an imported start
+
+
 def test_pruning_keeps_the_last_good_one(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, 10, 20, 100, 110, latest=20)  # 100 and 110 were cut off
     (tmp_path / "mine").mkdir()

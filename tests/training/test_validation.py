@@ -1,15 +1,26 @@
 """Validation: each domain's loss over all its sequences, however they are shared out."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from mocte_ds.models import Decoder, DecoderConfig
-from mocte_ds.training.model import Forward
+from mocte_ds.training.model import Forward, TransformersModel, make_model
 from mocte_ds.training.validation import Validation
 from tests.spawn import spawn
 
-CONFIG = DecoderConfig("llama", 40, 16, 24, 1, 2, max_positions=12)
+CONFIG = TransformersModel(
+    hf={
+        "model_type": "llama",
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+)
 
 
 def batches() -> dict:
@@ -26,12 +37,12 @@ def batches() -> dict:
 class _Engine:
     """What DeepSpeed's engine does: its own `training` stays True, eval() and train() set the module's."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.module, self.device, self.training, self.modes = model, "cpu", True, []
 
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, **inputs: Any) -> Any:
         self.modes.append(self.module.training)
-        return self.module(input_ids)
+        return self.module(**inputs)
 
     def eval(self) -> None:
         self.module.eval()
@@ -42,7 +53,7 @@ class _Engine:
 
 def losses_on_a_rank(micro_batch: int) -> dict:
     torch.manual_seed(7)
-    engine = _Engine(Decoder(CONFIG))
+    engine = _Engine(make_model(CONFIG))
     for mode in (False, True):
         engine.train(mode)
         found = Validation(batches(), micro_batch, Forward(engine.module, None)).losses(engine)
@@ -52,10 +63,10 @@ def losses_on_a_rank(micro_batch: int) -> dict:
 
 def expected() -> dict:
     torch.manual_seed(7)
-    model, means = Decoder(CONFIG), {}
+    model, means = make_model(CONFIG), {}
     for domain, (ids, labels) in batches().items():
         with torch.no_grad():
-            means[domain] = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100).item()
+            means[domain] = F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten(), ignore_index=-100).item()
     return {**means, "mean": sum(means.values()) / 3}
 
 

@@ -54,8 +54,8 @@ def export(
         out: folder to write; appears as a whole at the end, never half. An earlier export there is replaced.
         dtype: `fp32`, `bf16` or `fp16` weights; gates that were trained are stored in fp32 always. Computing in bf16
             sends the few tokens near a boundary to another expert; loaded with dtype=torch.float32, either export
-            routes as the trained model. None: fp32, and an import without any training, or the model of another
-            script, as it is.
+            routes as the trained model. None: fp32, but for an import without any training and the model of another
+            script, which are stored as they are.
         tokenizer_path: sentencepiece model, or a folder with a tokenizer.json; None: the one of the run of
             launch/pretrain.py; the model of another script gets none.
         tell: called with a line for each stage.
@@ -84,7 +84,8 @@ def export(
         trained, tokenizer = source.state["tokenizer"], None
         if tokenizer_path is not None or trained is not None:
             tokenizer = run_tokenizer(tokenizer_path, trained, folder)
-        return sizes | export_trained(source, out, dtype, tokenizer, tell, choice, shard_bytes)
+        kept = dtype or ("fp32" if source.of_a_run else None)
+        return sizes | export_trained(source, out, kept, tokenizer, tell, choice, shard_bytes)
     source.dtype = dtype or source.kept_dtype
     tokenizer = run_tokenizer(tokenizer_path, source.state["tokenizer"], folder)
     tokenizer.require_fit(source.config.vocab_size)
