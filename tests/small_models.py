@@ -9,11 +9,11 @@ FFNS = {"llama": "model.layers.*.mlp", "gpt2": "transformer.h.*.mlp", "phi": "mo
 """Where each style has its FFNs: gated ones, plain ones of Conv1D (stored transposed), plain ones of nn.Linear."""
 OUTPUTS = {"llama": "down_proj", "gpt2": "c_proj", "phi": "fc2"}
 """The matrix that writes an FFN's output."""
+_RESIDUAL = ("o_proj.weight", "down_proj.weight", "dense.weight", "fc2.weight")
 _NONE = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 _OF_STYLE = {
     "llama": {"rms_norm_eps": 1e-5},
     "gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-    "phi": {},
 }
 
 
@@ -32,7 +32,7 @@ def small_model(
     Residual outputs are drawn times 1/sqrt(2 layers), as in GPT-2 (Radford et al., 2019).
 
     Args:
-        style: a key of FFNS.
+        style: a `model_type` of transformers.
         vocab_size: V.
         hidden_size: d.
         intermediate_size: hidden units of an FFN.
@@ -46,10 +46,10 @@ def small_model(
     sizes = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads}
     sizes |= {"n_inner" if style == "gpt2" else "intermediate_size": intermediate_size}
     sizes |= {"vocab_size": vocab_size, "max_position_embeddings": positions, "use_cache": False}
-    made = AutoConfig.for_model(style, **{**sizes, **_NONE, **_OF_STYLE[style], **config})
+    made = AutoConfig.for_model(style, **{**sizes, **_NONE, **_OF_STYLE.get(style, {}), **config})
     model = AutoModelForCausalLM.from_config(made)
     for name, parameter in model.named_parameters():
-        if style != "gpt2" and name.endswith(("o_proj.weight", "dense.weight", f"{OUTPUTS[style]}.weight")):
+        if style != "gpt2" and name.endswith(_RESIDUAL):  # transformers draw GPT-2's so
             nn.init.normal_(parameter, std=made.initializer_range * (2 * layers) ** -0.5)
     return model
 
