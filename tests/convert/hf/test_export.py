@@ -65,10 +65,14 @@ def test_transformers_loads_and_generates(written, tmp_path, name, stock, dtype)
     assert generated.shape[1] > batch.input_ids.shape[1] and text.startswith("the river moves")
     ours, _ = load_model(written.folder / name)
     ids = torch.randint(runs.VOCAB, (2, 30), generator=torch.Generator().manual_seed(3))
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     with torch.no_grad():
-        expected, logits = ours(input_ids=ids).logits, model(input_ids=ids).logits.float()
-    close = {"fp32": 1e-5, "bf16": 0.1}[dtype]
-    assert (logits - expected).abs().max() < close * expected.abs().max()
+        expected, *found = (m(input_ids=ids).logits.float() for m in (ours, wide, model))
+    # What was trained is in bf16, and so both exports hold it exactly. Computing in bf16 sends the few tokens near a
+    # boundary to another expert.
+    exact, narrow = ((logits - expected).abs().amax(-1) / expected.abs().max() for logits in found)
+    share, close = {"fp32": (1.0, 1e-5), "bf16": (0.9, 0.1)}[dtype]
+    assert exact.max() < 1e-5 and narrow.quantile(share) < close
 
 
 @mark.parametrize(("name", "parts"), [("ffn", ("1", "3", "2")), ("lora", ("gate", "up", "down"))])
