@@ -7,8 +7,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mocte_ds.errors import DataError
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.vocabulary import Vocabulary, embedding_size
+from tests.small_models import small_llama
 from tests.spawn import spawn
 
 IDS = torch.tensor([[0, 5, 39], [1, 2, 3]])
@@ -17,12 +17,12 @@ IDS = torch.tensor([[0, 5, 39], [1, 2, 3]])
 def test_the_embedding_is_found() -> None:
     sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 100}
     assert embedding_size(GPT2LMHeadModel(GPT2Config(vocab_size=40, **sizes))) == 40, "not that of the positions"
-    assert embedding_size(Decoder(DecoderConfig("gpt2", 40, 16, 24, 1, 2, max_positions=100))) == 40
+    assert embedding_size(small_llama(40, 16, 24, 1, positions=100)) == 40
     assert embedding_size(nn.Linear(2, 2)) is None
 
 
 def test_ids_that_are_none() -> None:
-    vocabulary = Vocabulary(Decoder(DecoderConfig("llama", 40, 16, 24, 1, 2)), every=10)
+    vocabulary = Vocabulary(small_llama(40, 16, 24, 1), every=10)
     vocabulary.look((), {"input_ids": IDS}, 0)
     vocabulary.look((IDS,), {}, 0)
     vocabulary.look((IDS.float() * 100,), {}, 0)  # features, no ids
@@ -36,7 +36,7 @@ def test_ids_that_are_none() -> None:
 
 
 def test_a_batch_on_a_gpu_is_looked_at_now_and_then() -> None:
-    vocabulary, looked = Vocabulary(Decoder(DecoderConfig("llama", 40, 16, 24, 1, 2)), every=10), []
+    vocabulary, looked = Vocabulary(small_llama(40, 16, 24, 1), every=10), []
 
     class OnDevice(torch.Tensor):
         @property
@@ -64,7 +64,7 @@ def test_a_micro_batch_without_a_label() -> None:
 
 
 def look_on_a_rank() -> str:
-    vocabulary = Vocabulary(Decoder(DecoderConfig("llama", 40, 16, 24, 1, 2)), every=10)
+    vocabulary = Vocabulary(small_llama(40, 16, 24, 1), every=10)
     ids = IDS + 1 if dist.get_rank() else IDS
     vocabulary.look((), {"input_ids": IDS}, 3, trains=True)
     try:

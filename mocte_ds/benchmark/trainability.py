@@ -14,8 +14,6 @@ from mocte_ds.benchmark.measure.memory import require_memory
 from mocte_ds.benchmark.measure.parts import Part, Work, parts_table
 from mocte_ds.benchmark.measure.run_plan import RunPlan
 from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, require_at_least, shares, shares_text
-from mocte_ds.models import DecoderConfig
-from mocte_ds.models.layers import GELUFFN, SwiGLU
 from mocte_ds.trainability import top_eigenpair
 
 FORMULAS = {
@@ -161,9 +159,16 @@ def text(numbers: dict[str, Any]) -> str:
 
 
 def _expert(sizes: ExpertSizes, device: torch.device) -> nn.Module:
-    """An FFN with the weights of a decoder's birth."""
-    config = DecoderConfig("gpt2", 1, sizes.d, sizes.width, 1, 1)  # an FFN reads the sizes only
-    expert = (SwiGLU if sizes.style == "llama" else GELUFFN)(config).to(device, torch.bfloat16)
-    for parameter in expert.parameters():
-        nn.init.normal_(parameter, std=config.initializer_range)
+    """An FFN of transformers with the weights of a model's birth."""
+    from transformers import GPT2Config, LlamaConfig
+    from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    expert: nn.Module  # it reads these sizes only
+    if sizes.style == "llama":
+        expert = LlamaMLP(LlamaConfig(hidden_size=sizes.d, intermediate_size=sizes.width, num_attention_heads=1))
+    else:
+        expert = GPT2MLP(sizes.width, GPT2Config(n_embd=sizes.d, n_head=1, resid_pdrop=0.0))
+    for parameter in expert.to(device, torch.bfloat16).parameters():
+        nn.init.normal_(parameter, std=0.02)
     return expert

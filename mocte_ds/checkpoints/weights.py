@@ -64,7 +64,7 @@ def write_weights(folder: Path, run: str, model: nn.Module, tensors: Tensors, st
     Args:
         folder: of one checkpoint, empty.
         run: unique name of the run.
-        model: the decoder with its blocks in their modes; its weights are not looked at.
+        model: with its blocks in their modes; its weights are not looked at.
         tensors: its weights.
         state: as of :class:`mocte_ds.checkpoints.source.Source`.
 
@@ -81,14 +81,16 @@ def write_weights(folder: Path, run: str, model: nn.Module, tensors: Tensors, st
         if found:
             file = EXPERT_FILE.format(layer=banks.index((found[1], int(found[2]))), expert=found[3])
         contents.setdefault(file, {})[name] = tensor
-    client = {"model": state["model"], "tokenizer": state["tokenizer"], "tokens": state["tokens"]}
+    base = state.get("base")
+    record = {"model": state["model"]} if base is None else {"base": base}
+    client = {**record, "tokenizer": state["tokenizer"], "tokens": state["tokens"]}
     dense = client if state["mocte"] is None else {}
     contents[MODEL_FILE] = {"module": contents[MODEL_FILE], "global_steps": state["step"], **dense}
     for file, content in contents.items():
         files[file] = _write(folder / file, Outline(content))
     if state["mocte"] is not None:
         mocte = {"config": {**state["mocte"], "ep_size": 1}, "blocks": state["blocks"], "tokens": state["tokens"]}
-        files[STATE_FILE] = _write(folder / STATE_FILE, {"mocte": mocte, "client_state": client})
+        files[STATE_FILE] = _write(folder / STATE_FILE, {"mocte": mocte, "base": base, "client_state": client})
     Manifest(run, state["step"], 1, files).write(folder)
 
 

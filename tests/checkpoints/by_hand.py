@@ -1,15 +1,14 @@
 """Checkpoints made without DeepSpeed: damaged ones whose manifest agrees, and large ones."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE
 from mocte_ds.config import MocteConfig
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.ownership.facts import hash_file
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
@@ -21,17 +20,17 @@ def sign(folder: Path, ranks: int = 1) -> None:
     Manifest("by hand", 7, ranks, files).write(folder)
 
 
-def write_random(folder: Path, config: DecoderConfig, settings: dict[str, Any]) -> None:
+def write_random(folder: Path, model: nn.Module, record: dict[str, Any], settings: dict[str, Any]) -> None:
     """A checkpoint of random bf16 weights, one file at a time, so that it may be large.
 
     Args:
         folder: of the one tag.
-        config: of the decoder.
+        model: on the meta device; gets the blocks.
+        record: what a run keeps of it, from :func:`mocte_ds.training.model.model_record`.
         settings: "mocte" block; all of its blocks have emerged.
     """
     mocte = MocteConfig.from_dict(settings)
     with torch.device("meta"):
-        model = Decoder(config)
         blocks = attach(model, mocte)
     generator = torch.Generator().manual_seed(0)
 
@@ -46,6 +45,10 @@ def write_random(folder: Path, config: DecoderConfig, settings: dict[str, Any]) 
     folder.mkdir(parents=True)
     state = model.state_dict()
     shared = {name: fill(name, tensor) for name, tensor in state.items() if ".deepspeed_experts." not in name}
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first[id(parameter)] != name:  # tied
+            shared[name] = shared[first[id(parameter)]].clone()
     torch.save({"module": shared, "global_steps": 7}, folder / MODEL_FILE)
     banks = [(block, number) for block in blocks for number in range(len(block.banks))]
     for layer, (block, number) in enumerate(banks):
@@ -54,9 +57,8 @@ def write_random(folder: Path, config: DecoderConfig, settings: dict[str, Any]) 
             weights = {name: fill(name, tensor) for name, tensor in state.items() if name.startswith(prefix)}
             torch.save(weights, folder / EXPERT_FILE.format(layer=layer, expert=k))
     modes = [{"name": b.name, "mode": BlockMode.SPECIALISING.value, "experts": _modes(b)} for b in blocks]
-    client = {"model": asdict(config), "tokenizer": None}
-    saved = {"mocte": {"config": mocte.to_dict(), "blocks": modes, "tokens": 700}, "client_state": client}
-    torch.save(saved, folder / STATE_FILE)
+    saved = {"mocte": {"config": mocte.to_dict(), "blocks": modes, "tokens": 700}, "base": record.get("base")}
+    torch.save({**saved, "client_state": {**record, "tokenizer": None}}, folder / STATE_FILE)
     sign(folder)
 
 

@@ -12,13 +12,13 @@ import torch
 
 from mocte_ds.checkpoints.fp32 import get_fp32_state_dict_from_zero_checkpoint
 from mocte_ds.checkpoints.inspection import checkpoint_facts, checkpoint_text
-from mocte_ds.checkpoints.model import load_model
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.checkpoints.stored_model import stored_model
 from mocte_ds.errors import MocteError
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from tests.checkpoints.damage import seal
+from tests.checkpoints.loaded import load_model
 
 SECONDS = 30  # of CPU time for one tool on a checkpoint of some 100 kB
 JUNK = (None, True, 0, -1, 10**9, 2**70, 1e300, float("nan"), "", "x", "é", b"x", [], {}, (), [[]], {"a": 1}, [10**9])
@@ -124,10 +124,9 @@ def fuzz(
 def resume(source: str, work: str, seeds: list[int], count: int) -> list[str]:
     """The same for an engine on one rank that loads them, within a process group; see :func:`fuzz`."""
     import mocte_ds
-    from mocte_ds.models import Decoder
     from tests.checkpoints import runs
 
-    engine, *_ = mocte_ds.initialize(model=Decoder(runs.MODEL), config=runs.config(ep_size=1))
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=runs.config(ep_size=1))
     reshape(source, Path(work) / "alone", 1, 1)
 
     def load(folder: Path, _: Path) -> None:

@@ -53,7 +53,6 @@ def run(folder: str, moment: Moment | None, asynchronous: bool, saving: bool = T
         What the end of the run shows: modes of the experts, tokens they got, and random numbers.
     """
     import mocte_ds
-    from mocte_ds.models import Decoder, DecoderConfig
 
     settings = runs.config(
         checkpoint={"async_save": asynchronous},
@@ -61,9 +60,7 @@ def run(folder: str, moment: Moment | None, asynchronous: bool, saving: bool = T
         check_every=0.1,
         freeze={"policy": "random", "checks": 1, "after_checks": 2, "rows": 32, "iterations": 4},
     )
-    torch.manual_seed(0)
-    model = Decoder(DecoderConfig("llama", runs.VOCAB, 32, 48, 2, 2, 2, max_positions=runs.LENGTH))
-    engine, *_ = mocte_ds.initialize(model=model, config=settings)
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=settings)
     checkpoints = Path(folder) / "checkpoints"
     engine.load_checkpoint(str(checkpoints))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -76,7 +73,7 @@ def run(folder: str, moment: Moment | None, asynchronous: bool, saving: bool = T
             for turn in range(2):
                 ids, domain = runs.batch(step, turn * world + rank)
                 engine.mocte.annotate(domain, ["low", "high"])
-                loss = engine(input_ids=ids[:, :-1], labels=ids[:, 1:])
+                loss = engine(input_ids=ids, labels=ids).loss
                 engine.backward(loss)
                 engine.step()
                 print(json.dumps([step, turn, loss.item().hex()]), file=log)

@@ -93,10 +93,9 @@ def load_each(good: str, damaged: list[str]) -> list[str]:
         The errors; after each a word where it changed a weight or moment of this rank, or the modes of blocks.
     """
     import mocte_ds
-    from mocte_ds.models import Decoder
     from tests.checkpoints import runs
 
-    engine, *_ = mocte_ds.initialize(model=Decoder(runs.MODEL), config=runs.config())
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=runs.config())
 
     def state() -> str:
         tensors = [*engine.module.state_dict().values(), *engine.optimizer.single_partition_of_fp32_groups]
@@ -120,10 +119,9 @@ def load_each(good: str, damaged: list[str]) -> list[str]:
 def load_code(folders: list[str]) -> list[str]:
     """The errors that checkpoints of the run `ffn` with code in their files give."""
     import mocte_ds
-    from mocte_ds.models import Decoder
     from tests.checkpoints import runs
 
-    engine, *_ = mocte_ds.initialize(model=Decoder(runs.MODEL), config=runs.config())
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=runs.config())
     errors = []
     for folder in folders:
         try:
@@ -138,12 +136,11 @@ def load_dense(damaged: list[str]) -> list[str]:
     """The errors that damaged checkpoints of the dense run give."""
     import deepspeed
 
-    from mocte_ds.models import Decoder
     from mocte_ds.training import saving
     from tests.checkpoints import runs
 
     settings = {key: value for key, value in runs.config().items() if key != "mocte"}
-    model = Decoder(runs.MODEL)
+    model = runs.model()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
     saving.prepare(engine, {})
     errors = []
@@ -159,10 +156,9 @@ def load_dense(damaged: list[str]) -> list[str]:
 def save_what_is_not_plain(folder: str) -> list[str]:
     """The errors of a client state that is not plain, and of a value in DeepSpeed's state of rank 1 alone."""
     import mocte_ds
-    from mocte_ds.models import Decoder
     from tests.checkpoints import runs
 
-    engine, *_ = mocte_ds.initialize(model=Decoder(runs.MODEL), config=runs.config())
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=runs.config())
     errors = []
     for client in ({"folder": Path("/x")}, {}):
         clip = engine.optimizer.clip_grad
@@ -184,12 +180,11 @@ def change_while_saving(folder: str) -> dict[str, Any]:
         Weights and moments of this rank when the save was called, and after it was loaded again.
     """
     import mocte_ds
-    from mocte_ds.models import Decoder
     from tests.checkpoints import runs
 
     torch.manual_seed(0)
     settings = runs.config(checkpoint={"async_save": True})
-    engine, *_ = mocte_ds.initialize(model=Decoder(runs.MODEL), config=settings)
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=settings)
     engine.mocte.emerge(0)
     runs.train(engine, 0)
     with _slow(), open(Path(folder) / f"seen{torch.distributed.get_rank()}", "w") as seen:

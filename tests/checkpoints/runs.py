@@ -1,15 +1,19 @@
-"""Checkpoints of tiny decoders, written on two processes by the engines as launch/pretrain.py uses them."""
+"""Checkpoints of a tiny Llama, written on two processes by the engines as launch/pretrain.py uses them."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.base_model import base_facts
+from tests.small_models import loss_of, small_llama
 
-MODEL = DecoderConfig("llama", 340, 32, 48, 2, 4, 2, max_positions=48)
-STEPS = 3
+VOCAB, STEPS = 340, 3
+
+
+def model() -> Any:
+    """What they train."""
+    return small_llama(VOCAB, heads=4, num_key_value_heads=2, positions=48)
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def write(folder: str, tokenizer: str) -> dict[str, Any]:
     runs = {"ffn": config(), "lora": config(modules="model.layers.1.mlp", expert={"kind": "lora", "width": 16})}
     for name, settings in runs.items():
         torch.manual_seed(0)
-        engine, *_ = mocte_ds.initialize(model=Decoder(MODEL), config=settings)
+        engine, *_ = mocte_ds.initialize(model=model(), config=settings)
         train(engine, 0)
         for block in range(len(engine.mocte.blocks)):
             engine.mocte.emerge(block)
@@ -69,8 +73,8 @@ def _dense(folder: Path, tokenizer: str) -> None:
     from mocte_ds.training import saving
 
     settings = {key: value for key, value in config().items() if key != "mocte"}
-    model = Decoder(MODEL)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    made = model()
+    engine, *_ = deepspeed.initialize(model=made, model_parameters=made.parameters(), config=settings)
     saving.prepare(engine, {})
     train(engine, 0)
     _save(engine, folder, tokenizer)
@@ -81,13 +85,13 @@ def train(engine: Any, first: int) -> None:
     rank = torch.distributed.get_rank()
     for step in range(first, first + STEPS):
         generator = torch.Generator().manual_seed(10 * step + rank)
-        tokens = torch.randint(4, MODEL.vocab_size, (4, 33), generator=generator)
-        engine.backward(engine(input_ids=tokens[:, :-1], labels=tokens[:, 1:]))
+        tokens = torch.randint(4, VOCAB, (4, 33), generator=generator)
+        engine.backward(loss_of(engine, tokens[:, :-1], tokens[:, 1:]))
         engine.step()
 
 
 def _save(engine: Any, folder: Path, tokenizer: str) -> None:
     from mocte_ds.training import saving
 
-    state = {"model": asdict(MODEL), "tokenizer": tokenizer, "tokens": engine.global_steps * 256}
+    state = {"base": base_facts(engine.module), "tokenizer": tokenizer, "tokens": engine.global_steps * 256}
     saving.save(engine, folder, f"step{engine.global_steps}", state)

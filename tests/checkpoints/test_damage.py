@@ -11,12 +11,12 @@ import torch
 from pytest import fixture, mark, raises
 
 from mocte_ds.checkpoints.manifest import require_whole, require_whole_on_ranks
-from mocte_ds.checkpoints.model import load_model
 from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from tests.checkpoints import ranks
 from tests.checkpoints.damage import cut, digest, flip, plant, seal, swap
+from tests.checkpoints.loaded import load_model
 from tests.spawn import spawn
 
 ZERO = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"

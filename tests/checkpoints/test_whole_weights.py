@@ -15,14 +15,13 @@ from mocte_ds.checkpoints.fp32 import (
     load_state_dict_from_zero_checkpoint,
 )
 from mocte_ds.checkpoints.inspection import checkpoint_facts
-from mocte_ds.checkpoints.model import load_model
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, MocteError
-from mocte_ds.models import Decoder
 from mocte_ds.moe import attach
 from tests.checkpoints import runs, whole
+from tests.checkpoints.loaded import load_model
 from tests.spawn import spawn
 from tools.zero_to_fp32 import main
 
@@ -64,7 +63,7 @@ def test_master_weights_of_all_ranks(written, tmp_path):
         "0.mlp.banks.0.deepspeed_moe.experts.deepspeed_experts.1." in n for n in finer
     )
     assert len(finer) == 21
-    model = Decoder(runs.MODEL)
+    model = runs.model()
     attach(model, MocteConfig.from_dict({**runs.config()["mocte"], "ep_size": 1}))
     load_state_dict_from_zero_checkpoint(model, written.folder / "ffn")
     assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())

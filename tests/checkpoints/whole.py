@@ -16,12 +16,11 @@ def write_and_load(folder: str) -> dict[str, Any]:
         experts have in the bank.
     """
     import mocte_ds
-    from mocte_ds.models import Decoder
     from tests.checkpoints import runs
 
     root, rank = Path(folder), torch.distributed.get_rank()
     torch.manual_seed(0)
-    engine, *_ = mocte_ds.initialize(model=Decoder(runs.MODEL), config=runs.config())
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=runs.config())
     engine.mocte.emerge(0)
     runs.train(engine, 0)
     engine.save_checkpoint(root / "r[1]", tag=0)

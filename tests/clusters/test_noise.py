@@ -11,9 +11,9 @@ from torch import Tensor
 from mocte_ds.clusters import agreement, detect
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import attach
 from mocte_ds.spectrum import sampled_svd
+from tests.small_models import FFNS, loss_of, small_model
 
 VOCAB, HIDDEN, EOD, BATCH, LENGTH, DOCUMENTS, RANK = 256, 32, 0, 16, 64, 512, 8
 METHODS = ("dbscan", "hdbscan")
@@ -56,14 +56,14 @@ def four_domains(disjoint: bool, seed: int) -> Source:
 def coordinates(style: str, steps: int, seed: int, source: Source) -> list[tuple[Tensor, Tensor]]:
     """Document means (m, 8) of every block of a decoder after ``steps`` of training, and their domains (m,)."""
     torch.manual_seed(seed)
-    model = Decoder(DecoderConfig(style, VOCAB, HIDDEN, 48, 2, 2, max_positions=LENGTH))
+    model = small_model(style, VOCAB, HIDDEN, positions=LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         ids, _ = source.batch()
         optimizer.zero_grad()
-        model(ids[:, :-1], ids[:, 1:]).backward()
+        loss_of(model, ids[:, :-1], ids[:, 1:]).backward()
         optimizer.step()
-    blocks = attach(model, MocteConfig.from_dict({"modules": "model.layers.*.mlp", "eod_id": EOD}))
+    blocks = attach(model, MocteConfig.from_dict({"modules": FFNS[style], "eod_id": EOD}))
     collectors, stream = [], SampleStream(64, DOCUMENTS, seed, EOD)
     for block in blocks:
         collectors.append(FeatureCollector(HIDDEN, stream))

@@ -7,18 +7,18 @@ from torch import nn
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, inherit, redraw_units, set_gate
 from mocte_ds.errors import ConfigError
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.context import Tokens
+from tests.small_models import FFNS, OUTPUTS, small_model
 
 V, D, F, E, N = 50, 32, 48, 4, 2000
 
 
 def made(style: str = "llama", ep_size: int = 1, **settings: object) -> tuple[Block, MocteConfig]:
     torch.manual_seed(0)
-    values = {"modules": "model.layers.*.mlp", "num_experts": E, "ep_size": ep_size, **settings}
+    values = {"modules": FFNS[style], "num_experts": E, "ep_size": ep_size, **settings}
     config = MocteConfig.from_dict(values)
-    (block,) = attach(Decoder(DecoderConfig(style, V, D, F, 1, 2, max_positions=8)), config)
+    (block,) = attach(small_model(style, V, D, F, 1), config)
     return block, config
 
 
@@ -34,7 +34,7 @@ def redrawn(style: str, share: float, ep_size: int = 1, kind: str = "ffn") -> li
     return [{name: value.detach().clone() for name, value in expert.items()} for expert in found]
 
 
-@pytest.mark.parametrize("style", ["llama", "gpt2"])
+@pytest.mark.parametrize("style", FFNS)
 def test_experts_from_scratch_are_independent_draws_of_the_models_own_initialisation(style: str) -> None:
     block, _ = made(style)
     experts = redrawn(style, 1.0)
@@ -47,7 +47,7 @@ def test_experts_from_scratch_are_independent_draws_of_the_models_own_initialisa
         both = nn.functional.normalize(torch.cat([drawn, dense.detach().flatten()[None]]), dim=1)
         cosines = both @ both.T - torch.eye(E + 1)
         assert float(cosines.abs().max()) < 5 * drawn.shape[1] ** -0.5
-    output = dict(block.dense.named_parameters())["down_proj.weight" if style == "llama" else "c_proj.weight"]
+    output = dict(block.dense.named_parameters())[f"{OUTPUTS[style]}.weight"]
     assert output.std().item() == pytest.approx(0.02 / 2**0.5, rel=0.1), "divided by sqrt(2 layers)"
 
 
@@ -56,7 +56,7 @@ def test_an_experts_draw_hangs_on_no_rank() -> None:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("style", ["llama", "gpt2"])
+@pytest.mark.parametrize("style", FFNS)
 def test_drop_upcycling_redraws_half_of_the_hidden_units_and_their_moments(style: str) -> None:
     block, config = made(style, expert={"redraw": 0.5})
     with torch.no_grad():
@@ -75,11 +75,11 @@ def test_drop_upcycling_redraws_half_of_the_hidden_units_and_their_moments(style
         new = {name: p.detach() != dense[name].detach() for name, p in expert.named_parameters()}
         by_unit = []
         for name, mask in new.items():
-            output = name.startswith(("down_proj", "c_proj"))
+            output = name.startswith(OUTPUTS[style])
             if output and mask.dim() == 1:
                 assert not mask.any(), "the output's bias is of no hidden unit"
                 continue
-            mask = mask.T if output else mask
+            mask = mask.T if mask.dim() == 2 and output != (style == "gpt2") else mask
             by_unit.append(mask if mask.dim() == 1 else mask.all(dim=1))
             assert mask.dim() == 1 or torch.equal(mask.all(dim=1), mask.any(dim=1)), "whole units"
         assert all(torch.equal(by_unit[0], other) for other in by_unit) and int(by_unit[0].sum()) == F // 2

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.gradients import DENSE, block_conflict, read_conflict
@@ -14,12 +13,12 @@ from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.snapshots import Snapshots
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, ExpertMode, attach
 from mocte_ds.seeds import derived_seed
 from mocte_ds.spectrum.sample import Selection, hash_keys
 from mocte_ds.trainability import coherence, conflict
 from mocte_ds.zero import expert_unit
+from tests.small_models import small_llama
 
 V, T, EOD, BATCH, N = 40, 24, 0, 16, 16
 IDS = torch.randint(1, V, (BATCH, T), generator=torch.Generator().manual_seed(1))
@@ -67,7 +66,7 @@ def padded_probe(parts: list[tuple[int, int]], lengths: torch.Tensor, left: bool
 @pytest.mark.parametrize("left", [False, True])
 def test_the_set_does_not_depend_on_padding_to_each_micro_batch_s_length(left: bool) -> None:
     lengths = torch.tensor([8, 24, 12, 5, 20, 24, 9, 6, 7, 10, 23, 11, 24, 4, 9, 6])
-    made, blocks = model("transformers")
+    made, blocks = model()
     found = []
     for parts in ([(0, 16)], [(0, 4), (4, 8), (8, 12), (12, 16)], [(i, i + 1) for i in range(16)]):
         probe = padded_probe(parts, lengths, left)
@@ -90,12 +89,8 @@ def test_given_sequences_are_shared_out_and_the_first_step_adds_none() -> None:
     assert kept["domain"].tolist() == [0, 1, 2, 3]
 
 
-def model(kind: str) -> tuple[torch.nn.Module, list[Block]]:
-    if kind == "ours":
-        made = Decoder(DecoderConfig("llama", V, 16, 24, 2, 2, max_positions=T))
-    else:
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        made = LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes))
+def model() -> tuple[torch.nn.Module, list[Block]]:
+    made = small_llama(V, 16, 24, positions=T)
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "eod_id": EOD})
     blocks = attach(made, config)
     for block in blocks:
@@ -120,7 +115,7 @@ def filled() -> ProbeSet:
 
 def training() -> tuple[RunState, Progress]:
     """A run in which all experts train, and its probe set of three sequences."""
-    made, blocks = model("ours")
+    made, blocks = model()
     units = {
         expert_unit(b, k): SimpleNamespace(parameters=tuple(expert.parameters()))
         for b in blocks
@@ -137,9 +132,12 @@ def training() -> tuple[RunState, Progress]:
     return run, progress
 
 
-@pytest.mark.parametrize("kind", ["ours", "transformers"])
-def test_losses_and_routes(kind: str) -> None:
-    made, blocks = model(kind)
+@pytest.mark.parametrize("bare", [True, False])
+def test_losses_and_routes(bare: bool) -> None:
+    """Of a model that returns its logits alone, and of one that returns an output with them."""
+    made, blocks = model()
+    if bare:
+        made.register_forward_hook(lambda _module, _args, output: output.logits)
     counts = [block.banks[0].deepspeed_moe.routed.clone() for block in blocks]
     reading = filled().read(made, blocks, torch.device("cpu"))
     assert made.training and all(module.training for module in made.modules())
@@ -148,7 +146,7 @@ def test_losses_and_routes(kind: str) -> None:
     ids = IDS[[0, 4, 8]]
     with torch.no_grad():
         output = made.eval()(input_ids=ids)
-    logits = output if kind == "ours" else output.logits
+    logits = output if bare else output.logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, T - 1)
     counted = torch.isfinite(reading.losses)
     assert counted.sum() == 3 * (T - 1) - 1 and not counted[0, 5], "the token after the end is of another document"
@@ -157,7 +155,7 @@ def test_losses_and_routes(kind: str) -> None:
 
 
 def test_a_model_without_logits_has_routes_but_no_losses() -> None:
-    made, blocks = model("ours")
+    made, blocks = model()
     probe = filled()
     hidden = SimpleNamespace(last_hidden_state=torch.zeros(1))
     wrapped = made.register_forward_hook(lambda *_: hidden)
@@ -168,7 +166,7 @@ def test_a_model_without_logits_has_routes_but_no_losses() -> None:
 
 
 def test_snapshots_put_back_the_very_same_tensors() -> None:
-    made, blocks = model("ours")
+    made, blocks = model()
     units = {f"unit {i}": tuple(expert.parameters()) for i, expert in enumerate(blocks[0].banks[0].local_experts)}
     snapshots = Snapshots()
     snapshots.take(units)
@@ -258,7 +256,7 @@ def test_progress_of_an_expert_begins_when_it_begins_to_train() -> None:
 
 def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     """Two blocks, one in warm-up; the reference asks autograd for each token's gradient of the FFN's weights."""
-    made, blocks = model("ours")
+    made, blocks = model()
     blocks[0].mode = BlockMode.WARMUP
     made.eval()
     for parameter in made.parameters():
@@ -268,12 +266,17 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     probe.offer((), {"input_ids": IDS}, 0, BATCH, torch.arange(BATCH) // 8)
     probe.finish()
     basis, mean = torch.linalg.qr(torch.randn(16, 2))[0], torch.zeros(16)
+    ids, source = IDS[[0, 4, 8, 12]], torch.tensor([0, 0, 1, 1]).repeat_interleave(T)
+    caught = []
+    hook = blocks[0].register_forward_hook(lambda _m, args, _o: caught.append(args[0].detach()))
+    made(input_ids=ids)
+    hook.remove()
+    z = (caught[0].mean(1) - mean) @ basis
     for handle in run.blocks:
         handle.document_mean, handle.document_basis = mean, basis
-        handle.document_centroids, handle.document_prices = 0.2 * torch.randn(4, 2), torch.zeros(4)
+        handle.document_centroids, handle.document_prices = z[:2], torch.zeros(2)
     found = read_conflict(run, probe)
     assert set(found) == {0, 1} and set(found[0]) == {DENSE}
-    ids, source = IDS[[0, 4, 8, 12]], torch.tensor([0, 0, 1, 1]).repeat_interleave(T)
     valid = torch.ones(4, T, dtype=torch.bool)
     valid[:, -1] = False
     valid &= ids != EOD
@@ -282,7 +285,7 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
         """Of all tokens (zeros where the expert does not read them): experts read theirs in order, then padding."""
         caught = {}
         hook = look.register_forward_hook(lambda _m, args, out: caught.update(x=args[0], y=out))
-        logits = made(input_ids=ids)
+        logits = made(input_ids=ids).logits
         hook.remove()
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * valid[:, :-1].flatten()).sum()
@@ -298,11 +301,6 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
             rows.append(torch.cat([part.flatten() for part in parts]).double())
         return torch.stack(rows) @ torch.stack(rows).T
 
-    caught = []
-    hook = blocks[0].register_forward_hook(lambda _m, args, _o: caught.append(args[0].detach()))
-    made(input_ids=ids)
-    hook.remove()
-    z = (caught[0].mean(1) - mean) @ basis
     cluster = (z[:, None] - run.blocks[0].document_centroids).square().sum(2).argmin(1).repeat_interleave(T)
     seed = derived_seed(run.config.seed, "rows of experts")
     place = hash_keys(torch.arange(4)[:, None], torch.arange(T), seed).flatten()

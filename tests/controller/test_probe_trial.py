@@ -4,14 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.errors import MocteError
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, attach
+from tests.small_models import loss_of, small_llama
 from tests.spawn import spawn
 
 V, T = 40, 12
@@ -24,12 +23,12 @@ class WithLabels(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = Decoder(DecoderConfig("llama", V, 16, 24, 1, 2, max_positions=T))
+        self.body = small_llama(V, 16, 24, 1, positions=T)
         self.seen: list[tuple[int, ...]] = []
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         self.seen.append(tuple(labels.shape))
-        return F.cross_entropy(self.body(input_ids).flatten(0, 1), labels.flatten())
+        return loss_of(self.body, input_ids, labels)
 
 
 class LabelsInSecret(WithLabels):

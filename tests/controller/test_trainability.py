@@ -1,6 +1,5 @@
 """What a check measures of the experts: rows chosen over all ranks, lambda and gradient norm, whoever holds them."""
 
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +12,7 @@ from mocte_ds.controller import search
 from mocte_ds.controller.birth import set_gate
 from mocte_ds.moe import BlockMode, attach
 from mocte_ds.moe.expert_rows import ExpertRows
+from tests.small_models import loss_of, small_llama
 from tests.spawn import spawn
 
 V, T, SEQUENCES, N = 64, 32, 16, 48
@@ -20,10 +20,8 @@ STEPS = 5
 
 
 def small_model() -> torch.nn.Module:
-    from mocte_ds.models import Decoder, DecoderConfig
-
     torch.manual_seed(0)
-    return Decoder(DecoderConfig("llama", V, 32, 48, 2, 2, max_positions=T, initializer_range=0.1))
+    return small_llama(V, positions=T, initializer_range=0.1)
 
 
 def tokens(step: int) -> torch.Tensor:
@@ -67,8 +65,7 @@ def measured(ep_size: int, turns: int = 1, scale: float | None = None) -> dict[s
         for turn in range(turns):
             first = (turn * world + rank) * micro
             ids = tokens(step)[first : first + micro]
-            loss = engine(input_ids=ids, labels=ids.roll(-1, 1))
-            engine.backward(loss)
+            engine.backward(loss_of(engine, ids, ids.roll(-1, 1)))
             engine.step()
     probes = [[vars(e.history[-1]) if e.history else None for e in b.experts] for b in engine.mocte.blocks]
     check = [event for event in events if event["event"] == "check"][-1:]
@@ -117,8 +114,7 @@ def flops_of_checks() -> list[tuple[int, int]]:
     # scikit-learn's distances are a formula, and no product of matrices.
     with patch.object(search, "_distance_flops", lambda *_: 0):
         for step in range(7):
-            loss = engine(input_ids=tokens(step), labels=tokens(step).roll(-1, 1))
-            engine.backward(loss)
+            engine.backward(loss_of(engine, tokens(step), tokens(step).roll(-1, 1)))
             with FlopCounterMode(display=False) as counter:
                 engine.step()
             pairs.append((sum(spent), counter.get_total_flops()))
@@ -210,16 +206,15 @@ def test_padding_and_recomputation_are_left_out() -> None:
     padded[:, : T - 8], labels[:, : T - 8] = text, text
     for ids, told in ((text, text), (padded, labels), (padded, None)):
         blocks, model = one_layer(16)
-        model.config = replace(model.config, activation_checkpointing=True)
-        model.model.config = model.config
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         for block in blocks:
             for bank in block.banks:
                 bank.deepspeed_moe.expert_rows = ExpertRows(4, 16, seed=3)
         blocks[0].context.announce(first_sequence=0, micro_batch=SEQUENCES, sampling=True)
-        out = model.train()(ids, labels=told)
+        out = model(ids, labels=told)
         rows = [block.banks[0].deepspeed_moe.expert_rows for block in blocks]
         before = [r.found() for r in rows]
-        (out if out.dim() == 0 else out.square().mean()).backward()
+        (out.logits.square().mean() if told is None else out.loss).backward()
         assert [r.found() for r in rows] == before
         whole = [k for k, count in enumerate(before[1]) if count == 16]
         found.append((before, whole, rows[1].merged(whole, 32, torch.device("cpu"))))

@@ -4,17 +4,15 @@ from typing import Any
 
 import torch
 
+from tests.small_models import loss_of, small_llama
 from tests.spawn import spawn
 
 TURNS, VOCAB = 16, 40
 
 
 def small_model() -> torch.nn.Module:
-    from mocte_ds.models import Decoder, DecoderConfig
-
     torch.manual_seed(0)
-    config = DecoderConfig("llama", VOCAB, 32, 48, 1, 2, max_positions=16, initializer_range=0.1)
-    return Decoder(config).bfloat16()
+    return small_llama(VOCAB, layers=1, positions=16, initializer_range=0.1).bfloat16()
 
 
 def batch(turn: int) -> torch.Tensor:
@@ -25,7 +23,7 @@ def summed_by_hand() -> dict[str, torch.Tensor]:
     model, sums = small_model(), {}
     for turn in range(TURNS):
         ids = batch(turn)
-        model(input_ids=ids, labels=ids.roll(-1, 1)).backward()
+        loss_of(model, ids, ids.roll(-1, 1)).backward()
         for name, parameter in model.named_parameters():
             sums[name] = sums.get(name, 0.0) + parameter.grad.float() / TURNS
             parameter.grad = None
@@ -55,7 +53,7 @@ def error_of(stage: int, fp32: bool, offload: bool) -> float:
     expected, apart, whole = summed_by_hand(), 0.0, 0.0
     for turn in range(TURNS):
         ids = batch(turn)
-        engine.backward(engine(input_ids=ids, labels=ids.roll(-1, 1)))
+        engine.backward(loss_of(engine, ids, ids.roll(-1, 1)))
         if turn == TURNS - 1:
             for name, parameter in engine.module.named_parameters():
                 wanted = expected.get(name.replace(".mlp.dense.", ".mlp."))

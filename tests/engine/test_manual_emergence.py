@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from tests.engine import runs
 from tests.spawn import spawn
 
@@ -12,26 +10,23 @@ def run() -> tuple[list[dict[str, Any]], list[int], list[str]]:
     """Events of an emergence between two steps, the sampled rows of each step, and answers to freezes in a step."""
     import mocte_ds
     from mocte_ds.errors import MocteError
-    from mocte_ds.models import Decoder, DecoderConfig
 
-    torch.manual_seed(0)
     settings = runs.config(auto=False, ep_size=1, total_steps=10, spectrum={"rank": 4, "rows": 4096, "documents": 64})
     del settings["scheduler"]
-    sizes = DecoderConfig("llama", runs.VOCAB, 32, 48, 2, 2, max_positions=runs.LENGTH)
-    engine, *_ = mocte_ds.initialize(model=Decoder(sizes), config=settings)
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=settings)
     events: list[dict[str, Any]] = []
     engine.mocte.on_event(events.append)
     rows = []
     for step in range(3):
         for turn in range(2):
             ids, _ = runs.batch(step, turn)
-            engine.backward(engine(ids, ids))
+            engine.backward(engine(ids, labels=ids).loss)
             engine.step()
         rows.append(len(engine.mocte.run.samples.collectors[0].tokens()[0]))
     engine.mocte.emerge(1)
     said = []
     ids, _ = runs.batch(3, 0)
-    loss = engine.scale(engine(ids, ids))
+    loss = engine.scale(engine(ids, labels=ids).loss)
     for backward in (lambda: None, loss.backward):  # the loss's own backward, not the engine's
         backward()
         try:

@@ -7,11 +7,11 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.gradients import read_conflict
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.run_state import RunState
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import BlockMode, attach
 from mocte_ds.spectrum import sampled_svd, split_half_angles
 from mocte_ds.spectrum.sample import Reservoir
 from mocte_ds.trainability import lambda_max
+from tests.small_models import small_llama
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ def test_the_reservoir_keeps_the_same_rows() -> None:
 @pytest.mark.parametrize("kind", ["token", "prefix", "type", "previous", "hash", "random"])
 def test_blocks_route_and_conflict_is_that_of_the_cpu(kind: str) -> None:
     torch.manual_seed(0)
-    made = Decoder(DecoderConfig("llama", 40, 16, 24, 2, 2, max_positions=12))
+    made = small_llama(40, 16, 24, positions=12)
     config = MocteConfig.from_dict(
         {"modules": "model.layers.*.mlp", "num_experts": 4, "eod_id": 0, "router": {"kind": kind}}
     )
@@ -67,7 +67,7 @@ def test_blocks_route_and_conflict_is_that_of_the_cpu(kind: str) -> None:
     found, outputs = [], []
     for device in ("cpu", "cuda"):
         run.module = made.to(device).eval()
-        outputs.append(made(input_ids=ids.to(device)).float().cpu().detach())
+        outputs.append(made(input_ids=ids.to(device)).logits.float().cpu().detach())
         probe = ProbeSet(10**6, 0)
         probe.give(ids, torch.arange(6) % 2)
         found.append(read_conflict(run, probe))

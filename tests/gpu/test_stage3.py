@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from mocte_ds.models import Decoder, DecoderConfig
 from tests.engine import runs
 from tests.spawn import spawn
 
@@ -24,9 +22,7 @@ def train(stage: int, offload: bool, folder: Path | None) -> dict[str, Any]:
     if offload:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         del settings["optimizer"]["params"]["torch_adam"]  # DeepSpeed's AdamW for CPUs
-    torch.manual_seed(0)
-    model = Decoder(DecoderConfig("llama", runs.VOCAB, 32, 48, 2, 2, max_positions=runs.LENGTH))
-    engine, *_ = mocte_ds.initialize(model=model, config=settings)
+    engine, *_ = mocte_ds.initialize(model=runs.model(), config=settings)
     events: list[dict[str, Any]] = []
     engine.mocte.on_event(events.append)
     first = 0
@@ -36,7 +32,7 @@ def train(stage: int, offload: bool, folder: Path | None) -> dict[str, Any]:
     losses = []
     for step in range(first, 20):
         ids = runs.batch(step, 0)[0].to(engine.device)
-        loss = engine(input_ids=ids[:, :-1], labels=ids[:, 1:])
+        loss = engine(input_ids=ids, labels=ids).loss
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.small_models import loss_of, small_llama
 from tests.spawn import spawn
 
 VOCAB, HIDDEN, WIDTH, EXPERTS, EOD, BATCH, LENGTH, STEPS = 64, 32, 48, 4, 0, 4, 40, 3
@@ -53,26 +54,25 @@ def unit_state(engine: Any, name: str, module: torch.nn.Module) -> dict[str, dic
 def emerge(ep_size: int, bf16: bool, block: dict[str, Any]) -> dict[str, Any]:
     """Train a little, let the experts of all blocks emerge, and look at the same batch right before and right after."""
     import mocte_ds
-    from mocte_ds.models import Decoder, DecoderConfig
     from mocte_ds.zero import dense_unit, expert_unit
 
     torch.manual_seed(0)
-    sizes = DecoderConfig("llama", VOCAB, HIDDEN, WIDTH, 2, 2, max_positions=LENGTH, initializer_range=0.1)
-    engine, *_ = mocte_ds.initialize(model=Decoder(sizes), config=config(ep_size, bf16, block))
+    model = small_llama(VOCAB, HIDDEN, WIDTH, positions=LENGTH, initializer_range=0.1)
+    engine, *_ = mocte_ds.initialize(model=model, config=config(ep_size, bf16, block))
     events: list[dict] = []
     engine.mocte.on_event(events.append)
     for step in range(STEPS):
-        engine.backward(engine(*batch(step)))
+        engine.backward(loss_of(engine, *batch(step)))
         engine.step()
     handles = engine.mocte.blocks
     dense = [unit_state(engine, dense_unit(h.block), h.block.dense) for h in handles]
     engine.eval()
     with torch.no_grad():
         ids, labels = batch(STEPS)
-        before = engine(ids, labels), engine(ids)
+        before = loss_of(engine, ids, labels), engine(ids).logits
         for number in range(len(handles)):
             engine.mocte.emerge(number)
-        after = engine(ids, labels), engine(ids)
+        after = loss_of(engine, ids, labels), engine(ids).logits
     used, born = [], []
     for handle in handles:
         experts = {}

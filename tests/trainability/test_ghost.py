@@ -8,19 +8,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mocte_ds.errors import MocteError
-from mocte_ds.models import DecoderConfig
-from mocte_ds.models.layers import SwiGLU
 from mocte_ds.trainability import forms, ghost, ghost_gram, lambda_max
 from tests.trainability.test_kernel import FORMS, D, F, kernel, other, randomised, swiglu
 
 
-class BiasedSwiGLU(SwiGLU):
+class BiasedSwiGLU(LlamaMLP):
     """Gated with biases everywhere, so that the two input matrices have different Gram matrices."""
 
     def __init__(self, up_bias: bool = True) -> None:
-        super().__init__(DecoderConfig("llama", 8, D, F, 1, 1))
+        super().__init__(LlamaConfig(hidden_size=D, intermediate_size=F, num_attention_heads=1))
         self.gate_proj, self.up_proj = nn.Linear(D, F), nn.Linear(D, F, bias=up_bias)
         self.down_proj = nn.Linear(F, D)
 
@@ -133,7 +133,7 @@ def test_tokens_of_a_real_loss() -> None:
 def test_no_gradient_of_a_single_row_is_formed() -> None:
     """The largest tensor of the closed form, at n = 16 and matrices of 32 x 48, is no larger than a matrix or n x f."""
     n, d, f = 16, 32, 48
-    expert = randomised(SwiGLU(DecoderConfig("llama", 8, d, f, 1, 1)))
+    expert = randomised(swiglu(d=d, f=f))
     x, slopes, largest = torch.randn(n, d), torch.randn(n, d), 0
 
     class Watch(TorchDispatchMode):
@@ -211,11 +211,11 @@ def test_many_parameters_are_compared_block_by_block(monkeypatch: pytest.MonkeyP
 def test_an_ffn_that_computes_something_else_is_not_taken_for_one(zero_output: bool) -> None:
     """Nor while an output matrix of zeros hides what its hidden units are."""
 
-    class Doubled(SwiGLU):
+    class Doubled(LlamaMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    expert, x, slopes = randomised(Doubled(DecoderConfig("llama", 8, D, F, 1, 1))), torch.randn(6, D), torch.randn(6, D)
+    expert, x, slopes = randomised(swiglu(Doubled)), torch.randn(6, D), torch.randn(6, D)
     if zero_output:
         nn.init.zeros_(expert.down_proj.weight)
     assert forms.known_ffn(expert, x) is None

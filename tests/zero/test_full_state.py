@@ -13,14 +13,12 @@ def look(stage: int, offload: bool) -> list[str]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     import mocte_ds
-    from mocte_ds.models import Decoder, DecoderConfig
 
     settings = runs.config(auto=False)
     settings["zero_optimization"] |= {"stage": stage, **({"offload_optimizer": {"device": "cpu"}} if offload else {})}
     settings["optimizer"]["params"]["torch_adam"] = True
     settings["zero_force_ds_cpu_optimizer"] = False
-    torch.manual_seed(0)
-    model = Decoder(DecoderConfig("llama", runs.VOCAB, 32, 48, 2, 2, 2, max_positions=runs.LENGTH))
+    model = runs.model()
     engine, *_ = mocte_ds.initialize(model=model, config=settings)
     run, rank, wrong, done = engine.mocte, torch.distributed.get_rank(), [], 0
 
@@ -28,7 +26,7 @@ def look(stage: int, offload: bool) -> list[str]:
         nonlocal done
         for turn in range(2):
             ids, _ = runs.batch(done, turn * 2 + rank)
-            engine.backward(engine(input_ids=ids[:, :-1], labels=ids[:, 1:]))
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
             engine.step()
         done += 1
 

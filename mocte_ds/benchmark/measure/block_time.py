@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.freeze_plan import FreezeSizes
+from mocte_ds.benchmark.measure.llama import llama_ffn
 from mocte_ds.benchmark.measure.memory import require_memory
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import set_gate
-from mocte_ds.models.layers import SwiGLU
 from mocte_ds.moe import Block, BlockMode, attach
 
 FORMULA = (
@@ -79,7 +79,7 @@ class _PlainExperts(nn.Module):
 
     def __init__(self, sizes: FreezeSizes, rows: list[int]) -> None:
         super().__init__()
-        self.rows, self.ffns = rows, nn.ModuleList([SwiGLU(sizes.model) for _ in rows])
+        self.rows, self.ffns = rows, nn.ModuleList([llama_ffn(sizes.model) for _ in rows])
 
     def forward(self, hidden: Tensor) -> Tensor:
         chunks = hidden[0].split(self.rows)
@@ -89,7 +89,7 @@ class _PlainExperts(nn.Module):
 def _block(sizes: FreezeSizes, clock: Clock) -> Block:
     """A block whose experts run, on a gate of random directions."""
     holder = nn.Module()
-    holder.mlp = SwiGLU(sizes.model)
+    holder.mlp = llama_ffn(sizes.model)
     router = {"kind": "random"}
     config = MocteConfig.from_dict({"modules": "mlp", "num_experts": sizes.experts, "auto": False, "router": router})
     holder.to(clock.device, sizes.torch_dtype)

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 import mocte_ds
+from mocte_ds.base_model import base_facts
 from mocte_ds.benchmark.measure.disk import forget
+from mocte_ds.benchmark.measure.llama import llama, next_token_loss
 from mocte_ds.benchmark.measure.peak import Peak
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.convert.hf.export import export
 from mocte_ds.dist.collectives import from_rank_zero, gather_objects
-from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.training.model import TransformersModel, make_model
 
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer.model"
 _MOST_STEPS = 1000  # beside one save
@@ -42,10 +44,9 @@ class CheckpointSizes:
     vocab: int = 1024
 
     @property
-    def model(self) -> DecoderConfig:
-        """The decoder."""
-        heads = max(1, self.d // 64)
-        return DecoderConfig("llama", self.vocab, self.d, self.width, self.layers, heads, max_positions=self.context)
+    def model(self) -> TransformersModel:
+        """The model without experts."""
+        return llama(self.vocab, self.d, self.width, self.layers, self.context)
 
     @property
     def parameters(self) -> int:
@@ -87,7 +88,7 @@ class Run:
     def __init__(self, sizes: CheckpointSizes, asynchronous: bool = False) -> None:
         torch.manual_seed(0)
         self.sizes = sizes
-        self.engine, *_ = mocte_ds.initialize(model=Decoder(sizes.model), config=sizes.config(asynchronous))
+        self.engine, *_ = mocte_ds.initialize(model=make_model(sizes.model), config=sizes.config(asynchronous))
         self.data = torch.Generator().manual_seed(int(os.environ["RANK"]))
 
     def step(self) -> float:
@@ -95,7 +96,7 @@ class Run:
         shape = (self.sizes.micro_batch, self.sizes.context + 1)
         ids = torch.randint(self.sizes.vocab, shape, generator=self.data).to(self.engine.device)
         started = time.perf_counter()
-        self.engine.backward(self.engine(ids[:, :-1], ids[:, 1:]))
+        self.engine.backward(next_token_loss(self.engine, ids))
         self.engine.step()
         return time.perf_counter() - started
 
@@ -122,7 +123,7 @@ def save(sizes: CheckpointSizes, folder: str, asynchronous: bool) -> dict[str, A
         tag = f"step{number}"
         gather_objects(None)  # all start at once
         started = time.perf_counter()
-        client = {"model": vars(sizes.model), "tokenizer": str(Path(folder) / TOKENIZER), "tokens": 0}
+        client = {"base": base_facts(run.engine.module), "tokenizer": str(Path(folder) / TOKENIZER), "tokens": 0}
         run.engine.save_checkpoint(str(root), tag, client_state=client)
         in_step = time.perf_counter() - started
         beside: list[float] = []
@@ -165,7 +166,7 @@ def reshape_once(sizes: CheckpointSizes, folder: str) -> dict[str, Any]:
 
 def export_once(sizes: CheckpointSizes, folder: str) -> dict[str, Any]:
     """Export to Hugging Face format, compared as always: seconds and memory; for one process."""
-    from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM  # noqa: F401  what is imported counts before
+    from transformers import LlamaForCausalLM, MixtralForCausalLM  # noqa: F401  what is imported counts before
 
     root, out, times = Path(folder) / CHECKPOINTS, Path(folder) / "export", []
     peak = Peak()

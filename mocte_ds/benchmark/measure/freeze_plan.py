@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from mocte_ds.benchmark.measure.llama import llama
 from mocte_ds.config import MocteConfig
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.training.ledger import Ledger
+from mocte_ds.training.model import TransformersModel, make_model
 from mocte_ds.training.model_sizes import config_sizes
 
 FORMULAS = {
@@ -51,10 +52,9 @@ class FreezeSizes:
     vocab: int = 1024
 
     @property
-    def model(self) -> DecoderConfig:
-        """The decoder."""
-        heads = max(1, self.d // 64)
-        return DecoderConfig("llama", self.vocab, self.d, self.width, self.layers, heads, max_positions=self.context)
+    def model(self) -> TransformersModel:
+        """The model without experts."""
+        return llama(self.vocab, self.d, self.width, self.layers, self.context)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -133,7 +133,7 @@ def groups(sizes: FreezeSizes, percent: int, rank: int) -> list[Group]:
     """ZeRO's groups on a rank: matrices and vectors outside of the blocks, and one an expert that trains."""
     # Counted on a model without memory, so that nothing here depends on what DeepSpeed made of it.
     with torch.device("meta"):
-        model = Decoder(sizes.model)
+        model = make_model(sizes.model)
     outside = [p for name, p in model.named_parameters() if ".mlp." not in name]
     found = []
     for matrices in (True, False):

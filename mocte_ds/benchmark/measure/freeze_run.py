@@ -15,8 +15,9 @@ from torch import nn
 import mocte_ds
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.freeze_plan import FreezeSizes
+from mocte_ds.benchmark.measure.llama import next_token_loss
 from mocte_ds.benchmark.measure.wire import Traffic, WireCounter
-from mocte_ds.models import Decoder
+from mocte_ds.training.model import make_model
 from mocte_ds.zero.process_groups import expert_process_groups
 
 _PHASES = ("forward", "backward", "step")
@@ -45,8 +46,7 @@ class _Rank:
         """Start; all blocks emerge before the first step."""
         self.sizes, self.clock, self.wire = sizes, clock, wire
         torch.manual_seed(0)
-        model = Decoder(sizes.model)
-        self.engine, *_ = mocte_ds.initialize(model=model, config=sizes.config())
+        self.engine, *_ = mocte_ds.initialize(model=make_model(sizes.model), config=sizes.config())
         for name, group in zip(("token", "expert"), expert_process_groups(sizes.ep), strict=True):
             wire.name_group(group, name)
         for handle in self.engine.mocte.blocks:
@@ -112,7 +112,7 @@ class _Rank:
         shape = (self.sizes.micro_batch, self.sizes.context + 1)
         ids = torch.randint(self.sizes.vocab, shape, generator=self.data).to(self.engine.device)
         times = [self._now()]
-        loss = self.engine(ids[:, :-1], ids[:, 1:])
+        loss = next_token_loss(self.engine, ids)
         times.append(self._now())
         self.engine.backward(loss)
         times.append(self._now())

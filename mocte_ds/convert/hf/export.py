@@ -85,7 +85,7 @@ def export(
         if tokenizer_path is not None or trained is not None:
             tokenizer = run_tokenizer(tokenizer_path, trained, folder)
         kept = dtype or ("fp32" if source.of_a_run else None)
-        return sizes | export_trained(source, out, kept, tokenizer, tell, choice, shard_bytes)
+        return export_trained(source, out, kept, tokenizer, tell, choice, shard_bytes, sizes)
     source.dtype = dtype or source.kept_dtype
     tokenizer = run_tokenizer(tokenizer_path, source.state["tokenizer"], folder)
     tokenizer.require_fit(source.config.vocab_size)
@@ -102,6 +102,7 @@ def export_trained(
     tell: Callable[[str], None] = lambda _text: None,
     choice: str = "auto",
     shard_bytes: int = SHARD_BYTES,
+    told: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the folder of a user's own model, of any architecture of transformers; it is in memory as a whole.
 
@@ -114,6 +115,7 @@ def export_trained(
         choice: `stock`: the base model's class, or where experts have emerged a stock one with experts, or none;
             `own`: ours around the base model; `auto`: a stock one where it fits.
         shard_bytes: as of :func:`export`.
+        told: further facts.
 
     Returns:
         Facts, as of :func:`export`.
@@ -132,7 +134,7 @@ def export_trained(
     if tokenizer is not None:
         tokenizer.require_fit(config.vocab_size)
         ids = {name: getattr(tokenizer.special, name) if value is None else value for name, value in ids.items()}
-    reason = None
+    reason, told = None, {**(told or {}), "tokenizer": tokenizer is not None}
     if choice != "own" and emerged_blocks(source):
         try:
             view = DecoderView(source)
@@ -142,7 +144,6 @@ def export_trained(
                 raise
             choice, reason = "own", str(error)
         else:
-            told = {"tokenizer": tokenizer is not None}
             return _export_layout(view, layout, out, tokenizer, tell, shard_bytes, told, source)
     target = replace(choose_target(source, choice), special=SpecialIds(**ids), reason=reason)
     require_room(out, sum(tensor_of(source, name).nbytes for name in target.names.values()))
@@ -154,7 +155,7 @@ def export_trained(
         tell("comparing with the trained model")
         compared, checksums = compare_folder(source, target, pending)
         facts = {"architecture": target.architecture, "reason": target.reason, "parameters": parameters}
-        facts |= {"dtype": source.dtype, "tokenizer": tokenizer is not None, **compared}
+        facts |= {"dtype": source.dtype, **told, **compared}
         _finish(source, pending, facts, checksums)
     return facts
 

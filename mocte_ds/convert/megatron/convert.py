@@ -51,7 +51,7 @@ def to_megatron(
     target = _require_new(Path(out), found, dtype)
     tell(f"reading {found}")
     stored = StoredSource(found, dtype)
-    source = stored if stored.base is None else DecoderView(stored)
+    source = stored if stored.base is None else _view(stored)
     settings = settings_of(source)
     pairs, manifest = all_pairs(source, settings), Manifest.read(found)
     require_room(target, _size(source))
@@ -59,7 +59,7 @@ def to_megatron(
         tell("writing for megatron-core")
         # Not kept: the next model needs the memory.
         files.save(_filled(build(settings), source, pairs), pending, source.state["step"])
-        own.write(pending, source, settings, pairs, manifest)
+        own.write(pending, source, stored.state, settings, pairs, manifest)
         tell("comparing with the trained model")
         tensors = files.read(build(settings), pending)
         model = build(settings)
@@ -116,6 +116,14 @@ def from_megatron(
             if not torch.equal(written.read(name), source.read(name)):
                 raise CheckpointError(f"the weight {name} was lost or changed on its way through the file.")
     return {"tag": tag, "dtype": dtype, "step": source.state["step"], "tensors_compared": len(source.shapes)}
+
+
+def _view(stored: StoredSource) -> Source:
+    """A model of transformers by the names and settings that are converted."""
+    try:
+        return DecoderView(stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"{stored.folder} cannot be converted to megatron-core: {error}") from error
 
 
 def _filled(model: nn.Module, source: Source, pairs: list[Pair]) -> nn.Module:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mocte_ds.base_model import make_config, require_base
 from mocte_ds.checkpoints.files import to_json
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import is_gate
-from mocte_ds.checkpoints.source import Source, empty_decoder
+from mocte_ds.checkpoints.source import Source, empty_decoder, empty_model
+from mocte_ds.convert.hf.imports.config import decoder_of
 from mocte_ds.convert.hf.shards import Entry, Shards, write_shards
 from mocte_ds.convert.megatron.model import Settings, settings_of
 from mocte_ds.convert.megatron.pairs import Pair, all_pairs
@@ -24,11 +26,14 @@ from mocte_ds.sections import parse_section
 
 OWN_FOLDER = "mocte_ds"
 _STATE_FILE, _FORMAT = "state.json", 1
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def rest(source: Source, pairs: Iterable[Pair]) -> list[Entry]:
     """Tensors of ours that no tensor of megatron-core's model holds: FFNs and experts that do not run, zero biases."""
     used = {name for pair in pairs for name in pair.sources}
+    if source.config.tied:
+        used.add(_HEAD)
     own = source.model.state_dict()
 
     def dtype(name: str) -> torch.dtype:
@@ -39,12 +44,20 @@ def rest(source: Source, pairs: Iterable[Pair]) -> list[Entry]:
     return [Entry(name, shape, dtype(name)) for name, shape in source.shapes.items() if name not in used]
 
 
-def write(folder: Path, source: Source, settings: Settings, pairs: Iterable[Pair], manifest: Manifest) -> None:
+def write(
+    folder: Path,
+    source: Source,
+    state: dict[str, Any],
+    settings: Settings,
+    pairs: Iterable[Pair],
+    manifest: Manifest,
+) -> None:
     """Write our part beside megatron-core's.
 
     Args:
         folder: of the whole.
         source: what is converted.
+        state: of the checkpoint, as of :class:`Source`.
         settings: of megatron-core's model.
         pairs: its tensors.
         manifest: of the checkpoint that is converted.
@@ -57,8 +70,8 @@ def write(folder: Path, source: Source, settings: Settings, pairs: Iterable[Pair
     entries = {entry.name: entry for entry in rest(source, pairs)}
     if entries:
         write_shards(own, list(entries.values()), lambda name: source.read(name).to(entries[name].dtype))
-    state = {"format": _FORMAT, "state": source.state}
-    (own / _STATE_FILE).write_bytes(to_json({**state, **settings.to_dict()}))
+    values = {"format": _FORMAT, "state": state, **settings.to_dict()}
+    (own / _STATE_FILE).write_bytes(to_json(values))
     sign(own, manifest)
     sign(folder, manifest)
 
@@ -93,9 +106,12 @@ class MegatronSource(Source):
         values = _read_state(own / _STATE_FILE)
         try:
             state = values["state"]
-            _require_backed(state, folder)
+            self._config = _decoder(state, folder, own / _STATE_FILE)
             mocte = None if state["mocte"] is None else {"config": state["mocte"], "blocks": state["blocks"]}
-            super().__init__(empty_decoder(state["model"], mocte, own / _STATE_FILE), state, dtype)
+            sizes, empty = state.get("base"), empty_model
+            if sizes is None:
+                sizes, empty = state["model"], empty_decoder
+            super().__init__(empty(sizes, mocte, own / _STATE_FILE), state, dtype)
             self.settings = Settings(values["transformer_config"], values["gpt_model"], values["router_scale"])
             self.pairs = all_pairs(self, self.settings)
             int(state["step"])
@@ -120,6 +136,11 @@ class MegatronSource(Source):
                 "convert the checkpoint again."
             )
 
+    @property
+    def config(self) -> DecoderConfig:
+        """Sizes of the run's model."""
+        return self._config
+
     def take(self, tensors: dict[str, Tensor]) -> None:
         """Set the tensors of megatron-core's model, by their name there.
 
@@ -132,6 +153,8 @@ class MegatronSource(Source):
                 raise CheckpointError(f"{pair.name} is {tuple(tensors[pair.name].shape)}, which does not fit {name}.")
 
     def _stored(self, name: str) -> Tensor:
+        if name == _HEAD and self.config.tied:
+            name = _EMBEDDING
         if name not in self._pairs:
             assert self._rest is not None  # names without a pair are read from there
             return self._rest.read(name)
@@ -146,14 +169,25 @@ def _read_state(path: Path) -> dict[str, Any]:
     return values
 
 
-def _require_backed(state: dict[str, Any], folder: Path) -> None:
-    """Refuse a model with more parameters than the folder has bytes, before anything is built of it."""
+def _decoder(state: dict[str, Any], folder: Path, path: Path) -> DecoderConfig:
+    """Sizes of the run's model.
+
+    Raises:
+        CheckpointError: it has more parameters than the folder has bytes; nothing is built of it.
+    """
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    sizes, mocte = state["model"], state["mocte"]
+    base, mocte = state.get("base"), state["mocte"]
+    layers = state["model"]["num_layers"] if base is None else base["config"]["num_hidden_layers"]
     experts = 0 if mocte is None else mocte["num_experts"] * len(mocte.get("banks") or [None]) * len(state["blocks"])
-    fits = isinstance(sizes["num_layers"], int) and max(sizes["num_layers"], experts) <= there
-    if not fits or parse_section(DecoderConfig, sizes).num_params() > there:
-        raise CheckpointError(
-            f"{folder} has {there:,} bytes, fewer than the parameters of the model that its {_STATE_FILE} describes: "
-            "it is damaged, or files are missing."
-        )
+    if isinstance(layers, int) and max(layers, experts) <= there:
+        if base is None:
+            decoder = parse_section(DecoderConfig, state["model"])
+        else:
+            base = require_base(base, path)
+            decoder = decoder_of(base["architecture"], make_config(base, path), path)
+        if decoder.num_params() <= there:
+            return decoder
+    raise CheckpointError(
+        f"{folder} has {there:,} bytes, fewer than the parameters of the model that its {_STATE_FILE} describes: "
+        "it is damaged, or files are missing."
+    )

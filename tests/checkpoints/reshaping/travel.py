@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocte_ds.models import Decoder
-from tests.checkpoints.runs import MODEL
+from tests.checkpoints import runs
+from tests.small_models import loss_of
 from tests.zero.small_run import Case, Net, act, config, global_step, learning_rate
 
 BATCH, MICRO = 8, 2
@@ -103,7 +103,7 @@ def _step(engine: Any, step: int) -> float:
 
 
 def settings(world: int, ep_size: int, first: bool = False, **changes: Any) -> dict[str, Any]:
-    """DeepSpeed config of a tiny decoder in fp32, whose global batch is the same for any number of ranks."""
+    """DeepSpeed config of a tiny Llama in fp32, whose global batch is the same for any number of ranks."""
     block = {"modules": "model.layers.*.mlp", "num_experts": 4, "ep_size": ep_size, "auto": False, "total_steps": 100}
     block.update(spectrum={"rank": 4, "rows": 256, "documents": 32})
     if "banks" not in changes:
@@ -127,7 +127,7 @@ def make(name: str, world: int, ep_size: int, first: bool = False) -> Any:
     from mocte_ds.training import saving
 
     torch.manual_seed(0)
-    model = Decoder(MODEL)
+    model = runs.model()
     values = settings(world, ep_size, first, **VARIANTS.get(name, {}))
     if name != "dense":
         engine = mocte_ds.initialize(model=model, config=values)[0]
@@ -145,13 +145,13 @@ def train(engine: Any, first: int, last: int) -> list[float]:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     losses = []
     for step in range(first, last):
-        tokens = torch.randint(4, MODEL.vocab_size, (BATCH, 33), generator=torch.Generator().manual_seed(step))
+        tokens = torch.randint(4, runs.VOCAB, (BATCH, 33), generator=torch.Generator().manual_seed(step))
         turns = BATCH // MICRO // world
         total = 0.0
         for turn in range(turns):
             place = (turn * world + rank) * MICRO
             mine = tokens[place : place + MICRO]
-            loss = engine(input_ids=mine[:, :-1], labels=mine[:, 1:])
+            loss = loss_of(engine, mine[:, :-1], mine[:, 1:])
             engine.backward(loss)
             engine.step()
             total += loss.item() / turns

@@ -15,11 +15,11 @@ from pytest import fixture, mark, raises
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mocte_ds.checkpoints.model import load_model
 from mocte_ds.convert.hf.export import export
 from mocte_ds.errors import CheckpointError, ConfigError, NotOurs
 from tests.checkpoints import runs
 from tests.checkpoints.by_hand import sign
+from tests.checkpoints.loaded import load_model
 from tools import export_hf
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,17 +64,21 @@ def test_transformers_loads_and_generates(written, tmp_path, name, stock, dtype)
     text = tokenizer.decode(generated[0], skip_special_tokens=True)
     assert generated.shape[1] > batch.input_ids.shape[1] and text.startswith("the river moves")
     ours, _ = load_model(written.folder / name)
-    ids = torch.randint(runs.MODEL.vocab_size, (2, 30), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(runs.VOCAB, (2, 30), generator=torch.Generator().manual_seed(3))
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     with torch.no_grad():
-        expected, logits = ours(ids), model(input_ids=ids).logits.float()
-    close = {"fp32": 1e-5, "bf16": 0.1}[dtype]
-    assert (logits - expected).abs().max() < close * expected.abs().max()
+        expected, *found = (m(input_ids=ids).logits.float() for m in (ours, wide, model))
+    # What was trained is in bf16, and so both exports hold it exactly. Computing in bf16 sends the few tokens near a
+    # boundary to another expert.
+    exact, narrow = ((logits - expected).abs().amax(-1) / expected.abs().max() for logits in found)
+    share, close = {"fp32": (1.0, 1e-5), "bf16": (0.9, 0.1)}[dtype]
+    assert exact.max() < 1e-5 and narrow.quantile(share) < close
 
 
 @mark.parametrize(("name", "parts"), [("ffn", ("1", "3", "2")), ("lora", ("gate", "up", "down"))])
 def test_every_expert_is_what_its_rank_held(written, tmp_path, name, parts):
     """Read from the stored file alone, without transformers and without a line of ours."""
-    export(written.folder / name, tmp_path / "export")
+    export(written.folder / name, tmp_path / "export", "fp32")
     with safe_open(tmp_path / "export" / "model.safetensors", "np") as file:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
     experts = written.experts[name]
@@ -149,6 +153,10 @@ def in_config(**changes):
     }
 
 
+def without_norms(content: dict) -> dict:
+    return {**content, "module": {name: value for name, value in content["module"].items() if "norm" not in name}}
+
+
 @mark.parametrize(
     ("damage", "message"),
     [
@@ -173,10 +181,11 @@ def in_config(**changes):
         ),
         (cut(MAIN, 0.9), f"{MAIN} cannot be read"),
         (edit(MAIN, lambda content: {"weights": {}}), f"{MAIN} has no module, global_steps"),
-        (edit(MAIN, lambda content: {**content, "module": {}}), "does not fit its own model: missing"),
+        (edit(MAIN, lambda content: {**content, "module": {}}), "the config belongs to another model"),
+        (edit(MAIN, without_norms), "does not fit its own model: missing"),
         (cut(STATE, 0.5), f"{STATE} cannot be read"),
         (edit(STATE, lambda content: [content]), f"{STATE} has no keys"),
-        (edit(STATE, lambda content: {**content, "client_state": {}}), "does not say which model it holds"),
+        (edit(STATE, lambda content: {**content, "base": None}), "does not say which model it holds"),
         (edit(STATE, in_state(blocks=[])), r"lists the blocks \[\]"),
         (edit(STATE, in_config(num_experts=8)), f"{expert(0, 4)} is missing"),
         (edit(STATE, in_config(num_experts=2)), f"holds {expert(0, 2)}, an expert that"),
@@ -319,7 +328,7 @@ def test_command_line(fresh, tmp_path, capsys):
     assert export_hf.main([str(fresh), str(tmp_path / "export")]) == 0
     assert "8 experts equal" in capsys.readouterr().out
     assert export_hf.main([str(fresh), str(tmp_path / "export"), "--class", "own"]) == 0
-    assert "is a MocteForCausalLM" in capsys.readouterr().out
+    assert "is a MocteBlocksForCausalLM" in capsys.readouterr().out
     edit(STATE, in_config(router={**runs_router(fresh), "kind": "prefix"}))(fresh)
     sign(fresh)
     with raises(CheckpointError, match="no stock class routes by router.kind 'prefix'"):

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from mocte_ds.convert.hf.export import export
 from mocte_ds.convert.hf.shards import INDEX_FILE, Entry, Shards, write_shards
 from mocte_ds.errors import CheckpointError
-from mocte_ds.models import DecoderConfig
+from mocte_ds.models import Decoder, DecoderConfig
+from mocte_ds.training.model import model_record
 from tests.checkpoints.by_hand import write_random
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,7 +43,10 @@ def test_memory_stays_far_below_the_size_of_the_model(written, tmp_path, dtype, 
     sizes = {"small": (32, 64, 2), "large": (256, 1024, 36)}
     for folder, (d, f, layers) in sizes.items():
         config = DecoderConfig("llama", 2048, d, f, layers, 4, 2, max_positions=64)
-        write_random(tmp_path / folder / "step7", config, {"modules": ALL, "num_experts": 4, **settings})
+        with torch.device("meta"):
+            model = Decoder(config)
+        record, block = model_record(config, model), {"modules": ALL, "num_experts": 4, **settings}
+        write_random(tmp_path / folder / "step7", model, record, block)
         (tmp_path / folder / "latest").write_text("step7")
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(written.tokenizer), dtype]
     done = subprocess.run(

@@ -15,15 +15,16 @@ import torch
 from pytest import fixture, mark, raises
 from torch import distributed
 
-from mocte_ds.checkpoints.model import load_model
+from mocte_ds.base_model import base_facts
 from mocte_ds.checkpoints.source import StoredSource
 from mocte_ds.convert.megatron import convert
 from mocte_ds.convert.megatron.convert import from_megatron, to_megatron
 from mocte_ds.errors import CheckpointError, ConfigError
-from mocte_ds.models import DecoderConfig
 from tests.checkpoints.by_hand import sign, write_random
+from tests.checkpoints.loaded import load_model
 from tests.convert.hf.test_export import digest
 from tests.convert.megatron.in_megatron import PADDED, look, save_surplus
+from tests.small_models import FFNS, small_model
 from tests.spawn import spawn
 from tools import to_megatron as tool
 
@@ -31,13 +32,13 @@ ROOT = Path(__file__).resolve().parents[3]
 ALL, VOCAB = "model.layers.*.mlp", 96
 SOFTMAX = {"bias": False, "weight": "softmax"}
 
-# Name: sizes of the decoder, "mocte" block, blocks that stay in warm-up.
+# Name: keys of the model's config, "mocte" block, blocks that stay in warm-up.
 CASES = {
     "hard": ({}, {"modules": ALL, "router": {"bias": False}}, ()),
     "softmax": ({}, {"modules": ALL, "router": SOFTMAX}, ()),
-    "some layers, tied": ({"tie_embeddings": True}, {"modules": ["model.layers.1.mlp"], "router": SOFTMAX}, ()),
-    "a block in warm-up, all kv heads": ({"num_kv_heads": 4}, {"modules": ALL, "router": {"bias": False}}, (0,)),
-    "biases of queries, wide heads": ({"qkv_bias": True, "head_dim": 12}, {"modules": ALL, "router": SOFTMAX}, ()),
+    "some layers, tied": ({"tie_word_embeddings": True}, {"modules": ["model.layers.1.mlp"], "router": SOFTMAX}, ()),
+    "a block in warm-up, all kv heads": ({"num_key_value_heads": 4}, {"modules": ALL, "router": {"bias": False}}, (0,)),
+    "biases of queries, wide heads": ({"style": "qwen2", "head_dim": 12}, {"modules": ALL, "router": SOFTMAX}, ()),
     "learned": ({}, {"modules": ALL, "router": {"kind": "random", "weight": "softmax", "learn": True}}, ()),
     "two a token": ({}, {"modules": ALL, "router": {**SOFTMAX, "top_k": 2}}, ()),
     "two as in Mixtral": ({}, {"modules": ALL, "router": {**SOFTMAX, "top_k": 2, "normalise": True}}, ()),
@@ -45,11 +46,16 @@ CASES = {
 }
 
 
-def write(folder: Path, sizes: dict, block: dict, warmup: tuple[int, ...] = (), style: str = "llama") -> Path:
+def write(folder: Path, sizes: dict, block: dict, warmup: tuple[int, ...] = ()) -> Path:
     """A random checkpoint of three layers with four experts each, features of 32, 4 heads and 2 key/value heads."""
-    fixed = {"num_kv_heads": 2} if style == "llama" else {}
-    fixed |= {"max_positions": 48, "rope_theta": 500.0}
-    write_random(folder, DecoderConfig(style, VOCAB, 32, 48, 3, 4, **{**fixed, **sizes}), {"num_experts": 4, **block})
+    fixed = {
+        "style": "llama",
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }
+    with torch.device("meta"):
+        model = small_model(vocab_size=VOCAB, layers=3, heads=4, positions=48, **{**fixed, **sizes})
+    write_random(folder, model, {"base": base_facts(model)}, {"num_experts": 4, **block})
     path = folder / "mocte_state.pt"
     state = torch.load(path, weights_only=True)
     for number in warmup:
@@ -88,7 +94,7 @@ def converted(tmp_path_factory) -> SimpleNamespace:
 def logits(checkpoint: Path) -> np.ndarray:
     model, _ = load_model(checkpoint)
     with torch.no_grad():
-        return model(ids()).numpy()
+        return model(input_ids=ids()).logits.numpy()
 
 
 @mark.parametrize("name", CASES)
@@ -112,7 +118,7 @@ def test_megatron_computes_what_was_trained(converted, name):
                 expert[0].down_proj.weight.data,
             )
             with torch.no_grad():
-                assert np.abs(model(ids()).numpy() - expected).max() > 1e-2 * np.abs(expected).max()
+                assert np.abs(model(input_ids=ids()).logits.numpy() - expected).max() > 1e-2 * np.abs(expected).max()
             break
 
 
@@ -206,13 +212,13 @@ def test_what_megatron_trained_on_comes_back(converted, tmp_path):
         ("llama", {"router": {"kind": "hash"}}, "the router.kind 'hash'"),
         ("llama", {"expert": {"kind": "lora", "width": 12}, "router": {"bias": False}}, "experts of the kind 'lora'"),
         ("llama", {"banks": [{"kind": "token"}, {"kind": "hash"}]}, "2 banks of experts"),
-        ("gpt2", {"router": {"bias": False}}, "style 'gpt2' cannot be converted"),
-        ("qk_norm", {"router": {"bias": False}}, "model.qk_norm = True cannot be converted"),
+        ("gpt2", {"router": {"bias": False}}, "step7 cannot be converted to megatron-core: .* of a GPT2LMHeadModel"),
+        ("qwen3", {"router": {"bias": False}}, "model.head_norm = True cannot be converted"),
     ],
 )
 def test_what_megatron_does_not_compute_is_refused(style, block, message, tmp_path):
-    sizes, style = ({"qk_norm": True}, "llama") if style == "qk_norm" else ({}, style)
-    checkpoint = write(tmp_path / "run" / "step7", sizes, {"modules": ALL, **block}, style=style)
+    modules = FFNS.get(style, ALL)
+    checkpoint = write(tmp_path / "run" / "step7", {"style": style}, {"modules": modules, **block})
     with raises(CheckpointError, match=message):
         to_megatron(checkpoint, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -308,7 +314,7 @@ def test_folders_that_are_damaged_are_refused(converted, tmp_path):
     shutil.rmtree(folder / "mocte_ds")
     shutil.copytree(converted.folders["a block in warm-up, all kv heads"] / "mocte_ds", folder / "mocte_ds")
     refused(r"holds decoder.layers.mlp.experts.experts.linear_fc1.weight, for which .* no place \(8 such")
-    state["state"]["model"]["vocab_size"], state["gpt_model"]["vocab_size"] = VOCAB + 1, VOCAB + 1
+    state["state"]["base"]["config"]["vocab_size"], state["gpt_model"]["vocab_size"] = VOCAB + 1, VOCAB + 1
     (folder / "mocte_ds" / "state.json").write_text(json.dumps(state))
     sign(folder / "mocte_ds")
     refused(f"has {VOCAB} tokens in its vocabulary, the run {VOCAB + 1}")
