@@ -108,10 +108,9 @@ class MegatronSource(Source):
             state = values["state"]
             self._config = _decoder(state, folder, own / _STATE_FILE)
             mocte = None if state["mocte"] is None else {"config": state["mocte"], "blocks": state["blocks"]}
-            sizes, empty = state.get("base"), empty_model
-            if sizes is None:
-                sizes, empty = state["model"], empty_decoder
-            super().__init__(empty(sizes, mocte, own / _STATE_FILE), state, dtype)
+            base, path = state.get("base"), own / _STATE_FILE
+            model = empty_decoder(state["model"], mocte, path) if base is None else empty_model(base, mocte, path)
+            super().__init__(model, state, dtype)
             self.settings = Settings(values["transformer_config"], values["gpt_model"], values["router_scale"])
             self.pairs = all_pairs(self, self.settings)
             int(state["step"])
