@@ -1,8 +1,11 @@
 """Runs lm-evaluation-harness without a network, on an exported folder or a run's checkpoint, on one process or many."""
 
 import contextlib
+import glob
+import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -139,7 +142,9 @@ def _task_folder() -> Iterator[str]:
     """The shipped task files with the folder of their data filled in, for as long as they are needed."""
     with tempfile.TemporaryDirectory() as folder:
         for path in TASKS.glob("*.yaml"):
-            text = path.read_text(encoding="utf-8").replace("@TASKS@", str(TASKS))
+            text = path.read_text(encoding="utf-8")
+            # `datasets` takes the name of a file for a pattern.
+            text = re.sub(r'"@TASKS@/([^"]+)"', lambda found: json.dumps(glob.escape(str(TASKS / found[1]))), text)
             Path(folder, path.name).write_text(text, encoding="utf-8")
         yield folder
 

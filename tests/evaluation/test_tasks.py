@@ -1,7 +1,9 @@
 """Tasks with several filters, rolling ones and ones without a context, against transformers alone."""
 
+import gzip
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mocte_ds.data.hf_tokenizer import HFTokenizer
 from mocte_ds.errors import ConfigError
-from mocte_ds.evaluation import evaluate
+from mocte_ds.evaluation import evaluate, lm
 from mocte_ds.evaluation.results import collect, table
 
 TEXTS = ["a b c d a b", "d d c", "b a"]
@@ -107,3 +109,19 @@ def test_numbers_that_make_no_evaluation(tmp_path: Path) -> None:
             evaluate(tmp_path, ["openbookqa_offline"], **values)
     with pytest.raises(ConfigError, match="no task is named"):
         evaluate(tmp_path, [])
+
+
+def test_shipped_tasks_read_their_own_data_where_a_folder_looks_like_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    for name in ('r[1] "x', 'r1 "x'):
+        shutil.copytree(lm.TASKS, tmp_path / name)
+        row = {"question": name, "choices": ["a", "b"], "answer": 0}
+        (tmp_path / name / "openbookqa.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    monkeypatch.setattr(lm, "TASKS", tmp_path / 'r[1] "x')
+    with lm._task_folder() as folder:
+        task = yaml.safe_load(Path(folder, "openbookqa_offline.yaml").read_text())
+        found = datasets.load_dataset("json", **task["dataset_kwargs"], cache_dir=str(tmp_path / "cache"))
+    assert found["validation"]["question"][:] == ['r[1] "x']
