@@ -33,8 +33,10 @@ def test_the_engine_gives_the_experts_of_all_ranks(tmp_path):
         errors = result["errors"]
         assert "experts of one of 2 ranks. For all weights call engine.save_16bit_model" in errors["module_state_dict"]
         assert "name a checkpoint" in errors["empty tag"]
+        assert "frozen experts would be lost" in errors["frozen left out"]
         assert "could not write /dev/full/x/pytorch_model.bin" in errors["no room"]
         assert "thesis.bin was not written by mocte-ds" in errors["of the user"]
+    assert not (tmp_path / "left").exists()
     assert (tmp_path / "mine" / "thesis.bin").read_text() == "the only copy"
     found = torch.load(tmp_path / "w[*]" / "all.bin", weights_only=True)
     own = {**results[1]["weights"], **results[0]["weights"]}

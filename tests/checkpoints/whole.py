@@ -39,6 +39,7 @@ def write_and_load(folder: str) -> dict[str, Any]:
     errors = {}
     calls = {
         "module_state_dict": engine.module_state_dict,
+        "frozen left out": lambda: engine.save_checkpoint(root / "left", exclude_frozen_parameters=True),
         "empty tag": lambda: engine.load_checkpoint(root / "r[1]", tag=""),
         "no room": lambda: engine.save_16bit_model("/dev/full/x"),
         "of the user": lambda: engine.save_16bit_model(str(root / "mine"), "thesis.bin"),

@@ -1,6 +1,7 @@
 """Pre-training through the real launcher on two processes: interrupted runs, bad values, full disks."""
 
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,3 +167,31 @@ def test_finished_run_goes_on_with_other_data(launch: Launcher, run_file: Write,
     assert events["prolong"]["steps"] == [6, 12]
     assert events["prolong"]["lr"] == pytest.approx([cosine(7, 6), cosine(7, 12)])
     assert events["data_change"]["changes"]["training.seed"] == {"checkpoint": 0, "run": 7}
+
+
+def test_data_that_changed_is_refused_before_a_run_begins(
+    launch: Launcher, run_file: Write, prepared: Path, tmp_path: Path
+) -> None:
+    """Another id of the vocabulary, which nothing but the checksums shows."""
+    for name in ("letters_train.bin", "numbers_validation.bin"):
+        data, out = tmp_path / name / "data", tmp_path / name / "out"
+        shutil.copytree(prepared, data)
+        content = bytearray((data / name).read_bytes())
+        content[100] ^= 1
+        (data / name).write_bytes(content)
+        code, output = launch.pretrain(run_file(False), out, "--set", f"data.prepared={data}")
+        assert code == 2 and name in output, output
+        assert not (out / "run.json").exists() and not (out / "checkpoints").exists()
+
+
+def test_masked_documents_are_a_setting_of_the_run(launch: Launcher, run_file: Write, tmp_path: Path) -> None:
+    short = ["--set", "training.steps=2", "--set", "training.warmup_steps=1"]
+    for mask in ("false", "true"):
+        code, output = launch.pretrain(run_file(True), tmp_path / mask, "--set", f"data.document_mask={mask}", *short)
+        assert code == 0, output
+    crossing, masked = (read_log(tmp_path / mask) for mask in ("false", "true"))
+    assert abs(crossing[0]["loss"] - masked[0]["loss"]) > 1e-5, "the same weights and data, another attention"
+    assert crossing[-1]["validation"] != masked[-1]["validation"]
+    more = ["--set", "training.steps=3", *short[2:]]
+    code, output = launch.pretrain(run_file(True), tmp_path / "true", "--set", "data.document_mask=false", *more)
+    assert code == 2 and "document_mask" in output, output
