@@ -114,14 +114,28 @@ def test_caches_that_cannot_carry_the_state_are_refused() -> None:
     assert torch.equal(static, tables.generate(texts(1), use_cache=False, **how)), "tables remember nothing"
 
 
-@pytest.mark.parametrize(("kind", "weight"), [("token", "hard"), ("token", "softmax"), ("prefix", "hard")])
-def test_the_gate_runs_without_autocast(kind: str, weight: str) -> None:
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"kind": "token", "weight": "hard"},
+        {"kind": "token", "weight": "softmax"},
+        {"kind": "prefix", "weight": "hard"},
+        {"kind": "token", "weight": "softmax", "learn": True},
+        {"kind": "prefix", "weight": "softmax", "learn": True, "top_k": 2},
+        {"kind": "random", "weight": "softmax", "learn": True},
+        {"kind": "random", "weight": "sigmoid", "learn": True, "unit_mean": True, "aux": 0.0, "balance_rate": 0.01},
+    ],
+    ids=str,
+)
+def test_the_gate_runs_without_autocast(router: dict[str, Any]) -> None:
     from mocte_ds.config import RouterConfig
     from mocte_ds.moe.forward import ForwardState
 
-    gate = ClusterGate(D, E, RouterConfig(kind, weight=weight), None)
+    gate = ClusterGate(D, E, RouterConfig(**router), None)
     assert isinstance(gate.key, LinearKey)
     gate.key.set(torch.randn(E, D), torch.randn(E))
+    if gate.router.learn:
+        torch.nn.init.normal_(gate.cluster_residual)
     features = torch.randn(2000, D) + 30 * torch.randn(D)
     tokens = ForwardState().tokens((20, 100, D))
     expected, plain, _ = gate(features, tokens)
