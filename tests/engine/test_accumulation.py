@@ -76,3 +76,56 @@ def test_micro_batches_are_added_up_in_fp32() -> None:
     control = found.pop("bf16")
     assert all(error < 1e-6 for error in found.values()), found
     assert control > 1e-3, "without grad_accum_dtype they are rounded to bf16 again and again"
+
+
+def gradients(turns: int, fp32: bool) -> dict[str, torch.Tensor]:
+    """Mean gradients of the micro-batches by an engine that adds up ``turns`` of them, the rest in fp32 by hand.
+
+    With experts, which are reduced apart; nothing moves, because the learning rate is 0.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    import mocte_ds
+
+    block = {"modules": "model.layers.*.mlp", "num_experts": 4, "ep_size": 2, "router": {"kind": "hash"}}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": turns,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},
+        "bf16": {"enabled": True},
+        "mocte": {**block, "auto": False, "total_steps": 100},
+    }
+    if fp32:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    engine, *_ = mocte_ds.initialize(model=small_model(), config=settings)
+    engine.mocte.emerge(0)
+    rank, sums = torch.distributed.get_rank(), {}
+    for turn in range(TURNS):
+        ids = batch(2 * turn + rank)
+        engine.backward(loss_of(engine, ids, ids.roll(-1, 1)))
+        if (turn + 1) % turns == 0:
+            for name, parameter in engine.module.named_parameters():
+                if parameter.requires_grad:
+                    found = safe_get_full_grad(parameter).float() * turns / TURNS
+                    sums[name] = sums.get(name, 0.0) + found
+        engine.step()
+    engine.destroy()
+    return sums
+
+
+def errors_of_experts() -> dict[str, float]:
+    expected = gradients(1, True)
+    experts = [name for name in expected if "deepspeed_experts" in name]
+    assert len(experts) == 2 * 3
+    found = {fp32: gradients(TURNS, fp32) for fp32 in (True, False)}
+    whole = sum(float(expected[name].square().sum()) for name in experts)
+    return {
+        str(fp32): (sum(float((sums[name] - expected[name]).square().sum()) for name in experts) / whole) ** 0.5
+        for fp32, sums in found.items()
+    }
+
+
+def test_gradients_of_experts_are_added_up_in_fp32() -> None:
+    for found in spawn(errors_of_experts, 2, timeout=240, deepspeed=True):
+        assert found["True"] < 1e-6 and found["False"] > 1e-3, found
