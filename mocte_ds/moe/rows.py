@@ -127,15 +127,23 @@ def _sum_by_token(
     chunks: Sequence[Tensor], order: Tensor, sizes: list[int], k: int, weight: Tensor | None = None
 ) -> Tensor:
     """(T, d) sums of the rows of each token's slots, times their weights."""
-    if weight is None:
-        rows = torch.cat([chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)])
-    else:
-        rows = chunks[0].new_empty((len(order), chunks[0].shape[1]))
-        flat, wide = weight.reshape(-1, 1), _Wide(sizes, rows, 1)
-        for target, places, chunk in zip(rows.split(sizes), order.split(sizes), chunks, strict=True):
-            (product,) = wide(len(places))
-            target.copy_(torch.mul(chunk[: len(places)], flat[places], out=product))
-    slot = torch.empty_like(order)
-    slot[order] = torch.arange(len(order), device=order.device)
-    slots = rows.index_select(0, slot)
+    slots = chunks[0].new_empty((len(order), chunks[0].shape[1]))
+    rows = [chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)]
+    places: Sequence[Tensor] = order.split(sizes)
+    if slots.device.type != "cpu":  # few kernels, where a CPU's cache holds one chunk at a time
+        rows, places, sizes = [torch.cat(rows)], [order], [len(order)]
+    wide = None if weight is None else _Wide(sizes, slots, 1)
+    for part, place in zip(rows, places, strict=True):
+        if weight is not None and wide is not None:
+            (product,) = wide(len(place))
+            part = torch.mul(part, weight.reshape(-1, 1)[place], out=product).to(slots.dtype)
+        _set_rows(slots, place, part)
     return slots if k == 1 else slots.view(-1, k, slots.shape[1]).sum(dim=1)
+
+
+def _set_rows(target: Tensor, places: Tensor, rows: Tensor) -> None:
+    """target[places] = rows, 16 bytes at a time where they can be: number by number takes 5 times as long in bf16."""
+    rows = rows.contiguous()
+    if all(t.shape[1] * t.itemsize % 16 == 0 and t.storage_offset() * t.itemsize % 16 == 0 for t in (target, rows)):
+        target, rows = target.view(torch.complex128), rows.view(torch.complex128)
+    target[places] = rows

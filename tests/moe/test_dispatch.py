@@ -131,6 +131,17 @@ def test_gradients_of_chunks_against_finite_differences(k):
     assert torch.autograd.gradcheck(lambda *c: scatter_chunks(c, order, sizes, k, None), chunks)
 
 
+@pytest.mark.parametrize("width", [3, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_any_layout_in_memory(width: int, dtype: torch.dtype) -> None:
+    """Wide and narrow ones, transposed ones, and ones that begin at an odd place."""
+    order, sizes = torch.tensor([4, 0, 3, 1, 2]), [2, 3]
+    odd = torch.randn(1 + 3 * width).to(dtype)[1:].view(3, width)
+    chunks = [torch.randn(width, 2).to(dtype).t(), odd]
+    expected = torch.cat(chunks)[order.argsort()]
+    assert torch.equal(scatter_chunks(chunks, order, sizes, 1, None), expected)
+
+
 def test_weights_multiply_in_fp32():
     """A weight between two bf16 numbers, whose rounding would show."""
     row, weight = torch.full((1, 1), 1.5, dtype=torch.bfloat16), torch.tensor([[1.0 + 2**-8 + 2**-9]])
