@@ -1,5 +1,8 @@
 """Faster attention for short contexts in bf16 on a CPU, for models of transformers too."""
 
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -35,10 +38,20 @@ def use_cpu_attention(model: Any) -> None:
         mixed = plain_attention(query, key, value, seen, options.get("scaling"))
         return mixed.transpose(1, 2).contiguous(), None
 
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+    if (
+        model.config._attn_implementation == "sdpa"
+        and model._can_set_attn_implementation()
+        and not _asks_for_name(model)
+    ):
         ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         model.set_attn_implementation(NAME)
+
+
+def _asks_for_name(model: Any) -> bool:
+    """Whether its class does other things for another name, as sparse attention does (DeepSeek-V3.2)."""
+    source = inspect.getsource(sys.modules[type(model).__module__])
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b).*\bsdpa\b", source) is not None
 
 
 def _is_faster(
@@ -48,7 +61,8 @@ def _is_faster(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     usual = not options.get("dropout") and options.get("softcap") is None and options.get("position_bias") is None
-    masked = causal if mask is None else mask.dtype is torch.bool and mask.shape[1] == 1
+    square = (query.shape[2], key.shape[2])
+    masked = causal if mask is None else mask.dtype is torch.bool and mask.shape[1] == 1 and mask.shape[2:] == square
     return masked and usual and key.shape == value.shape and key.shape[2] == query.shape[2] and is_short(query)
 
 

@@ -97,3 +97,13 @@ def test_another_choice_of_the_user_stays() -> None:
     model.set_attn_implementation("eager")
     cpu_attention.use_cpu_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_class_that_asks_for_the_name_keeps_its_attention() -> None:
+    """Sparse attention of DeepSeek-V3.2 is a mask under the name `sdpa`, and an argument under any other."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v32"](num_hidden_layers=1))
+    cpu_attention.use_cpu_attention(model)
+    assert model.config._attn_implementation == "sdpa"

@@ -252,7 +252,9 @@ class Controller:
         """
         if not self.mid_step and (waiting := born_at_once(self.run)):
             emerge_now(self.run, self.changer, waiting, "from scratch: before the first step")
-        run, place = self.run, self.passes.begin(rank, ranks, micro)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        texts = len(ids) if isinstance(ids, Tensor) and ids.dim() > 1 else micro
+        run, place = self.run, self.passes.begin(rank, ranks, micro, texts)
         domain, self._domain = self._domain, None
         if self.progress.active and not self.progress.probe.complete:
             self.progress.probe.offer(args, kwargs, place, run.sequences_per_step, domain, micro)
@@ -312,6 +314,7 @@ class Controller:
 
     def _gradients_wait(self, _parameter: torch.nn.Parameter) -> None:
         self.mid_step = True
+        self.passes.after_backward()
 
     # ---- refusals --------------------------------------------------------------------------------------------------
 

@@ -28,29 +28,33 @@ class Passes:
         """Sequences of all passes up to the last optimizer step; the numbers of the next step begin here."""
         self._parts = 0
         """Micro-batches of this rank in the current optimizer step: passes between which a backward pass has run."""
-        self._calls = 0
-        """Passes of this micro-batch, as of the chosen and the rejected answers of one loss."""
+        self._texts = 0
+        """Texts of each of its sequences, as the chosen and the rejected answer of one loss."""
         self._brought_in = True
         """Whether a backward pass has run since the last of them."""
         self._size = 0
         """Sequences of a pass, all ranks together."""
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in run.blocks]
 
-    def begin(self, rank: int, ranks: int, micro: int) -> int:
+    def begin(self, rank: int, ranks: int, micro: int, texts: int) -> int:
         """Count a pass that is about to run.
 
         Args:
             rank: of this process among those that share the data.
             ranks: how many these are.
             micro: sequences of a micro-batch.
+            texts: sequences of this pass; several of each of the micro-batch's, if they are more.
 
         Returns:
             Place of its first sequence in the optimizer step. Passes of one micro-batch are numbered as one call of
             all their texts.
         """
-        self._parts, self._calls = (self._parts + 1, 0) if self._brought_in else (self._parts, self._calls + 1)
+        if self._brought_in:
+            self._parts, self._texts = self._parts + 1, 0
+        place = ((self._parts - 1) * ranks + rank) * micro + self._texts * BEYOND
         self._brought_in, self._size = False, ranks * micro
-        return ((self._parts - 1) * ranks + rank) * micro + self._calls * BEYOND
+        self._texts += max(1, -(-texts // micro))
+        return place
 
     def after_backward(self) -> None:
         """The next pass is one of another micro-batch."""
@@ -77,7 +81,7 @@ class Passes:
             layer.step_load.zero_()
         self._move_gates(loads)
         context.step_tokens, context.step_passes, context.loss_scale = 0, 0, None
-        self._parts, self._calls, self._brought_in = 0, 0, True
+        self._parts, self._texts, self._brought_in = 0, 0, True
 
     def _move_gates(self, loads: Mapping[ClusterMOELayer, Tensor]) -> None:
         """Even the loads out, and follow the weights' mean; in blocks whose experts are all frozen nothing moves."""
@@ -129,7 +133,7 @@ class Passes:
         # Checkpoints of older versions have no balance of loads: it begins even, as at a birth.
         self.sequences = state.get("sequences", run.step * run.sequences_per_step)
         context.step_tokens, context.step_passes = 0, 0
-        self._parts, self._calls, self._brought_in = 0, 0, True
+        self._parts, self._texts, self._brought_in = 0, 0, True
         context.usual_tokens = state.get("usual_tokens")
         shares = state.get("shares") or [layer.share for layer in self._layers]
         for layer, share in zip(self._layers, shares, strict=True):

@@ -118,13 +118,15 @@ class DocumentFile:
         from pyarrow import parquet
 
         try:
-            # Values that repeat stay stored once: a small file may hold a huge one many times.
-            file = parquet.ParquetFile(self.path, page_checksum_verification=True, read_dictionary=["text"])
+            file = parquet.ParquetFile(self.path, page_checksum_verification=True)
             self._require_text_column(file.schema_arrow)
-            number = 0
+            # A small file may hold a huge value many times; no value is larger than all that is stored.
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            columns = [group.column(place) for group in groups for place in range(group.num_columns)]
+            stored = max((c.total_uncompressed_size for c in columns if c.path_in_schema == "text"), default=0)
+            number, rows = 0, max(1, min(_PARQUET_ROWS, MAX_BYTES // max(1, stored)))
             with file:
-                for batch in file.iter_batches(_PARQUET_ROWS, columns=["text"]):
-                    self._require_short(batch.column(0), number)
+                for batch in file.iter_batches(rows, columns=["text"]):
                     for value in batch.column(0):
                         number += 1
                         yield self._cell(value, number)
@@ -132,20 +134,6 @@ class DocumentFile:
             raise DataError(f"{self.path} needs more memory than there is: {one_line(error)}") from error
         except pyarrow.ArrowException as error:
             raise DataError(f"{self.path} is not a parquet file, or damaged: {one_line(error)}") from error
-
-    def _require_short(self, column: Any, before: int) -> None:
-        """Refuse a text that is too long, by its row, before it is made."""
-        from pyarrow import compute, types
-
-        coded = types.is_dictionary(column.type)
-        values = column.dictionary if coded else column
-        values = values.cast("large_string") if types.is_string_view(values.type) else values
-        longest = compute.binary_length(values).to_pylist()
-        for row, place in enumerate(column.indices.to_pylist() if coded else range(len(column)), before + 1):
-            if place is not None and (longest[place] or 0) > MAX_BYTES:
-                raise DataError(
-                    f"{self.path}, row {row}: a text of more than {MAX_BYTES >> 20} MiB; cut it into several documents."
-                )
 
     def _cell(self, value: Any, number: int) -> str:
         where = f"{self.path}, row {number}"
@@ -155,6 +143,8 @@ class DocumentFile:
             raise DataError(f'{where}: column "text" is not UTF-8; store it as UTF-8.') from error
         if text is None:
             raise DataError(f'{where}: no text under "text" (null).')
+        if len(text) > MAX_BYTES:
+            raise DataError(f"{where}: a text of more than {MAX_BYTES >> 20} MiB; cut it into several documents.")
         return text
 
     def _require_text_column(self, schema: Any) -> None:

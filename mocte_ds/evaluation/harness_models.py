@@ -141,6 +141,10 @@ class MocteLM(RankedLM):
         if device is not None and device.startswith("cuda"):
             device = None  # lm-eval's command line says cuda:0 on every rank, and where there is none
         replicas = Replicas.of(ep_size)
+        if replicas.size > 1 and not str(batch_size).isdigit():
+            raise ConfigError(
+                f"batch_size = {batch_size}: ranks that share experts must agree on it; give a number, or ep_size=1."
+            )
         folder = Path(checkpoint) / str(tag) if tag is not None else Path(checkpoint)
         network, tokens = load_live(folder, tokenizer, replicas, dtype)
         how = {"max_batch_size": max_batch_size, "max_length": max_length}

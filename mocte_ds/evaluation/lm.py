@@ -88,10 +88,16 @@ def evaluate(
         shipped, cache = stack.enter_context(_task_folder()), stack.enter_context(tempfile.TemporaryDirectory())
         datasets.config.HF_DATASETS_CACHE = Path(cache)
         model = _model(folder, batch_size, device, model_args or {})
+        if selection.names and limit is not None and limit < model.replicas.count:
+            raise ConfigError(
+                f"limit = {limit}: {model.replicas.count} ranks share the items; give as many, or fewer ranks."
+            )
         if benchmarks is not None:
             stack.enter_context(benchmarks.serving())
         warned = stack.enter_context(_warnings())
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # lm-eval prints what it does
+        # First: a corpus that cannot be read costs no scores.
+        scored = {} if texts is None else {"texts": score_corpus(model, texts, limit, batch_size)}
         own = [] if include_path is None else [str(include_path)]
         tasks_of = manager([shipped, *selection.folders, *own], selection.everything, num_fewshot)
         if selection.names:
@@ -114,7 +120,6 @@ def evaluate(
                 )
         else:
             found = {"results": {}}
-        scored = {} if texts is None else {"texts": score_corpus(model, texts, limit, batch_size)}
         model.barrier()
     rank, size = world()
     if rank != 0:

@@ -141,14 +141,21 @@ def chances(loaded: Any, limit: int | None) -> dict[str, Chance]:
     """
     odds: dict[str, list[float]] = {}
     for name, task in loaded["tasks"].items():
-        if task.OUTPUT_TYPE == "multiple_choice":
+        # Nothing is known of what a task scores by code of its own.
+        if task.OUTPUT_TYPE == "multiple_choice" and not getattr(task.config, "process_results", None):
             asked = task.doc_iterator(rank=0, limit=limit, world_size=1)
-            odds[name] = [1.0 / len(task.doc_to_choice(document)) for _, document in asked]
+            odds[name] = [_odds(task, document) for _, document in asked]
     for group, parts in loaded["groups"].items():
         inside = list(_tasks_in(parts))
         if inside and all(name in odds for name in inside):
             odds[group] = [p for name in inside for p in odds[name]]
     return {name: _chance(ps) for name, ps in odds.items() if ps}
+
+
+def _odds(task: Any, document: Any) -> float:
+    """Chance that a guess is one of the right choices."""
+    right = task.doc_to_target(document)
+    return (len(set(right)) if isinstance(right, list) else 1) / len(task.doc_to_choice(document))
 
 
 def _tasks_in(group: Any) -> Iterable[str]:

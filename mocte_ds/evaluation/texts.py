@@ -39,7 +39,8 @@ def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: in
     """Score texts, each by itself, behind the token that begins a text (collective).
 
     A text that is longer than the context is cut into windows that follow each other; the first token of a later one is
-    predicted from the last token before it. The sum of the losses of a text is lm-eval's rolling log-likelihood.
+    predicted from the last token before it. lm-eval's rolling log-likelihood fills its last window up with tokens that
+    were scored before, so that the sums agree for texts of whole windows only.
 
     Args:
         model: as of :func:`score_corpus`.

@@ -67,7 +67,7 @@ class MocteBank(nn.Module):
             added = self.experts[k](features[chosen])
             added = added[0] if isinstance(added, tuple) else added
             if weight is not None:
-                added = added * (weight * places).sum(dim=-1)[chosen].to(added.dtype)[:, None]
+                added = (added * (weight * places).sum(dim=-1)[chosen][:, None]).to(added.dtype)
             output[chosen] = output[chosen] + added
         return output
 

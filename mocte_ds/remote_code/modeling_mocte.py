@@ -85,7 +85,7 @@ class MocteBank(nn.Module):
             chosen = places.any(dim=-1)
             added = self.experts[k](x[chosen])
             if weight is not None:
-                added = added * (weight.to(x.device) * places).sum(dim=-1)[chosen].to(added.dtype)[..., None]
+                added = (added * (weight.to(x.device) * places).sum(dim=-1)[chosen][..., None]).to(added.dtype)
             output[chosen] = output[chosen] + added
         return output
 

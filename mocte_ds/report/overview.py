@@ -19,6 +19,7 @@ SHOWN = (
     ("hidden size", ("model", "hf.n_embd")),
     ("FFN width", ("model", "intermediate_size")),
     ("FFN width", ("model", "hf.intermediate_size")),
+    ("FFN width", ("model", "hf.n_inner")),
     ("vocabulary", ("model", "vocab_size")),
     ("vocabulary", ("model", "hf.vocab_size")),
     ("context (tokens)", ("training", "context")),

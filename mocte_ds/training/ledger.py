@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.moe.keys import key_class
+from mocte_ds.moe.keys import Key, key_class
 from mocte_ds.training.model_sizes import ModelSizes
 
 
@@ -197,7 +197,13 @@ def gate_flops(model: ModelSizes, config: MocteConfig, tokens: int) -> GateFlops
     matrix = 2.0 * config.num_experts * model.hidden_size * tokens
     routers = config.routers
     keys = [key_class(router.kind) for router in routers]
-    prior = [key.flops(model.hidden_size, config.num_experts) * tokens for key in keys]
+    # Some keys make one product of both.
+    prior = [
+        0.0
+        if router.learn and key.learned_logits is not Key.learned_logits
+        else key.flops(model.hidden_size, config.num_experts) * tokens
+        for key, router in zip(keys, routers, strict=True)
+    ]
     learned = matrix * sum(router.learn for router in routers)
     through = sum(p for p, key, r in zip(prior, keys, routers, strict=True) if r.learn and key.by_chance)
     return GateFlops(sum(prior) + learned, learned, learned + through)

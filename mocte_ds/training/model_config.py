@@ -9,6 +9,7 @@ from mocte_ds.shown import nearest, one_line, shown
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OLD_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Keys that configs with `rope_parameters` take and store there."""
+_MOST_LAYERS = 100_000
 _OWN_CLASSES = ("mocte", "mocte_blocks")
 
 
@@ -72,8 +73,10 @@ def config_from(values: dict[str, Any], place: str = "hf") -> Any:
         raise
     except Exception as error:  # transformers raise many types for values that they do not take
         raise ConfigError(f"{place}: {cls.__name__} refuses it: {one_line(error)}") from error
-    if isinstance(layers, int) and layers < 1:
-        raise ConfigError(f"{place}: the number of layers must be 1 or more, not {layers}.")
+    if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:
+        raise ConfigError(
+            f"{place}: the number of layers must lie between 1 and {_MOST_LAYERS:,}, not {shown(layers)}."
+        )
     return config
 
 

@@ -20,8 +20,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
     },
-    "gpt-140m": {**_GPT2, "n_embd": 768, "n_layer": 14, "n_head": 12, "n_positions": 1024},
-    "gpt-750m": {**_GPT2, "n_embd": 1536, "n_layer": 24, "n_head": 16, "n_positions": 1024},
+    "gpt-140m": {**_GPT2, "n_embd": 768, "n_inner": 3072, "n_layer": 14, "n_head": 12, "n_positions": 1024},
+    "gpt-750m": {**_GPT2, "n_embd": 1536, "n_inner": 6144, "n_layer": 24, "n_head": 16, "n_positions": 1024},
     "llama-1b": {
         **_LLAMA,
         "vocab_size": 32000,
@@ -39,7 +39,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 11008,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
-        "num_key_value_heads": 32,
         "max_position_embeddings": 4096,
     },
 }

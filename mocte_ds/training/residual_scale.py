@@ -25,6 +25,8 @@ def scale_residual_outputs(model: Any) -> list[str]:
     """
     config = model.config.get_text_config()
     std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None)
+    if getattr(config, "rescale_prenorm_residual", False):
+        return []  # the class does it
     layers = getattr(config, "num_hidden_layers", None)
     if not std or not layers:
         return []

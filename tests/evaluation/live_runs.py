@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
+from mocte_ds.models import DecoderConfig
 from tests.checkpoints import runs, tiny
 
 TEXTS = [f"the river moves over stone {n} and light falls on dark water" for n in range(5)]
 LLAMA = {"vocab_size": 340, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+DECODER = DecoderConfig("llama", runs.VOCAB, 32, 48, 2, 4, 2, max_positions=48)
 LEARNED = {"kind": "prefix", "weight": "softmax", "learn": True, "top_k": 2}
 
 
@@ -21,9 +23,9 @@ def write(folder: str, tokenizer: str) -> None:
     from mocte_ds.training import saving
 
     torch.manual_seed(0)
-    engine, *_ = mocte_ds.initialize(model=_random(Decoder(runs.MODEL)), config=_config())
+    engine, *_ = mocte_ds.initialize(model=_random(Decoder(DECODER)), config=_config())
     _emerge(engine)
-    saving.save(engine, Path(folder) / "decoder", "step6", {"model": asdict(runs.MODEL), "tokenizer": tokenizer})
+    saving.save(engine, Path(folder) / "decoder", "step6", {"model": asdict(DECODER), "tokenizer": tokenizer})
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -51,7 +53,7 @@ def _emerge(engine: Any) -> None:
             for block in range(len(engine.mocte.blocks)):
                 engine.mocte.emerge(block)
         generator = torch.Generator().manual_seed(10 * step + torch.distributed.get_rank())
-        tokens = torch.randint(4, runs.MODEL.vocab_size, (4, 33), generator=generator)
+        tokens = torch.randint(4, runs.VOCAB, (4, 33), generator=generator)
         output = engine(input_ids=tokens[:, :-1], labels=tokens[:, 1:])
         engine.backward(output if isinstance(output, torch.Tensor) else output.loss)
         engine.step()

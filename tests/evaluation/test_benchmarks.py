@@ -175,6 +175,9 @@ def test_the_core_has_fifteen_tasks_and_code_runs_on_request_alone() -> None:
 def test_programs_pass_only_if_they_end_well() -> None:
     assert passes("assert 1 + 1 == 2")
     assert not passes("assert 1 + 1 == 3") and not passes("import os; os._exit(1)")
+    for way in ("exit()", "import sys; sys.exit(0)", "raise SystemExit", "import os; os._exit(0)"):
+        assert not passes(f"{way}\nassert 1 == 2"), "it left before its test"
+    assert passes("print('a word of its own')\nimport subprocess; subprocess.Popen(['sleep', '1000'])"), "ended with it"
     tests = ["assert f(2) == 4", "assert f(3) == 9"]
     right, wrong = "def f(x): return x * x", "def f(x): return x + x"
     scores, passed = CodeEval().compute(tests, [[right, wrong, wrong], [wrong, wrong, wrong]], k=[1, 2, 5])

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.controller.birth import set_gate
-from mocte_ds.moe import BlockMode, attach, dispatch
+from mocte_ds.moe import BlockMode, attach
+from mocte_ds.moe import rows as moved
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.training.ledger import Ledger
@@ -240,7 +241,7 @@ def hold_step(values: dict[str, Any], kind: str, recompute: bool = False, locked
         block.context.micro_step = 1
     mode = "warmup" if kind == "warmup" else "locked" if locked else "specialising"
     model.train()
-    with patch.object(dispatch, "_CPU_ROW_MULTIPLE", 1):
+    with patch.object(moved, "filled_up", lambda count: max(1, count)):
         found = counted(model, backward=True)
         loads = [[n for bank in block.banks for n in bank.deepspeed_moe.routed.tolist()] for block in blocks]
         model.eval()
@@ -277,7 +278,7 @@ def test_several_experts_a_token(top_k: int) -> None:
         for parameter in block.banks.parameters():
             parameter.requires_grad_(True)
     # Rows are padded on a CPU; the ledger counts tokens.
-    with patch.object(dispatch, "_CPU_ROW_MULTIPLE", 1):
+    with patch.object(moved, "filled_up", lambda count: max(1, count)):
         found = counted(model, backward=True)
     load = [TOKENS * top_k // 4] * 4
     blocks = [{"layer": i, "mode": "specialising", "experts": ["training"] * 4, "load": load} for i in range(2)]

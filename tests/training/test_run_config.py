@@ -145,7 +145,7 @@ def test_a_preset_takes_either_name_of_a_key(tmp_path: Path) -> None:
         ("model.hidden_size=x", "model: LlamaConfig refuses it: .*hidden_size"),
         ("model.num_attention_heads=3", "model: LlamaConfig refuses it: "),
         ("model.activation_checkpointing=yes please", "model.activation_checkpointing = 'yes please' must be of type"),
-        ("model.num_hidden_layers=0", "model: the number of layers must be 1 or more"),
+        ("model.num_hidden_layers=0", "model: the number of layers must lie between 1 and 100,000, not 0"),
         ("model.hf={model_type: gpt2}", "model.hf and model.preset both say"),
         ("model.pretrained=nowhere", "model.pretrained and model.preset both say"),
         ("model.model_type=mistral", "model.model_type and model.preset both say"),

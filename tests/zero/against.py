@@ -34,6 +34,8 @@ def check_trajectory(case: Case) -> list[dict[str, Any]]:
     """The run is that of an optimizer without the frozen units; what the ranks returned."""
     results = spawn(run_distributed, case.world, case, timeout=200, deepspeed=True)
     expected = reference(case.schedule)
+    # DeepSpeed's optimizer on a CPU rounds otherwise than torch's, and otherwise with AVX-512 than with AVX2.
+    apart = 3e-6 if case.offload else 1e-6
     losses = torch.tensor([result["losses"] for result in results]).mean(0)
     torch.testing.assert_close(losses, torch.tensor(expected["losses"]), rtol=0, atol=1e-5)
     for result in results:
@@ -41,7 +43,7 @@ def check_trajectory(case: Case) -> list[dict[str, Any]]:
         torch.testing.assert_close(result["norms"], expected["norms"], rtol=1e-5, atol=1e-6)
         for name, weight in result["weights"].items():
             if name in expected["weights"]:
-                torch.testing.assert_close(weight, expected["weights"][name], rtol=0, atol=1e-6, msg=name)
+                torch.testing.assert_close(weight, expected["weights"][name], rtol=0, atol=apart, msg=name)
     return results
 
 

@@ -1,12 +1,18 @@
 """Runs programs that a model wrote, each in a process of its own with limits; this is no sandbox."""
 
+import contextlib
+import json
 import math
+import os
 import resource
+import secrets
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 SECONDS = 10.0
@@ -14,6 +20,16 @@ SECONDS = 10.0
 _MEMORY = 4 << 30  # bytes of address space
 _WRITTEN = 1 << 20  # bytes of a file
 _AT_ONCE = 4
+# The word, which the program does not know, tells that it came to its end.
+_RUN = """import json, resource, sys
+word, limits = sys.argv[1], json.loads(sys.argv[2])
+del sys.argv[1:]
+for kind, most in limits:
+    resource.setrlimit(kind, (most, most))
+exec(compile(sys.stdin.buffer.read(), "program", "exec"), {"__name__": "__main__"})
+sys.__stdout__.write(word)
+sys.__stdout__.flush()
+"""
 
 
 class CodeEval:
@@ -43,35 +59,38 @@ class CodeEval:
 
 
 def passes(program: str) -> bool:
-    """Whether a program ends by itself, in time, without an error."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Whether a program comes to its end, in time, without an error; one that leaves before has not."""
+    word = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "said"), "w+b") as said:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-c", _RUN, word, json.dumps(_limits())],
+            stdin=subprocess.PIPE,
+            stdout=said,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-"],
-                input=program.encode("utf-8", "surrogatepass"),
-                cwd=folder,
-                env={},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=SECONDS,
-                preexec_fn=_limit,
-                start_new_session=True,
-                check=False,
-            )
+            child.communicate(program.encode("utf-8", "surrogatepass"), timeout=SECONDS)
         except subprocess.TimeoutExpired:
             return False
-        return done.returncode == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)  # and what it has started
+            child.wait()
+        said.seek(0)
+        return child.returncode == 0 and said.read().endswith(word.encode())
 
 
-def _limit() -> None:
-    seconds = math.ceil(SECONDS)
-    for kind, most in (
+def _limits() -> list[tuple[int, int]]:
+    """Kinds of resources, and how much of each a program may take."""
+    return [
         (resource.RLIMIT_AS, _MEMORY),
         (resource.RLIMIT_FSIZE, _WRITTEN),
-        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_CPU, math.ceil(SECONDS)),
         (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (most, most))
+    ]
 
 
 def _estimate(results: list[bool], k: int) -> float:

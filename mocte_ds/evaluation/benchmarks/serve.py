@@ -61,7 +61,7 @@ class Benchmarks:
             has = f"of {path} it has {', '.join(others)[:300]}" if others else f"it has {', '.join(self._paths())}"
             raise ConfigError(
                 f"{self.folder} does not have {path} ({name or DEFAULT}), which a task asks for; {has}. If your cache "
-                f"of Hugging Face datasets has it: tools/get_benchmarks.py {self.folder} --from-cache."
+                "of Hugging Face datasets has it: tools/get_benchmarks.py ANOTHER_FOLDER --from-cache."
             )
         splits = _splits(f"{self.folder / path} ({name or DEFAULT})", {Path(f).stem: self._read(f) for f in names})
         return splits if split is None else splits[split]
