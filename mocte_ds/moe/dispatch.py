@@ -59,7 +59,9 @@ def route_through(
     sizes = arriving.sum(0).tolist()
     processed = _run(arrived, by_expert, sizes, 1, None, experts, observe)
     outputs = exchange_rows(processed, receive, send, group)
-    return scatter_chunks([outputs], order, [len(order)], index.shape[1], weight), counts
+    # In pieces only where weights need room in fp32.
+    sizes = [len(order)] if weight is None else counts.tolist()
+    return scatter_chunks(outputs.split(sizes), order, sizes, index.shape[1], weight), counts
 
 
 def _run(
