@@ -98,6 +98,8 @@ CASES = {
     "a deep header": ("llama", deep_header, "model.safetensors cannot be read"),
     "a long dtype": ("llama", config(dtype="é" * 5000), "has no attribute 'éé"),
     "a long model_type": ("llama", config(model_type="é" * 5000), "model type"),
+    "a long number": ("llama", config(rope_parameters={"rope_type": "default", "rope_theta": "é" * 5000}), "folder"),
+    "a long rope_theta": ("llama", config(rope_theta="é" * 5000, rope_parameters=None), "folder"),
     "a file name that is too long": ("llama", long_name, "which is not a file of the folder"),
     "a number with 400 digits": ("llama", config(intermediate_size=10**400), "intermediate_size = a number of more"),
 }

@@ -14,7 +14,7 @@ from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_object, require_small
 from mocte_ds.models import DecoderConfig
 from mocte_ds.ownership.checksums import Checksums
-from mocte_ds.shown import one_line
+from mocte_ds.shown import one_line, shown
 
 CONFIG_FILE = "config.json"
 
@@ -80,7 +80,7 @@ def _foreign(architecture: str, keys: Keys) -> Foreign:
         foreign = _READERS[architecture](architecture, keys)
         _require_finite(asdict(foreign.decoder))
     except (ConfigError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{keys.path} has sizes that no decoder of ours has: {error}") from error
+        raise CheckpointError(f"{keys.path} has sizes that no decoder of ours has: {one_line(error, 600)}") from error
     return foreign
 
 
@@ -89,7 +89,7 @@ def _require_finite(values: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _require_finite(value)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} = {value} is not a finite number.")
+            raise ValueError(f"{key} = {shown(value)} is not a finite number.")
 
 
 def _architecture(values: dict[str, Any], path: Path) -> str:

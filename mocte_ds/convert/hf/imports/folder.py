@@ -31,6 +31,7 @@ from mocte_ds.convert.hf.whole import require_free, require_room, whole, write_j
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.durable import replace_text
+from mocte_ds.shown import one_line
 
 FACTS_FILE, TAG, _TOOL = "import.json", "step0", "import_hf"
 _LAYOUTS: dict[str, Callable[[Source, SpecialIds], Layout]] = {
@@ -64,7 +65,7 @@ class FolderSource(Source):
                 state = start_state(foreign.decoder, config, matching_modules(model, config.modules))
                 model = empty_decoder(sizes, {"config": state["mocte"], "blocks": state["blocks"]}, path)
         except (RuntimeError, OverflowError, ConfigError) as error:
-            raise CheckpointError(f"{path} has sizes of which no model can be built: {error}") from error
+            raise CheckpointError(f"{path} has sizes of which no model can be built: {one_line(error)}") from error
         super().__init__(model, state)
         self.folder, self.foreign = folder, foreign
         self.plan: Plan = plan_mixture(folder, foreign, model) if foreign.mocte else plan_dense(folder, model)
