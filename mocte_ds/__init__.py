@@ -3,12 +3,8 @@
 import importlib
 from typing import Any
 
-from mocte_ds.convert.hf.register import register_models
-
 __version__ = "0.1.0"
 __all__ = ["MocteEngine", "clusters", "initialize", "spectrum", "trainability"]
-
-register_models()
 
 
 def __getattr__(name: str) -> Any:

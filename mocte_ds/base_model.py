@@ -8,7 +8,8 @@ from torch import nn
 
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.plain_values import require_plain
-from mocte_ds.shown import one_line
+from mocte_ds.remote_code.experts_mocte import put_dense_ffns
+from mocte_ds.shown import one_line, shown
 
 MOST_BYTES = 1 << 20
 """Of a config as text; those of published models have some 2,000."""
@@ -16,6 +17,7 @@ MOST_BYTES = 1 << 20
 REFUSED = "refused"
 """Key of the reason why nothing is kept."""
 _KEYS = ("architecture", "model_type", "config")
+_DENSE = "dense_ffns"
 _LEFT_OUT = ("_name_or_path", "architectures", "auto_map", "transformers_version")
 
 
@@ -29,7 +31,8 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         "architecture" (name of the class), "model_type", "config" and "generation" (values of its two configs, as
-        JSON has them), or "refused": why they cannot be kept.
+        JSON has them), "dense_ffns" (hidden units of the dense FFNs that stand where the class has experts of its own,
+        by their paths); or "refused": why they cannot be kept.
     """
     transformers = sys.modules.get("transformers.modeling_utils")  # there, if the model is one of theirs
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
@@ -44,7 +47,8 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
         values = None if generation is None else config_values(generation, f"the generation config of {name}")
     except Exception as error:  # a config is whatever its author has made of it
         return {REFUSED: f"the config of {name} cannot be kept in plain values: {error}"}
-    return {"architecture": name, "model_type": model.config.model_type, "config": config, "generation": values}
+    facts = {"architecture": name, "model_type": model.config.model_type, "config": config, "generation": values}
+    return {**facts, _DENSE: dict(getattr(model, _DENSE, {}))}
 
 
 def require_base(facts: Any, where: object) -> dict[str, Any]:
@@ -67,6 +71,9 @@ def require_base(facts: Any, where: object) -> dict[str, Any]:
     texts = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in _KEYS[:2])
     if not texts or not isinstance(facts.get("config"), dict):
         raise CheckpointError(f"{where} has no {', '.join(_KEYS)} of its base model; it is damaged.")
+    widths = facts.get(_DENSE, {})
+    if not isinstance(widths, dict) or any(type(width) is not int or width < 1 for width in widths.values()):
+        raise CheckpointError(f"{where}: {_DENSE} of its base model are no widths of FFNs; it is damaged.")
     try:
         require_plain(facts, "base")
     except ConfigError as error:
@@ -118,6 +125,7 @@ def make_model(base: dict[str, Any], where: object) -> nn.Module:
     except Exception as error:  # transformers raise many types for values that they do not take
         text = one_line(error)
         raise CheckpointError(f"{where}: transformers make no {base['architecture']} of its config: {text}") from error
+    densify(model, base, where)
     if type(model).__name__ != base["architecture"]:
         raise CheckpointError(
             f"{where} holds a {base['architecture']}; only causal language models can be exported, and transformers "
@@ -125,6 +133,46 @@ def make_model(base: dict[str, Any], where: object) -> nn.Module:
             "AutoModelForCausalLM first."
         )
     return model
+
+
+def densify(model: nn.Module, base: dict[str, Any], where: object) -> None:
+    """Put the dense FFNs of an imported mixture into a model that its class has made with experts.
+
+    Args:
+        model: of the base model's config; changed in place.
+        base: from :func:`require_base`.
+        where: names it, for messages.
+
+    Raises:
+        CheckpointError: the model has no module of such a path, or no hidden size.
+    """
+    widths = base.get(_DENSE, {})
+    if not widths:
+        return
+    try:
+        put_dense_ffns(model, widths, model.config.get_text_config().hidden_size)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{where}: its base model has no such {_DENSE}: {one_line(error)}") from error
+
+
+def longest_context(config: Any, where: object) -> int | None:
+    """Longest context of a config of transformers, in tokens; None where it says nothing.
+
+    Args:
+        config: of any model.
+        where: names it, for messages.
+
+    Raises:
+        CheckpointError: a number that no context has.
+    """
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if found is None:
+        return None
+    if type(found) is not int or found < 1:
+        raise CheckpointError(
+            f"{where}: max_position_embeddings = {shown(found)} must be a number of tokens, 1 or more."
+        )
+    return found
 
 
 def with_floats(value: Any) -> Any:

@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{facts['checkpoint_bytes'] / 1e6:,.0f} MB of weights"
         )
         if facts["reason"]:
-            print(f"no stock class: {facts['reason']}\nload it with trust_remote_code=True, or after import mocte_ds")
+            print(f"no stock class: {facts['reason']}")
+            print("load it with trust_remote_code=True, or after import mocte_ds.convert.hf.register")
     return 0
 
 

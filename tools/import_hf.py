@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     require_folder_for(args.out, "OUT")
     if args.config and not args.emerge:
         raise ConfigError("--config says which experts emerge; give a corpus with --emerge, or leave it out.")
-    from mocte_ds.convert.hf.imports.folder import import_hf
+    from mocte_ds.convert.hf.imported import import_hf
 
     facts = import_hf(
         args.folder,

@@ -1,6 +1,5 @@
 """A checkpoint whose tensors are read one at a time, for models that are larger than memory."""
 
-import copy
 import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,20 @@ from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, is_gate, m
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
 from mocte_ds.checkpoints.reshaping.written import require_experts
-from mocte_ds.checkpoints.stored_model import is_decoder
 from mocte_ds.claims import require_backed
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
-from mocte_ds.models.decoder import Decoder, DecoderConfig
 from mocte_ds.moe.attach import attach
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.ownership.manifest import Manifest
-from mocte_ds.sections import parse_section
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What weights can be rounded to."""
+OF_A_DECODER = (
+    "it holds a decoder of an earlier version of mocte_ds, which this version does not load; export it with that "
+    "version, and start from the folder with model.pretrained or tools/import_hf.py."
+)
+"""What is said of checkpoints whose class is gone."""
 # A mapped file's pages count as used memory once they were read, until the mapping goes.
 REMAP_BYTES = 1 << 24
 
@@ -38,10 +39,9 @@ class Source:
         """Take the structure.
 
         Args:
-            model: a Decoder, or the user's own model, with its blocks in their modes, all experts local; its weights
-                are not looked at.
-            state: "step", "tokens", "model", "mocte" (None for a dense run), "blocks", "tokenizer"; and "base", what
-                :func:`mocte_ds.base_model.base_facts` says of the user's own model, None for a Decoder.
+            model: with its blocks in their modes, all experts local; its weights are not looked at.
+            state: "step", "tokens", "base" (what :func:`mocte_ds.base_model.base_facts` says of the model), "mocte"
+                (None for a dense run), "blocks", "tokenizer".
             dtype: `fp32`, or one of NARROW: weights are rounded to it; gates keep their precision.
         """
         self.model, self.state, self.dtype = model, state, dtype
@@ -74,60 +74,19 @@ class Source:
         return self._stored(name).dtype
 
     @property
-    def base(self) -> dict[str, Any] | None:
-        """What is known of the user's own model; None for a Decoder."""
-        return self.state.get("base")
+    def base(self) -> dict[str, Any]:
+        """What is known of the model around the blocks, as of :func:`mocte_ds.base_model.base_facts`."""
+        return self.state["base"]
 
     @property
-    def config(self) -> DecoderConfig:
-        """Of the decoder.
-
-        Raises:
-            CheckpointError: it is the user's own model.
-        """
-        if self.base is not None:
-            raise CheckpointError(
-                f"this is a checkpoint of a {self.base['architecture']} of transformers; here only starts of "
-                "tools/import_hf.py can be used. tools/export_hf.py makes a Hugging Face folder of it."
-            )
-        return self.model.config
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order of the model."""
+        return [module for module in self.model.modules() if isinstance(module, Block)]
 
     @property
-    def blocks(self) -> dict[int, Block]:
-        """The blocks by the number of their layer.
-
-        Raises:
-            CheckpointError: a block stands elsewhere than for the FFN of a layer.
-        """
-        blocks = {i: layer.mlp for i, layer in enumerate(self.model.model.layers) if isinstance(layer.mlp, Block)}
-        strange = [m.name for m in self.model.modules() if isinstance(m, Block) and m not in blocks.values()]
-        if strange:
-            raise CheckpointError(
-                f"the block {strange[0]} is not an FFN of a layer (model.layers.N.mlp); no class has experts there."
-            )
-        return blocks
-
-    @property
-    def emerged(self) -> dict[int, Block]:
+    def emerged(self) -> list[Block]:
         """The blocks that run their experts."""
-        return {i: block for i, block in self.blocks.items() if block.mode is not BlockMode.WARMUP}
-
-    def part(self, name: str) -> nn.Module:
-        """A module with its weights, in evaluation mode; a block in warm-up is its dense FFN.
-
-        Args:
-            name: path in the decoder.
-        """
-        module, prefix = copy.deepcopy(self.model.get_submodule(name)), f"{name}."
-        warm = isinstance(getattr(module, "mlp", None), Block) and module.mlp.mode is BlockMode.WARMUP
-        if warm:
-            module.mlp = module.mlp.dense
-        weights = {}
-        for key in module.state_dict():
-            path = key.replace("mlp.", "mlp.dense.", 1) if warm and key.startswith("mlp.") else key
-            weights[key] = self.read(prefix + path)
-        module.load_state_dict(weights, assign=True)
-        return module.eval()
+        return [block for block in self.blocks if block.mode is not BlockMode.WARMUP]
 
 
 class StoredSource(Source):
@@ -161,25 +120,17 @@ class StoredSource(Source):
         client = saved["client_state"] if saved else shared
         if saved:
             require_experts(saved["mocte"]["config"], manifest.files, folder / STATE_FILE)
-        state: dict[str, Any] = {"step": shared["global_steps"], "model": None, "base": None, "mocte": None}
-        state.update(tokenizer=None, blocks=[], tokens=client.get("tokens", 0))
-        self.of_a_run = is_decoder(client.get("model")) or "base" in client
+        state: dict[str, Any] = {"step": shared["global_steps"], "mocte": None, "blocks": [], "tokenizer": None}
+        state["tokens"] = client.get("tokens", 0)
+        self.of_a_run = "base" in client
         if self.of_a_run:
             state["tokenizer"] = client.get("tokenizer")
-        if is_decoder(client.get("model")):
-            layers = client["model"]["num_layers"]
-            if type(layers) is not int or layers > len(shared["module"]):
-                raise CheckpointError(
-                    f"{folder} does not fit its own model: missing tensors of {layers!r:.80} layers, "
-                    f"{len(shared['module'])} are there."
-                )
-            model = empty_decoder(client["model"], saved["mocte"] if saved else None, folder / STATE_FILE)
-            state["model"] = dict(client["model"])
-        else:
-            state["base"] = require_base(saved.get("base") if saved else client.get("base"), folder)
-            shapes = {name: tuple(tensor.shape) for name, tensor in shared["module"].items()}
-            require_backed(state["base"]["config"], shapes, folder / STATE_FILE)
-            model = empty_model(state["base"], saved["mocte"] if saved else None, folder / STATE_FILE)
+        elif "model" in client and "base" not in (saved or {}):
+            raise CheckpointError(f"{folder}: {OF_A_DECODER}")
+        base = state["base"] = require_base(saved.get("base") if saved else client.get("base"), folder)
+        shapes = {name: tuple(tensor.shape) for name, tensor in shared["module"].items()}
+        require_backed(base["config"], shapes, folder / STATE_FILE)
+        model = empty_model(base, saved["mocte"] if saved else None, folder / STATE_FILE)
         if saved:
             mocte = saved["mocte"]
             state.update(mocte=mocte["config"], tokens=mocte["tokens"])
@@ -271,33 +222,17 @@ def model_files(manifest: Manifest) -> list[str]:
     return [model_file(manifest.files), *(name for name in (STATE_FILE,) if name in manifest.files), *experts]
 
 
-def empty_decoder(sizes: dict[str, Any], mocte: dict[str, Any] | None, path: Path) -> nn.Module:
-    """A decoder with its blocks in their modes, all experts local, without weights.
+def empty_model(base: dict[str, Any], mocte: dict[str, Any] | None, path: Path) -> nn.Module:
+    """The model of a run with its blocks in their modes, all experts local, without weights.
 
     Args:
-        sizes: values of DecoderConfig.
+        base: from :func:`mocte_ds.base_model.require_base`.
         mocte: "config" (the "mocte" block) and "blocks" ("name" and "mode" of each); None: a dense run.
         path: where those stand, for messages.
 
     Raises:
-        CheckpointError: the blocks are not those that the config gives, or a mode is unknown.
-        ConfigError: settings that this version does not know.
-    """
-    with torch.device("meta"):
-        model = Decoder(parse_section(DecoderConfig, sizes))
-    return model if mocte is None else with_blocks(model, mocte, path)
-
-
-def empty_model(base: dict[str, Any], mocte: dict[str, Any] | None, path: Path) -> nn.Module:
-    """The user's own model with its blocks in their modes, all experts local, without weights.
-
-    Args:
-        base: from :func:`mocte_ds.base_model.require_base`.
-        mocte: as of :func:`empty_decoder`.
-        path: where those stand, for messages.
-
-    Raises:
-        CheckpointError: transformers do not make such a model, or as :func:`empty_decoder`.
+        CheckpointError: transformers do not make such a model, the blocks are not those that the config gives, or a
+            mode is unknown.
         ConfigError: settings that this version does not know.
     """
     model = make_model(base, path)
@@ -309,7 +244,7 @@ def with_blocks(model: nn.Module, mocte: dict[str, Any], path: Path) -> nn.Modul
 
     Args:
         model: dense; changed in place.
-        mocte: as of :func:`empty_decoder`.
+        mocte: as of :func:`empty_model`.
         path: where it stands, for messages.
 
     Raises:

@@ -12,7 +12,7 @@ _STATE_FILE = "mocte_state.pt"
 
 
 def stored_model(checkpoint: str | Path) -> dict[str, Any]:
-    """Values of DecoderConfig, or what :func:`mocte_ds.base_model.base_facts` says of a model of transformers.
+    """What :func:`mocte_ds.base_model.base_facts` has said of the model.
 
     Args:
         checkpoint: a folder of checkpoints (its `latest` is taken) or the folder of one tag.
@@ -21,16 +21,8 @@ def stored_model(checkpoint: str | Path) -> dict[str, Any]:
         CheckpointError: it is none, or does not say which model it holds.
     """
     folder = find_tag(checkpoint)
-    own = folder / _STATE_FILE
-    content = read_plain(own if own.is_file() else folder / MODEL_FILE, mmap=True)
+    state = folder / _STATE_FILE
+    content = read_plain(state if state.is_file() else folder / MODEL_FILE, mmap=True)
     client = content.get("client_state", content) if isinstance(content, dict) else {}
-    sizes: Any = client.get("model") if isinstance(client, dict) else None
-    if is_decoder(sizes):
-        return dict(sizes)
-    kept = content if own.is_file() and isinstance(content, dict) else client
+    kept = content if state.is_file() and isinstance(content, dict) else client
     return require_base(kept.get("base") if isinstance(kept, dict) else None, folder)
-
-
-def is_decoder(model: Any) -> bool:
-    """Whether a client state's "model" is what launch/pretrain.py puts there: sizes of a decoder of ours."""
-    return isinstance(model, dict) and {"style", "num_layers"} <= model.keys()

@@ -81,9 +81,8 @@ def write_weights(folder: Path, run: str, model: nn.Module, tensors: Tensors, st
         if found:
             file = EXPERT_FILE.format(layer=banks.index((found[1], int(found[2]))), expert=found[3])
         contents.setdefault(file, {})[name] = tensor
-    base = state.get("base")
-    record = {"model": state["model"]} if base is None else {"base": base}
-    client = {**record, "tokenizer": state["tokenizer"], "tokens": state["tokens"]}
+    base = state["base"]
+    client = {"base": base, "tokenizer": state["tokenizer"], "tokens": state["tokens"]}
     dense = client if state["mocte"] is None else {}
     contents[MODEL_FILE] = {"module": contents[MODEL_FILE], "global_steps": state["step"], **dense}
     for file, content in contents.items():

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from mocte_ds.base_model import with_floats
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import NARROW, StoredSource
-from mocte_ds.convert.hf.dense import SpecialIds
 from mocte_ds.convert.hf.kept_tokenizer import run_tokenizer
-from mocte_ds.convert.hf.own import own
+from mocte_ds.convert.hf.tokenizer import SpecialIds
 from mocte_ds.convert.hf.trained import choose_target, empty_class, quiet_transformers, tensor_of
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.evaluation.network import folder_tokenizer
@@ -29,7 +28,7 @@ from mocte_ds.shown import one_line
 _NO_LIMIT = 1 << 30
 _EXPERT = re.compile(r"(.*\.banks\.\d+\.experts)\.(\d+)\.")
 _BANK = "MocteBank"
-"""Name of the modules of both own classes that hold experts."""
+"""Name of the modules that hold experts in the class around a base model."""
 
 
 def load_live(
@@ -54,7 +53,7 @@ def load_live(
         raise ConfigError(f"dtype = {dtype!r} is not one of {['fp32', *NARROW]}.")
     source = StoredSource(find_tag(checkpoint), dtype)
     mine = run_tokenizer(tokenizer, source.state["tokenizer"], source.folder)
-    network = (_of_decoder if source.base is None else _of_base)(source, mine.special, replicas)
+    network = _network(source, mine.special, replicas)
     text = network.config.get_text_config()
     mine.require_fit(text.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -62,16 +61,8 @@ def load_live(
         return network.eval(), folder_tokenizer(Path(folder))
 
 
-def _of_decoder(source: StoredSource, special: SpecialIds, replicas: Replicas) -> Any:
-    """Our decoder as the own class."""
-    layout = own(source, special)
-    read = {stored.name: functools.partial(stored.tensor, source) for stored in layout.stored}
-    return _filled(layout.model_class(), layout.config, read, source, replicas)
-
-
-def _of_base(source: StoredSource, special: SpecialIds, replicas: Replicas) -> Any:
+def _network(source: StoredSource, special: SpecialIds, replicas: Replicas) -> Any:
     """A model of transformers as its own class, and with experts as ours around it."""
-    assert source.base is not None
     target = choose_target(source, "auto")
     with quiet_transformers():
         empty = empty_class(source, target)

@@ -18,6 +18,7 @@ class MocteBlocksConfig(PretrainedConfig):
         self,
         text_config: Any = None,
         blocks: list[dict[str, Any]] | None = None,
+        dense_ffns: dict[str, int] | None = None,
         document_end_id: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -32,6 +33,8 @@ class MocteBlocksConfig(PretrainedConfig):
                 one of KINDS, "weight": one of WEIGHTS, "learn": bool, "top_k": experts a token, "normalise": whether
                 their weights are divided by their sum, "scale": factor of the weights, "unit_mean": whether they are
                 divided by their mean in training}}.
+            dense_ffns: hidden units of the gated FFNs that stand where the base model's class has experts of its own,
+                by their paths.
             document_end_id: token that ends a document; routing starts over after it.
             **kwargs: fields of every transformers config.
 
@@ -46,6 +49,7 @@ class MocteBlocksConfig(PretrainedConfig):
             text_config = CONFIG_MAPPING[kind](**values)
         self.text_config = text_config
         self.blocks, self.document_end_id = list(blocks or []), document_end_id
+        self.dense_ffns = dict(dense_ffns or {})
         for block in self.blocks:
             _require_known(block)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):

@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Shapes: d features, f hidden units.
 
@@ -50,3 +51,41 @@ def expert_like(ffn: nn.Module, sizes: Mapping[str, list[int]]) -> nn.Module:
     for path, (inputs, outputs) in sizes.items():
         expert.set_submodule(path, resized(ffn.get_submodule(path), inputs, outputs))
     return expert
+
+
+class GatedFFN(nn.Module):
+    """The dense FFN of which the experts of Mixtral and its relatives are copies: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        """Make the matrices, still to be filled.
+
+        Args:
+            hidden_size: d.
+            width: f.
+        """
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., d) of (..., d)."""
+        return self.down_proj(F.silu(self.gate_proj(features)) * self.up_proj(features))
+
+
+def put_dense_ffns(model: nn.Module, widths: Mapping[str, int], hidden_size: int) -> None:
+    """Put dense FFNs where a class of transformers has its own experts, so that blocks can stand there.
+
+    Args:
+        model: on the device and of the dtype that the FFNs get; remembers ``widths`` as `dense_ffns`.
+        widths: hidden units of the FFN at each path.
+        hidden_size: d.
+
+    Raises:
+        AttributeError: the model has no module of that path.
+    """
+    like = next(model.parameters())
+    for path, width in widths.items():
+        model.get_submodule(path)
+        model.set_submodule(path, GatedFFN(hidden_size, width).to(device=like.device, dtype=like.dtype))
+    model.dense_ffns = dict(widths)

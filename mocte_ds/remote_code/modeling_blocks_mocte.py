@@ -11,6 +11,7 @@ from transformers.generation import GenerationMixin
 from .blocks_mocte import put_blocks
 from .calls_mocte import Call, cache_in
 from .configuration_blocks_mocte import MocteBlocksConfig
+from .experts_mocte import put_dense_ffns
 
 
 class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
@@ -33,6 +34,7 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         how = {"dtype": torch.get_default_dtype(), "trust_remote_code": False}
         self.base = AutoModelForCausalLM.from_config(config.text_config, **how)
+        put_dense_ffns(self.base, config.dense_ffns, config.hidden_size)
         self._running = put_blocks(self.base, config.blocks)
         accepted = inspect.signature(self.base.forward).parameters
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"

@@ -288,7 +288,7 @@ class Trainer:
         folder, started = self.out / "checkpoints", time.perf_counter()
         state = {
             "data_position": self.loader.position,
-            **model_record(self.run.model, self.engine.module),
+            **model_record(self.engine.module),
             "tokenizer": str(tokenizer_in(self.out.absolute())),
             "tokens": step * self.run.training.batch_tokens,
             "ledger": self.ledger.to_dict(),

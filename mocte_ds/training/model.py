@@ -1,8 +1,7 @@
-"""The model of a run: any causal language model of transformers, or an imported start."""
+"""The model of a run: any causal language model of transformers, fresh, from a folder, or from a checkpoint."""
 
 import copy
 import functools
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.base_model import base_facts, config_values, make_config, with_floats
+from mocte_ds.base_model import base_facts, config_values, densify, make_config, with_floats
 from mocte_ds.cpu_attention import use_cpu_attention
 from mocte_ds.errors import ConfigError
-from mocte_ds.models import Decoder, DecoderConfig
-from mocte_ds.models.decoder import documents
 from mocte_ds.sections import Plain, section
-from mocte_ds.shown import one_line
+from mocte_ds.shown import one_line, shown
 from mocte_ds.training.model_config import config_from, config_of
 from mocte_ds.training.residual_scale import scale_residual_outputs
 
@@ -50,7 +47,15 @@ class _OfTransformers:
     def num_params(self) -> int:
         """Parameters of the dense model, tied ones once."""
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in _fresh(self.config).parameters())
+            return sum(parameter.numel() for parameter in self.fresh().parameters())
+
+    def fresh(self) -> Any:
+        """A model of the config with random weights.
+
+        Raises:
+            ConfigError: transformers have no such causal language model.
+        """
+        return _fresh(self.config)
 
 
 @section("model")
@@ -87,14 +92,26 @@ class StoredModel(_OfTransformers):
     activation_checkpointing: bool = False
     """As of :class:`TransformersModel`."""
 
+    max_position_embeddings: int | None = None
+    """Longest context, where no weight depends on it; None: the checkpoint's."""
+
+    def __post_init__(self) -> None:
+        if self.max_position_embeddings is not None:
+            set_longest_context(self.config, self.max_position_embeddings)
+
     @functools.cached_property
     def config(self) -> Any:  # type: ignore[override]
         """The config as transformers have it."""
         return make_config(self.base, "model.init")
 
+    def fresh(self) -> Any:
+        """As of :class:`TransformersModel`; where the base model's class has experts of its own, dense FFNs stand."""
+        model = _fresh(self.config)
+        densify(model, self.base, "model.init")
+        return model
 
-ModelConfig = DecoderConfig | TransformersModel | StoredModel
-"""A DecoderConfig is what tools/import_hf.py has written."""
+
+ModelConfig = TransformersModel | StoredModel
 
 
 def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = True) -> Any:
@@ -109,15 +126,13 @@ def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = T
         CheckpointError: the folder of `pretrained` is damaged or incomplete.
         ConfigError: transformers have no such causal language model.
     """
-    if isinstance(config, DecoderConfig):
-        return Decoder(config)
     folder = Path(config.pretrained) if isinstance(config, TransformersModel) and config.pretrained else None
     if folder and weights:
         from mocte_ds.convert.hf.load import load_model
 
         model = load_model(folder, torch.float32)
     else:
-        model = _fresh(config.config)
+        model = config.fresh()
         if weights and isinstance(config, TransformersModel) and not next(model.parameters()).is_meta:
             scale_residual_outputs(model)
         _take_generation(model, folder, config.base.get("generation") if isinstance(config, StoredModel) else None)
@@ -150,21 +165,16 @@ class Forward:
         Raises:
             ConfigError: the model cannot be called, tokens see later ones, or attention does go over the borders.
         """
-        self._own, self._end, self._even_loads = isinstance(model, Decoder), document_end, 0.0
-        if isinstance(model, Decoder):
-            model.document_end = document_end
-        else:
-            self._even_loads = float(getattr(model.config, "router_aux_loss_coef", None) or 0.0)
-            self._require_causal(model)
+        self._end = document_end
+        self._even_loads = float(getattr(model.config, "router_aux_loss_coef", None) or 0.0)
+        self._require_causal(model)
 
     def inputs(self, input_ids: Tensor) -> dict[str, Any]:
         """Keyword arguments of the model, for (B, T) token ids."""
-        if self._own:
-            return {"input_ids": input_ids}
         given: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
         if self._end is not None:
             # Without a mask, transformers tell documents apart where positions start again.
-            given["position_ids"] = documents(input_ids, self._end)[1]
+            given["position_ids"] = places_in_documents(input_ids, self._end)
         return given
 
     def loss(self, output: Any, labels: Tensor) -> Tensor:
@@ -211,19 +221,54 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def model_record(config: ModelConfig, model: nn.Module) -> dict[str, Any]:
+def places_in_documents(input_ids: Tensor, end: int) -> Tensor:
+    """Position of each token of packed sequences in its document.
+
+    Args:
+        input_ids: (B, T) int64.
+        end: id of the token that ends a document, and belongs to it.
+
+    Returns:
+        (B, T) int64.
+    """
+    place = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    begins = torch.ones_like(input_ids, dtype=torch.bool)
+    begins[:, 1:] = input_ids[:, :-1] == end
+    return place - torch.where(begins, place, 0).cummax(dim=1).values
+
+
+def model_record(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint keeps, from which its model can be made again."""
-    return {"model": asdict(config)} if isinstance(config, DecoderConfig) else {"base": base_facts(model)}
+    return {"base": base_facts(model)}
 
 
 def model_facts(config: ModelConfig) -> dict[str, Any]:
-    """A model in plain values, flat: sizes of a decoder, or every value of a config of transformers."""
-    if isinstance(config, DecoderConfig):
-        return asdict(config)
+    """A model in plain values, flat: every value of a config of transformers."""
     values = {f"hf.{key}": value for key, value in config_values(config.config, "the config").items()}
     values.pop("hf.dtype", None)  # of a folder's files; runs train as their DeepSpeed config says
     start = {"pretrained": config.pretrained} if isinstance(config, TransformersModel) else {}
     return {**start, **values, "activation_checkpointing": config.activation_checkpointing}
+
+
+def set_longest_context(config: Any, positions: int) -> None:
+    """Change the longest context of a config of transformers, where positions are computed and not learned.
+
+    Args:
+        config: changed in place.
+        positions: in tokens.
+
+    Raises:
+        ConfigError: the model has a weight for each position, or another rule for longer contexts.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    plain = isinstance(rope, dict) and rope.get("rope_type", "default") in ("default", "linear", "llama3")
+    if not plain or positions < 1:
+        raise ConfigError(
+            f"max_position_embeddings = {shown(positions)}: the longest context of a {config.model_type} cannot be "
+            "changed; only rotary positions of the types default, linear and llama3 reach any whole number from 1 on."
+        )
+    text.max_position_embeddings = positions
 
 
 def _take_generation(model: Any, folder: Path | None, stored: dict[str, Any] | None) -> None:

@@ -21,6 +21,7 @@ def config_of(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
+    import mocte_ds.convert.hf.register  # noqa: F401
     from mocte_ds.convert.hf.load import ONLY_LOCAL, refusing
 
     if not (folder / "config.json").is_file():

@@ -13,7 +13,6 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.data.verify import Amount
 from mocte_ds.deepspeed_settings import checked_settings
 from mocte_ds.errors import ConfigError
-from mocte_ds.models import DecoderConfig
 from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shown import name_shown, nearest, shown
 from mocte_ds.training.model import NO_LIMIT, ModelConfig, StoredModel, TransformersModel, model_facts
@@ -230,7 +229,7 @@ class RunConfig:
 def identity_defaults() -> dict[str, Any]:
     """Values of :meth:`RunConfig.identity` where nothing is said, key by key; keys that must be given are not there."""
     usual: dict[str, Any] = {"model.init": None, "data.weights": None, "data.document_mask": False}
-    for place, cls in (("model", DecoderConfig), ("training", TrainingSection)):
+    for place, cls in (("model", TransformersModel), ("training", TrainingSection)):
         usual |= {f"{place}.{f.name}": f.default for f in fields(cls) if f.default is not MISSING}
     return usual
 
@@ -276,16 +275,7 @@ def _started(section: dict[str, Any], init: str) -> ModelConfig:
     for key in ("preset", "hf", "pretrained"):
         if key in section:
             raise ConfigError(f"model.{key} and model.init both say which model it is; remove model.{key}.")
-    sizes = stored_model(init)
-    if "config" in sizes:
-        return parse_section(StoredModel, {**section, "base": sizes})
-    config = parse_section(DecoderConfig, {**sizes, **section})
-    free = ("activation_checkpointing", *(("max_positions",) if config.style == "llama" else ()))
-    stored = asdict(parse_section(DecoderConfig, sizes))  # of an older version: with today's defaults
-    for key, value in section.items():
-        if key not in free and value != stored[key]:
-            raise ConfigError(f"model.{key} = {shown(value)}, but {stored[key]!r} in model.init = {init}; remove it.")
-    return config
+    return parse_section(StoredModel, {**section, "base": stored_model(init)})
 
 
 def _fresh(section: dict[str, Any]) -> ModelConfig:

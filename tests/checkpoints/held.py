@@ -5,37 +5,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mocte_ds.checkpoints.source import Source
-from mocte_ds.convert.hf.compare import compare
-from mocte_ds.convert.hf.dense import Layout, SpecialIds
-from mocte_ds.convert.hf.export import write_model
-from mocte_ds.convert.hf.layouts import choose_layout
+from mocte_ds.base_model import base_facts
+from mocte_ds.checkpoints.source import Source, empty_model
+from mocte_ds.convert.hf.export import export_trained
 from mocte_ds.moe import Block
-
-NONE = SpecialIds(None, None, None)
 
 
 class HeldSource(Source):
-    """The weights of a decoder with its blocks, as they are now."""
+    """The weights of a model of transformers with its blocks, as they are now."""
 
     def __init__(self, model: nn.Module, dtype: str = "fp32") -> None:
-        eod = next((m.context.eod_id for m in model.modules() if isinstance(m, Block)), None)
-        super().__init__(model, {"mocte": {"eod_id": eod}}, dtype)
+        blocks = [m for m in model.modules() if isinstance(m, Block)]
+        mocte = model.settings.to_dict() if blocks else None
+        entries = [{"name": b.name, "mode": str(b.mode), "experts": []} for b in blocks]
+        state = {"step": 0, "tokens": 0, "base": base_facts(model), "mocte": mocte, "blocks": entries}
+        around = {"config": mocte, "blocks": entries} if blocks else None
+        empty = empty_model(state["base"], around, Path("a model in memory"))
+        super().__init__(empty, {**state, "tokenizer": None}, dtype)
+        self._held = model.state_dict()
 
     def _stored(self, name: str) -> Tensor:
-        return self.model.state_dict()[name]
+        return self._held[name]
 
 
-def stored(
-    model: nn.Module, folder: Path, dtype: str = "fp32", special: SpecialIds = NONE, choice: str = "auto"
-) -> tuple[HeldSource, Layout]:
-    """A model written to a folder: what it was and what it became."""
-    source = HeldSource(model, dtype)
-    layout = choose_layout(source, special, choice)
-    write_model(source, layout, folder)
-    return source, layout
-
-
-def facts_of(model: nn.Module, folder: Path, choice: str = "auto") -> dict[str, Any]:
-    """Write a model and compare it."""
-    return compare(*stored(model, folder, choice=choice), folder)[0]
+def write(model: nn.Module, folder: Path, dtype: str = "fp32", choice: str = "auto") -> dict[str, Any]:
+    """Facts of a model that was written to a folder and compared."""
+    return export_trained(HeldSource(model), folder, dtype, choice=choice)

@@ -1,26 +1,36 @@
-"""Tiny decoders with blocks whose experts and gates all differ, as a long training would leave them."""
+"""Tiny models with blocks whose experts and gates all differ, as a long training would leave them."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mocte_ds.clusters import balanced_kmeans, linear_gate, subspace_without_mean
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import set_gate
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.context import Tokens
 
 VOCAB, EXPERTS = 96, 4
 
 
-def decoder(style: str = "llama", **changes: Any) -> Decoder:
-    """Three layers, every weight random, norms far from one."""
-    sizes = {"intermediate_size": 48, "num_layers": 3, "num_heads": 4, "max_positions": 48, "rope_theta": 500.0}
-    if style == "llama":
-        sizes["num_kv_heads"] = 2
-    model = Decoder(DecoderConfig(style, VOCAB, 32, **{**sizes, **changes}))
+def decoder(model_type: str = "llama", **changes: Any) -> Any:
+    """A model of transformers with three layers, every weight random, norms far from one.
+
+    Args:
+        model_type: of transformers.
+        **changes: keys of its config.
+    """
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None}
+    if model_type == "gpt2":
+        sizes |= {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 48}
+    else:
+        sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 48, "pad_token_id": None}
+        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    config = CONFIG_MAPPING[model_type](**{**sizes, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model, 1)
     return model.eval()
 
@@ -28,9 +38,10 @@ def decoder(style: str = "llama", **changes: Any) -> Decoder:
 def randomise(module: nn.Module, seed: int) -> None:
     """Other weights for every parameter; matrices at a scale that lets experts matter."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 0.25 * noise if parameter.dim() > 1 else 1 + 0.3 * noise
+        around = 0.0 if name.endswith("bias") else 1.0
+        parameter.data = 0.25 * noise if parameter.dim() > 1 else around + 0.3 * noise
 
 
 def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ...] = (), **changes: Any) -> list[Block]:
@@ -44,6 +55,7 @@ def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ..
     """
     config = MocteConfig.from_dict({"modules": modules, "num_experts": EXPERTS, **changes})
     blocks = attach(model, config)
+    model.settings = config  # for HeldSource
     for number, block in enumerate(blocks):
         if number in warmup:
             continue
@@ -83,7 +95,7 @@ def ids(seed: int, batch: int = 3, length: int = 40) -> Tensor:
 def greedy(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
     """The likeliest continuation, one token at a time, without a cache."""
     for _ in range(count):
-        prompt = torch.cat([prompt, model(prompt)[:, -1:].argmax(-1)], dim=1)
+        prompt = torch.cat([prompt, model(prompt).logits[:, -1:].argmax(-1)], dim=1)
     return prompt
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from mocte_ds.convert.hf.export import export
-from mocte_ds.convert.hf.imports.folder import import_hf
+from mocte_ds.convert.hf.imported import import_hf
 from mocte_ds.data import BlendedLoader, prepare
 from tests.convert.hf.test_import import CONFIGS, write_folder
 from tests.convert.hf.test_mixtures import CASES

@@ -5,29 +5,27 @@ from typing import Any
 
 import torch
 
-from mocte_ds.models import DecoderConfig
 from tests.checkpoints import runs, tiny
 
 TEXTS = [f"the river moves over stone {n} and light falls on dark water" for n in range(5)]
 LLAMA = {"vocab_size": 340, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-DECODER = DecoderConfig("llama", runs.VOCAB, 32, 48, 2, 4, 2, max_positions=48)
+GPT2 = {"vocab_size": 340, "n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 48}
 LEARNED = {"kind": "prefix", "weight": "softmax", "learn": True, "top_k": 2}
 
 
 def write(folder: str, tokenizer: str) -> None:
-    """A decoder of ours, and a Llama of transformers whose routers remember and choose two of four experts."""
-    from dataclasses import asdict
+    """A GPT-2 as a run has it, and a Llama of a script whose routers remember and choose two of four experts."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     import mocte_ds
-    from mocte_ds.models import Decoder
     from mocte_ds.training import saving
+    from mocte_ds.training.model import model_record
 
     torch.manual_seed(0)
-    engine, *_ = mocte_ds.initialize(model=_random(Decoder(DECODER)), config=_config())
+    model = GPT2LMHeadModel(GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2))
+    engine, *_ = mocte_ds.initialize(model=_random(model), config=_config(modules="transformer.h.*.mlp"))
     _emerge(engine)
-    saving.save(engine, Path(folder) / "decoder", "step6", {"model": asdict(DECODER), "tokenizer": tokenizer})
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    saving.save(engine, Path(folder) / "gpt2", "step6", {**model_record(engine.module), "tokenizer": tokenizer})
     torch.manual_seed(0)
     sizes = {**LLAMA, "num_attention_heads": 4, "max_position_embeddings": 48}
     model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
@@ -55,7 +53,7 @@ def _emerge(engine: Any) -> None:
         generator = torch.Generator().manual_seed(10 * step + torch.distributed.get_rank())
         tokens = torch.randint(4, runs.VOCAB, (4, 33), generator=generator)
         output = engine(input_ids=tokens[:, :-1], labels=tokens[:, 1:])
-        engine.backward(output if isinstance(output, torch.Tensor) else output.loss)
+        engine.backward(output.loss)
         engine.step()
 
 

@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.base_model import base_facts
 from mocte_ds.errors import ConfigError
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.sections import parse_section
 from mocte_ds.training.model import Forward, StoredModel, TransformersModel, make_model, model_facts
 from mocte_ds.training.model_sizes import config_sizes
@@ -182,9 +181,3 @@ def test_layers_are_computed_again_on_demand() -> None:
     model = make_model(config)
     assert model.is_gradient_checkpointing and not make_model(hf()).is_gradient_checkpointing
     assert config_sizes(config).recomputes
-
-
-def test_our_decoder_gets_its_documents_by_their_end() -> None:
-    model = Decoder(DecoderConfig("llama", 40, 16, 24, 1, 2, max_positions=12))
-    forward = Forward(model, END)
-    assert model.document_end == END and list(forward.inputs(torch.zeros(1, 3, dtype=torch.int64))) == ["input_ids"]

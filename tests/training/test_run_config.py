@@ -2,17 +2,16 @@
 
 import json
 import re
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from mocte_ds.base_model import base_facts
 from mocte_ds.checkpoints.names import MODEL_FILE
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError, MocteError
-from mocte_ds.models import DecoderConfig
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.ffn_shape import ffn_shape
 from mocte_ds.training.model import TransformersModel, make_model
@@ -21,7 +20,6 @@ from mocte_ds.training.run_config import RunConfig, read_run
 from mocte_ds.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORTED = DecoderConfig("llama", 2048, 128, 352, 4, 4, 2, max_positions=256)
 RUN_FILES = sorted((ROOT / "launch" / "runs").glob("*.yaml"))
 PRESET_FILES = [path for path in RUN_FILES if path.stem != "smollm2-135m"]
 
@@ -59,24 +57,36 @@ def test_completes_the_deepspeed_config(tmp_path: Path) -> None:
     )
 
 
+def preset_model() -> TransformersModel:
+    """The model of :func:`minimal`."""
+    return TransformersModel(hf=preset("quickstart"))
+
+
 def write_start(folder: Path) -> Path:
     """A checkpoint that says of its model how large it is, and nothing else."""
     (folder / "step0").mkdir(parents=True)
     (folder / "latest").write_text("step0")
-    torch.save({"module": {}, "model": asdict(IMPORTED)}, folder / "step0" / MODEL_FILE)
+    torch.save(
+        {"module": {}, "base": base_facts(make_model(preset_model(), weights=False))}, folder / "step0" / MODEL_FILE
+    )
     return folder
 
 
 def test_sizes_of_an_imported_start(tmp_path: Path) -> None:
     """They come from the checkpoint; only what has no weights may differ."""
     start = write_start(tmp_path / "start")
-    values = {**minimal(), "model": {"init": str(start), "max_positions": 128, "activation_checkpointing": True}}
+    values = {
+        **minimal(),
+        "model": {"init": str(start), "max_position_embeddings": 128, "activation_checkpointing": True},
+    }
     run = read(tmp_path, values)
     assert run.init == str(start) and run.identity()["model.init"] == str(start)
-    assert run.model == replace(IMPORTED, max_positions=128, activation_checkpointing=True)
+    assert run.model.activation_checkpointing and run.context == run.model.max_positions == 128
+    assert run.model.num_params() == preset_model().num_params()
     assert read(tmp_path, minimal()).identity()["model.init"] is None
     for change, told in (
-        ("model.num_layers=3", "model.num_layers = 3, but 4 in model.init"),
+        ("model.num_hidden_layers=3", "unknown key model.num_hidden_layers"),
+        ("model.max_position_embeddings=0", "max_position_embeddings = 0"),
         ("model.preset=quickstart", "model.preset and model.init both say"),
         ("model.init=nowhere", "nowhere is not a folder"),
     ):

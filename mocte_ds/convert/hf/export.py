@@ -1,34 +1,29 @@
 """Exports a checkpoint to Hugging Face format: exact, checked against the trained model before it says done."""
 
 import resource
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
-from mocte_ds import remote_code
-from mocte_ds.base_model import make_config
+from mocte_ds.base_model import longest_context, make_config
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
-from mocte_ds.convert.hf.as_decoder import DecoderView
 from mocte_ds.convert.hf.card import model_card
-from mocte_ds.convert.hf.compare import compare
-from mocte_ds.convert.hf.dense import Layout, SpecialIds
 from mocte_ds.convert.hf.kept_tokenizer import KeptTokenizer, run_tokenizer
-from mocte_ds.convert.hf.layouts import CHOICES, choose_layout, stock_layout
-from mocte_ds.convert.hf.shards import SHARD_BYTES, Entry, write_shards
-from mocte_ds.convert.hf.tokenizer import SourceTokenizer
-from mocte_ds.convert.hf.trained import choose_target, emerged_blocks, save_model, tensor_of
-from mocte_ds.convert.hf.trained_check import compare_folder, compare_logits
-from mocte_ds.convert.hf.whole import require_free, require_room, whole, write_json
+from mocte_ds.convert.hf.mixture import find_mixture
+from mocte_ds.convert.hf.output_folder import finished_folder, require_free, require_room, write_json
+from mocte_ds.convert.hf.shards import SHARD_BYTES
+from mocte_ds.convert.hf.tokenizer import SourceTokenizer, SpecialIds
+from mocte_ds.convert.hf.trained import choose_target, save_model, tensor_of
+from mocte_ds.convert.hf.trained_check import compare_logits, compare_tensors
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.ownership.checksums import write_checksums
 
-REMOTE_CODE = Path(remote_code.__file__).parent
+CHOICES = ("auto", "stock", "own")
+"""What `--class` says."""
 TOOL = "export_hf"
 """Named by the markers of exports."""
 _FACTS_FILE = "export.json"
@@ -47,8 +42,6 @@ def export(
 ) -> dict[str, Any]:
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load.
 
-    Weights are read, written and compared one tensor or one layer at a time: the model may be larger than memory.
-
     Args:
         checkpoint: folder of checkpoints or of one tag; only read.
         out: folder to write; appears as a whole at the end, never half. An earlier export there is replaced.
@@ -59,13 +52,13 @@ def export(
         tokenizer_path: sentencepiece model, or a folder with a tokenizer.json; None: the one of the run of
             launch/pretrain.py; the model of another script gets none.
         tell: called with a line for each stage.
-        choice: `stock`, `own` or `auto`: see :func:`mocte_ds.convert.hf.layouts.choose_layout`.
+        choice: as of :func:`export_trained`.
         shard_bytes: largest file of weights.
 
     Returns:
         Facts: architecture, reason (why it is no stock class), parameters, dtype, checkpoint_bytes (files with
         weights), start_bytes and peak_bytes (memory of this process at the start, and at most so far), and what was
-        compared (see mocte_ds.convert.hf.compare).
+        compared: tensors_compared, experts_compared and logit_difference (relative to the largest logit).
 
     Raises:
         CheckpointError: the checkpoint is none, damaged, or fits no class (says what to change); the written model
@@ -79,19 +72,12 @@ def export(
     out = require_free(Path(out), folder, TOOL)
     tell(f"reading {folder}")
     source = StoredSource(folder, dtype or "fp32")
-    if source.base is not None:
-        sizes = {"checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
-        trained, tokenizer = source.state["tokenizer"], None
-        if tokenizer_path is not None or trained is not None:
-            tokenizer = run_tokenizer(tokenizer_path, trained, folder)
-        kept = dtype or ("fp32" if source.of_a_run else None)
-        return export_trained(source, out, kept, tokenizer, tell, choice, shard_bytes, sizes)
-    source.dtype = dtype or source.kept_dtype
-    tokenizer = run_tokenizer(tokenizer_path, source.state["tokenizer"], folder)
-    tokenizer.require_fit(source.config.vocab_size)
-    layout = choose_layout(source, tokenizer.special, choice)
-    sizes = {"checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
-    return _export_layout(source, layout, out, tokenizer, tell, shard_bytes, sizes)
+    told = {"checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
+    trained, tokenizer = source.state["tokenizer"], None
+    if tokenizer_path is not None or trained is not None:
+        tokenizer = run_tokenizer(tokenizer_path, trained, folder)
+    kept = dtype or (source.kept_dtype if source.of_a_run else None)
+    return export_trained(source, out, kept, tokenizer, tell, choice, shard_bytes, told)
 
 
 def export_trained(
@@ -104,10 +90,10 @@ def export_trained(
     shard_bytes: int = SHARD_BYTES,
     told: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the folder of a user's own model, of any architecture of transformers; it is in memory as a whole.
+    """Write the folder of a model of any architecture of transformers; it is in memory as a whole to be compared.
 
     Args:
-        source: of a user's own model, from a checkpoint or from a run that goes on.
+        source: from a checkpoint or from a run that goes on.
         out: folder to write, from :func:`require_free`.
         dtype: as of :func:`export`; None: as it trains.
         tokenizer: goes along, and gives the ids of special tokens that the model does not name; None: none does.
@@ -129,111 +115,43 @@ def export_trained(
             f"dtype = {dtype!r}, class = {choice!r}: not one of {['fp32', *NARROW]} and of {list(CHOICES)}."
         )
     source.dtype, out = dtype or source.stored_dtype(), Path(out)
-    config = make_config(source.base or {}, out).get_text_config()
+    config = make_config(source.base, out).get_text_config()
     ids = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     if tokenizer is not None:
         tokenizer.require_fit(config.vocab_size)
         ids = {name: getattr(tokenizer.special, name) if value is None else value for name, value in ids.items()}
-    reason, told = None, {**(told or {}), "tokenizer": tokenizer is not None}
-    if choice != "own" and emerged_blocks(source):
+    special, mixture, reason = SpecialIds(**ids), None, None
+    if choice != "own" and source.emerged:
         try:
-            view = DecoderView(source)
-            layout = stock_layout(view, SpecialIds(**ids))
+            mixture = find_mixture(source)
         except CheckpointError as error:
             if choice == "stock":
                 raise
-            choice, reason = "own", str(error)
+            reason = str(error)
+    target = replace(choose_target(source, choice), special=special, reason=reason)
+    written = sum(tensor_of(source, name).nbytes for name in target.names.values())
+    require_room(out, mixture.nbytes if mixture else written)
+    with finished_folder(out, TOOL) as pending:
+        architecture = mixture.architecture if mixture else target.architecture
+        tell(f"writing {architecture}")
+        if mixture:
+            parameters, checksums = mixture.write(special, pending, shard_bytes)
         else:
-            return _export_layout(view, layout, out, tokenizer, tell, shard_bytes, told, source)
-    target = replace(choose_target(source, choice), special=SpecialIds(**ids), reason=reason)
-    require_room(out, sum(tensor_of(source, name).nbytes for name in target.names.values()))
-    with whole(out, TOOL) as pending:
-        tell(f"writing {target.architecture}")
-        parameters = save_model(source, target, pending, shard_bytes)
+            parameters = save_model(source, target, pending, shard_bytes)
+            checksums = compare_tensors(source, target, pending)
         if tokenizer is not None:
-            tokenizer.write(pending, getattr(config, "max_position_embeddings", None) or _NO_LIMIT)
+            tokenizer.write(pending, longest_context(config, out) or _NO_LIMIT)
         tell("comparing with the trained model")
-        compared, checksums = compare_folder(source, target, pending)
-        facts = {"architecture": target.architecture, "reason": target.reason, "parameters": parameters}
-        facts |= {"dtype": source.dtype, **told, **compared}
-        _finish(source, pending, facts, checksums)
+        facts: dict[str, Any] = {"architecture": architecture, "reason": reason, "parameters": parameters}
+        facts["dtype"] = source.dtype
+        facts |= {**(told or {}), "tokenizer": tokenizer is not None, "tensors_compared": len(checksums)}
+        facts["experts_compared"] = sum(block.num_experts for block in source.emerged)
+        facts["logit_difference"] = compare_logits(source, pending)
+        facts["peak_bytes"] = peak_bytes()
+        write_checksums(pending, checksums)
+        (pending / "README.md").write_text(model_card(source.state, facts), encoding="utf-8")
+        write_json(pending / _FACTS_FILE, {**facts, "step": source.state["step"]})
     return facts
-
-
-def _export_layout(
-    source: Source,
-    layout: Layout,
-    out: Path,
-    tokenizer: SourceTokenizer | KeptTokenizer | None,
-    tell: Callable[[str], None],
-    shard_bytes: int,
-    told: dict[str, Any],
-    trained: Source | None = None,
-) -> dict[str, Any]:
-    """Write a model tensor by tensor, and compare it with the trained one.
-
-    Args:
-        source: a decoder of ours.
-        layout: what it is written as.
-        out: as of :func:`export_trained`.
-        tokenizer: as there.
-        tell: as there.
-        shard_bytes: as there.
-        told: further facts.
-        trained: the model of transformers that ``source`` is a view of: its logits are compared, too.
-
-    Returns:
-        Facts, as of :func:`export`.
-    """
-    require_room(out, sum(entry.nbytes for entry in _entries(source, layout)))
-    with whole(out, TOOL) as pending:
-        tell(f"writing {layout.name}")
-        parameters = write_model(source, layout, pending, shard_bytes)
-        if tokenizer is not None:
-            tokenizer.write(pending, source.config.max_positions)
-        tell("comparing with the trained model")
-        facts: dict[str, Any] = {"architecture": layout.name, "reason": layout.reason, "parameters": parameters}
-        compared, checksums = compare(source, layout, pending)
-        facts |= {"dtype": source.dtype, **told, **compared}
-        if trained is not None:
-            facts["logit_difference"] = max(compared["logit_difference"], compare_logits(trained, pending))
-        _finish(trained or source, pending, facts, checksums)
-    return facts
-
-
-def _finish(source: Source, folder: Path, facts: dict[str, Any], checksums: dict[str, str]) -> None:
-    """Write what else a folder holds: checksums, a model card, and the facts."""
-    facts["peak_bytes"] = peak_bytes()
-    write_checksums(folder, checksums)
-    (folder / "README.md").write_text(model_card(source.state, facts), encoding="utf-8")
-    write_json(folder / _FACTS_FILE, {**facts, "step": source.state["step"]})
-
-
-def write_model(source: Source, layout: Layout, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
-    """Store a model as a class: its config, its generation config, its code if it is ours, and its weights.
-
-    Returns:
-        Parameters, tied ones once.
-
-    Raises:
-        CheckpointError: a tensor has another shape than the layout says.
-    """
-    from transformers import GenerationConfig
-
-    config = layout.config
-    config.architectures = [layout.name]
-    config.dtype = NARROW.get(source.dtype, torch.float32)
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    for name in layout.files:
-        shutil.copyfile(REMOTE_CODE / name, folder / name)
-    stored = {entry.name: entry for entry in layout.stored}
-    write_shards(folder, _entries(source, layout), lambda name: stored[name].tensor(source), shard_bytes)
-    return sum(torch.Size(entry.shape).numel() for entry in layout.stored if not entry.buffer)
-
-
-def _entries(source: Source, layout: Layout) -> list[Entry]:
-    return [Entry(stored.name, stored.shape, stored.kind(source.dtype)) for stored in layout.stored]
 
 
 def peak_bytes() -> int:

@@ -3,14 +3,13 @@
 import shutil
 from pathlib import Path
 
-from mocte_ds.convert.hf.dense import SpecialIds
-from mocte_ds.convert.hf.imports.config import CONFIG_FILE
-from mocte_ds.convert.hf.tokenizer import SourceTokenizer
+from mocte_ds.convert.hf.tokenizer import SourceTokenizer, SpecialIds
 from mocte_ds.data.hf_tokenizer import FILES, HFTokenizer
 from mocte_ds.data.stored_tokenizer import FOLDER, tokenizer_in
 from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import read_object
 
+CONFIG_FILE = "config.json"
 _TOKENIZERS = [name for name in FILES if name not in (CONFIG_FILE, "generation_config.json")]
 
 

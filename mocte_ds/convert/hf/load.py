@@ -1,14 +1,15 @@
 """A Hugging Face folder as a model: whole, unchanged, of the class that it says, or refused by name."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mocte_ds.claims import require_backed, require_blocks, require_experts
+from mocte_ds.base_model import longest_context
+from mocte_ds.claims import require_backed, require_blocks
 from mocte_ds.convert.hf.folder import COMPUTED, require_weights
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.errors import CheckpointError
@@ -53,8 +54,6 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     shards = Shards(folder)
     shapes = {name: tuple(shards.outline(name)[1]) for name in shards.files}
     require_backed(values, shapes, folder / "config.json")
-    if values.get("model_type") == "mocte":
-        _require_experts(values, shapes, folder / "config.json")
     if values.get("model_type") == "mocte_blocks":
         require_blocks(values.get("blocks"), shapes, folder / "config.json")
     if sums:
@@ -78,19 +77,11 @@ def refusing(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _require_experts(values: dict[str, Any], shapes: Mapping[str, Any], path: Path) -> None:
-    """Refuse more experts of the own class than there are tensors; the class makes a module of each."""
-    layers, routers, experts = (values.get(key) for key in ("expert_layers", "routers", "num_experts"))
-    if not layers or not routers or not experts:
-        return  # a dense model
-    if not (isinstance(layers, list) and isinstance(routers, list) and isinstance(experts, int)):
-        raise CheckpointError(f"{path}: expert_layers, routers or num_experts are not what an export writes.")
-    require_experts(experts * len(routers), len(layers), shapes, path)
-
-
 def _require_room(folder: Path, most: int) -> None:
     """Refuse a config that asks for more numbers than the files hold, before memory is taken for them."""
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    import mocte_ds.convert.hf.register  # noqa: F401
 
     config = AutoConfig.from_pretrained(folder, **ONLY_LOCAL)
     with torch.device("meta"):
@@ -131,8 +122,8 @@ def _model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 @torch.no_grad()
 def _require_runs(model: Any, folder: Path) -> None:
     """Refuse a config whose values fit the weights but not each other, which shows in no earlier place."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    ids = torch.zeros(1, min(_TRIED, longest) if isinstance(longest, int) else _TRIED, dtype=torch.int64)
+    longest = longest_context(model.config, folder / "config.json")
+    ids = torch.zeros(1, min(_TRIED, longest or _TRIED), dtype=torch.int64)
     try:
         model(input_ids=ids.to(model.device))
     except Exception as error:  # whatever a class runs into

@@ -40,8 +40,8 @@ def export_run(
     try:  # importing mocte_ds must not import transformers, nor need what only conversions need
         from mocte_ds.convert.hf.export import TOOL, export_trained
         from mocte_ds.convert.hf.kept_tokenizer import run_tokenizer
+        from mocte_ds.convert.hf.output_folder import require_free
         from mocte_ds.convert.hf.trained import GatheredSource
-        from mocte_ds.convert.hf.whole import require_free
     except ModuleNotFoundError as error:
         raise ConfigError(f"engine.mocte.export needs {error.name}: pip install 'mocte-ds[hf]'.") from error
     base, rank = require_base(base_facts(engine.module), "the run"), world()[0]

@@ -1,12 +1,12 @@
 """A sentencepiece model as a tokenizer that AutoTokenizer loads, with the same ids."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from mocte_ds.convert.hf.dense import SpecialIds
 from mocte_ds.errors import CheckpointError
 from mocte_ds.shown import one_line
 
@@ -21,6 +21,19 @@ _PROBES = (
     "<0x41> < s >",
     "        " * 9 + "\n" * 7 + "aaaaaaa",
 )
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the tokens that begin, end and pad a text; None where the tokenizer has none."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+    def fields(self) -> dict[str, int | None]:
+        """As a transformers config names them."""
+        return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
 
 class SourceTokenizer:

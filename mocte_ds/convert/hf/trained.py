@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mocte_ds.base_model import make_config, with_floats
+from mocte_ds.base_model import densify, make_config, with_floats
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
-from mocte_ds.convert.hf.dense import SpecialIds
 from mocte_ds.convert.hf.shards import SHARD_BYTES
+from mocte_ds.convert.hf.tokenizer import SpecialIds
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.remote_code.experts_mocte import sizes_of
@@ -51,7 +51,7 @@ class GatheredSource(Source):
         state = {"step": mocte["step"], "tokens": mocte["tokens"], "mocte": mocte["config"], "blocks": blocks}
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             model = empty_model(base, mocte, STATE)
-        super().__init__(model, {**state, "base": base, "model": None, "tokenizer": None})
+        super().__init__(model, {**state, "base": base, "tokenizer": None})
         self._weights = weights
         different = self.shapes.keys() ^ weights.keys()
         if different:
@@ -78,11 +78,6 @@ class Target:
     """Ids for the configs where the base model's names none."""
 
 
-def emerged_blocks(source: Source) -> list[Block]:
-    """The blocks that run their experts."""
-    return [m for m in source.model.modules() if isinstance(m, Block) and m.mode is not BlockMode.WARMUP]
-
-
 def choose_target(source: Source, choice: str) -> Target:
     """The base model's own class, or ours around it where experts have emerged.
 
@@ -95,8 +90,7 @@ def choose_target(source: Source, choice: str) -> Target:
     """
     from mocte_ds.remote_code.configuration_blocks_mocte import KINDS
 
-    emerged, base = emerged_blocks(source), source.base
-    assert base is not None
+    emerged, base = source.emerged, source.base
     for block in emerged:
         if strange := [bank.gate.router.kind for bank in block.banks if bank.gate.router.kind not in KINDS]:
             raise CheckpointError(
@@ -131,7 +125,7 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
             text = one_line(error, 500)
             raise CheckpointError(f"the weights do not fit a {target.architecture}: {text}") from error
         model.tie_weights()
-        stored, generation = (source.base or {}).get("generation"), model.generation_config
+        stored, generation = source.base.get("generation"), model.generation_config
         if stored is not None and model.can_generate():
             generation = type(generation).from_dict(with_floats(stored))
         for config in (model.config, model.config.get_text_config(), generation):
@@ -145,22 +139,22 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def trained_model(source: Source) -> nn.Module:
+@torch.no_grad()
+def trained_model(source: Source) -> Any:
     """The model as it trains, with its blocks and all experts, in fp32 and in evaluation mode."""
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        blocks = [m for m in source.model.modules() if isinstance(m, Block)]
-        inside = {f"{block.name}.dense.": f"{block.name}." for block in blocks}
-        banks = tuple(f"{block.name}.banks." for block in blocks)
-        dense = {}
-        for name in source.shapes:
-            if not name.startswith(banks):
-                start = next((start for start in inside if name.startswith(start)), None)
-                dense[name if start is None else inside[start] + name.removeprefix(start)] = source.read(name)
-        config = make_config(source.base or {}, STATE)
-        model = type(source.model).from_pretrained(None, config=config, state_dict=dense, dtype=torch.float32)
+        inside = tuple(f"{block.name}." for block in source.blocks)
+        # Tensors of which every number is the same one: they take no memory, and give way to the weights.
+        around = {n: torch.zeros(()).expand(shape) for n, shape in source.shapes.items() if not n.startswith(inside)}
+        config = make_config(source.base, STATE)
+        # What is neither a weight nor in a checkpoint, such as tables of positions, comes from the class.
+        model: Any = type(source.model).from_pretrained(None, config=config, state_dict=around, dtype=torch.float32)
+        densify(model, source.base, STATE)
         if source.state["mocte"] is not None:
             with_blocks(model, {"config": source.state["mocte"], "blocks": source.state["blocks"]}, STATE)
-        model.load_state_dict({name: source.read(name) for name in source.shapes}, assign=True)
+        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        for name in source.shapes:
+            held[name].data = source.read(name)  # one at a time: memory holds the model once
         model.tie_weights()
         return model.eval()
 
@@ -174,7 +168,7 @@ def tensor_of(source: Source, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within it transformers show no progress, and make whole models also where a script has told them of ZeRO stage 3.
+    """Within it transformers show no progress and report nothing, and make whole models under ZeRO stage 3, too.
 
     They would spread the model over the ranks, of which only one is here.
     """
@@ -182,12 +176,15 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     shown, settings = logging.is_progress_bar_enabled(), getattr(told, "_hf_deepspeed_config_weak_ref", None)
+    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what was lost and what was found is checked here
     told._hf_deepspeed_config_weak_ref = None
     try:
         yield
     finally:
         told._hf_deepspeed_config_weak_ref = settings
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -209,22 +206,23 @@ def _stored_name(name: str, blocks: list[Block]) -> str | None:
 
 def empty_class(source: Source, target: Target) -> Any:
     """A model of the class on the meta device."""
-    from mocte_ds.remote_code.configuration_blocks_mocte import MocteBlocksConfig
-    from mocte_ds.remote_code.modeling_blocks_mocte import MocteBlocksForCausalLM
+    from mocte_ds.convert.hf.register import MocteBlocksConfig, MocteBlocksForCausalLM
 
     base = source.base
-    assert base is not None
     config = make_config(base, STATE)
     dtype = NARROW.get(source.dtype, torch.float32)
     with torch.device("meta"):
         if target.architecture == base["architecture"]:
-            return type(source.model)._from_config(config, dtype=dtype)
-        own = MocteBlocksConfig(
+            model = type(source.model)._from_config(config, dtype=dtype)
+            densify(model, base, STATE)
+            return model
+        around = MocteBlocksConfig(
             text_config=config,
-            blocks=[_described(block) for block in emerged_blocks(source)],
+            dense_ffns=base.get("dense_ffns"),
+            blocks=[_described(block) for block in source.emerged],
             document_end_id=(source.state["mocte"] or {}).get("eod_id"),
         )
-        return MocteBlocksForCausalLM._from_config(own, dtype=dtype)
+        return MocteBlocksForCausalLM._from_config(around, dtype=dtype)
 
 
 def _described(block: Block) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from mocte_ds.convert.hf.imports.folder import import_hf
+from mocte_ds.convert.hf.imported import import_hf
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.data.stored_tokenizer import open_tokenizer
 from mocte_ds.errors import MocteError
@@ -85,7 +85,7 @@ def evaluated(folder: Path, _out: Path) -> Any:
 def imported(folder: Path, out: Path) -> Any:
     """Weights of the start."""
     facts = import_hf(folder, out)
-    return facts["parameters"], facts["model"]["num_layers"]
+    return facts["parameters"], facts["model"].get("num_hidden_layers", facts["model"].get("n_layer"))
 
 
 def tokenized(folder: Path, _out: Path) -> Any:

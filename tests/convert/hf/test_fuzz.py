@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mocte_ds.convert.hf.imports.folder import import_hf
+from mocte_ds.convert.hf.imported import import_hf
 from mocte_ds.errors import MocteError
 from mocte_ds.evaluation.network import load_network
 from tests.convert.hf.fuzz import fuzz, write_folders

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -25,10 +26,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from mocte_ds.checkpoints.model import load_model
 from mocte_ds.convert.hf.export import export
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
+from tests.checkpoints.loaded import load_model
 from tools.import_hf import main
 
 VOCAB = 320
@@ -58,6 +59,16 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral, short window": MistralConfig(**SIZES, **HEADS, eos_token_id=0, sliding_window=12),
     "qwen2": Qwen2Config(**SIZES, **HEADS, eos_token_id=0),
     "qwen3": Qwen3Config(**SIZES, **HEADS, eos_token_id=0, head_dim=12),
+    "yarn, relu": LlamaConfig(
+        **SIZES,
+        **HEADS,
+        eos_token_id=0,
+        hidden_act="relu",
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+    "gpt_neox": GPTNeoXConfig(
+        **SIZES, num_attention_heads=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=0
+    ),
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0
     ),
@@ -106,7 +117,7 @@ def test_function_and_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) 
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     ours, state = load_model(tmp_path / "start")
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
     assert state["step"] == 0 and state["mocte"] is None
     export(tmp_path / "start", tmp_path / "back")
     found, expected = weights(tmp_path / "back"), weights(source)
@@ -189,7 +200,7 @@ def test_emerged_at_once(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     ids = torch.randint(1, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(ids).logits
-        torch.testing.assert_close(ours(ids), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-4, atol=1e-5)
     for block in blocks:
         routed = block.banks[0].deepspeed_moe.gate.key.cluster_weight
         assert routed.abs().sum() > 0 and len(routed.unique(dim=0)) == 4
@@ -258,8 +269,8 @@ def setting(**values: Any) -> Any:
         (pickled, "safetensors"),
         (without_tokenizer, "tokenizer.json"),
         (setting(architectures=["BloomForCausalLM"]), "BloomForCausalLM"),
-        (setting(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "yarn"),
-        (setting(hidden_act="relu"), "relu"),
+        (setting(max_position_embeddings=-3), "max_position_embeddings"),
+        (setting(hidden_act="no such"), "no such"),
         (setting(attention_bias=True), "bias"),
         (setting(num_hidden_layers=3), "layers.2"),
     ],

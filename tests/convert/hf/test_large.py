@@ -1,4 +1,4 @@
-"""Exports in several files, and with far less memory than the model takes."""
+"""Exports in several files, and with one model in memory at a time."""
 
 import json
 import os
@@ -10,12 +10,11 @@ import torch
 from pytest import fixture, mark, raises
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.convert.hf.export import export
 from mocte_ds.convert.hf.shards import INDEX_FILE, Entry, Shards, write_shards
 from mocte_ds.errors import CheckpointError
-from mocte_ds.models import Decoder, DecoderConfig
 from mocte_ds.training.model import model_record
 from tests.checkpoints.by_hand import write_random
 
@@ -36,16 +35,17 @@ print(facts["architecture"], facts["checkpoint_bytes"], facts["start_bytes"], fa
     ("dtype", "settings", "name"),
     [
         ("bf16", {"router": {"bias": False}}, "MixtralForCausalLM"),
-        ("fp32", {"banks": [{"kind": "previous"}, {"kind": "type"}], "eod_id": 3}, "MocteForCausalLM"),
+        ("fp32", {"banks": [{"kind": "previous"}, {"kind": "type"}], "eod_id": 3}, "MocteBlocksForCausalLM"),
     ],
 )
-def test_memory_stays_far_below_the_size_of_the_model(written, tmp_path, dtype, settings, name):
-    sizes = {"small": (32, 64, 2), "large": (256, 1024, 36)}
-    for folder, (d, f, layers) in sizes.items():
-        config = DecoderConfig("llama", 2048, d, f, layers, 4, 2, max_positions=64)
+def test_memory_is_that_of_one_model_in_fp32(written, tmp_path, dtype, settings, name):
+    shapes = {"small": (32, 64, 2), "large": (256, 1024, 36)}
+    for folder, (d, f, layers) in shapes.items():
+        sizes = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": 4}
+        config = LlamaConfig(**sizes, vocab_size=2048, num_key_value_heads=2, max_position_embeddings=64)
         with torch.device("meta"):
-            model = Decoder(config)
-        record, block = model_record(config, model), {"modules": ALL, "num_experts": 4, **settings}
+            model = LlamaForCausalLM(config)
+        record, block = model_record(model), {"modules": ALL, "num_experts": 4, **settings}
         write_random(tmp_path / folder / "step7", model, record, block)
         (tmp_path / folder / "latest").write_text("step7")
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(written.tokenizer), dtype]
@@ -60,8 +60,8 @@ def test_memory_stays_far_below_the_size_of_the_model(written, tmp_path, dtype, 
     assert in_fp32 > 550e6
     added = int(peak) - int(start)
     print(f"{name}: {added / 1e6:.0f} MB added for {in_fp32 / 1e6:.0f} MB of fp32")
-    # A layer of each side takes 40 MB; the rest is the allocator's and what oneDNN keeps of its bf16 products.
-    assert added < 0.6 * in_fp32
+    # One side at a time is in memory, in fp32, beside the files as they are mapped.
+    assert added < 2.3 * in_fp32
     index = json.loads((tmp_path / "large out" / INDEX_FILE).read_text())
     files = {path.name: path.stat().st_size for path in (tmp_path / "large out").glob("*.safetensors")}
     assert len(files) > 3 and set(index["weight_map"].values()) == files.keys()

@@ -8,17 +8,19 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Glm4MoeConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
     Qwen2MoeConfig,
+    Qwen3MoeConfig,
 )
 
-from mocte_ds.checkpoints.model import load_model
 from mocte_ds.convert.hf.export import export
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
+from tests.checkpoints.loaded import load_model
 from tests.convert.hf.test_import import CONFIGS, HEADS, SIZES, VOCAB, fingerprint, setting, weights, write_folder
 from tools import inspect_checkpoint, reshape
 from tools.import_hf import main
@@ -34,6 +36,9 @@ QWEN = {
     "mlp_only_layers": [],
 }
 GLM = {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+QWEN3 = {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 12, "mlp_only_layers": [0]}
+LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+DEEPSEEK = {**GLM, **LATENT, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}
 # Stock: half of a head's features turn. Nothing is left at its usual value.
 GLM_ALL = {
     **GLM,
@@ -70,6 +75,11 @@ CASES: dict[str, tuple[PreTrainedConfig, tuple[str, int, bool]]] = {
         MixtralConfig(**COMMON, **{**MIXTRAL, "sliding_window": 16}, num_experts_per_tok=2),
         ("softmax", 2, True),
     ),
+    "qwen3moe, 2": (
+        Qwen3MoeConfig(**COMMON, **QWEN3, num_experts_per_tok=2, norm_topk_prob=True),
+        ("softmax", 2, True),
+    ),
+    "deepseek_v3, 2": (DeepseekV3Config(**{**COMMON, **DEEPSEEK}, num_experts_per_tok=2), ("sigmoid", 2, True)),
     "glm4moe, 1": (Glm4MoeConfig(**COMMON, **GLM, num_experts_per_tok=1), ("sigmoid", 1, True)),
     "glm4moe, 2": (Glm4MoeConfig(**COMMON, **GLM, num_experts_per_tok=2), ("sigmoid", 2, True)),
     "glm4moe, 3": (Glm4MoeConfig(**COMMON, **GLM_ALL, num_experts_per_tok=3), ("sigmoid", 3, True)),
@@ -110,7 +120,7 @@ def test_function_and_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) 
         hook = lambda _gate, _inputs, found: choices.append(found[0].shape[1])  # noqa: E731
         block.banks[0].gate.register_forward_hook(hook)
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
     assert choices == [top_k] * len(blocks) and blocks
     export(tmp_path / "start", tmp_path / "back", {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype])
     found, expected = weights(tmp_path / "back"), weights(source)
@@ -156,7 +166,7 @@ def test_the_own_class_chooses_several_too(name: str, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "folder", CASES[name][0], change=empty_shared_experts)
     main([str(source), str(tmp_path / "start"), "--fixed-router"])
     facts = export(tmp_path / "start", tmp_path / "own", choice="own")
-    assert facts["architecture"] == "MocteForCausalLM"
+    assert facts["architecture"] == "MocteBlocksForCausalLM"
     ids = torch.randint(1, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", trust_remote_code=True, dtype=torch.float32).eval()

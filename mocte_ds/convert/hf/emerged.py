@@ -2,28 +2,27 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocte_ds.checkpoints.names import EXPERT_PARAMETER
-from mocte_ds.checkpoints.source import Source, empty_decoder
+from mocte_ds.checkpoints.source import Source, empty_model
 from mocte_ds.checkpoints.weights import Made, Tensors
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import bypass_seed, set_gate
+from mocte_ds.controller.collect import FeatureCollector
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.run_state import RunState
-from mocte_ds.convert.hf.imports.state import start_state
+from mocte_ds.convert.hf.trained import trained_model
 from mocte_ds.data.corpus import read_corpus
 from mocte_ds.data.stored_tokenizer import AnyTokenizer
-from mocte_ds.errors import ConfigError, DataError
-from mocte_ds.models.layers import rotary_angles
+from mocte_ds.errors import DataError
 from mocte_ds.moe.attach import matching_modules
-from mocte_ds.moe.block import Block
+from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.moe.experts import draw_bypass, make_expert
 from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.forward import ForwardState
@@ -31,10 +30,17 @@ from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.zero import UnitRegistry
 
 ROWS_A_SEQUENCE = 16
-"""Few rows a sequence: neighbours in a sequence are alike."""
-_TOGETHER = 8  # sequences that a layer computes at once
+"""Few rows per sequence: neighbours in a sequence are alike."""
+_TOGETHER = 8  # sequences per forward pass
 
 # Shapes: S sequences of T tokens, d features.
+
+
+class EmergedSource(Source):
+    """An imported model with experts, of which nothing but the gates exists yet."""
+
+    def _stored(self, name: str) -> Tensor:
+        raise NotImplementedError("weights of a start are made while it is written")
 
 
 class Emerged:
@@ -49,51 +55,50 @@ class Emerged:
         context: int,
         tell: Callable[[str], None],
     ) -> None:
-        """Send text through the model, layer by layer, and make gates of the features in front of its FFNs.
-
-        Memory holds one layer, and the features of all sequences twice.
+        """Send text through the model, and make gates of the features that enter its FFNs.
 
         Args:
-            source: the dense model; one layer at a time is read.
+            source: the dense model, which is in memory as a whole.
             config: the "mocte" block; `eod_id` null: the tokenizer's.
             tokenizer: of the model.
             corpus: folder of a corpus.
             context: T.
-            tell: called with a line for each layer.
+            tell: called with a line for each part of the corpus.
 
         Raises:
             ConfigError: the block does not fit the model.
             DataError: a bad corpus, or too little text.
         """
-        self.source, self.config = source, config
-        names = matching_modules(source.model, config.modules)
-        layers = [f"model.layers.{i}.mlp" for i in range(source.config.num_layers)]
-        if strange := sorted(set(names) - set(layers)):
-            raise ConfigError(f"mocte.modules names {strange[0]}, which is not an FFN of a layer (model.layers.N.mlp).")
-        modes = [{"name": name, "mode": "warmup"} for name in names]
-        state = {"config": config.to_dict(), "blocks": modes}
-        self.model = empty_decoder(asdict(source.config), state, Path(str(corpus)))
-        self.blocks = {m.name: m for m in self.model.modules() if isinstance(m, Block)}
+        self.config, self.dense = config, trained_model(source)
+        names = matching_modules(self.dense, config.modules)
+        warm = {"config": config.to_dict(), "blocks": [{"name": name, "mode": "warmup"} for name in names]}
+        model = empty_model(source.base, warm, Path(str(corpus)))
+        self.blocks = {m.name: m for m in model.modules() if isinstance(m, Block)}
+        vocab_size = self.dense.config.get_text_config().vocab_size
         for block in self.blocks.values():
             for bank in block.banks:
                 # The only part that is in memory.
-                gate = ClusterGate(block.hidden_size, bank.num_experts, bank.gate.router, source.config.vocab_size)
+                gate = ClusterGate(block.hidden_size, bank.num_experts, bank.gate.router, vocab_size)
                 bank.deepspeed_moe.gate = gate
-        run = RunState(config, list(self.blocks.values()), UnitRegistry(self.model, [], 0, None), 0, 1)
+        run = RunState(config, list(self.blocks.values()), UnitRegistry(model, [], 0, None), 0, 1)
         ids, domain, run.domain_names = _sequences(tokenizer, corpus, wanted_sequences(config), context)
-        self.tokens = ids.numel()
+        self.tokens_seen = ids.numel()
         """Tokens that were looked at."""
         self._collect(run, ids, domain, tell)
         readings, search = read_blocks(run, run.blocks, in_background=False)
         finish_readings(run, readings, search)
         self.clusters = {}
         """By block: how many clusters were found in its documents, as a check of a run would report them."""
+        experts = [ExpertMode.TRAINING.value] * (config.num_experts * len(config.routers))
+        modes = {"mode": BlockMode.SPECIALISING.value, "experts": experts}
         for handle in run.blocks:
             reading = readings[handle.index]
             set_gate(handle.block, config, reading.sample())
+            handle.block.mode = BlockMode.SPECIALISING
             self.clusters[handle.name] = reading.found.detection.count if reading.found else None
-        self.state = start_state(source.config, config, names)
-        """Of a source of this model."""
+        state = {**source.state, "mocte": config.to_dict(), "blocks": [{"name": name, **modes} for name in names]}
+        self.source = EmergedSource(model, state)
+        """Its structure and its state."""
         self._newest: tuple[tuple[str, int, int], dict[str, Tensor]] = (("", -1, -1), {})
 
     def tensors(self, dense: Tensors) -> Tensors:
@@ -103,7 +108,7 @@ class Emerged:
             dense: those of the dense model.
         """
         found: Tensors = {}
-        for name, like in self.model.state_dict().items():
+        for name, like in self.source.model.state_dict().items():
             block = next((block for block in self.blocks if name.startswith(f"{block}.")), None)
             expert = EXPERT_PARAMETER.fullmatch(name)
             if block is None:
@@ -121,25 +126,26 @@ class Emerged:
     @torch.no_grad()
     def _collect(self, run: RunState, ids: Tensor, domain: Tensor, tell: Callable[[str], None]) -> None:
         """Hand the features in front of every block to its collector."""
-        config = self.source.config
-        state = ForwardState(ids, run.context.eod_id, domain=domain, sources=len(run.domain_names))
-        x = self.source.read("model.embed_tokens.weight")[ids]
-        if config.style == "gpt2":
-            x = x + self.source.read("model.embed_positions.weight")[: ids.shape[1]]
-        collectors = {
-            handle.name: collector for handle, collector in zip(run.blocks, run.samples.collectors, strict=True)
-        }
-        rotation = rotary_angles(config, ids.shape[1], x) if config.style == "llama" else None
-        for number in range(config.num_layers):
-            layer = self.source.part(f"model.layers.{number}")
-            seen: list[Tensor] = []
-            layer.mlp.register_forward_pre_hook(lambda _ffn, inputs, seen=seen: seen.append(inputs[0]))
-            x = torch.cat([layer(part, rotation) for part in x.split(_TOGETHER)])
-            collector = collectors.get(f"model.layers.{number}.mlp")
-            if collector is not None:
-                # All sequences as one micro-batch: blocks take turns, and the next one comes a layer later.
-                collector.see(torch.cat(seen), state)
-            tell(f"features of layer {number + 1} of {config.num_layers}")
+        batch: list[ForwardState] = []
+
+        def look(collector: FeatureCollector, _ffn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            collector.see(inputs[0], batch[-1])
+
+        hooks = []
+        for handle, collector in zip(run.blocks, run.samples.collectors, strict=True):
+            ffn = self.dense.get_submodule(handle.name)
+            hooks.append(ffn.register_forward_pre_hook(partial(look, collector)))
+        sources = len(run.domain_names)
+        for start in range(0, len(ids), _TOGETHER):
+            part = slice(start, start + _TOGETHER)
+            state = ForwardState(ids[part], run.context.eod_id, domain=domain[part], sources=sources)
+            state.first_sequence = start
+            batch.append(state)
+            self.dense(input_ids=ids[part], use_cache=False)
+            if start % (16 * _TOGETHER) == 0:
+                tell(f"features of sequence {start + 1} of {len(ids)}")
+        for hook in hooks:
+            hook.remove()
 
     def _expert(self, block: str, bank: int, number: int, name: str, kind: torch.dtype) -> Tensor:
         """A parameter of an expert, born as in a run."""
@@ -147,7 +153,7 @@ class Emerged:
         wanted = (block, bank, 0 if settings.kind == "ffn" else number)  # copies of one slice are alike
         if self._newest[0] != wanted:
             part = Part(bank, len(self.config.routers))
-            ffn = self.source.part(block)
+            ffn = self.dense.get_submodule(block)
             expert = make_expert(ffn, settings.kind, settings.width, self.config.num_experts, block, part)
             if settings.kind == "lora":
                 draw_bypass(expert, bypass_seed(self.config.seed, block, bank, number))

@@ -52,7 +52,7 @@ def require_room(out: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def whole(out: Path, by: str) -> Iterator[Path]:
+def finished_folder(out: Path, by: str) -> Iterator[Path]:
     """A folder that takes the place of ``out`` when all went well, and vanishes otherwise.
 
     Args:

@@ -1,23 +1,23 @@
-"""The own class computes and generates what the trained model does, for every router, style and kind of expert."""
+"""The class around a base model computes and generates what training does, for every router and kind."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytest import fixture, mark, raises
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from mocte_ds.moe import Block
-from mocte_ds.remote_code.configuration_mocte import MocteLMConfig
-from mocte_ds.remote_code.modeling_mocte import MocteForCausalLM
+from mocte_ds.remote_code.modeling_blocks_mocte import MocteBlocksForCausalLM
 from mocte_ds.remote_code.tokens_mocte import RoutingState
 from tests.checkpoints import tiny
-from tests.checkpoints.held import facts_of, stored
+from tests.checkpoints.held import write
 
 ROOT = Path(__file__).resolve().parents[3]
-ALL, OUTER = "model.layers.*.mlp", ["model.layers.0.mlp", "model.layers.2.mlp"]
+ALL, OUTER = "*.{}.*.mlp", ["*.{}.0.mlp", "*.{}.2.mlp"]
 LORA = {"kind": "lora", "width": 12}
 EOD = 7
 SOFT = {"weight": "softmax"}
@@ -31,7 +31,7 @@ CASES = {
     "token, learned": ({}, {"modules": ALL, "router": LEARNED}),
     "type": ({}, {"modules": ALL, "router": {"kind": "type"}}),
     "type, learned": ({}, {"modules": ALL, "router": {"kind": "type", **LEARNED}}),
-    "hash": ({"style": "gpt2"}, {"modules": ALL, "router": {"kind": "hash"}}),
+    "hash": ({"model_type": "gpt2"}, {"modules": ALL, "router": {"kind": "hash"}}),
     "random, learned": ({}, {"modules": ALL, "router": {"kind": "random", **LEARNED}}),
     "previous": ({}, {"modules": ALL, "router": {"kind": "previous"}}),
     "previous, documents": ({}, {"modules": ALL, "router": {"kind": "previous"}, "eod_id": EOD}),
@@ -41,42 +41,53 @@ CASES = {
     "prefix, softmax, no bias": ({}, {"modules": ALL, "router": {"kind": "prefix", "bias": False, **SOFT}}),
     "prefix, learned": ({}, {"modules": ALL, "router": {"kind": "prefix", **LEARNED}, "eod_id": EOD}),
     "lora": ({}, {"modules": OUTER, "expert": LORA, "router": {"kind": "prefix"}}),
-    "gpt2, lora": ({"style": "gpt2"}, {"modules": OUTER, "expert": LORA, "router": {"kind": "previous"}}),
+    "gpt2, lora": ({"model_type": "gpt2"}, {"modules": OUTER, "expert": LORA, "router": {"kind": "previous"}}),
     "banks": ({}, {"modules": ALL, "banks": [{"kind": "previous"}, {"kind": "type"}], "eod_id": EOD}),
     "gpt2, banks": (
-        {"style": "gpt2"},
+        {"model_type": "gpt2"},
         {"modules": ALL, "banks": [{"kind": "prefix"}, {"kind": "token", **SOFT}, {"kind": "previous"}], "eod_id": EOD},
     ),
     "lora, banks": ({}, {"modules": ALL, "expert": LORA, "banks": [{"kind": "hash"}, {"kind": "token", **LEARNED}]}),
-    "a block in warm-up": ({"tie_embeddings": True}, {"modules": ALL, "warmup": (1,), "router": {"kind": "prefix"}}),
+    "a block in warm-up": (
+        {"tie_word_embeddings": True},
+        {"modules": ALL, "warmup": (1,), "router": {"kind": "prefix"}},
+    ),
     "sigmoids of several": (
-        {"head_norm": True, "rotary_share": 0.5, "sliding_window": 11},
+        {"model_type": "qwen3"},
         {
             "modules": ALL,
             "expert": LORA,
             "router": SIGMOID,
         },
     ),
-    "dense": ({"style": "gpt2"}, None),
+    "dense": ({"model_type": "gpt2"}, None),
 }
 # Those whose routers remember something.
 STATEFUL = ["previous, documents", "prefix, documents", "prefix, learned", "gpt2, banks"]
 
 
-def trained(name: str) -> torch.nn.Module:
+def trained(name: str) -> Any:
     """The trained model of a case."""
-    decoder, blocks = CASES[name]
-    model = tiny.decoder(**decoder)
+    changes, blocks = CASES[name]
+    model = tiny.decoder(**changes)
     if blocks:
-        tiny.add_blocks(model, **blocks)
+        layers = "transformer.h" if changes.get("model_type") == "gpt2" else "model.layers"
+        patterns = blocks["modules"]
+        named = [p.replace("*.{}", layers) for p in ([patterns] if isinstance(patterns, str) else patterns)]
+        tiny.add_blocks(model, **{**blocks, "modules": named})
     return model
 
 
-def exported(name: str, folder: Path, **how) -> tuple[torch.nn.Module, torch.nn.Module]:
+def exported(name: str, folder: Path, **how) -> tuple[Any, Any]:
     """The trained model of a case and its export, loaded."""
     model = trained(name)
-    stored(model, folder, choice="own")
+    write(model, folder, choice="own")
     return model, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+
+
+def blocks_of(model: torch.nn.Module) -> list[Any]:
+    """The blocks of an export."""
+    return [module for module in model.modules() if type(module).__name__ == "MocteBlock"]
 
 
 def texts(seed: int = 5, batch: int = 3, length: int = 40) -> torch.Tensor:
@@ -90,9 +101,9 @@ def texts(seed: int = 5, batch: int = 3, length: int = 40) -> torch.Tensor:
 @torch.no_grad()
 def test_one_pass_token_by_token_and_generation(name, tmp_path):
     ours, theirs = exported(name, tmp_path)
-    assert type(theirs) is MocteForCausalLM
+    assert type(theirs) is MocteBlocksForCausalLM
     ids = texts()
-    expected = ours(ids)
+    expected = ours(ids).logits
     close = {"atol": 1e-5 * expected.abs().max().item(), "rtol": 0}
     torch.testing.assert_close(theirs(ids, use_cache=False).logits, expected, **close)
     for sizes in ([1] * 40, [6, 1, 14, 1, 18]):
@@ -140,10 +151,10 @@ def test_what_save_pretrained_writes_loads_where_nothing_of_ours_is(tmp_path):
 @mark.parametrize("name", CASES)
 def test_the_comparison_covers_every_case(name, tmp_path):
     model = trained(name)
-    facts = facts_of(model, tmp_path, choice="own")
+    facts = write(model, tmp_path / "out", choice="own")
     emerged = [m for m in model.modules() if isinstance(m, Block) and m.mode != "warmup"]
     assert facts["experts_compared"] == sum(block.num_experts for block in emerged)
-    assert facts["logit_difference"] < 1e-5 and facts["changed_predictions"] == 0
+    assert facts["logit_difference"] < 1e-5
 
 
 @mark.parametrize("name", [name for name, (_, blocks) in CASES.items() if blocks])
@@ -151,12 +162,11 @@ def test_the_comparison_covers_every_case(name, tmp_path):
 def test_another_choice_of_experts_would_be_seen(name, tmp_path):
     """The control of the tests above: experts differ, and these ids reach several of them."""
     ours, theirs = exported(name, tmp_path)
-    expected = ours(texts())
-    for layer in theirs.model.layers:
-        if layer.has_experts:
-            for bank in layer.mlp.banks:
-                bank.experts = torch.nn.ModuleList([bank.experts[k] for k in (1, 2, 3, 0)])
-            assert (theirs(texts()).logits - expected).abs().max() > 1e-2 * expected.abs().max()
+    expected = ours(texts()).logits
+    for block in blocks_of(theirs):
+        for bank in block.banks:
+            bank.experts = torch.nn.ModuleList([bank.experts[k] for k in (1, 2, 3, 0)])
+        assert (theirs(texts()).logits - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
 @mark.parametrize("name", ["token with bias", *STATEFUL])
@@ -169,13 +179,15 @@ def test_padding_on_the_left_changes_nothing(name, tmp_path):
     for row, length in enumerate(lengths):
         padded[row, 24 - 15 - length :] = ids[row, : length + 15]
         mask[row, 24 - 15 - length :] = 1
+    places = (mask.cumsum(1) - 1).clamp(min=0)  # as generate gives them
     cache, first = DynamicCache(), 9
-    logits = [theirs(padded[:, :first], attention_mask=mask[:, :first], past_key_values=cache).logits]
-    for t in range(first, 24):
-        logits.append(theirs(padded[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits)
-    one_pass = theirs(padded, attention_mask=mask, use_cache=False).logits
+    logits = []
+    for part in (slice(0, first), *(slice(t, t + 1) for t in range(first, 24))):
+        seen = {"attention_mask": mask[:, : part.stop], "position_ids": places[:, part]}
+        logits.append(theirs(padded[:, part], **seen, past_key_values=cache).logits)
+    one_pass = theirs(padded, attention_mask=mask, position_ids=places, use_cache=False).logits
     for row, length in enumerate(lengths):
-        expected = ours(ids[row : row + 1, : length + 15])[0]
+        expected = ours(ids[row : row + 1, : length + 15]).logits[0]
         close = {"atol": 1e-5 * expected.abs().max().item(), "rtol": 0}
         torch.testing.assert_close(torch.cat(logits, dim=1)[row, -length - 15 :], expected, **close)
         torch.testing.assert_close(one_pass[row, -length - 15 :], expected, **close)
@@ -224,13 +236,13 @@ def test_two_generations_at_once_and_a_cache_that_grows(name, tmp_path):
         for ids, cache, found in zip((one, other), caches, logits, strict=True):
             found.append(theirs(ids[:, t : t + 4], past_key_values=cache).logits)
     for ids, found in zip((one, other), logits, strict=True):
-        torch.testing.assert_close(torch.cat(found, dim=1), ours(ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.cat(found, dim=1), ours(ids).logits, atol=1e-4, rtol=1e-4)
     # Every sequence twice, then only some of them.
     caches[0].batch_repeat_interleave(2)
     caches[0].batch_select_indices(torch.tensor([1, 4]))
     after = torch.cat([one, other[:, :5]], dim=1)[[0, 2]]
     found = theirs(after[:, 20:], past_key_values=caches[0]).logits
-    torch.testing.assert_close(found, ours(after)[:, 20:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, ours(after).logits[:, 20:], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -240,53 +252,29 @@ def test_a_cache_of_tokens_that_the_routers_have_not_seen_is_refused(tmp_path):
     assert isinstance(cache.layers.pop(), RoutingState)
     with raises(ValueError, match="begin with an empty cache"):
         theirs(texts()[:, :1], past_key_values=cache)
-    with raises(ValueError, match="static caches are not supported"):
+    with raises(ValueError, match="static cache"):
         theirs.generate(texts(), max_new_tokens=2, cache_implementation="static")
     _, tables = exported("type", tmp_path / "tables")
     with raises(ValueError, match=r"\['type'\] need input_ids"):
         tables(inputs_embeds=torch.zeros(1, 3, 32))
 
 
-@torch.no_grad()
-def test_bf16_keeps_routers_and_tables(tmp_path):
-    for name in ("prefix, learned", "lora, banks"):
-        model = trained(name)
-        source, layout = stored(model, tmp_path / name, "bf16", choice="own")
-        narrow = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).to(torch.bfloat16)
-        for loaded in (narrow, again):
-            assert loaded.dtype is torch.bfloat16
-            state = loaded.state_dict()
-            for entry in layout.stored:
-                if entry.buffer:
-                    assert torch.equal(state[entry.name], entry.tensor(source)), entry.name
-                    assert state[entry.name].dtype is (torch.int64 if entry.integer else torch.float32)
-        ids = texts()
-        assert narrow(ids).logits.dtype is torch.bfloat16
-        rounded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
-        for parameter_name, parameter in model.named_parameters():
-            if ".gate." not in parameter_name:
-                parameter.copy_(parameter.bfloat16())
-        torch.testing.assert_close(rounded(ids).logits, model(ids), atol=1e-3, rtol=1e-4)
-
-
 def test_loss_and_gradients_reach_every_expert_that_is_used(tmp_path):
     ours, theirs = exported("prefix, learned", tmp_path)
     ids = texts()
-    labels = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], dim=1)
     theirs.train()
     loss = theirs(ids, labels=ids).loss
-    torch.testing.assert_close(loss, ours(ids, labels), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, ours(ids, labels=ids).loss, atol=1e-5, rtol=1e-5)
     loss.backward()
-    gradients = [e.gate_proj.weight.grad for e in theirs.model.layers[0].mlp.banks[0].experts]
+    gradients = [e.gate_proj.weight.grad for e in blocks_of(theirs)[0].banks[0].experts]
     assert sum(g is not None and bool(g.any()) for g in gradients) >= 2
-    assert theirs.model.layers[0].mlp.banks[0].router.residual.grad.any()
+    assert blocks_of(theirs)[0].banks[0].gate.cluster_residual.grad.any()
 
 
 @fixture
 def folder(tmp_path) -> Path:
     """An export with two banks, of which one remembers."""
-    stored(trained("gpt2, banks"), tmp_path / "export", choice="own")
+    write(trained("gpt2, banks"), tmp_path / "export", choice="own")
     return tmp_path / "export"
 
 
@@ -321,40 +309,17 @@ def test_loads_by_remote_code_where_mocte_ds_is_not(folder):
     assert run(WITHOUT_US, folder, "-I") == f"transformers_modules {expected.tolist()[0]}"
 
 
-AFTER_US = """
+REGISTERED = """
 import sys
 import mocte_ds
 assert not {"torch", "transformers", "deepspeed"} & set(sys.modules)
-from transformers import AutoConfig
-assert type(AutoConfig.from_pretrained(sys.argv[1])).__module__ == "mocte_ds.remote_code.configuration_mocte"
-from transformers import AutoModel, AutoModelForCausalLM
-print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])), type(AutoModel.from_pretrained(sys.argv[1])))
-"""
-BEFORE_US = """
-import sys
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-import mocte_ds
-print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])), type(AutoModel.from_pretrained(sys.argv[1])))
+import mocte_ds.convert.hf.register
+from transformers import AutoConfig, AutoModelForCausalLM
+assert type(AutoConfig.from_pretrained(sys.argv[1])).__module__ == "mocte_ds.remote_code.configuration_blocks_mocte"
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])))
 """
 
 
-@mark.parametrize("code", [AFTER_US, BEFORE_US])
-def test_importing_mocte_ds_registers_the_class(folder, code):
-    module = "mocte_ds.remote_code.modeling_mocte"
-    assert run(code, folder) == f"<class '{module}.MocteForCausalLM'> <class '{module}.MocteModel'>"
-
-
-@mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"style": "bert"}, "style = 'bert'"),
-        ({"expert_kind": "tree"}, "expert_kind = 'tree'"),
-        ({"num_attention_heads": 3}, "do not divide"),
-        ({"routers": [{"kind": "oracle"}]}, "oracle"),
-        ({"routers": [{"kind": "token", "learn": True}]}, "needs weight 'softmax'"),
-        ({"expert_layers": [22]}, "names layer 22; there are 22"),
-    ],
-)
-def test_configs_that_no_model_has_are_refused(fields, message):
-    with raises(ValueError, match=message):
-        MocteLMConfig(**fields)
+def test_an_import_registers_the_class(folder):
+    module = "mocte_ds.remote_code.modeling_blocks_mocte"
+    assert run(REGISTERED, folder) == f"<class '{module}.MocteBlocksForCausalLM'>"

@@ -1,22 +1,22 @@
-"""Every stock class computes what the trained model computes; what no class can is refused, with what to change."""
+"""Every mixture class computes what the trained model computes; what no class can is refused, with what to change."""
 
 import re
+from pathlib import Path
 
 import torch
+import transformers
 from pytest import approx, mark, raises
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from mocte_ds.convert.hf import experts as module
-from mocte_ds.convert.hf.compare import compare
-from mocte_ds.convert.hf.dense import SpecialIds
-from mocte_ds.convert.hf.export import write_model
-from mocte_ds.convert.hf.layouts import choose_layout
+from mocte_ds.convert.hf.families import FAMILIES, glm4_moe
+from mocte_ds.convert.hf.mixture import find_mixture
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe import Block
 from tests.checkpoints import tiny
-from tests.checkpoints.held import NONE, HeldSource, facts_of, stored
+from tests.checkpoints.held import HeldSource, write
 
+ROOT = Path(__file__).resolve().parents[3]
 ALL, BACK = "model.layers.*.mlp", ["model.layers.1.mlp", "model.layers.2.mlp"]
 OUTER = ["model.layers.0.mlp", "model.layers.2.mlp"]
 LORA = {"kind": "lora", "width": 12}
@@ -24,14 +24,14 @@ LORA = {"kind": "lora", "width": 12}
 # Name: class, decoder, blocks.
 CASES = {
     "mixtral": ("Mixtral", {}, {"modules": ALL}),
-    "mixtral, tied": ("Mixtral", {"tie_embeddings": True}, {"modules": ALL}),
-    "mixtral, all kv heads": ("Mixtral", {"num_kv_heads": 4}, {"modules": ALL}),
+    "mixtral, tied": ("Mixtral", {"tie_word_embeddings": True}, {"modules": ALL}),
+    "mixtral, all kv heads": ("Mixtral", {"num_key_value_heads": 4}, {"modules": ALL}),
     "mixtral, a width of no 16 bytes": ("Mixtral", {"intermediate_size": 45}, {"modules": ALL}),
     "qwen2moe, some layers": ("Qwen2Moe", {}, {"modules": OUTER}),
     "qwen2moe, softmax": ("Qwen2Moe", {}, {"modules": ALL, "router": {"bias": False, "weight": "softmax"}}),
     "qwen2moe, softmax, some layers, tied": (
         "Qwen2Moe",
-        {"tie_embeddings": True},
+        {"tie_word_embeddings": True},
         {"modules": BACK, "router": {"bias": False, "weight": "softmax"}},
     ),
     "qwen2moe, a width of no 16 bytes": ("Qwen2Moe", {"intermediate_size": 45}, {"modules": OUTER}),
@@ -50,7 +50,7 @@ CASES = {
     ),
     "glm4moe, random": ("Glm4Moe", {}, {"modules": BACK, "expert": LORA, "router": {"kind": "random"}}),
     "glm4moe": ("Glm4Moe", {}, {"modules": BACK, "expert": LORA}),
-    "glm4moe, all layers, tied": ("Glm4Moe", {"tie_embeddings": True}, {"modules": ALL, "expert": LORA}),
+    "glm4moe, all layers, tied": ("Glm4Moe", {"tie_word_embeddings": True}, {"modules": ALL, "expert": LORA}),
     "glm4moe, a width that divides nothing": (
         "Glm4Moe",
         {},
@@ -60,11 +60,31 @@ CASES = {
     "glm4moe, warm-up in front": ("Glm4Moe", {}, {"modules": ALL, "warmup": (0,), "expert": LORA}),
     "glm4moe, warm-up behind": ("Glm4Moe", {}, {"modules": ALL, "warmup": (1,), "expert": LORA}),
     "llama": ("Llama", {}, None),
-    "llama, tied": ("Llama", {"tie_embeddings": True}, None),
+    "llama, tied": ("Llama", {"tie_word_embeddings": True}, None),
     "llama, all in warm-up": ("Llama", {}, {"modules": ALL, "warmup": (0, 1, 2), "router": {"kind": "type"}}),
     "llama, lora in warm-up": ("Llama", {}, {"modules": BACK, "warmup": (0, 1), "expert": LORA}),
-    "gpt2": ("GPT2LMHead", {"style": "gpt2"}, None),
-    "gpt2, all in warm-up": ("GPT2LMHead", {"style": "gpt2"}, {"modules": ALL, "warmup": (0, 1, 2)}),
+    "gpt2": ("GPT2LMHead", {"model_type": "gpt2"}, None),
+    "mixtral, mistral with a window": ("Mixtral", {"model_type": "mistral", "sliding_window": 11}, {"modules": ALL}),
+    "qwen2moe, qwen2": ("Qwen2Moe", {"model_type": "qwen2"}, {"modules": OUTER}),
+    "qwen3moe": ("Qwen3Moe", {"model_type": "qwen3", "head_dim": 12}, {"modules": BACK}),
+    "glm4moe, qwen3": ("Glm4Moe", {"model_type": "qwen3", "head_dim": 12}, {"modules": BACK, "expert": LORA}),
+    "glm4moe, qwen2": ("Glm4Moe", {"model_type": "qwen2"}, {"modules": ALL, "expert": LORA}),
+    "glm4moe, sigmoids of several": (
+        "Glm4Moe",
+        {},
+        {
+            "modules": BACK,
+            "expert": LORA,
+            "router": {
+                "kind": "random",
+                "weight": "sigmoid",
+                "learn": True,
+                "top_k": 2,
+                "normalise": True,
+                "scale": 2.5,
+            },
+        },
+    ),
 }
 
 
@@ -87,35 +107,31 @@ def names(folder) -> dict[str, tuple]:
 @mark.parametrize("name", CASES)
 def test_logits_and_generation_are_the_trained_models(name, tmp_path):
     model, stock = build(name)
-    source = HeldSource(model)
-    layout = choose_layout(source, NONE)
-    parameters = write_model(source, layout, tmp_path)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert layout.name == type(found).__name__ == stock
-    assert parameters == sum(parameter.numel() for parameter in found.parameters())
+    facts = write(model, tmp_path / "out", choice="stock")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert facts["architecture"] == type(found).__name__ == stock
+    assert facts["parameters"] == sum(parameter.numel() for parameter in found.parameters())
     with torch.no_grad():
-        expected, logits = model(tiny.ids(5)), found(input_ids=tiny.ids(5)).logits
+        expected, logits = model(tiny.ids(5)).logits, found(input_ids=tiny.ids(5)).logits
     largest = expected.abs().max().item()
     assert (logits - expected).abs().max().item() < 1e-5 * largest
     prompt = tiny.ids(6, batch=2, length=5)
     generated = found.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
     assert torch.equal(generated, tiny.greedy(model, prompt, 20))
-    facts, checksums = compare(source, layout, tmp_path)
-    assert facts["logit_difference"] < 1e-5 and facts["changed_predictions"] == 0
-    assert facts["tensors_compared"] == len(checksums) == len(layout.stored)
+    assert facts["logit_difference"] < 1e-5
     # The files are those that the class itself would write.
     found.save_pretrained(tmp_path / "by transformers")
-    assert names(tmp_path) == names(tmp_path / "by transformers")
+    assert names(tmp_path / "out") == names(tmp_path / "by transformers")
     # The control: had two experts changed places, these ids would have shown it.
     counts = tiny.tokens_of_experts(model, tiny.ids(5))
     assert all(min(tokens) > 0 for tokens in counts.values())
-    assert facts["experts_compared"] == tiny.EXPERTS * len(layout.blocks) >= tiny.EXPERTS * len(counts)
-    for block in layout.blocks.values():
-        if block.name in counts:
+    assert facts["experts_compared"] == tiny.EXPERTS * len(counts)
+    for block in model.modules():
+        if isinstance(block, Block) and block.name in counts:
             gate = block.banks[0].gate
             gate.key.cluster_weight.copy_(gate.key.cluster_weight[[1, 0, 2, 3]])
             with torch.no_grad():
-                assert (model(tiny.ids(5)) - logits).abs().max().item() > 1e-2 * largest
+                assert (model(tiny.ids(5)).logits - logits).abs().max().item() > 1e-2 * largest
 
 
 @mark.parametrize("name", ["mixtral", "qwen2moe, softmax", "glm4moe", "mixtral, a width of no 16 bytes"])
@@ -124,24 +140,24 @@ def test_bf16_keeps_the_router(name, tmp_path):
     exact = {
         block.name: block.banks[0].gate.key.cluster_weight.clone() for block in model.modules() if type(block) is Block
     }
-    source, layout = stored(model, tmp_path, "bf16")
-    model.to(torch.bfloat16).float()
-    kinds = {key: kind for key, (_, kind) in names(tmp_path).items()}
+    facts = write(model, tmp_path / "out", "bf16")
+    folder = tmp_path / "out"
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    kinds = {key: kind for key, (_, kind) in names(folder).items()}
     routers = {key for key in kinds if ".gate." in key}
     assert len(routers) >= len(exact)
     assert {kinds[key] for key in routers} == {"F32"} and {kinds[key] for key in kinds.keys() - routers} == {"BF16"}
-    wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        expected, logits = model(tiny.ids(5)), wide(input_ids=tiny.ids(5)).logits
+        expected, logits = model(tiny.ids(5)).logits, wide(input_ids=tiny.ids(5)).logits
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
     for block_name, gate in exact.items():
         kept = wide.get_submodule(block_name).gate.weight
         scale = kept.norm() / gate.norm()
         assert torch.equal(kept, gate * 2.0 ** torch.log2(scale).round())
-    narrow = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert narrow.dtype is torch.bfloat16
-    facts, _ = compare(source, layout, tmp_path)
-    assert facts["logit_difference"] < 1e-5 and 0 <= facts["changed_predictions"] < 0.5
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype is torch.bfloat16
+    assert facts["logit_difference"] < 1e-5
 
 
 def test_a_loud_gate_does_not_saturate_the_sigmoid(tmp_path, monkeypatch):
@@ -149,10 +165,10 @@ def test_a_loud_gate_does_not_saturate_the_sigmoid(tmp_path, monkeypatch):
     for layer in model.model.layers[1:]:
         layer.post_attention_layernorm.weight.data *= 30
         layer.mlp.banks[0].gate.key.cluster_weight *= 50
-    facts_of(model, tmp_path / "good")
-    monkeypatch.setattr(module, "sigmoid_scale", lambda *_: 1.0)
+    write(model, tmp_path / "good")
+    monkeypatch.setattr(glm4_moe, "sigmoid_scale", lambda *_: 1.0)
     with raises(CheckpointError, match="differ from the trained"):
-        facts_of(model, tmp_path / "saturated")
+        write(model, tmp_path / "saturated")
 
 
 def test_a_bias_that_changes_no_choice_is_exported(tmp_path):
@@ -160,24 +176,26 @@ def test_a_bias_that_changes_no_choice_is_exported(tmp_path):
     for block in tiny.add_blocks(model, ALL, router={"weight": "softmax"}):
         weight, bias = tiny.cluster_gate(1)
         block.banks[0].gate.key.set(weight, bias + 3.5)
-    assert facts_of(model, tmp_path, "stock")["logit_difference"] < 1e-5
+    assert write(model, tmp_path / "out", choice="stock")["logit_difference"] < 1e-5
 
 
 def test_special_tokens_are_in_the_config(tmp_path):
     for name in ("mixtral", "qwen2moe, softmax", "glm4moe", "llama", "gpt2"):
-        stored(build(name)[0], tmp_path / name, special=SpecialIds(7, 8, 9))
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        model = build(name)[0]
         for config in (model.config, model.generation_config):
+            config.bos_token_id, config.eos_token_id, config.pad_token_id = 7, 8, 9
+        write(model, tmp_path / name)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        for config in (found.config, found.generation_config):
             assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (7, 8, 9)
 
 
-def refusal(model: torch.nn.Module) -> str:
-    """The message that says why a model is not a stock class; the own class takes it, and remembers why."""
-    source = HeldSource(model)
+def refusal(model: torch.nn.Module, tmp_path) -> str:
+    """The message that says why a model is not a stock class; the class around it takes it, and remembers why."""
     with raises(CheckpointError) as caught:
-        choose_layout(source, NONE, "stock")
-    own = choose_layout(source, NONE)
-    assert (own.name, own.reason) == ("MocteForCausalLM", str(caught.value))
+        write(model, tmp_path / "out", choice="stock")
+    facts = write(model, tmp_path / "out")
+    assert (facts["architecture"], facts["reason"]) == ("MocteBlocksForCausalLM", str(caught.value))
     return str(caught.value)
 
 
@@ -192,36 +210,60 @@ def refusal(model: torch.nn.Module) -> str:
         ({"modules": ALL, "banks": [{"kind": "token"}, {"kind": "hash"}]}, "model.layers.0.mlp has 2 banks"),
     ],
 )
-def test_what_no_stock_class_computes_becomes_the_own_class(blocks, message):
+def test_what_no_stock_class_computes_becomes_the_class_around_the_base(blocks, message, tmp_path):
     model = tiny.decoder()
     default = {} if "banks" in blocks else {"router": {"bias": False}}
     tiny.add_blocks(model, **{**default, **blocks})
-    assert re.search(message, refusal(model))
+    assert re.search(message, refusal(model, tmp_path))
 
 
-def test_experts_of_the_gpt2_style_become_the_own_class():
-    model = tiny.decoder("gpt2")
-    tiny.add_blocks(model, ALL, router={"bias": False})
-    assert "GPT-2 style" in refusal(model)
+@mark.parametrize(
+    ("changes", "blocks", "message"),
+    [
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            {},
+            "window",
+        ),
+        ({"attention_bias": True}, {}, "attention_bias"),
+        ({"mlp_bias": True}, {}, "mlp_bias"),
+        ({"hidden_act": "relu"}, {}, "gated by silu"),
+        ({"model_type": "mistral", "sliding_window": 8}, {"modules": OUTER}, "let mocte.modules name all"),
+        ({"model_type": "gemma"}, {}, "in the layers of a GemmaForCausalLM"),
+    ],
+)
+def test_base_models_whose_layers_no_mixture_has(changes, blocks, message, tmp_path):
+    model = tiny.decoder(**changes)
+    tiny.add_blocks(model, **{"modules": ALL, "router": {"bias": False}, **blocks})
+    assert message in refusal(model, tmp_path)
 
 
-def test_what_no_class_computes_is_refused():
+def test_what_no_class_computes_is_refused(tmp_path):
     model = tiny.decoder()
     tiny.add_blocks(model, "model.layers.1.self_attn.o_proj", router={"bias": False})
-    with raises(CheckpointError, match="o_proj is not an FFN of a layer"):
-        choose_layout(HeldSource(model), NONE)
-    with raises(ConfigError, match="class = 'best' is not one of"):
-        choose_layout(HeldSource(tiny.decoder()), NONE, "best")
+    with raises(CheckpointError, match="o_proj is not the FFN of a layer"):
+        find_mixture(HeldSource(model))
+    with raises(ConfigError, match="class = 'best': not one of"):
+        write(tiny.decoder(), tmp_path / "out", choice="best")
 
 
 def test_scale_is_a_power_of_two_and_bounds_the_logits():
     generator = torch.Generator().manual_seed(0)
     for factor in (1e-6, 1.0, 3e7):
         gate, norm = factor * torch.randn(4, 32, generator=generator), torch.rand(32, generator=generator) * 9
-        scale = module.sigmoid_scale(gate, norm)
+        scale = glm4_moe.sigmoid_scale(gate, norm)
         unit = torch.randn(1000, 32, generator=generator)
         features = unit / unit.square().mean(1, keepdim=True).sqrt() * norm
         largest = (features @ (gate * scale).T).abs().max().item()
         assert torch.log2(torch.tensor(scale)).item() == approx(round(torch.log2(torch.tensor(scale)).item()))
         assert 0.1 < largest <= 1
-    assert module.sigmoid_scale(torch.zeros(4, 32), torch.ones(32)) == 1
+    assert glm4_moe.sigmoid_scale(torch.zeros(4, 32), torch.ones(32)) == 1
+
+
+def test_every_family_is_a_class_of_transformers_and_in_the_docs():
+    """The tables in the README and in docs/huggingface.md are those of the registry."""
+    text = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    for name, family in FAMILIES.items():
+        assert hasattr(transformers, name) and family.model_type in transformers.CONFIG_MAPPING
+        bases = ", ".join(base.removesuffix("ForCausalLM") for base in family.bases) or "itself alone"
+        assert f"| {name} | {family.kind} | {family.routing} | {bases} |" in text

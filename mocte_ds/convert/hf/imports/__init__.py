@@ -1,1 +1,0 @@
-"""Hugging Face folders as the start of a run."""
