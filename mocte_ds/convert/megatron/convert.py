@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import Source, StoredSource
 from mocte_ds.checkpoints.weights import tensors_of, write_weights
-from mocte_ds.convert.hf.as_decoder import DecoderView
 from mocte_ds.convert.hf.whole import require_room, whole
 from mocte_ds.convert.megatron import folder as files
-from mocte_ds.convert.megatron import own
 from mocte_ds.convert.megatron.compare import compare
 from mocte_ds.convert.megatron.cpu import one_process
-from mocte_ds.convert.megatron.model import build, settings_of
-from mocte_ds.convert.megatron.pairs import Pair, all_pairs
+from mocte_ds.convert.megatron.gpt_model import build, fill
+from mocte_ds.convert.megatron.run_record import MegatronSource, write_record
+from mocte_ds.convert.megatron.settings import settings_of
+from mocte_ds.convert.megatron.tensor_map import all_pairs, unused
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.ownership import require_apart, require_outside_whole
 from mocte_ds.ownership.durable import replace_text
@@ -50,20 +49,20 @@ def to_megatron(
     found = find_tag(checkpoint)
     target = _require_new(Path(out), found, dtype)
     tell(f"reading {found}")
-    stored = StoredSource(found, dtype)
-    source = stored if stored.base is None else _view(stored)
-    settings = settings_of(source)
-    pairs, manifest = all_pairs(source, settings), Manifest.read(found)
+    source = StoredSource(found, dtype)
+    settings, manifest = settings_of(source, found), Manifest.read(found)
+    pairs = all_pairs(source, settings)
+    unused(source, pairs)  # says so before anything is written
     require_room(target, _size(source))
     with whole(target, _TOOL) as pending, one_process():
         tell("writing for megatron-core")
-        # Not kept: the next model needs the memory.
-        files.save(_filled(build(settings), source, pairs), pending, source.state["step"])
-        own.write(pending, source, stored.state, settings, pairs, manifest)
+        weights = {pair.name: pair.tensor(source).to(pair.dtype(source)) for pair in pairs}
+        files.save(fill(build(settings), weights), pending, source.state["step"])
+        del weights  # the next model needs the memory
+        write_record(pending, source, settings, pairs, manifest)
         tell("comparing with the trained model")
         tensors = files.read(build(settings), pending)
-        model = build(settings)
-        files.fill(model, tensors)
+        model = fill(build(settings), tensors)
         facts = compare(source, pairs, model, tensors)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"parameters": parameters, "dtype": dtype, "step": source.state["step"], **facts}
@@ -100,7 +99,7 @@ def from_megatron(
     tell(f"reading {found}")
     if (found / MANIFEST_FILE).is_file():  # a training with megatron-core writes none
         require_whole(found, Manifest.read(found).files)
-    source = own.MegatronSource(Path(settings).absolute() if settings else found, dtype)
+    source = MegatronSource(Path(settings).absolute() if settings else found, dtype)
     tag = f"step{source.state['step']}"
     require_room(target, _size(source))
     with whole(target, _TOOL) as pending:
@@ -116,20 +115,6 @@ def from_megatron(
             if not torch.equal(written.read(name), source.read(name)):
                 raise CheckpointError(f"the weight {name} was lost or changed on its way through the file.")
     return {"tag": tag, "dtype": dtype, "step": source.state["step"], "tensors_compared": len(source.shapes)}
-
-
-def _view(stored: StoredSource) -> Source:
-    """A model of transformers by the names and settings that are converted."""
-    try:
-        return DecoderView(stored)
-    except CheckpointError as error:
-        raise CheckpointError(f"{stored.folder} cannot be converted to megatron-core: {error}") from error
-
-
-def _filled(model: nn.Module, source: Source, pairs: list[Pair]) -> nn.Module:
-    """The model with the weights of the source."""
-    files.fill(model, {pair.name: pair.tensor(source).to(pair.dtype(source)) for pair in pairs})
-    return model
 
 
 def _size(source: Source) -> int:

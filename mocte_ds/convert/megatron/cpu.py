@@ -2,11 +2,13 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+from torch.overrides import TorchFunctionMode
 
 from mocte_ds.errors import ConfigError
 
@@ -15,11 +17,13 @@ from mocte_ds.errors import ConfigError
 def on_cpu() -> Iterator[None]:
     """Let megatron-core run on a CPU.
 
-    Its distributed checkpoints and its router ask torch.cuda for the device, and dropout of rate 0 asks for a state of
-    CUDA's random numbers. Without Transformer Engine megatron-core 0.16 reads a name that it has not defined.
+    Its distributed checkpoints and its router ask torch.cuda for the device, attention with a window makes its mask on
+    one, and dropout of rate 0 asks for a state of CUDA's random numbers. Without Transformer Engine megatron-core 0.16
+    reads a name that it has not defined.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core warns of missing GPU libraries
+        from megatron.core.fusions import fused_softmax
         from megatron.core.tensor_parallel import random
         from megatron.core.transformer.moe import moe_utils
 
@@ -28,12 +32,32 @@ def on_cpu() -> Iterator[None]:
             with contextlib.ExitStack() as patches:
                 patches.enter_context(mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")))
                 patches.enter_context(mock.patch("torch.cuda.synchronize"))
+                window = _made_on_cpu(fused_softmax.get_sliding_window_causal_mask)
+                patches.enter_context(mock.patch.object(fused_softmax, "get_sliding_window_causal_mask", window))
                 if not hasattr(moe_utils, "te_general_gemm"):
                     patches.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
                 yield
         finally:
             random.initialize_rng_tracker(force_reset=True)
             _end_queue()
+
+
+class _OnCpu(TorchFunctionMode):
+    """Makes tensors on the CPU that are asked for on a GPU."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def _made_on_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: Any) -> Tensor:
+        with _OnCpu():
+            return function(*args)
+
+    return call
 
 
 def _end_queue() -> None:

@@ -162,14 +162,3 @@ class _Plain(pickle.Unpickler):
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which no list of tensors needs")
         return super().find_class(module, name)
-
-
-def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Set a model's weights.
-
-    Args:
-        model: GPTModel.
-        tensors: by parameter; each keeps its own dtype.
-    """
-    for name, parameter in model.named_parameters():
-        parameter.data = tensors[name]

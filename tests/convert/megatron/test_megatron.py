@@ -6,6 +6,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +15,16 @@ import numpy as np
 import psutil
 import torch
 from pytest import fixture, mark, raises
-from torch import distributed
+from torch import distributed, nn
+from transformers import LlamaConfig
 
 from mocte_ds.base_model import base_facts
 from mocte_ds.checkpoints.source import StoredSource
 from mocte_ds.convert.megatron import convert
+from mocte_ds.convert.megatron.base_config import arguments_of
 from mocte_ds.convert.megatron.convert import from_megatron, to_megatron
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.moe.block import Block
 from tests.checkpoints.by_hand import sign, write_random
 from tests.checkpoints.loaded import load_model
 from tests.convert.hf.test_export import digest
@@ -32,6 +37,11 @@ ROOT = Path(__file__).resolve().parents[3]
 ALL, VOCAB = "model.layers.*.mlp", 96
 SOFTMAX = {"bias": False, "weight": "softmax"}
 
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+SOME_LAYERS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "head_dim": 8}
+
 # Name: keys of the model's config, "mocte" block, blocks that stay in warm-up.
 CASES = {
     "hard": ({}, {"modules": ALL, "router": {"bias": False}}, ()),
@@ -40,8 +50,18 @@ CASES = {
     "a block in warm-up, all kv heads": ({"num_key_value_heads": 4}, {"modules": ALL, "router": {"bias": False}}, (0,)),
     "biases of queries, wide heads": ({"style": "qwen2", "head_dim": 12}, {"modules": ALL, "router": SOFTMAX}, ()),
     "learned": ({}, {"modules": ALL, "router": {"kind": "random", "weight": "softmax", "learn": True}}, ()),
-    "two a token": ({}, {"modules": ALL, "router": {**SOFTMAX, "top_k": 2}}, ()),
-    "two as in Mixtral": ({}, {"modules": ALL, "router": {**SOFTMAX, "top_k": 2, "normalise": True}}, ()),
+    "two a token, positions of Llama 3": (
+        {"rope_parameters": LLAMA3},
+        {"modules": ALL, "router": {**SOFTMAX, "top_k": 2}},
+        (),
+    ),
+    "two as in Mixtral, slower positions": (
+        {"rope_parameters": LINEAR, "rms_norm_eps": 0.01},
+        {"modules": ALL, "router": {**SOFTMAX, "top_k": 2, "normalise": True}},
+        (),
+    ),
+    "mistral, a window": ({"style": "mistral", "sliding_window": 7}, {"modules": ALL, "router": SOFTMAX}, ()),
+    "qwen3, a window in some layers": ({"style": "qwen3", **SOME_LAYERS}, {"modules": ALL, "router": SOFTMAX}, ()),
     "dense": ({}, {"modules": ALL, "router": {"kind": "type"}}, (0, 1, 2)),
 }
 
@@ -108,8 +128,15 @@ def test_megatron_computes_what_was_trained(converted, name):
     facts = converted.facts[name]
     experts = {"dense": 0, "some layers, tied": 4, "a block in warm-up, all kv heads": 8}
     assert facts["experts_compared"] == experts.get(name, 12) and facts["logit_difference"] < 1e-5
-    # Had two experts changed places, these ids would have shown it.
+    # Had two experts changed places, these ids would have shown it: each has tokens of them.
     model, _ = load_model(converted.checkpoints[name])
+    rows: Counter[nn.Module] = Counter()
+    for block in (layer.mlp for layer in model.model.layers if isinstance(layer.mlp, Block)):
+        for expert in block.banks[0].local_experts:
+            expert.register_forward_pre_hook(lambda expert, inputs: rows.update({expert: len(inputs[0])}))
+    with torch.no_grad():
+        model(input_ids=ids())
+    assert sum(count > 0 for count in rows.values()) == facts["experts_compared"]
     for layer in model.model.layers:
         if hasattr(layer.mlp, "banks") and layer.mlp.mode != "warmup":
             expert = layer.mlp.banks[0].local_experts
@@ -212,8 +239,8 @@ def test_what_megatron_trained_on_comes_back(converted, tmp_path):
         ("llama", {"router": {"kind": "hash"}}, "the router.kind 'hash'"),
         ("llama", {"expert": {"kind": "lora", "width": 12}, "router": {"bias": False}}, "experts of the kind 'lora'"),
         ("llama", {"banks": [{"kind": "token"}, {"kind": "hash"}]}, "2 banks of experts"),
-        ("gpt2", {"router": {"bias": False}}, "step7 cannot be converted to megatron-core: .* of a GPT2LMHeadModel"),
-        ("qwen3", {"router": {"bias": False}}, "model.head_norm = True cannot be converted"),
+        ("gpt2", {"router": {"bias": False}}, "step7 cannot be converted to megatron-core: it holds a GPT2LMHeadModel"),
+        ("gemma", {"router": {"bias": False}}, "it holds a GemmaForCausalLM; these can be converted: LlamaForCausalLM"),
     ],
 )
 def test_what_megatron_does_not_compute_is_refused(style, block, message, tmp_path):
@@ -222,6 +249,45 @@ def test_what_megatron_does_not_compute_is_refused(style, block, message, tmp_pa
     with raises(CheckpointError, match=message):
         to_megatron(checkpoint, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"hidden_act": "gelu"},
+            "step7 cannot be converted to megatron-core: hidden_act = 'gelu' of its config: 'silu'",
+        ),
+        ({"attention_bias": True}, "attention_bias = True of its config: False can be converted"),
+        ({"mlp_bias": True}, "mlp_bias = True of its config"),
+        ({"style": "qwen3", "attention_bias": True}, "attention_bias = True of its config"),
+        ({"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rope_parameters.rope_type = 'dynamic'"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {**LLAMA3, "high_freq_factor": 8.0}}, "rope_parameters.high_freq_factor = 8.0.* 4.0 can"),
+        ({"style": "qwen2", "layer_types": ["chunked_attention"] * 3}, "layer_types = 'chunked_attention' of"),
+        ({"style": "qwen2", "layer_types": ["sliding_attention"] * 3}, "sliding_window = None of its config"),
+    ],
+)
+def test_keys_whose_values_megatron_does_not_compute_are_refused(keys, message, tmp_path):
+    checkpoint = write(tmp_path / "run" / "step7", keys, {"modules": ALL, "router": {"bias": False}})
+    with raises(CheckpointError, match=message):
+        to_megatron(checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@dataclass
+class _Later(LlamaConfig):
+    """As a later version of transformers may have it."""
+
+    final_logit_softcapping: float | None = None
+
+
+def test_keys_that_are_new_are_refused_unless_they_have_their_default():
+    assert arguments_of("LlamaForCausalLM", _Later()) == arguments_of("LlamaForCausalLM", LlamaConfig())
+    with raises(CheckpointError, match="final_logit_softcapping = 30.0 of its config: this version of mocte_ds"):
+        arguments_of("LlamaForCausalLM", _Later(final_logit_softcapping=30.0))
+    with raises(CheckpointError, match="per_layer_config = .* of its config: all layers have one config there"):
+        arguments_of("LlamaForCausalLM", LlamaConfig(per_layer_config={1: {"intermediate_size": 40}}))
 
 
 @fixture

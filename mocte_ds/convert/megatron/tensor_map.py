@@ -1,4 +1,4 @@
-"""Which tensors of a run become which tensor of megatron-core's GPTModel, and the way back."""
+"""Which tensors of a trained model become which tensor of megatron-core's GPTModel, and the way back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from mocte_ds.checkpoints.names import expert_parameter
 from mocte_ds.checkpoints.source import Source
-from mocte_ds.convert.hf.experts import GATE
-from mocte_ds.convert.megatron.model import Settings
-from mocte_ds.models.config import DecoderConfig
+from mocte_ds.convert.megatron.settings import FFN, GATE, Settings, blocks_by_layer
+from mocte_ds.errors import CheckpointError
+from mocte_ds.moe.block import BlockMode
 
 # Shapes: d features, H heads, K key/value heads, h features a head, f hidden units, E experts.
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _same(tensor: Tensor, *_aliases: Tensor) -> Tensor:
     return tensor
 
 
-def _alone(tensor: Tensor) -> tuple[Tensor]:
+def _alone(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor,)
 
 
@@ -49,33 +49,61 @@ class Pair:
 
 def all_pairs(source: Source, settings: Settings) -> list[Pair]:
     """Every tensor of the GPTModel, in the order of the layers."""
-    config = source.config
-    pairs = [Pair("embedding.word_embeddings.weight", ("model.embed_tokens.weight",))]
-    for i in range(config.num_layers):
-        theirs, ours = f"decoder.layers.{i}", f"model.layers.{i}"
-        pairs += [
-            Pair(f"{theirs}.input_layernorm.weight", (f"{ours}.input_layernorm.weight",)),
-            *(_attention(theirs, ours, kind, config) for kind in ("weight", "bias")[: 1 + config.qkv_bias]),
-            Pair(f"{theirs}.self_attention.linear_proj.weight", (f"{ours}.self_attn.o_proj.weight",)),
-            Pair(f"{theirs}.pre_mlp_layernorm.weight", (f"{ours}.post_attention_layernorm.weight",)),
-        ]
-        if i not in source.emerged:
-            dense = f"{ours}.mlp.dense" if i in source.blocks else f"{ours}.mlp"
-            pairs += _ffn(f"{theirs}.mlp", dense)
+    sizes, blocks = settings.transformer_config, blocks_by_layer(source)
+    tied = settings.gpt_model["share_embeddings_and_output_weights"]
+    embedding, head = "embedding.word_embeddings.weight", "lm_head.weight"
+    if tied:
+        pairs = [Pair(embedding, ("model.embed_tokens.weight", head), split=lambda weight: (weight, weight))]
+    else:
+        pairs = [Pair(embedding, ("model.embed_tokens.weight",))]
+    for i in range(sizes["num_layers"]):
+        theirs, ours, ffn = f"decoder.layers.{i}", f"model.layers.{i}", FFN.format(layer=i)
+        names = {
+            "input_layernorm": "input_layernorm",
+            "self_attention.linear_proj": "self_attn.o_proj",
+            "pre_mlp_layernorm": "post_attention_layernorm",
+        }
+        if sizes.get("qk_layernorm"):
+            names |= {
+                "self_attention.q_layernorm": "self_attn.q_norm",
+                "self_attention.k_layernorm": "self_attn.k_norm",
+            }
+        pairs += [Pair(f"{theirs}.{there}.weight", (f"{ours}.{here}.weight",)) for there, here in names.items()]
+        kinds = ("weight", "bias") if sizes["add_qkv_bias"] else ("weight",)
+        pairs += [_attention(theirs, ours, kind, settings) for kind in kinds]
+        block = blocks.get(i)
+        if block is None or block.mode is BlockMode.WARMUP:
+            pairs += _ffn(f"{theirs}.mlp", f"{ffn}.dense" if block else ffn)
             continue
-        block = source.blocks[i]
         pairs.append(_router(f"{theirs}.mlp.router.weight", block.name, settings, block.banks[0].gate.router.learn))
         for k in range(block.num_experts):
             pairs += _ffn(f"{theirs}.mlp.experts.local_experts.{k}", expert_parameter(block.name, 0, k, "")[:-1])
     pairs.append(Pair("decoder.final_layernorm.weight", ("model.norm.weight",)))
-    if not config.tied:
-        pairs.append(Pair("output_layer.weight", ("lm_head.weight",)))
-    return pairs
+    return pairs if tied else [*pairs, Pair("output_layer.weight", (head,))]
 
 
-def _attention(theirs: str, ours: str, kind: str, config: DecoderConfig) -> Pair:
+def unused(source: Source, pairs: list[Pair]) -> list[str]:
+    """Names of ours that take no part in what the model computes: FFNs and experts that do not run, equal biases.
+
+    Raises:
+        CheckpointError: another tensor has no place in GPTModel.
+    """
+    idle: tuple[str, ...] = ()
+    for block in blocks_by_layer(source).values():
+        warm = block.mode is BlockMode.WARMUP
+        idle += (f"{block.name}.banks.",) if warm else (f"{block.name}.dense.", GATE.format(block=block.name))
+    used = {name for pair in pairs for name in pair.sources}
+    rest = [name for name in source.shapes if name not in used]
+    if lost := [name for name in rest if not name.startswith(idle)]:
+        raise CheckpointError(f"megatron-core's GPTModel has no place for {lost[0]} ({len(lost)} such tensors).")
+    return rest
+
+
+def _attention(theirs: str, ours: str, kind: str, settings: Settings) -> Pair:
     """(H h + 2 K h, d): the queries of each key/value head, then its key, then its value."""
-    groups, size, share = config.kv_heads, config.head_size, config.num_heads // config.kv_heads
+    sizes = settings.transformer_config
+    groups, size = sizes["num_query_groups"], sizes["kv_channels"]
+    share = sizes["num_attention_heads"] // groups
 
     def join(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([part.unflatten(0, (groups, -1)) for part in (q, k, v)], dim=1).flatten(0, 1)
