@@ -86,10 +86,10 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
 def test_what_an_older_version_did_not_say_is_as_usual(tmp_path: Path) -> None:
     (tmp_path / IDENTITY_FILE).write_text(json.dumps({"model.hidden_size": 128}), encoding="utf-8")
     usual = identity_defaults()
-    assert usual["model.rotary_share"] == 1.0 and "model.hidden_size" not in usual
-    require_same_run({"model.hidden_size": 128, "model.rotary_share": 1.0}, tmp_path, usual)
-    with pytest.raises(CheckpointError, match=r"another configuration: model.rotary_share: checkpoint 1.0, run 0.5\."):
-        require_same_run({"model.hidden_size": 128, "model.rotary_share": 0.5}, tmp_path, usual)
+    assert usual["data.document_mask"] is False and "model.hidden_size" not in usual
+    require_same_run({"model.hidden_size": 128, "data.document_mask": False}, tmp_path, usual)
+    with pytest.raises(CheckpointError, match=r"another configuration: data.document_mask: checkpoint False, run True"):
+        require_same_run({"model.hidden_size": 128, "data.document_mask": True}, tmp_path, usual)
     with pytest.raises(CheckpointError, match="hidden_size: checkpoint 128, run None"):
         require_same_run({}, tmp_path, usual)
 

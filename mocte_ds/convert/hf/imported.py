@@ -329,8 +329,9 @@ def import_hf(
         config = emergence_config(settings, tokenizer.eod_id, imported)
     needed = sum(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in weights.values())
     require_room(out, needed)
+    files = Folder(folder, source.base["architecture"])
+    there = files.blanks
     if sums := Checksums.read(folder):
-        files = Folder(folder, source.base["architecture"])
         sums.require_tensors(list(files.files), files.read)
     tell("comparing with transformers")
     difference = compare_logits(source, folder)
@@ -350,8 +351,8 @@ def import_hf(
         _require_same(StoredSource(pending / TAG), weights)
         facts: dict[str, Any] = {
             "architecture": source.base["architecture"],
-            "parameters": parameters_of(folder, source.base["architecture"]),
-            "weight_bytes": needed,
+            "parameters": sum(blank.numel() for blank in there.values()),
+            "weight_bytes": sum(blank.nbytes for blank in there.values()),
             "start_bytes": start,
             "peak_bytes": peak_bytes(),
             "tensors_compared": len(weights),
@@ -364,11 +365,6 @@ def import_hf(
             facts |= {"clusters": emerged.clusters, "tokens": emerged.tokens_seen}
         write_json(pending / FACTS_FILE, facts)
     return facts
-
-
-def parameters_of(folder: Path, architecture: str) -> int:
-    """Numbers in the weights of a folder."""
-    return sum(blank.numel() for blank in Folder(folder, architecture).blanks.values())
 
 
 def emergence_config(settings: dict[str, Any] | None, eod_id: int, source: Source) -> MocteConfig:

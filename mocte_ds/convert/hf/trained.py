@@ -4,6 +4,7 @@ The model is held in memory as a whole.
 """
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,7 @@ def trained_model(source: Source) -> Any:
         # What is neither a weight nor in a checkpoint, such as tables of positions, comes from the class.
         model: Any = type(source.model).from_pretrained(None, config=config, state_dict=around, dtype=torch.float32)
         densify(model, source.base, STATE)
+        gc.collect()  # the class's own experts, which models hold by cycles
         if source.state["mocte"] is not None:
             with_blocks(model, {"config": source.state["mocte"], "blocks": source.state["blocks"]}, STATE)
         held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())

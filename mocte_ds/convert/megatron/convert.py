@@ -11,7 +11,7 @@ from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import Source, StoredSource
 from mocte_ds.checkpoints.weights import tensors_of, write_weights
-from mocte_ds.convert.hf.whole import require_room, whole
+from mocte_ds.convert.hf.output_folder import finished_folder, require_room
 from mocte_ds.convert.megatron import folder as files
 from mocte_ds.convert.megatron.compare import compare
 from mocte_ds.convert.megatron.cpu import one_process
@@ -54,7 +54,7 @@ def to_megatron(
     pairs = all_pairs(source, settings)
     unused(source, pairs)  # says so before anything is written
     require_room(target, _size(source))
-    with whole(target, _TOOL) as pending, one_process():
+    with finished_folder(target, _TOOL) as pending, one_process():
         tell("writing for megatron-core")
         weights = {pair.name: pair.tensor(source).to(pair.dtype(source)) for pair in pairs}
         files.save(fill(build(settings), weights), pending, source.state["step"])
@@ -102,7 +102,7 @@ def from_megatron(
     source = MegatronSource(Path(settings).absolute() if settings else found, dtype)
     tag = f"step{source.state['step']}"
     require_room(target, _size(source))
-    with whole(target, _TOOL) as pending:
+    with finished_folder(target, _TOOL) as pending:
         with one_process():
             source.take(files.read(build(source.settings), found))
         tell(f"writing {tag}")

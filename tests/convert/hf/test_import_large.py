@@ -89,5 +89,5 @@ def test_memory_is_that_of_one_model_in_fp32(kind: str, tmp_path: Path) -> None:
     added = peak - start
     print(f"{kind}: {added / 1e6:.0f} MB added for {stored / 1e6:.0f} MB of bf16")
     # In fp32 it is 2 * stored; in memory are one side at a time, the files as they are mapped, and what is imported.
-    assert added < 2.3 * 2 * stored
+    assert added < 2.6 * 2 * stored
     assert json.loads((tmp_path / "large start" / "import.json").read_text())["parameters"] == parameters
