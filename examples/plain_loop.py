@@ -60,8 +60,8 @@ CONFIG = {
 }
 
 
-def main() -> None:
-    """Command line; see --help."""
+def main(config: dict = CONFIG) -> None:
+    """Command line; see --help. ``config`` is DeepSpeed's, with the "mocte" block."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps in all (default: %(default)s)")
@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    engine, *_ = mocte_ds.initialize(model=Model(), config=CONFIG)
+    engine, *_ = mocte_ds.initialize(model=Model(), config=config)
     engine.mocte.on_event(lambda event: "reason" in event and print(event["step"], event["event"], event["reason"]))
     if (args.out / "latest").exists():
         engine.load_checkpoint(args.out)
