@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from mocte_ds.base_model import base_facts, config_values, longest_context, make_config
+from mocte_ds.base_model import base_facts, config_values, longest_context, make_config, require_base
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import Source, StoredSource, empty_model
 from mocte_ds.checkpoints.weights import Made, Tensors, write_weights
@@ -124,7 +124,7 @@ def _dense(folder: Path, name: Any, max_positions: int | None) -> ImportedSource
             f"a {type(model).__name__}; only causal language models can be imported."
         )
     _shorten(model.config, max_positions, folder)
-    base = base_facts(model)
+    base = require_base(base_facts(model), folder / CONFIG_FILE)
     source = ImportedSource(base, start_state(), folder / CONFIG_FILE)
     for name, tensor in model.state_dict().items():
         source.made[name] = partial(_same, tensor)
@@ -311,7 +311,7 @@ def import_hf(
     out = require_free(Path(out), folder, TOOL)
     tell(f"reading {folder}")
     source: Source
-    with quiet_transformers():
+    with quiet_transformers(), refusing(folder):
         source = imported = read_folder(folder, max_positions, fixed_router)
     if source.emerged and corpus:
         raise ConfigError(f"{folder} has experts already; leave the corpus out.")
@@ -334,7 +334,8 @@ def import_hf(
     if sums := Checksums.read(folder):
         sums.require_tensors(list(files.files), files.read)
     tell("comparing with transformers")
-    difference = compare_logits(source, folder)
+    with refusing(folder):
+        difference = compare_logits(source, folder)
     emerged = None
     if config and corpus and tokenizer:
         longest = longest_context(text, folder) or context

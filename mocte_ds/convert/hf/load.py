@@ -12,7 +12,7 @@ from mocte_ds.base_model import longest_context
 from mocte_ds.claims import require_backed, require_blocks
 from mocte_ds.convert.hf.folder import COMPUTED, require_weights
 from mocte_ds.convert.hf.shards import Shards
-from mocte_ds.errors import CheckpointError
+from mocte_ds.errors import CheckpointError, MocteError
 from mocte_ds.json_files import read_object, require_small
 from mocte_ds.ownership.checksums import Checksums
 from mocte_ds.shown import one_line
@@ -68,10 +68,10 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 @contextlib.contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """Within it whatever transformers raise for a damaged folder is a CheckpointError."""
+    """Within it whatever transformers raise for a damaged folder is a CheckpointError; our own errors pass."""
     try:
         yield
-    except (CheckpointError, KeyboardInterrupt, SystemExit):
+    except (MocteError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # they raise many types; tokenizers panic
         raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error

@@ -271,6 +271,8 @@ def setting(**values: Any) -> Any:
         (setting(architectures=["BloomForCausalLM"]), "BloomForCausalLM"),
         (setting(max_position_embeddings=-3), "max_position_embeddings"),
         (setting(hidden_act="no such"), "no such"),
+        (setting(bos_token_id=10**29), "config.json"),
+        (setting(initializer_range=float("nan")), "initializer_range"),
         (setting(attention_bias=True), "bias"),
         (setting(num_hidden_layers=3), "layers.2"),
     ],
