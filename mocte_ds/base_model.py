@@ -151,7 +151,8 @@ def densify(model: nn.Module, base: dict[str, Any], where: object) -> None:
         return
     try:
         put_dense_ffns(model, widths, model.config.get_text_config().hidden_size)
-    except (AttributeError, RuntimeError, ValueError) as error:
+        model.config.output_router_logits = False  # there are no routers of the class any more
+    except (AttributeError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where}: its base model has no such {_DENSE}: {one_line(error)}") from error
 
 

@@ -177,8 +177,8 @@ def _take(source: ImportedSource, files: Folder, name: str) -> None:
         if blank is None:
             raise CheckpointError(f"{files.folder} has no tensor {pair.theirs}, which its config asks for.")
         left.pop(pair.theirs)
-        wanted = source.shapes[pair.ours[0]] if pair.ours else pair.shape
-        if tuple(blank.shape) != wanted:
+        wanted = source.shapes[pair.ours[0]] if pair.ours else ()
+        if pair.ours and tuple(blank.shape) != wanted:
             raise CheckpointError(
                 f"{files.folder}: {pair.theirs} has the shape {tuple(blank.shape)}, which does not fit the config: "
                 f"{wanted} is wanted."

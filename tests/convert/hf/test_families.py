@@ -66,6 +66,21 @@ CASES = {
     "gpt2": ("GPT2LMHead", {"model_type": "gpt2"}, None),
     "mixtral, mistral with a window": ("Mixtral", {"model_type": "mistral", "sliding_window": 11}, {"modules": ALL}),
     "qwen2moe, qwen2": ("Qwen2Moe", {"model_type": "qwen2"}, {"modules": OUTER}),
+    "qwen3moe, heads as wide as usual": ("Qwen3Moe", {"model_type": "qwen3", "head_dim": 8}, {"modules": ALL}),
+    "glm4moe, positions of llama 3": (
+        "Glm4Moe",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        {"modules": ALL, "expert": LORA},
+    ),
     "qwen3moe": ("Qwen3Moe", {"model_type": "qwen3", "head_dim": 12}, {"modules": BACK}),
     "glm4moe, qwen3": ("Glm4Moe", {"model_type": "qwen3", "head_dim": 12}, {"modules": BACK, "expert": LORA}),
     "glm4moe, qwen2": ("Glm4Moe", {"model_type": "qwen2"}, {"modules": ALL, "expert": LORA}),

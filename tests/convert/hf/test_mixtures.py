@@ -136,6 +136,15 @@ def test_function_and_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) 
     }
 
 
+def test_a_shared_expert_of_zeros_may_be_wide(tmp_path: Path) -> None:
+    values = {**QWEN, "shared_expert_intermediate_size": 24, "output_router_logits": True}
+    config = Qwen2MoeConfig(**COMMON, **values, num_experts_per_tok=2)
+    source = write_folder(tmp_path / "folder", config, change=empty_shared_experts)
+    main([str(source), str(tmp_path / "start")])
+    facts = export(tmp_path / "start", tmp_path / "back")
+    assert facts["architecture"] == "Qwen2MoeForCausalLM" and facts["logit_difference"] < 1e-6
+
+
 def test_narrow_experts_in_fp32_are_not_filled_up(tmp_path: Path) -> None:
     values = {**GLM, "moe_intermediate_size": 12}
     source = write_folder(tmp_path / "folder", Glm4MoeConfig(**COMMON, **values, num_experts_per_tok=2))

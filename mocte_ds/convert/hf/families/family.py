@@ -360,10 +360,9 @@ _COMMON = (
 def _common_keys(config: Any) -> dict[str, Any]:
     """Keys of a dense config that mean the same in every family."""
     found = {key: copy.deepcopy(getattr(config, key)) for key in _COMMON}
-    head = getattr(config, "head_dim", None)
-    # Some of the configs have no such key, but all models read it.
-    usual = config.hidden_size // config.num_attention_heads
-    return found if head in (None, usual) else {**found, "head_dim": head}
+    # Some of the configs have no such key, but all models read it; others have a default of their own.
+    found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return found
 
 
 def _routing_refusal(run: Mixture, block: Block) -> str | None:

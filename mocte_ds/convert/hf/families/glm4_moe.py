@@ -119,11 +119,8 @@ class Glm4Moe(SharedFFN):
         found = super().config_to(run)
         if run.architecture == self.architecture:
             return found
-        config = run.config
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rope = {**config.rope_parameters, "partial_rotary_factor": 1.0}
+        rope = {**run.config.rope_parameters, "partial_rotary_factor": 1.0}
         attention = {
-            "head_dim": head,
             "rope_parameters": rope,
             "use_qk_norm": run.architecture == "Qwen3ForCausalLM",
             "attention_bias": run.architecture == "Qwen2ForCausalLM",
