@@ -50,7 +50,7 @@ setup(
     packages=[*find_namespace_packages(include=["mocte_ds", "mocte_ds.*"]), "mocte_ds.tools"],
     package_dir={"mocte_ds.tools": "tools"},
     entry_points={"console_scripts": ["mocte-ds = mocte_ds.command:main"]},
-    package_data={"mocte_ds": ["corpus/*.jsonl.gz", "evaluation/tasks/*"]},
+    package_data={"mocte_ds": ["corpus/*.jsonl.gz", "evaluation/tasks/*", "plan/hardware.yaml"]},
     python_requires=">=3.11",
     # What `import mocte_ds; mocte_ds.initialize` needs in anybody's training script.
     install_requires=[

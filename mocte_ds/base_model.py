@@ -1,7 +1,9 @@
 """The model around the blocks in plain values: what transformers need to make it again, kept in every checkpoint."""
 
+import copy
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,8 @@ REFUSED = "refused"
 """Key of the reason why nothing is kept."""
 _KEYS = ("architecture", "model_type", "config")
 _DENSE = "dense_ffns"
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Keys of the number of experts, in the configs of transformers."""
 _LEFT_OUT = ("_name_or_path", "architectures", "auto_map", "transformers_version")
 
 
@@ -116,16 +120,16 @@ def make_model(base: dict[str, Any], where: object) -> nn.Module:
         CheckpointError: transformers have no causal language model of this config, or it is of another class.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = make_config(base, where)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = make_dense(_of_config, config, base, where)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raise many types for values that they do not take
         text = one_line(error)
         raise CheckpointError(f"{where}: transformers make no {base['architecture']} of its config: {text}") from error
-    densify(model, base, where)
     if type(model).__name__ != base["architecture"]:
         raise CheckpointError(
             f"{where} holds a {base['architecture']}; only causal language models can be exported, and transformers "
@@ -135,11 +139,19 @@ def make_model(base: dict[str, Any], where: object) -> nn.Module:
     return model
 
 
-def densify(model: nn.Module, base: dict[str, Any], where: object) -> None:
-    """Put the dense FFNs of an imported mixture into a model that its class has made with experts.
+def _of_config(config: Any) -> nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def make_dense(make: Callable[[Any], nn.Module], config: Any, base: dict[str, Any], where: object) -> Any:
+    """A base model of its config; where an imported mixture has experts of its own, dense FFNs stand.
 
     Args:
-        model: of the base model's config; changed in place.
+        make: a model of a config of transformers.
+        config: of the base model.
         base: from :func:`require_base`.
         where: names it, for messages.
 
@@ -148,12 +160,31 @@ def densify(model: nn.Module, base: dict[str, Any], where: object) -> None:
     """
     widths = base.get(_DENSE, {})
     if not widths:
-        return
+        return make(config)
+    # The class's own experts take no memory worth the name before they go.
+    few = copy.deepcopy(config)
+    text = few.get_text_config()
+    counts = {key: getattr(text, key) for key in _COUNTS if getattr(text, key, None) is not None}
+    for key in counts:
+        setattr(text, key, 1)
+    model = make(few)
     try:
-        put_dense_ffns(model, widths, model.config.get_text_config().hidden_size)
-        model.config.output_router_logits = False  # there are no routers of the class any more
+        put_dense_ffns(model, widths, text.hidden_size)
     except (AttributeError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where}: its base model has no such {_DENSE}: {one_line(error)}") from error
+    for key, value in counts.items():
+        setattr(model.config.get_text_config(), key, value)
+    model.config.output_router_logits = False  # there are no routers of the class any more
+    return model
+
+
+def changes_context(config: Any) -> bool:
+    """Whether the longest context of a config may be changed: positions are computed, and by a rule without one."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return False
+    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # by kind of layer, in some classes
+    return all(kind.get("rope_type", "default") in ("default", "linear", "llama3") for kind in kinds)
 
 
 def longest_context(config: Any, where: object) -> int | None:

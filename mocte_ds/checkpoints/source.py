@@ -14,6 +14,7 @@ from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, is_gate, m
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
 from mocte_ds.checkpoints.reshaping.written import require_experts
+from mocte_ds.checkpoints.stored_model import refuse_decoder
 from mocte_ds.claims import require_backed
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
@@ -23,11 +24,6 @@ from mocte_ds.ownership.manifest import Manifest
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What weights can be rounded to."""
-OF_A_DECODER = (
-    "it holds a decoder of an earlier version of mocte_ds, which this version does not load; export it with that "
-    "version, and start from the folder with model.pretrained or tools/import_hf.py."
-)
-"""What is said of checkpoints whose class is gone."""
 # A mapped file's pages count as used memory once they were read, until the mapping goes.
 REMAP_BYTES = 1 << 24
 
@@ -125,8 +121,7 @@ class StoredSource(Source):
         self.of_a_run = "base" in client
         if self.of_a_run:
             state["tokenizer"] = client.get("tokenizer")
-        elif "model" in client and "base" not in (saved or {}):
-            raise CheckpointError(f"{folder}: {OF_A_DECODER}")
+        refuse_decoder(client, folder)
         base = state["base"] = require_base(saved.get("base") if saved else client.get("base"), folder)
         shapes = {name: tuple(tensor.shape) for name, tensor in shared["module"].items()}
         require_backed(base["config"], shapes, folder / STATE_FILE)

@@ -87,5 +87,6 @@ def put_dense_ffns(model: nn.Module, widths: Mapping[str, int], hidden_size: int
     like = next(model.parameters())
     for path, width in widths.items():
         model.get_submodule(path)
-        model.set_submodule(path, GatedFFN(hidden_size, width).to(device=like.device, dtype=like.dtype))
+        with like.device:
+            model.set_submodule(path, GatedFFN(hidden_size, width).to(dtype=like.dtype))
     model.dense_ffns = dict(widths)

@@ -69,7 +69,7 @@ class InitialWeights:
 
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:
-        """Give a decoder without blocks the weights outside of the experts.
+        """Give a model without blocks the weights outside of the experts.
 
         Args:
             model: of the checkpoint's sizes.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.base_model import base_facts, config_values, densify, make_config, with_floats
+from mocte_ds.base_model import base_facts, changes_context, config_values, make_config, make_dense, with_floats
 from mocte_ds.cpu_attention import use_cpu_attention
 from mocte_ds.errors import ConfigError
 from mocte_ds.sections import Plain, section
@@ -106,9 +106,7 @@ class StoredModel(_OfTransformers):
 
     def fresh(self) -> Any:
         """As of :class:`TransformersModel`; where the base model's class has experts of its own, dense FFNs stand."""
-        model = _fresh(self.config)
-        densify(model, self.base, "model.init")
-        return model
+        return make_dense(_fresh, self.config, self.base, "model.init")
 
 
 ModelConfig = TransformersModel | StoredModel
@@ -260,15 +258,12 @@ def set_longest_context(config: Any, positions: int) -> None:
     Raises:
         ConfigError: the model has a weight for each position, or another rule for longer contexts.
     """
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None)
-    plain = isinstance(rope, dict) and rope.get("rope_type", "default") in ("default", "linear", "llama3")
-    if not plain or positions < 1:
+    if not changes_context(config) or positions < 1:
         raise ConfigError(
             f"max_position_embeddings = {shown(positions)}: the longest context of a {config.model_type} cannot be "
             "changed; only rotary positions of the types default, linear and llama3 reach any whole number from 1 on."
         )
-    text.max_position_embeddings = positions
+    config.get_text_config().max_position_embeddings = positions
 
 
 def _take_generation(model: Any, folder: Path | None, stored: dict[str, Any] | None) -> None:

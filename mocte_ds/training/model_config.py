@@ -10,7 +10,7 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OLD_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Keys that configs with `rope_parameters` take and store there."""
 _MOST_LAYERS = 100_000
-_OWN_CLASSES = ("mocte", "mocte_blocks")
+_OWN_CLASSES = ("mocte_blocks",)
 
 
 def config_of(folder: Path) -> Any:

@@ -104,8 +104,6 @@ def _layer(layer: nn.Module, blocks: Collection[int]) -> LayerSizes:
 def _attention(model: nn.Module) -> tuple[int, int]:
     """Features of all queries, and of the residual stream."""
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "query_size"):
-        return config.query_size, config.hidden_size
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads, hidden_size = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
     if not isinstance(heads, int) or not isinstance(hidden_size, int):
@@ -117,8 +115,7 @@ def _attention(model: nn.Module) -> tuple[int, int]:
 
 
 def _recomputes(model: nn.Module) -> bool:
-    own = getattr(getattr(model, "config", None), "activation_checkpointing", False)
-    return bool(own) or any(getattr(part, "gradient_checkpointing", False) is True for part in model.modules())
+    return any(getattr(part, "gradient_checkpointing", False) is True for part in model.modules())
 
 
 def _parameters(module: nn.Module) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import CONFIG_MAPPING
 
 from mocte_ds.base_model import base_facts
 from mocte_ds.checkpoints.names import MODEL_FILE
@@ -14,7 +15,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.ffn_shape import ffn_shape
-from mocte_ds.training.model import TransformersModel, make_model
+from mocte_ds.training.model import TransformersModel, make_model, set_longest_context
 from mocte_ds.training.presets import PRESETS, preset
 from mocte_ds.training.run_config import RunConfig, read_run
 from mocte_ds.yaml_files import read_yaml
@@ -92,6 +93,29 @@ def test_sizes_of_an_imported_start(tmp_path: Path) -> None:
     ):
         with pytest.raises(MocteError, match=told):
             read(tmp_path, values, change)
+
+
+def test_a_start_of_the_decoder_that_is_gone_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "step0").mkdir()
+    (tmp_path / "latest").write_text("step0")
+    sizes = {"style": "llama", "num_layers": 2}
+    torch.save({"module": {}, "global_steps": 0, "model": sizes}, tmp_path / "step0" / MODEL_FILE)
+    with pytest.raises(MocteError, match="a decoder of an earlier version of mocte_ds"):
+        read(tmp_path, {**minimal(), "model": {"init": str(tmp_path)}})
+
+
+def test_the_longest_context_of_a_start(tmp_path: Path) -> None:
+    """Positions by kind of layer are looked into as well."""
+    plain, odd = {"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    for second, fits in ((plain, True), (odd, False)):
+        rope = {"full_attention": second, "sliding_attention": plain}
+        config = CONFIG_MAPPING["gemma3_text"](rope_parameters=rope)
+        if fits:
+            set_longest_context(config, 64)
+            assert config.max_position_embeddings == 64
+        else:
+            with pytest.raises(ConfigError, match="cannot be changed"):
+                set_longest_context(config, 64)
 
 
 def test_own_scheduler_stays(tmp_path: Path) -> None:

@@ -40,11 +40,7 @@ def model_card(state: dict[str, Any], facts: dict[str, Any]) -> str:
         f"- parameters: {facts['parameters']:,}",
         f"- trained tokens: {state['tokens']:,} ({state['step']} steps)",
     ]
-    if state.get("base"):
-        lines.append(f"- base model: {state['base']['architecture']} (model_type {state['base']['model_type']})")
-    else:
-        model = ", ".join(f"{key} {value}" for key, value in state["model"].items() if value is not None)
-        lines.append(f"- decoder: {model}")
+    lines.append(f"- base model: {state['base']['architecture']} (model_type {state['base']['model_type']})")
     for block in state["blocks"]:
         frozen = sum(mode == "frozen" for mode in block["experts"])
         lines.append(f"- {block['name']}: {block['mode']}, {len(block['experts'])} experts, {frozen} frozen")
@@ -54,11 +50,6 @@ def model_card(state: dict[str, Any], facts: dict[str, Any]) -> str:
         lines.append(f"- no stock class: {facts['reason']}")
     lines.append(f"- largest difference of logits from the checkpoint's, relative: {facts['logit_difference']:.1e}")
     lines.append(f"- compared: {facts['tensors_compared']} tensors, {facts['experts_compared']} experts among them")
-    if facts["dtype"] == "bf16" and not state.get("base"):
-        lines.append(
-            f"- computed in bf16, {facts['changed_predictions']:.1%} of random tokens have another likeliest "
-            "successor; load with dtype=torch.float32 to compute as the checkpoint does"
-        )
     return "\n".join(lines) + "\n"
 
 

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from mocte_ds.convert.hf.shards import INDEX_FILE, SINGLE_FILE, Shards
 from mocte_ds.errors import CheckpointError
-from mocte_ds.ownership.checksums import Checksums
 
 # What files of older versions hold beside the weights: tables that are computed anew.
 COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def require_weights(folder: Path) -> None:
@@ -59,12 +58,12 @@ class Folder:
         """Each tensor without its numbers."""
         for name, stored in self._stored.items():
             kind, shape = self._shards.outline(stored)
-            if kind not in _DTYPES:
+            if kind not in FLOATS:
                 raise CheckpointError(
-                    f"{folder / self.files[name]}: {name} is stored as {kind}; {', '.join(_DTYPES)} are supported."
+                    f"{folder / self.files[name]}: {name} is stored as {kind}; {', '.join(FLOATS)} are supported."
                 )
             try:
-                self.blanks[name] = torch.empty(shape, dtype=_DTYPES[kind], device="meta")
+                self.blanks[name] = torch.empty(shape, dtype=FLOATS[kind], device="meta")
             except (RuntimeError, TypeError, OverflowError) as error:
                 raise CheckpointError(
                     f"{folder / self.files[name]}: {name} has a shape that no tensor has: {str(shape)[:80]}."
@@ -77,16 +76,3 @@ class Folder:
             CheckpointError: its file is damaged.
         """
         return self._shards.read(self._stored[name])
-
-    def require_checksums(self) -> None:
-        """Compare every tensor with what an export said of it, if the folder is one.
-
-        Raises:
-            CheckpointError: one is missing, too much, or was changed since.
-        """
-        if sums := Checksums.read(self.folder):
-            sums.require_tensors(list(self._shards.files), self._shards.read)
-
-    def forget(self, name: str) -> None:
-        """Leave a tensor out: another one stands for it."""
-        del self._stored[name], self.files[name], self.blanks[name]

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from mocte_ds.base_model import base_facts, config_values, longest_context, make_config, require_base
+from mocte_ds.base_model import base_facts, changes_context, config_values, longest_context, make_config, require_base
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import Source, StoredSource, empty_model
 from mocte_ds.checkpoints.weights import Made, Tensors, write_weights
@@ -21,10 +21,11 @@ from mocte_ds.convert.hf.emerged import Emerged
 from mocte_ds.convert.hf.export import peak_bytes
 from mocte_ds.convert.hf.families import FAMILIES, Mixture
 from mocte_ds.convert.hf.families.family import HEAD, LAYER
-from mocte_ds.convert.hf.folder import Folder
+from mocte_ds.convert.hf.folder import FLOATS, Folder
 from mocte_ds.convert.hf.kept_tokenizer import CONFIG_FILE, KeptTokenizer
 from mocte_ds.convert.hf.load import ONLY_LOCAL, load_model, refusing
 from mocte_ds.convert.hf.output_folder import finished_folder, require_free, require_room, write_json
+from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.convert.hf.trained import quiet_transformers
 from mocte_ds.convert.hf.trained_check import compare_logits
 from mocte_ds.errors import CheckpointError, ConfigError
@@ -36,6 +37,7 @@ from mocte_ds.ownership.checksums import Checksums
 from mocte_ds.ownership.durable import replace_text
 from mocte_ds.shown import one_line
 
+_LAYER_NUMBER = re.compile(r"model\.layers\.(\d{1,9})\.")
 FACTS_FILE, TAG, TOOL = "import.json", "step0", "import_hf"
 
 
@@ -61,15 +63,23 @@ class ImportedSource(Source):
         super().__init__(model, {"step": 0, "tokens": 0, "tokenizer": None, "base": base, **state})
         self.made: dict[str, Callable[[], Tensor]] = {}
         """Each tensor as it lies there."""
+        self.parameters = self.weight_bytes = 0
+        """Of the folder."""
+        self._path = path
 
     def _stored(self, name: str) -> Tensor:
-        return self.made[name]()
+        tensor = self.made[name]()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{self._path.parent}: {name} holds numbers that are not finite: it is damaged, or diverged."
+            )
+        return tensor
 
     def tensors(self) -> Tensors:
         """All of them, as they are stored."""
         found: Tensors = {}
         for name, shape in self.shapes.items():
-            found[name] = Made(self._dtype(name), shape, (), self.made[name])
+            found[name] = Made(self._dtype(name), shape, (), partial(self._stored, name))
         return found
 
 
@@ -106,7 +116,7 @@ def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bo
     values = read_object(path, CheckpointError, foreign=True)
     names = values.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if values.get("model_type") == "mocte_blocks":
+    if values.get("model_type") in ("mocte", "mocte_blocks"):
         raise CheckpointError(f"{folder} is an export with experts; start from the checkpoints of its run instead.")
     if values.get("quantization_config") is not None:
         raise CheckpointError(f"{path}: quantization_config: take the folder without quantisation.")
@@ -117,7 +127,7 @@ def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bo
 
 def _dense(folder: Path, name: Any, max_positions: int | None) -> ImportedSource:
     """A folder of any other class of transformers."""
-    model = load_model(folder)
+    model = load_model(folder, torch.float32)
     if name is not None and name != type(model).__name__:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} names the architecture {str(name)[:80]}, and transformers load its model_type as "
@@ -125,9 +135,19 @@ def _dense(folder: Path, name: Any, max_positions: int | None) -> ImportedSource
         )
     _shorten(model.config, max_positions, folder)
     base = require_base(base_facts(model), folder / CONFIG_FILE)
-    source = ImportedSource(base, start_state(), folder / CONFIG_FILE)
-    for name, tensor in model.state_dict().items():
+    source, shards = ImportedSource(base, start_state(), folder / CONFIG_FILE), Shards(folder)
+    kinds = {name: FLOATS[shards.outline(name)[0]] for name in shards.files if shards.outline(name)[0] in FLOATS}
+    usual = next(iter(kinds.values())) if len(set(kinds.values())) == 1 else torch.float32
+    state = model.state_dict()
+    del model
+    for name in source.shapes:
+        tensor = state.pop(name)
+        # As it lies in the files, whatever the config says of the dtype.
+        tensor = tensor.to(kinds.get(name, usual)) if tensor.is_floating_point() else tensor
         source.made[name] = partial(_same, tensor)
+    numbers = {name: like for name, like in source.model.named_parameters()}
+    source.parameters = sum(like.numel() for like in numbers.values())
+    source.weight_bytes = sum(source.made[name]().nbytes for name in numbers)
     return source
 
 
@@ -138,7 +158,8 @@ def _mixture(
     path, family = folder / CONFIG_FILE, FAMILIES[name]
     files = Folder(folder, name)
     require_backed(values, {name: tuple(blank.shape) for name, blank in files.blanks.items()}, path)
-    require_layers(_count(values, path), _known(files, name), "model.layers", path)
+    count = _count(values, path)
+    require_layers(count, _known(files, name, count), "model.layers", path)
     config = _config(folder)
     try:
         start = family.config_from(config.get_text_config(), fixed_router)
@@ -159,6 +180,8 @@ def _mixture(
     dense = ImportedSource(base, start_state(), path)
     source = ImportedSource(base, start_state(mocte, matching_modules(dense.model, mocte.modules)), path)
     _take(source, files, name)
+    source.parameters = sum(blank.numel() for blank in files.blanks.values())
+    source.weight_bytes = sum(blank.nbytes for blank in files.blanks.values())
     return source
 
 
@@ -199,7 +222,7 @@ def _take(source: ImportedSource, files: Folder, name: str) -> None:
                 f"{files.folder} has an output matrix {HEAD} of its own, but tie_word_embeddings is true in its "
                 "config; set it to false in a copy of the folder, if the model was trained so."
             )
-    left = {key: file for key, file in left.items() if key in _known(files, name)}
+    left = {key: file for key, file in left.items() if key in _known(files, name, run.count)}
     if left:
         raise CheckpointError(f"{files.folder} has the tensor {min(left)}, which its architecture lacks.")
     # What only training needs: the FFN of which experts would have been born, and what routers are to learn.
@@ -218,13 +241,18 @@ def _read(files: Folder, name: str, dtype: torch.dtype) -> Tensor:
     return files.read(name).to(dtype)
 
 
-def _known(files: Folder, name: str) -> dict[str, str]:
-    """The tensors of a folder that its class does not leave unread, such as layers that guess further tokens."""
+def _known(files: Folder, name: str, layers: int) -> dict[str, str]:
+    """The tensors of a folder, without layers after the last one that its class leaves unread (for further tokens)."""
     import transformers
 
     class_ = getattr(transformers, name)
     unread = [re.compile(pattern) for pattern in getattr(class_, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return {key: file for key, file in files.files.items() if not any(pattern.search(key) for pattern in unread)}
+
+    def is_after(key: str) -> bool:
+        found = _LAYER_NUMBER.match(key)
+        return found is not None and int(found[1]) >= layers and any(pattern.search(key) for pattern in unread)
+
+    return {key: file for key, file in files.files.items() if not is_after(key)}
 
 
 def _count(values: dict[str, Any], path: Path) -> int:
@@ -262,8 +290,11 @@ def _shorten(config: Any, positions: int | None, folder: Path) -> None:
     most = longest_context(text, folder / CONFIG_FILE)
     if positions is None or positions == most:
         return
-    if not isinstance(getattr(text, "rope_parameters", None), dict) or not isinstance(most, int):
-        raise CheckpointError(f"max_positions = {positions}: the positions of {folder} are learned; leave it out.")
+    if not changes_context(config) or most is None:
+        raise CheckpointError(
+            f"max_positions = {positions}: the positions of {folder} are learned, or stretched by a rule that asks for "
+            "the longest context; leave it out."
+        )
     if not 1 <= positions <= most:
         raise CheckpointError(f"max_positions = {positions} must lie between 1 and the folder's {most}.")
     text.max_position_embeddings = positions
@@ -329,10 +360,9 @@ def import_hf(
         config = emergence_config(settings, tokenizer.eod_id, imported)
     needed = sum(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in weights.values())
     require_room(out, needed)
-    files = Folder(folder, source.base["architecture"])
-    there = files.blanks
     if sums := Checksums.read(folder):
-        sums.require_tensors(list(files.files), files.read)
+        shards = Shards(folder)
+        sums.require_tensors(list(shards.files), shards.read)
     tell("comparing with transformers")
     with refusing(folder):
         difference = compare_logits(source, folder)
@@ -352,8 +382,8 @@ def import_hf(
         _require_same(StoredSource(pending / TAG), weights)
         facts: dict[str, Any] = {
             "architecture": source.base["architecture"],
-            "parameters": sum(blank.numel() for blank in there.values()),
-            "weight_bytes": sum(blank.nbytes for blank in there.values()),
+            "parameters": imported.parameters,
+            "weight_bytes": imported.weight_bytes,
             "start_bytes": start,
             "peak_bytes": peak_bytes(),
             "tensors_compared": len(weights),

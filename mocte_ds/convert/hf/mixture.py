@@ -8,6 +8,7 @@ from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.convert.hf.families import FAMILIES, Family, Mixture
 from mocte_ds.convert.hf.shards import SHARD_BYTES, Entry, Shards, write_shards
 from mocte_ds.convert.hf.tokenizer import SpecialIds
+from mocte_ds.convert.hf.trained import generation_of
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership.checksums import checksum
 
@@ -51,11 +52,13 @@ class StockMixture:
 
         source, config = self.run.source, self.family.config(self.run)
         config.architectures, config.dtype = [self.architecture], NARROW.get(source.dtype, torch.float32)
-        for name, number in special.fields().items():
-            if getattr(config, name, None) is None:
-                setattr(config, name, number)
+        generation = generation_of(source, GenerationConfig.from_model_config(config))
+        for settings in (config, generation):
+            for name, number in special.fields().items():
+                if getattr(settings, name, None) is None:
+                    setattr(settings, name, number)
         config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        generation.to_json_file(folder / "generation_config.json")
         made = {pair.theirs: pair for pair in self.pairs}
         write_shards(folder, self._entries, lambda name: made[name].tensor(source), shard_bytes)
         written, sums = Shards(folder), {}

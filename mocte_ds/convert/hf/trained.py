@@ -4,7 +4,6 @@ The model is held in memory as a whole.
 """
 
 import contextlib
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocte_ds.base_model import densify, make_config, with_floats
+from mocte_ds.base_model import make_config, make_dense, with_floats
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
 from mocte_ds.convert.hf.shards import SHARD_BYTES
@@ -126,18 +125,24 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
             text = one_line(error, 500)
             raise CheckpointError(f"the weights do not fit a {target.architecture}: {text}") from error
         model.tie_weights()
-        stored, generation = source.base.get("generation"), model.generation_config
-        if stored is not None and model.can_generate():
-            generation = type(generation).from_dict(with_floats(stored))
+        generation = model.generation_config if model.can_generate() else None
+        if generation is not None:
+            generation = generation_of(source, generation)
         for config in (model.config, model.config.get_text_config(), generation):
             for name, number in target.special.fields().items():
                 if config is not None and getattr(config, name, None) is None:
                     setattr(config, name, number)
         model.save_pretrained(folder, max_shard_size=shard_bytes)
-        if generation is not None and model.can_generate():
+        if generation is not None:
             # Not by the model, which refuses what some published models say, such as top_k without do_sample.
             generation.to_json_file(folder / "generation_config.json")
         return sum(parameter.numel() for parameter in model.parameters())
+
+
+def generation_of(source: Source, usual: Any) -> Any:
+    """The generation config that the base model had, or one that follows from a model's config."""
+    stored = source.base.get("generation")
+    return usual if stored is None else type(usual).from_dict(with_floats(stored))
 
 
 @torch.no_grad()
@@ -149,9 +154,10 @@ def trained_model(source: Source) -> Any:
         around = {n: torch.zeros(()).expand(shape) for n, shape in source.shapes.items() if not n.startswith(inside)}
         config = make_config(source.base, STATE)
         # What is neither a weight nor in a checkpoint, such as tables of positions, comes from the class.
-        model: Any = type(source.model).from_pretrained(None, config=config, state_dict=around, dtype=torch.float32)
-        densify(model, source.base, STATE)
-        gc.collect()  # the class's own experts, which models hold by cycles
+        how = {"state_dict": around, "dtype": torch.float32}
+        model: Any = make_dense(
+            lambda few: type(source.model).from_pretrained(None, config=few, **how), config, source.base, STATE
+        )
         if source.state["mocte"] is not None:
             with_blocks(model, {"config": source.state["mocte"], "blocks": source.state["blocks"]}, STATE)
         held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
@@ -215,9 +221,7 @@ def empty_class(source: Source, target: Target) -> Any:
     dtype = NARROW.get(source.dtype, torch.float32)
     with torch.device("meta"):
         if target.architecture == base["architecture"]:
-            model = type(source.model)._from_config(config, dtype=dtype)
-            densify(model, base, STATE)
-            return model
+            return make_dense(lambda few: type(source.model)._from_config(few, dtype=dtype), config, base, STATE)
         around = MocteBlocksConfig(
             text_config=config,
             dense_ffns=base.get("dense_ffns"),

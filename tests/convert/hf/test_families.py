@@ -66,6 +66,17 @@ CASES = {
     "gpt2": ("GPT2LMHead", {"model_type": "gpt2"}, None),
     "mixtral, mistral with a window": ("Mixtral", {"model_type": "mistral", "sliding_window": 11}, {"modules": ALL}),
     "qwen2moe, qwen2": ("Qwen2Moe", {"model_type": "qwen2"}, {"modules": OUTER}),
+    "qwen2moe, mistral": (
+        "Qwen2Moe",
+        {"model_type": "mistral", "sliding_window": None},
+        {"modules": OUTER, "router": {"bias": False, "weight": "softmax"}},
+    ),
+    "glm4moe, mistral": (
+        "Glm4Moe",
+        {"model_type": "mistral", "sliding_window": None},
+        {"modules": BACK, "expert": LORA},
+    ),
+    "mixtral, a llama whose config has a window": ("Mixtral", {"sliding_window": 4}, {"modules": ALL}),
     "qwen3moe, heads as wide as usual": ("Qwen3Moe", {"model_type": "qwen3", "head_dim": 8}, {"modules": ALL}),
     "glm4moe, positions of llama 3": (
         "Glm4Moe",
@@ -194,6 +205,14 @@ def test_a_bias_that_changes_no_choice_is_exported(tmp_path):
     assert write(model, tmp_path / "out", choice="stock")["logit_difference"] < 1e-5
 
 
+def test_the_generation_config_goes_along(tmp_path):
+    model = build("mixtral")[0]
+    model.generation_config.eos_token_id, model.generation_config.top_k = [2, 7], 11
+    write(model, tmp_path / "out", choice="stock")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert (found.eos_token_id, found.top_k) == ([2, 7], 11)
+
+
 def test_special_tokens_are_in_the_config(tmp_path):
     for name in ("mixtral", "qwen2moe, softmax", "glm4moe", "llama", "gpt2"):
         model = build(name)[0]
@@ -243,7 +262,7 @@ def test_what_no_stock_class_computes_becomes_the_class_around_the_base(blocks, 
         ({"attention_bias": True}, {}, "attention_bias"),
         ({"mlp_bias": True}, {}, "mlp_bias"),
         ({"hidden_act": "relu"}, {}, "gated by silu"),
-        ({"model_type": "mistral", "sliding_window": 8}, {"modules": OUTER}, "let mocte.modules name all"),
+        ({"model_type": "mistral", "sliding_window": 8}, {"modules": OUTER}, "has no sliding_window"),
         ({"model_type": "gemma"}, {}, "in the layers of a GemmaForCausalLM"),
     ],
 )

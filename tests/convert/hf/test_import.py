@@ -147,6 +147,27 @@ def test_the_own_class_computes_it_too(name: str, tmp_path: Path) -> None:
     assert torch.equal(*made)
 
 
+def test_the_dtype_of_the_files_stays_whatever_the_config_says(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "folder", CONFIGS["llama"])
+    setting(dtype="bfloat16", torch_dtype="bfloat16")(source)
+    main([str(source), str(tmp_path / "start")])
+    export(tmp_path / "start", tmp_path / "back")
+    found, expected = weights(tmp_path / "back"), weights(source)
+    assert all(found[key].dtype is torch.float32 and torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_masks_that_old_files_hold_are_passed_over(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "folder", CONFIGS["gpt_neox"])
+    first = min(source.glob("*.safetensors"))
+    tensors = load_file(first)
+    tensors["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+    save_file(tensors, first, metadata={"format": "pt"})
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"]["gpt_neox.layers.0.attention.bias"] = first.name
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main([str(source), str(tmp_path / "start")]) == 0
+
+
 def test_a_folder_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As save_pretrained of a model alone leaves it."""
     source = write_folder(tmp_path / "folder", CONFIGS["llama"])

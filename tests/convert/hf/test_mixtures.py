@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -20,6 +21,8 @@ from transformers import (
 from mocte_ds.convert.hf.export import export
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
+from tests.checkpoints import tiny
+from tests.checkpoints.held import write
 from tests.checkpoints.loaded import load_model
 from tests.convert.hf.test_import import CONFIGS, HEADS, SIZES, VOCAB, fingerprint, setting, weights, write_folder
 from tools import inspect_checkpoint, reshape
@@ -143,6 +146,63 @@ def test_a_shared_expert_of_zeros_may_be_wide(tmp_path: Path) -> None:
     main([str(source), str(tmp_path / "start")])
     facts = export(tmp_path / "start", tmp_path / "back")
     assert facts["architecture"] == "Qwen2MoeForCausalLM" and facts["logit_difference"] < 1e-6
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Change the tensors of a folder, each in the file that it is in."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in list(tensors):
+            tensors[name] = change(name, tensors[name])
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_correction_in_fp32_beside_a_router_in_bf16(tmp_path: Path) -> None:
+    """As published folders have them; either keeps its digits."""
+    source = write_folder(
+        tmp_path / "folder", CASES["glm4moe, 2"][0], change=empty_shared_experts, dtype=torch.bfloat16
+    )
+    rewrite(source, lambda name, t: t.bfloat16() if name.endswith("gate.weight") else t)
+    rewrite(source, lambda name, t: t.float() + 1e-5 if "correction" in name else t)
+    main([str(source), str(tmp_path / "start")])
+    export(tmp_path / "start", tmp_path / "back", "bf16")
+    found, expected = weights(tmp_path / "back"), weights(source)
+    assert {t.dtype for name, t in expected.items() if "correction" in name} == {torch.float32}
+    assert all(found[k].dtype is expected[k].dtype and torch.equal(found[k], expected[k]) for k in expected)
+
+
+def test_a_layer_that_guesses_further_tokens_is_left_out(tmp_path: Path) -> None:
+    """transformers leave such layers unread by their names, which may be those of layers that a model has."""
+    config = CASES["deepseek_v3, 2"][0]
+    source = write_folder(tmp_path / "folder", config, change=empty_shared_experts)
+    setting(num_nextn_predict_layers=1)(source)
+    first = min(source.glob("*.safetensors"))
+    tensors = load_file(first)
+    tensors["model.layers.61.eh_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, first, metadata={"format": "pt"})
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.61.eh_proj.weight"] = first.name
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main([str(source), str(tmp_path / "start")]) == 0
+    export(tmp_path / "start", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "folder", CASES["mixtral, 2"][0])
+    rewrite(source, lambda name, t: t.index_fill(0, torch.tensor([3]), float("nan")) if "experts.2.w1" in name else t)
+    with pytest.raises(MocteError, match=r"experts.2.gate_proj.weight holds numbers that are not finite"):
+        main([str(source), str(tmp_path / "start")])
+
+
+def test_a_native_mixture_with_blocks_beside_its_experts_is_no_stock_class(tmp_path: Path) -> None:
+    model = tiny.decoder(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1]
+    )
+    tiny.add_blocks(model, "model.layers.1.mlp", router={"bias": False})
+    with pytest.raises(MocteError, match="layer 0 has experts of the class itself"):
+        write(model, tmp_path / "out", choice="stock")
+    assert write(model, tmp_path / "out")["architecture"] == "MocteBlocksForCausalLM"
 
 
 def test_narrow_experts_in_fp32_are_not_filled_up(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ A new class is one file: a :class:`Family` with its names and three methods, and
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -262,7 +262,12 @@ class Family:
             added = (_gate(block, "cluster_correction"),) if run.router.weight == "sigmoid" else ()
             make = (lambda tensor: tensor) if added else partial(torch.zeros, gate.shape[0])
             yield Pair(
-                prefix + self.correction, gate.shape[:1], added, make, exact=gate.exact or not added, buffer=True
+                prefix + self.correction,
+                gate.shape[:1],
+                added,
+                make,
+                exact=_is_finer(run.source, added) or not added,
+                buffer=True,
             )
         for k in range(block.num_experts):
             for matrix in MATRICES:
@@ -286,10 +291,7 @@ class Family:
         ours = [_gate(block, "key.cluster_weight")]
         if run.router.learn:
             ours.append(_gate(block, "cluster_residual"))
-        exact = True
-        if run.source.dtype in NARROW:
-            rows = _total(*(run.source.read(name) for name in ours))
-            exact = not torch.equal(rows.to(NARROW[run.source.dtype]).float(), rows)
+        exact = _is_finer(run.source, ours)
         shape = (block.num_experts, block.hidden_size)
         return Pair(LAYER.format(layer=layer) + self.gate, shape, tuple(ours), _total, exact=exact)
 
@@ -393,9 +395,10 @@ def _attention_refusal(run: Mixture, family: Family) -> str | None:
     config = run.config
     if config.hidden_act != "silu":
         return f"stock experts are gated by silu, the run's by {config.hidden_act}"
-    windowed = getattr(config, "use_sliding_window", None) is not False and bool(
-        getattr(config, "sliding_window", None)
-    )
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    windowed = "sliding_attention" in kinds and getattr(config, "sliding_window", None) is not None
+    if run.architecture == "LlamaForCausalLM":
+        windowed = False  # its attention reads no such key
     if windowed and family.architecture != "MixtralForCausalLM":
         return f"{family.architecture} has no sliding_window"
     for key in ("attention_bias", "mlp_bias"):
@@ -406,6 +409,14 @@ def _attention_refusal(run: Mixture, family: Family) -> str | None:
 
 def _gate(block: Block, name: str) -> str:
     return f"{block.name}.banks.0.deepspeed_moe.gate.{name}"
+
+
+def _is_finer(source: Source, names: Sequence[str]) -> bool:
+    """Whether the sum of some tensors has digits that the dtype of an export does not hold; True for one in fp32."""
+    if source.dtype not in NARROW or not names:
+        return True
+    total = _total(*(source.read(name) for name in names))
+    return not torch.equal(total.to(NARROW[source.dtype]).float(), total)
 
 
 def _total(first: Tensor, *others: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class SharedFFN(Family):
             "n_group": 1,
             "topk_group": 1,
             "routed_scaling_factor": run.router.scale,
+            "num_nextn_predict_layers": 0,
         }
 
     def config_from(self, config: Any, fixed_router: bool) -> Start:
@@ -112,7 +113,7 @@ class Glm4Moe(SharedFFN):
     """Glm4MoeForCausalLM."""
 
     architecture = "Glm4MoeForCausalLM"
-    bases = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    bases = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
     def config_to(self, run: Mixture) -> dict[str, Any]:
         """See :meth:`Family.config_to`."""
@@ -125,4 +126,4 @@ class Glm4Moe(SharedFFN):
             "use_qk_norm": run.architecture == "Qwen3ForCausalLM",
             "attention_bias": run.architecture == "Qwen2ForCausalLM",
         }
-        return {**found, **attention, "num_nextn_predict_layers": 0}
+        return {**found, **attention}

@@ -30,7 +30,8 @@ class Mixtral(Family):
             "intermediate_size": run.width,
             "num_local_experts": run.some.num_experts,
             "num_experts_per_tok": run.router.top_k,
-            "sliding_window": getattr(run.config, "sliding_window", None),
+            # A Llama's attention reads no such key, though its config may have one.
+            "sliding_window": None if run.architecture == "LlamaForCausalLM" else run.config.sliding_window,
         }
 
     def config_from(self, config: Any, fixed_router: bool) -> Start:

@@ -10,6 +10,8 @@ class QwenMoe(Family):
 
     def fits(self, run: Mixture) -> str | None:
         """See :meth:`Family.fits`."""
+        if run.architecture == self.architecture and (own := set(sparse_layers(run.config)) - set(run.emerged)):
+            return f"layer {min(own)} has experts of the class itself beside those of blocks"
         if run.router.weight == "sigmoid":
             return f"{self.architecture} weighs by a softmax; train with router.weight 'hard' or 'softmax'"
         return None
@@ -22,10 +24,12 @@ class QwenMoe(Family):
             "num_experts_per_tok": run.router.top_k,
             "norm_topk_prob": run.normalised,
         }
-        if run.architecture == self.architecture and sparse_layers(run.config) == sorted(run.emerged):
+        same = run.architecture == self.architecture
+        if same and sparse_layers(run.config) == sorted(run.emerged):
             return found
         dense = [layer for layer in range(run.count) if layer not in run.emerged]
-        return {**found, "mlp_only_layers": dense, "decoder_sparse_step": 1, "use_sliding_window": False}
+        window = {} if same else {"use_sliding_window": False}
+        return {**found, "mlp_only_layers": dense, "decoder_sparse_step": 1, **window}
 
     def config_from(self, config: Any, fixed_router: bool) -> Start:
         """See :meth:`Family.config_from`."""
@@ -51,7 +55,7 @@ class Qwen2Moe(QwenMoe):
     """Qwen2MoeForCausalLM."""
 
     architecture = "Qwen2MoeForCausalLM"
-    bases = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+    bases = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
     # The class insists on a shared expert; one hidden unit of zeros adds exactly nothing.
     empty = (
         ("mlp.shared_expert.gate_proj.weight", "1d"),

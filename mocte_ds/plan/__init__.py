@@ -1,0 +1,1 @@
+"""What a run will need: bytes, FLOPs and time, computed before anything is started."""
