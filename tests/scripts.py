@@ -5,20 +5,17 @@ stopping and ending a launcher is tested with the real one: ``launch`` and ``lau
 """
 
 import atexit
-import faulthandler
-import gc
 import os
 import resource
 import runpy
-import signal
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
 from mocte_ds.dist.cpu_op import build_cpu_op
-from tests.spawn import context, dump_stacks, environment_of, free_port, kill
+from mocte_ds.dist.processes import environment_of, run_processes
+from tests.spawn import PRELOADED, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 1.0  # seconds that the other ranks get after one has failed, as with DeepSpeed's launcher
@@ -43,71 +40,27 @@ def run_script(
         AssertionError: no end in time; all processes are gone by then.
     """
     build_cpu_op()
-    words, port, ranks = [str(argument) for argument in arguments], free_port(), []
+    words, port, ranks = [str(argument) for argument in arguments], free_port(), range(processes)
     with tempfile.TemporaryDirectory(prefix="mocte-script-") as folder:
         output = Path(folder) / "output"
-        output.touch()
-        try:
-            for rank in range(processes):
-                environment = environment_of(rank, processes, port, "gloo")
-                target = (script, [f"--local_rank={rank}", *words], environment, str(output), file_size)
-                ranks.append(context().Process(target=_rank, args=target, daemon=False))
-                ranks[-1].start()
-            in_time = _wait(ranks, time.monotonic() + timeout)
-            if not in_time:
-                dump_stacks(ranks)
-        finally:
-            codes = [rank.exitcode for rank in ranks]
-            kill(ranks)
+        commands = [(script, [f"--local_rank={rank}", *words], file_size) for rank in ranks]
+        environments = [environment_of(rank, processes, port) for rank in ranks]
+        ended = run_processes(_run, commands, timeout, environments, [str(output)] * processes, PRELOADED, GRACE)
         said = output.read_text(encoding="utf-8", errors="replace")
-    assert in_time, f"no end within {timeout:.0f} s:\n{said[-3000:]}"
-    return next((code for code in codes if code), 0), said
+    assert not ended.late, f"{ended.problem}:\n{said[-3000:]}"
+    return next((code for code in ended.codes if code), 0), said
 
 
-def _wait(ranks: list, deadline: float) -> bool:
-    """Wait for all ranks, or a moment after one has failed; False if the time ran out."""
-    failed_at = None
-    while any(rank.is_alive() for rank in ranks):
-        now = time.monotonic()
-        if failed_at is None and any(rank.exitcode for rank in ranks):
-            failed_at = now
-        if failed_at is not None and now > failed_at + GRACE:
-            return True
-        if now > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _rank(script: str, words: list[str], environment: dict[str, str], output: str, file_size: int | None) -> None:
-    """One rank, from start to end."""
-    os.setpgid(0, 0)
-    gc.freeze()
-    os.environ.update(environment)
+def _run(script: str, words: list[str], file_size: int | None) -> None:
+    """One rank; its exit functions have run at the end."""
     os.chdir(ROOT)
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    faulthandler.enable(2)
-    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.argv = [script, *words]
-    os._exit(_run(script))
-
-
-def _run(script: str) -> int:
-    """The exit code that an interpreter would have; its exit functions have run."""
-    code = 0
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
+    except Exception:
+        traceback.print_exc()  # before what the exit functions say, as an interpreter does
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()

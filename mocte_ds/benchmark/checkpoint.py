@@ -22,12 +22,12 @@ from mocte_ds.benchmark.measure.checkpoint_run import (
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.disk import measure_disk
 from mocte_ds.benchmark.measure.memory import require_memory
-from mocte_ds.benchmark.measure.ranks import run_ranks
 from mocte_ds.benchmark.measure.share import require_at_least
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.cli import seconds
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import train_tokenizer
+from mocte_ds.dist.processes import run_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.text_table import percent, text_table
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
 
         def ranks(function: Any, number: int, *rest: Any) -> list[dict[str, Any]]:
-            return run_ranks(function, number, kind, args.time_limit, *rest)
+            return run_ranks(function, number, *rest, timeout=args.time_limit, device=kind)
 
         beside = ranks(save, sizes.ranks, sizes, folder, True)
         shutil.rmtree(Path(folder) / CHECKPOINTS)

@@ -11,11 +11,11 @@ from mocte_ds.benchmark.measure.freeze_plan import FORMULAS, FreezeSizes
 from mocte_ds.benchmark.measure.freeze_run import run_rank
 from mocte_ds.benchmark.measure.freeze_stops import stops, stops_text
 from mocte_ds.benchmark.measure.memory import require_memory
-from mocte_ds.benchmark.measure.ranks import run_ranks
 from mocte_ds.benchmark.measure.share import require_at_least
 from mocte_ds.benchmark.measure.wire import RING
 from mocte_ds.cli import seconds
 from mocte_ds.config import MocteConfig
+from mocte_ds.dist.processes import run_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.text_table import brief, percent
 
@@ -66,12 +66,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         MocteError: sizes that make no sense or do not fit into memory, or processes that failed or took too long.
     """
     clock = Clock(args.device)
-    sizes, tokens = _read(args, clock.device.type)
+    kind = clock.device.type
+    sizes, tokens = _read(args, kind)
     _require_memory(sizes, clock.device)
     block = measure_block(sizes, tokens, clock, args.repeats)
-    if clock.device.type == "cuda":
+    if kind == "cuda":
         torch.cuda.empty_cache()  # the ranks use the same devices
-    by_rank = run_ranks(run_rank, sizes.ranks, clock.device.type, args.time_limit, sizes, clock.device.type)
+    by_rank = run_ranks(run_rank, sizes.ranks, sizes, kind, timeout=args.time_limit, device=kind)
     return {
         "benchmark": "freeze",
         "sizes": sizes.to_dict(),

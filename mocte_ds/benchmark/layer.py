@@ -7,9 +7,9 @@ from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.layer_arms import LOADS, LayerSizes
 from mocte_ds.benchmark.measure.layer_run import run_rank
 from mocte_ds.benchmark.measure.memory import require_memory
-from mocte_ds.benchmark.measure.ranks import run_ranks
 from mocte_ds.benchmark.measure.share import require_at_least
 from mocte_ds.cli import seconds
+from mocte_ds.dist.processes import run_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.text_table import brief, text_table
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     memory = require_memory(
         needed, clock.device, f"{len(WORDS)} layers of these sizes", "Give a smaller --width, --d or --tokens."
     )
-    found = run_ranks(run_rank, args.ep, kind, args.time_limit, sizes, kind, args.repeats)[0]
+    found = run_ranks(run_rank, args.ep, sizes, kind, args.repeats, timeout=args.time_limit, device=kind)[0]
     return {"benchmark": "layer", "sizes": sizes.to_dict(), "memory": memory, "words": WORDS, **found}
 
 

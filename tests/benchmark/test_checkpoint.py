@@ -2,6 +2,7 @@
 
 import json
 import resource
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,11 +28,7 @@ def arguments(folder: Path, *options: Any) -> list[str]:
 
 def test_a_small_run(tmp_path, capsys, monkeypatch) -> None:
     # Processes that have imported everything already; their own start is tested with the benchmark of freezing.
-    monkeypatch.setattr(
-        checkpoint,
-        "run_ranks",
-        lambda function, ranks, _device, seconds, *args: spawn(function, ranks, *args, timeout=seconds, deepspeed=True),
-    )
+    monkeypatch.setattr(checkpoint, "run_ranks", partial(spawn, deepspeed=True))
     assert main(arguments(tmp_path, "--json", "--time-limit", 60)) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert not list(tmp_path.iterdir())

@@ -12,8 +12,8 @@ from mocte_ds.benchmark import load
 from mocte_ds.benchmark.measure.block_time import _block, _passes, _weight_gradients, measure_block
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.freeze_plan import FreezeSizes
-from mocte_ds.benchmark.measure.ranks import run_ranks
 from mocte_ds.benchmark.measure.wire import WireCounter
+from mocte_ds.dist.processes import run_ranks
 from mocte_ds.errors import MocteError
 from tests.spawn import spawn
 from tools.benchmark import main
@@ -163,7 +163,7 @@ def one_rank_stops() -> dict[str, Any]:
 
 def test_message_of_one_rank_ends_all() -> None:
     with pytest.raises(MocteError, match="^the second rank has a message$"):
-        run_ranks(one_rank_stops, 2, "cpu", 60.0)
+        run_ranks(one_rank_stops, 2, timeout=60.0)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import random
 import re
 from pathlib import Path
 
-from pytest import MonkeyPatch, raises
+from pytest import raises
 
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import resolve_tag
+from mocte_ds.dist.processes import RanksFailed
 from tests.checkpoints import kill
-from tests.spawn import SpawnError, spawn
+from tests.spawn import spawn
 
 
 def moments(seed: int) -> list[kill.Moment]:
@@ -37,16 +38,16 @@ def losses(folder: Path, rank: int) -> list[tuple[int, int, str]]:
     return [tuple(json.loads(line)) for line in lines]
 
 
-def test_killed_at_ten_moments(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_killed_at_ten_moments(tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
         folder.mkdir()
     expected = spawn(kill.run, 2, str(undisturbed), None, False, False, timeout=90, deepspeed=True)
-    monkeypatch.setattr("tests.spawn.GRACE", 0.2)  # the launcher ends the other ranks
     steps = []
     for number, moment in enumerate(moments(int(os.environ.get("MOCTE_KILL_SEED", "11")))):
-        with raises(SpawnError, match=rf"rank {moment.rank} failed") as caught:
-            spawn(kill.run, 2, str(killed), moment, bool(number % 2), timeout=60, deepspeed=True)
+        with raises(RanksFailed, match=rf"rank {moment.rank} failed") as caught:
+            # The launcher ends the other ranks.
+            spawn(kill.run, 2, str(killed), moment, bool(number % 2), timeout=60, deepspeed=True, grace=0.2)
         assert re.search(rf"rank {moment.rank}, exit code -9", str(caught.value)), f"{moment}: {caught.value}"
         tag = resolve_tag(killed / "checkpoints") if (killed / "checkpoints").exists() else None
         steps.append(require_whole(killed / "checkpoints" / tag).step if tag else 0)

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import yaml
 from mocte_ds.data import prepare, train_tokenizer
 from mocte_ds.dist.shared_memory import SHARED_MEMORY
 from tests.scripts import run_script
+from tests.spawn import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 150.0
@@ -99,10 +99,7 @@ class Launcher:
 
     def start(self, *arguments: object, before: str = "", processes: int = 2) -> subprocess.Popen:
         """Start in the repository's root; ``before`` is a shell command in front, e.g. a limit."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [Path(sys.executable).parent / "deepspeed", "--log_level", "error", "--master_port", port]
+        command = [Path(sys.executable).parent / "deepspeed", "--log_level", "error", "--master_port", free_port()]
         command += ["--num_accelerators", processes, *arguments]
         shell = ["bash", "-c", f'{before or ":"}; exec "$@"', "bash", *map(str, command)]
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -24,7 +24,7 @@ REPLAYS = [
 
 
 def on_gpu(function: Any, *args: Any) -> Any:
-    return spawn(function, 1, *args, timeout=200, deepspeed=True, backend="nccl")[0]
+    return spawn(function, 1, *args, timeout=200, deepspeed=True, device="cuda")[0]
 
 
 @pytest.mark.parametrize("case", [Case(1, 1, 2, 300, overlap=True), Case(1, 1, 1, recompute="reentrant")], ids=str)

@@ -53,7 +53,7 @@ def both_stages(offload: bool, folder: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("offload", [False, True])
 def test_stage_3_is_stage_2(tmp_path: Path, offload: bool) -> None:
     ((found, expected, resumed),) = spawn(
-        both_stages, 1, offload, str(tmp_path), timeout=200, deepspeed=True, backend="nccl"
+        both_stages, 1, offload, str(tmp_path), timeout=200, deepspeed=True, device="cuda"
     )
     assert found["devices"] == {"cuda"}
     assert {"emergence", "freeze"} <= found["kinds"] == expected["kinds"]

@@ -1,10 +1,10 @@
 """A rank that stands still: real processes of a gloo group end, and the message names rank, host and phase."""
 
-import multiprocessing
 import os
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mocte_ds.dist.processes import run_processes
 from mocte_ds.errors import NotOurs
 from mocte_ds.ownership.proof import strangers
 from mocte_ds.watch.heartbeat import Heartbeat
@@ -25,8 +26,6 @@ HOST = socket.gethostname()
 
 def rank_of(case: str, rank: int, port: int, folder: Path) -> None:
     """Two ranks in step, until rank 1 gets no further in step 3."""
-    log = os.open(folder / f"log_{rank}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 2)
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     heart = Heartbeat()
@@ -54,29 +53,22 @@ def rank_of(case: str, rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[int | None]]]:
     """Folder and exit codes of every case; all run at once. A stopped process is killed, as launchers do."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    started = {}
-    for case in ("stopped", "stuck", "well"):
+
+    def run(case: str) -> tuple[Path, list[int | None]]:
         folder, port = tmp_path_factory.mktemp(case), free_port()
-        started[case] = folder, [context.Process(target=rank_of, args=(case, r, port, folder)) for r in range(2)]
-        for process in started[case][1]:
-            process.start()
-    until = time.monotonic() + 60
-    for case, (_, processes) in started.items():
-        for process in processes[: 1 if case == "stopped" else 2]:
-            process.join(max(0.1, until - time.monotonic()))
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-                process.join(10)
-    return {case: (folder, [p.exitcode for p in processes]) for case, (folder, processes) in started.items()}
+        logs, grace = [str(folder / f"log_{rank}") for rank in range(2)], 0.2 if case == "stopped" else 30.0
+        arguments = [(case, rank, port, folder) for rank in range(2)]
+        return folder, run_processes(rank_of, arguments, 60.0, [{}, {}], logs, PRELOADED, grace).codes
+
+    cases = ("stopped", "stuck", "well")
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return dict(zip(cases, pool.map(run, cases), strict=True))
 
 
 def test_a_stopped_process(ended: dict) -> None:
     folder, codes = ended["stopped"]
     told = (folder / "log_0").read_text()
-    assert codes == [EXIT_STALLED, -signal.SIGKILL], told
+    assert codes == [EXIT_STALLED, None], told
     assert told.count("error: the run stands still: rank 1 ") == 1 and f"on {HOST} was last seen in step " in told
     assert "no sign of life" in told and told.rstrip().endswith("Checkpoint step2 is good.")
     assert "all_reduce" in (folder / FOLDER / "stacks_0.txt").read_text()
