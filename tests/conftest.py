@@ -32,17 +32,19 @@ _PROCESSES = re.compile(r"\bspawn\(|\bsubprocess\b|\bmultiprocessing\b|\bLaunche
 def pytest_configure(config: pytest.Config) -> None:
     """Make the markers known, wherever pytest's own configuration is."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
-    config.addinivalue_line("markers", "fast: starts no process; bash launch/test.sh --fast runs these")
+    config.addinivalue_line("markers", "slow: takes seconds without a process; not among the fast")
+    config.addinivalue_line("markers", "fast: neither slow nor starts a process; bash launch/test.sh --fast runs these")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark as `fast` what starts no process, and skip tests marked `gpu` where there is none.
+    """Mark as `fast` what is not `slow` and starts no process, and skip tests marked `gpu` where there is none.
 
     The folders whose files take minutes come first, so that workers that take a file each end together.
     """
     items.sort(key=lambda item: _place_in_order(item.path))
     for item in items:
-        if not _starts_processes(item.path) and "written" not in getattr(item, "fixturenames", ()):
+        slow = item.get_closest_marker("slow") or "written" in getattr(item, "fixturenames", ())
+        if not slow and not _starts_processes(item.path):
             item.add_marker(pytest.mark.fast)
     if torch.cuda.is_available():
         return

@@ -50,7 +50,7 @@ def structureless(kind: str, n: int, r: int, rng: np.random.Generator) -> np.nda
 
 
 @pytest.mark.parametrize("method", ["dbscan", "hdbscan"])
-@pytest.mark.parametrize("n", [60, 400, 2000])
+@pytest.mark.parametrize("n", [60, 400, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "uniform", "giant"])
 def test_nothing_is_found_where_nothing_is(kind: str, n: int, method: str) -> None:
     rng = np.random.default_rng(n)

@@ -15,6 +15,7 @@ from mocte_ds.moe import attach
 from mocte_ds.spectrum import sampled_svd
 from tests.small_models import FFNS, loss_of, small_model
 
+pytestmark = pytest.mark.slow
 VOCAB, HIDDEN, EOD, BATCH, LENGTH, DOCUMENTS, RANK = 256, 32, 0, 16, 64, 512, 8
 METHODS = ("dbscan", "hdbscan")
 

@@ -209,6 +209,7 @@ def test_an_early_run_says_what_has_not_come_yet(early: Run) -> None:
             assert ALL[name].caption(early)
 
 
+@pytest.mark.slow
 def test_many_blocks_and_domains_fit(tmp_path: Path) -> None:
     write_run(tmp_path, blocks=7, experts=12, steps=40, budget=40, domains=[f"domain{i}" for i in range(12)])
     crowd = read_run(tmp_path)

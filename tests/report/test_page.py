@@ -234,6 +234,7 @@ def test_an_early_run(early: Run) -> None:
     assert "Nothing has happened yet" in made.text and "not written its ledger yet" in made.text
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_and_damaged(tmp_path: Path) -> None:
     write_run(tmp_path, steps=40, budget=60, experts=2)
     for name in ("metrics", "events"):
@@ -253,6 +254,7 @@ def test_a_run_that_was_cut_off_and_damaged(tmp_path: Path) -> None:
     assert "no readable run.json" in made.text
 
 
+@pytest.mark.slow
 def test_a_report_can_be_made_again_and_moved(
     whole: tuple[Path, Logs], report: tuple[Path, Any], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from mocte_ds.evaluation.network import load_network
 from tests.convert.hf.fuzz import fuzz, write_folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_damaged_folders_are_refused_or_unharmed(seed: int, tmp_path: Path) -> None:
     counts, failures = fuzz(tmp_path, seed, cases=40)

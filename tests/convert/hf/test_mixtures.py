@@ -103,7 +103,7 @@ def empty_shared_experts(model: torch.nn.Module) -> None:
             parameter.data.zero_()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_function_and_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     config, (weight, top_k, normalise) = CASES[name]
