@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from mocte_ds.errors import CheckpointError, ConfigError
-from mocte_ds.plain_values import require_plain
 from mocte_ds.remote_code.experts_mocte import put_dense_ffns
 from mocte_ds.shown import one_line, shown
+from mocte_ds.value_bounds import require_plain
 
 MOST_BYTES = 1 << 20
 """Of a config as text; those of published models have some 2,000."""

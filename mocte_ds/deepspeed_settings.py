@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.plain_values import require_plain
 from mocte_ds.shown import name_shown, nearest, shown
+from mocte_ds.value_bounds import require_plain
 
 _SECTIONS = (
     "activation_checkpointing bf16 checkpoint comms_logger csv_monitor data_types flops_profiler fp16 "

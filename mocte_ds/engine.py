@@ -16,8 +16,8 @@ from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.names import CONVERTERS_FILE
 from mocte_ds.checkpoints.place import resolve_tag
-from mocte_ds.checkpoints.plain import only_plausible
 from mocte_ds.checkpoints.random_states import restore_random_states
+from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.convert.hf.running import export_run
@@ -36,9 +36,9 @@ from mocte_ds.vocabulary import Vocabulary
 from mocte_ds.zero import UnitRegistry, find_front, require_conformance, require_stage3_settings
 from mocte_ds.zero.checkpoint_files import own_files
 from mocte_ds.zero.engine import UnitEngine
+from mocte_ds.zero.gathered_weights import converters_notice
 from mocte_ds.zero.partitioned_files import require_same_partition
 from mocte_ds.zero.process_groups import expert_parallel_rank
-from mocte_ds.zero.whole_weights import converters_notice
 
 DEFAULT_TOTAL_STEPS = 10_000
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.errors import ConfigError, MocteError
-from mocte_ds.plain_values import MOST, require_plain
 from mocte_ds.shown import name_shown, path_shown, shown
+from mocte_ds.value_bounds import MOST, require_plain
 
 MOST_BYTES = 64 << 20
 """Of a JSON file; the largest index of a published model has some 10 MB."""

@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.plain_values import MOST_LEVELS, require_plain
 from mocte_ds.shown import name_shown, nearest, shown
+from mocte_ds.value_bounds import MOST_LEVELS, require_plain
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from yaml.constructor import ConstructorError
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.json_files import read_text
-from mocte_ds.plain_values import MOST, MOST_LEVELS
 from mocte_ds.shown import name_shown, path_shown
+from mocte_ds.value_bounds import MOST, MOST_LEVELS
 
 MOST_BYTES = 1 << 20
 """Of a file; PyYAML reads about 100 kB in a second, and a run file has 2 kB."""

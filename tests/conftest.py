@@ -80,8 +80,8 @@ def deepspeed_op() -> Path:
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Checkpoints `ffn`, `lora` and `dense` of two processes: a :class:`tests.checkpoints.written.Written`."""
-    from tests.checkpoints.written import write
+    """Checkpoints `ffn`, `lora` and `dense` of two processes: a :class:`tests.checkpoints.saved_runs.SavedRuns`."""
+    from tests.checkpoints.saved_runs import write
 
     return write(tmp_path_factory.mktemp("checkpoints"))
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from mocte_ds.benchmark.measure.clock import Clock
-from mocte_ds.benchmark.measure.parts import Part, Work, parts_table
+from mocte_ds.benchmark.measure.parts import TimedPart, Work, parts_table
 from mocte_ds.benchmark.measure.run_plan import RunPlan, read_plan
 from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, shares, shares_text
 from mocte_ds.benchmark.measure.spectrum_work import SpectrumSizes, spectrum_work
@@ -76,7 +76,7 @@ def probe_work(plan: RunPlan) -> dict[str, Work]:
     return {"progress": Work(flops, flops, 0, 0)}
 
 
-def _probe(plan: RunPlan, clock: Clock, timed: bool) -> dict[str, Part]:
+def _probe(plan: RunPlan, clock: Clock, timed: bool) -> dict[str, TimedPart]:
     """The passes over the probe set, timed or from FLOPs and this machine's rate; the Gram matrices not counted."""
     work = probe_work(plan)["progress"]
     what = f"forward passes over {probe_sequences(plan)} sequences"
@@ -85,10 +85,10 @@ def _probe(plan: RunPlan, clock: Clock, timed: bool) -> dict[str, Part]:
         seconds = forward_seconds(plan, clock, probe_sequences(plan)) * work.flops / a_pass
     else:
         seconds, what = work.flops / clock.gemm_rate(plan.dtype), f"{what}, from FLOPs"
-    return {"progress": Part(what, work, seconds, "device")}
+    return {"progress": TimedPart(what, work, seconds, "device")}
 
 
-def _measure(spectrum: SpectrumSizes, experts: ExpertSizes, clock: Clock, repeats: int) -> dict[str, Part]:
+def _measure(spectrum: SpectrumSizes, experts: ExpertSizes, clock: Clock, repeats: int) -> dict[str, TimedPart]:
     return measure_spectrum(spectrum, clock, repeats) | measure_trainability(experts, clock, repeats)
 
 

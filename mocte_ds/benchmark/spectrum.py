@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.features import planted_features
 from mocte_ds.benchmark.measure.memory import require_memory
-from mocte_ds.benchmark.measure.parts import Part, parts_table
+from mocte_ds.benchmark.measure.parts import TimedPart, parts_table
 from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, require_at_least, shares, shares_text
 from mocte_ds.benchmark.measure.spectrum_work import FORMULAS, SpectrumSizes, peak_bytes, spectrum_work
 from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
@@ -103,7 +103,7 @@ def require_spectrum_memory(sizes: SpectrumSizes, clock: Clock, store: str) -> d
     return require_memory(peak_bytes(sizes, _STORES[store].itemsize), clock.device, what, mend)
 
 
-def measure_spectrum(sizes: SpectrumSizes, clock: Clock, repeats: int = 3, store: str = "fp32") -> dict[str, Part]:
+def measure_spectrum(sizes: SpectrumSizes, clock: Clock, repeats: int = 3, store: str = "fp32") -> dict[str, TimedPart]:
     """Time every part of a check's spectrum and clusters, in one process that holds the sample of all ranks.
 
     Args:
@@ -121,7 +121,7 @@ def measure_spectrum(sizes: SpectrumSizes, clock: Clock, repeats: int = 3, store
         def part(name: str, what: str, where: str, timed: Any, every_check: bool = True, share: float = 1.0) -> Any:
             bar.set_postfix_str(name.replace("_", " "))
             seconds, result = clock.seconds(timed, repeats)
-            found[name] = Part(what, works[name], seconds / share, where, every_check)
+            found[name] = TimedPart(what, works[name], seconds / share, where, every_check)
             bar.update()
             return result
 

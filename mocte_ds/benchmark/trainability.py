@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.memory import require_memory
-from mocte_ds.benchmark.measure.parts import Part, Work, parts_table
+from mocte_ds.benchmark.measure.parts import TimedPart, Work, parts_table
 from mocte_ds.benchmark.measure.run_plan import RunPlan
 from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, require_at_least, shares, shares_text
 from mocte_ds.trainability import top_eigenpair
@@ -121,7 +121,9 @@ def require_expert_memory(sizes: ExpertSizes, clock: Clock) -> dict[str, int]:
 
 
 @torch.no_grad()
-def measure_trainability(sizes: ExpertSizes, clock: Clock, repeats: int = 3, tolerance: float = 0.0) -> dict[str, Part]:
+def measure_trainability(
+    sizes: ExpertSizes, clock: Clock, repeats: int = 3, tolerance: float = 0.0
+) -> dict[str, TimedPart]:
     """Time the eigenvalue of experts in bf16 on rows in fp32, as a check calls it; four experts at most, multiplied.
 
     Args:
@@ -142,7 +144,7 @@ def measure_trainability(sizes: ExpertSizes, clock: Clock, repeats: int = 3, tol
             seconds += clock.seconds(value, repeats)[0] * sizes.experts / timed
             bar.update()
     what = f"{sizes.experts} experts, all iterations" + (f", timed on {timed}" if timed < sizes.experts else "")
-    return {"trainability": Part(what, trainability_work(sizes)["trainability"], seconds, "device")}
+    return {"trainability": TimedPart(what, trainability_work(sizes)["trainability"], seconds, "device")}
 
 
 def text(numbers: dict[str, Any]) -> str:

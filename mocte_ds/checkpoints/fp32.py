@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.checkpoints.disk_tensors import DiskTensor, TensorFile, read_disk_tensors
 from mocte_ds.checkpoints.files import replace_file
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_NAME, PARTITIONED_MODEL_FILE
-from mocte_ds.checkpoints.outline import Outline, Stored, read_outline
 from mocte_ds.checkpoints.place import find_tag
-from mocte_ds.checkpoints.plain import only_plausible, require_keys
 from mocte_ds.checkpoints.reshaping.optimizer import StoredOptimizer
-from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
+from mocte_ds.checkpoints.values import only_plausible, require_keys
 from mocte_ds.checkpoints.weights import Made
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership import require_outside_whole
@@ -73,7 +73,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     weights = _weights(checkpoint_dir, tag, exclude_frozen_parameters)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, Outline(weights))
+        replace_file(path, TensorFile(weights))
     except (OSError, RuntimeError) as error:  # the latter is what torch.save makes of a full disk
         raise CheckpointError(f"could not write {path}: {error}. Make room or choose another folder.") from error
     return path
@@ -114,14 +114,14 @@ def _weights_of(folder: Path, manifest: Manifest, trained_only: bool) -> dict[st
             f"{folder} is of ZeRO stage 3, whose master weights stay in their parts: use `mocte-ds export_hf`, or "
             "engine.save_16bit_model in the run."
         )
-    written = Written(folder, manifest)
+    written = SavedCheckpoint(folder, manifest)
     content = written.weights_alone
     if content is None:
         written.require_supported()
         content = written.model
-    stored: dict[str, Stored] = dict(content["module"])
+    stored: dict[str, DiskTensor] = dict(content["module"])
     for name in sorted(filter(EXPERT_NAME.fullmatch, manifest.files)):
-        stored.update(require_keys(read_outline(folder / name), (), folder / name))
+        stored.update(require_keys(read_disk_tensors(folder / name), (), folder / name))
     found = {name: _made(tensor) for name, tensor in stored.items()}
     if written.precision is None:
         return found
@@ -135,7 +135,7 @@ def _weights_of(folder: Path, manifest: Manifest, trained_only: bool) -> dict[st
     }
 
 
-def _masters(optimizer: StoredOptimizer, stored: dict[str, Stored]) -> dict[str, Made]:
+def _masters(optimizer: StoredOptimizer, stored: dict[str, DiskTensor]) -> dict[str, Made]:
     masters = {}
     for whole in optimizer.groups.values():
         for name, (start, numel) in whole.fragments.items():
@@ -143,12 +143,12 @@ def _masters(optimizer: StoredOptimizer, stored: dict[str, Stored]) -> dict[str,
     return masters
 
 
-def _made(stored: Stored) -> Made:
+def _made(stored: DiskTensor) -> Made:
     """A tensor that is widened while it is read."""
     dtype = torch.float32 if stored.dtype.is_floating_point else stored.dtype
     make: Callable[[], Tensor] = partial(_read, stored, dtype)
     return Made(dtype, stored.shape, stored.pieces, make)
 
 
-def _read(stored: Stored, dtype: torch.dtype) -> Tensor:
+def _read(stored: DiskTensor, dtype: torch.dtype) -> Tensor:
     return stored.read().to(dtype)

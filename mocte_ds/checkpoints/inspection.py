@@ -4,14 +4,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.checkpoints.disk_tensors import DiskTensor, mapped, read_disk_tensors
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import problems_by_file
 from mocte_ds.checkpoints.names import CONVERTERS_FILE, EXPERT_NAME, OPTIMIZER_NAME, model_file
-from mocte_ds.checkpoints.outline import Stored, mapped, read_outline
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
-from mocte_ds.checkpoints.plain import only_plausible, require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_NAME
-from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
+from mocte_ds.checkpoints.values import only_plausible, require_keys
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership.manifest import Manifest
 from mocte_ds.text_table import MISSING, brief, text_table
@@ -61,7 +61,7 @@ def checkpoint_facts(checkpoint: str | Path) -> dict[str, Any]:
     sizes = dict.fromkeys(SIZES, 0)
     with only_plausible(folder):
         if model_file(manifest.files) in good and good >= {STATE_FILE} & manifest.files.keys():
-            facts.update(_told(Written(folder, manifest)))
+            facts.update(_told(SavedCheckpoint(folder, manifest)))
         for entry in files:
             if entry["name"] in good:
                 _add_sizes(sizes, facts, folder / entry["name"], entry["kind"])
@@ -111,7 +111,7 @@ def _verdict(entry: dict[str, Any]) -> str:
     return entry["problem"].removeprefix(f"{entry['name']} ") if entry["problem"] else "ok"
 
 
-def _told(written: Written) -> dict[str, Any]:
+def _told(written: SavedCheckpoint) -> dict[str, Any]:
     """What the files say about the run."""
     mocte = written.state["mocte"] if written.state else None
     blocks = [
@@ -131,11 +131,11 @@ def _add_sizes(sizes: dict[str, int], facts: dict[str, Any], path: Path, kind: s
     if kind == "ours":
         sizes["ours"] += path.stat().st_size
     elif kind == "expert":
-        sizes["experts"] += _bytes(read_outline(path))
+        sizes["experts"] += _bytes(read_disk_tensors(path))
     elif kind == "weights":
-        sizes["weights"] += _bytes(require_keys(read_outline(path), ("module",), path)["module"])
+        sizes["weights"] += _bytes(require_keys(read_disk_tensors(path), ("module",), path)["module"])
     elif kind == "optimizer":
-        state = require_keys(read_outline(path), ("optimizer_state_dict",), path)["optimizer_state_dict"]
+        state = require_keys(read_disk_tensors(path), ("optimizer_state_dict",), path)["optimizer_state_dict"]
         masters, moments = ("fp32_flat_groups", "optimizer_state_dict") if "fp32_flat_groups" in state else _STAGES_1_2
         facts["zero_stage"] = state.get("zero_stage")
         sizes["masters"] += _bytes(state.get(masters))
@@ -144,8 +144,8 @@ def _add_sizes(sizes: dict[str, int], facts: dict[str, Any], path: Path, kind: s
 
 def _bytes(content: Any) -> int:
     """Of all tensors in nested containers, each once."""
-    found: dict[Stored, int] = {}
-    mapped(content, Stored, lambda stored: found.setdefault(stored, stored.nbytes))
+    found: dict[DiskTensor, int] = {}
+    mapped(content, DiskTensor, lambda stored: found.setdefault(stored, stored.nbytes))
     return sum(found.values())
 
 

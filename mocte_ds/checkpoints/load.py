@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.checkpoints.plain import read_plain, require_keys
+from mocte_ds.checkpoints.values import read_plain, require_keys
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, ConfigError
 

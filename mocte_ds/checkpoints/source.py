@@ -12,9 +12,9 @@ from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, is_gate, model_file
 from mocte_ds.checkpoints.place import find_tag
-from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
-from mocte_ds.checkpoints.reshaping.written import require_experts
+from mocte_ds.checkpoints.reshaping.saved import require_experts
 from mocte_ds.checkpoints.stored_model import refuse_decoder
+from mocte_ds.checkpoints.values import only_plausible, read_plain, require_keys
 from mocte_ds.claims import require_backed
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError

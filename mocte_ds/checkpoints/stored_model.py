@@ -6,7 +6,7 @@ from typing import Any
 from mocte_ds.base_model import require_base
 from mocte_ds.checkpoints.names import MODEL_FILE
 from mocte_ds.checkpoints.place import find_tag
-from mocte_ds.checkpoints.plain import read_plain
+from mocte_ds.checkpoints.values import read_plain
 from mocte_ds.errors import CheckpointError
 
 _STATE_FILE = "mocte_state.pt"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.checkpoints.disk_tensors import DiskTensor, TensorFile
 from mocte_ds.checkpoints.files import write_file
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, is_gate
-from mocte_ds.checkpoints.outline import Outline, Stored
 from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
@@ -21,7 +21,7 @@ from mocte_ds.ownership.manifest import Manifest
 
 
 @dataclass(frozen=True)
-class Made(Stored):
+class Made(DiskTensor):
     """A tensor that is made only while it is written."""
 
     make: Callable[[], Tensor]
@@ -86,7 +86,7 @@ def write_weights(folder: Path, run: str, model: nn.Module, tensors: Tensors, st
     dense = client if state["mocte"] is None else {}
     contents[MODEL_FILE] = {"module": contents[MODEL_FILE], "global_steps": state["step"], **dense}
     for file, content in contents.items():
-        files[file] = _write(folder / file, Outline(content))
+        files[file] = _write(folder / file, TensorFile(content))
     if state["mocte"] is not None:
         mocte = {"config": {**state["mocte"], "ep_size": 1}, "blocks": state["blocks"], "tokens": state["tokens"]}
         files[STATE_FILE] = _write(folder / STATE_FILE, {"mocte": mocte, "base": base, "client_state": client})

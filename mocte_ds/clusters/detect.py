@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mocte_ds.clusters.density import Neighbourhood, join_groups, local_dimension, separate_groups
-from mocte_ds.clusters.pieces import LEAST_DIMENSION, joined_pieces
+from mocte_ds.clusters.valleys import LEAST_DIMENSION, joined_pieces
 from mocte_ds.errors import MocteError
 
 # By so many standard deviations an emptier region must be emptier than a cloud of constant density happens to be.

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mocte_ds.errors import MocteError
-from mocte_ds.plain_values import require_plain
 from mocte_ds.report.run import Row, Run
+from mocte_ds.value_bounds import require_plain
 
 
 def read_run(folder: Path | str) -> Run:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.plain import only_plausible, read_plain
+from mocte_ds.checkpoints.values import only_plausible, read_plain
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_object
 from mocte_ds.training.run_config import RunConfig

@@ -9,7 +9,7 @@ from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.errors import CheckpointError, MocteError, peer_is_lost
 from mocte_ds.shown import one_line
 from mocte_ds.training.changes import IDENTITY_FILE
-from mocte_ds.zero.checkpoint_files import own_files, use_plain_files
+from mocte_ds.zero.checkpoint_files import own_files, use_checkpoint_files
 
 
 def prepare(engine: Any, identity: dict[str, Any]) -> None:
@@ -19,7 +19,7 @@ def prepare(engine: Any, identity: dict[str, Any]) -> None:
         engine: of mocte_ds.initialize or deepspeed.initialize.
         identity: what a run that goes on from its checkpoints must agree with.
     """
-    files = engine.checkpoint_engine if hasattr(engine, "mocte") else use_plain_files(engine)
+    files = engine.checkpoint_engine if hasattr(engine, "mocte") else use_checkpoint_files(engine)
     files.always[IDENTITY_FILE] = json.dumps(identity, indent=1).encode()
 
 

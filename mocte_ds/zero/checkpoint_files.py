@@ -14,12 +14,12 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from mocte_ds.checkpoints.files import put_file
 from mocte_ds.checkpoints.place import Place
-from mocte_ds.checkpoints.plain import from_plain, only_plausible, read_plain, to_plain
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
-from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.save import Saver
+from mocte_ds.checkpoints.values import from_plain, only_plausible, read_plain, to_plain
 from mocte_ds.dist.collectives import gather_objects, world
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.ownership.manifest import Manifest
@@ -28,8 +28,8 @@ from mocte_ds.ownership.manifest import Manifest
 _CLASSES = {kind.__name__: kind for kind in (DynamicLossScaler, LossScaler, fragment_address)}
 
 
-class PlainFiles(CheckpointEngine):
-    """What a DeepSpeed engine hands its files to, and gets them from; :func:`use_plain_files` puts it in."""
+class CheckpointFiles(CheckpointEngine):
+    """What a DeepSpeed engine hands its files to, and gets them from; :func:`use_checkpoint_files` puts it in."""
 
     def __init__(self, engine: Any = None) -> None:
         """Make it for an engine; without one it reads and collects single files."""
@@ -116,7 +116,7 @@ class PlainFiles(CheckpointEngine):
         rank, size = world()
         layout = Layout(size, ep_size, self._engine._config.use_data_before_expert_parallel_)
         with only_plausible(folder):
-            written = Written(folder, manifest)
+            written = SavedCheckpoint(folder, manifest)
             written.require_precision(self._engine.bfloat16_enabled())
             self._reshaped = Reshaped(written, layout, rank)
             self.note = self._reshaped.note(self._engine.train_batch_size())
@@ -215,7 +215,7 @@ def own_files(rank_state: dict[str, Any] | None = None) -> dict[str, Any]:
     return {RANDOM_FILE.format(rank=world()[0]): states}
 
 
-def use_plain_files(engine: Any) -> PlainFiles:
+def use_checkpoint_files(engine: Any) -> CheckpointFiles:
     """Let a DeepSpeed engine save and load through plain files.
 
     Raises:
@@ -233,7 +233,7 @@ def use_plain_files(engine: Any) -> PlainFiles:
         )
     if engine.load_universal_checkpoint():
         raise ConfigError("checkpoint.load_universal is not supported: DeepSpeed unpickles such files; remove it.")
-    files = PlainFiles(engine)
+    files = CheckpointFiles(engine)
     engine.checkpoint_engine = files
     # It would be code that nobody verifies; `python -m deepspeed.utils.zero_to_fp32` is the same script.
     engine._copy_recovery_script = lambda save_path: None

@@ -10,24 +10,29 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.zero.checkpoint_files import PlainFiles, use_plain_files
+from mocte_ds.zero.checkpoint_files import CheckpointFiles, use_checkpoint_files
 from mocte_ds.zero.conformance import with_unit_optimizer
+from mocte_ds.zero.gathered_weights import (
+    refused_by_converters,
+    require_local_is_whole,
+    whole_weights,
+    write_weights_file,
+)
 from mocte_ds.zero.partitioned_files import weights_in_state_dicts, without_weights
 from mocte_ds.zero.stage3 import prepare_model
-from mocte_ds.zero.whole_weights import refused_by_converters, require_local_is_whole, whole_weights, write_weights_file
 
 
 class UnitEngine(DeepSpeedEngine):
     """Every private method of DeepSpeed's engine that we replace, and nothing else."""
 
-    checkpoint_engine: PlainFiles
+    checkpoint_engine: CheckpointFiles
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         return with_unit_optimizer(DeepSpeedEngine._configure_zero_optimizer)(self, optimizer)
 
     def _configure_checkpointing(self) -> None:
         super()._configure_checkpointing()
-        use_plain_files(self)
+        use_checkpoint_files(self)
 
     def _validate_zero3_moe_compatibility(self) -> None:
         # DeepSpeed refuses its expert layers here, because stage 3 would overwrite experts by those of rank 0.

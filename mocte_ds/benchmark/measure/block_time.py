@@ -48,7 +48,7 @@ def measure_block(sizes: FreezeSizes, tokens: int, clock: Clock, repeats: int) -
     hidden = torch.randn(1, tokens, d, device=clock.device, dtype=dtype)
     block(hidden)
     rows = block.banks[0].deepspeed_moe.exp_counts.tolist()
-    plain = _PlainExperts(sizes, rows).to(clock.device, dtype)
+    plain = _UnroutedExperts(sizes, rows).to(clock.device, dtype)
     arms = {
         "training": _passes(block, hidden, True),
         "frozen": _passes(block, hidden, False),
@@ -74,7 +74,7 @@ def measure_block(sizes: FreezeSizes, tokens: int, clock: Clock, repeats: int) -
     }
 
 
-class _PlainExperts(nn.Module):
+class _UnroutedExperts(nn.Module):
     """FFNs on consecutive rows of fixed number."""
 
     def __init__(self, sizes: FreezeSizes, rows: list[int]) -> None:

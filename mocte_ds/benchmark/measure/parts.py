@@ -26,7 +26,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Part:
+class TimedPart:
     """One part of a check, as it was timed."""
 
     what: str
@@ -39,7 +39,7 @@ class Part:
     every_check: bool = True
     """False: once a block (cold starts)."""
 
-    def for_work(self, work: Work) -> "Part":
+    def for_work(self, work: Work) -> "TimedPart":
         """The part with its seconds scaled to other work."""
         factor = work.units / self.work.units if self.work.units else 0.0
         return replace(self, work=work, seconds=self.seconds * factor)
@@ -51,7 +51,7 @@ class Part:
 
 
 def parts_table(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """The parts of a result, as :meth:`Part.to_dict` gave them, one line each."""
+    """The parts of a result, as :meth:`TimedPart.to_dict` gave them, one line each."""
     head = ["part", "seconds", "GFLOP", "GFLOP/s", "MB moved", "MB held", "what"]
     rows = []
     for name, part in parts.items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocte_ds.benchmark.measure.clock import Clock
-from mocte_ds.benchmark.measure.parts import Part, Work
+from mocte_ds.benchmark.measure.parts import TimedPart, Work
 from mocte_ds.benchmark.measure.run_plan import RunPlan, read_plan
 from mocte_ds.benchmark.measure.step import step_seconds
 from mocte_ds.errors import MocteError
@@ -33,7 +33,7 @@ ON_ACCELERATOR = (
 class Costs:
     """How one benchmark measures the parts of a run's check, and what work they are."""
 
-    measure: Callable[[RunPlan], dict[str, Part]]
+    measure: Callable[[RunPlan], dict[str, TimedPart]]
     """In this process, at the run's own sizes."""
     work: Callable[[RunPlan], dict[str, Work]]
     """Of one rank between two checks."""
@@ -73,7 +73,7 @@ def require_at_least(args: argparse.Namespace, name: str, least: int) -> None:
         raise MocteError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
 
 
-def shares(args: argparse.Namespace, clock: Clock, costs: Costs, parts: dict[str, Part]) -> dict[str, Any]:
+def shares(args: argparse.Namespace, clock: Clock, costs: Costs, parts: dict[str, TimedPart]) -> dict[str, Any]:
     """The machine and both shares, for a benchmark's result.
 
     Args:
@@ -98,7 +98,7 @@ def shares(args: argparse.Namespace, clock: Clock, costs: Costs, parts: dict[str
 
 
 def measured_share(
-    parts: dict[str, Part], work: dict[str, Work], plan: RunPlan, seconds_a_step: float
+    parts: dict[str, TimedPart], work: dict[str, Work], plan: RunPlan, seconds_a_step: float
 ) -> dict[str, Any]:
     """Share of a run that was timed here, in one process that does the work of all ranks."""
     scaled = _recurring(parts, work)
@@ -107,7 +107,7 @@ def measured_share(
 
 
 def projected_share(
-    parts: dict[str, Part], work: dict[str, Work], plan: RunPlan, machine: dict[str, Any], args: argparse.Namespace
+    parts: dict[str, TimedPart], work: dict[str, Work], plan: RunPlan, machine: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Share of a run on many ranks, from parts measured here; no rank is faster than this machine.
 
@@ -172,7 +172,7 @@ def shares_text(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _scale(part: Part, machine: dict[str, Any], args: argparse.Namespace) -> float:
+def _scale(part: TimedPart, machine: dict[str, Any], args: argparse.Namespace) -> float:
     """Seconds of a part on the accelerator over its seconds here; see ON_ACCELERATOR."""
     if part.where == "host":
         return 1.0
@@ -182,12 +182,12 @@ def _scale(part: Part, machine: dict[str, Any], args: argparse.Namespace) -> flo
     return products if part.work.flops >= 0.5 * here * part.seconds else max(products, copies)
 
 
-def _recurring(parts: dict[str, Part], work: dict[str, Work]) -> dict[str, Part]:
+def _recurring(parts: dict[str, TimedPart], work: dict[str, Work]) -> dict[str, TimedPart]:
     """What happens at every check, scaled to the run's work."""
     return {name: part.for_work(work[name]) for name, part in parts.items() if part.every_check}
 
 
-def _share(parts: dict[str, Part], training: float) -> dict[str, Any]:
+def _share(parts: dict[str, TimedPart], training: float) -> dict[str, Any]:
     return _total({name: part.seconds for name, part in parts.items()}, training)
 
 
@@ -198,7 +198,7 @@ def _total(seconds: dict[str, float], training: float) -> dict[str, Any]:
     return {**facts, "within_target": share <= TARGET}
 
 
-def _scales(parts: dict[str, Part], scaled: dict[str, Part]) -> dict[str, float]:
+def _scales(parts: dict[str, TimedPart], scaled: dict[str, TimedPart]) -> dict[str, float]:
     return {name: part.work.units / parts[name].work.units for name, part in scaled.items()}
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from mocte_ds.checkpoints.outline import Stored, filled, join
+from mocte_ds.checkpoints.disk_tensors import DiskTensor, filled, join
 from mocte_ds.checkpoints.reshaping.layout import partition_size
-from mocte_ds.checkpoints.reshaping.shards import Part, is_vector
+from mocte_ds.checkpoints.reshaping.shards import GroupPart, is_vector
 from mocte_ds.errors import CheckpointError
 
 
-def joined(parts: list[Part], files: list[str]) -> Part:
+def joined(parts: list[GroupPart], files: list[str]) -> GroupPart:
     """The parts of all ranks put together, as if one rank had the whole group, without padding.
 
     Args:
@@ -51,7 +51,7 @@ def joined(parts: list[Part], files: list[str]) -> Part:
     return replace(parts[0], master=master, padding=0, ranks=1, state=state, fragments=fragments)
 
 
-def cut(whole: Part, index: int, ranks: int) -> Part:
+def cut(whole: GroupPart, index: int, ranks: int) -> GroupPart:
     """The part of rank ``index`` of ``ranks`` ranks that share a whole group."""
     total = whole.master.numel
     size = partition_size(total, ranks)
@@ -80,14 +80,14 @@ def _require_full(fragments: dict[str, tuple[int, int]], alignment: list[int], t
         )
 
 
-def _not_partitioned(part: Part) -> dict[str, Any]:
+def _not_partitioned(part: GroupPart) -> dict[str, Any]:
     """What of the optimizer's state is one value; for moments that they are there."""
     return {name: value.dtype if is_vector(value) else value for name, value in part.state.items()}
 
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two sets of plain values are equal, tensors included."""
-    if isinstance(one, Stored) and isinstance(other, Stored):
+    if isinstance(one, DiskTensor) and isinstance(other, DiskTensor):
         return torch.equal(filled(one), filled(other))
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())

@@ -3,19 +3,19 @@
 from dataclasses import replace
 from typing import Any
 
+from mocte_ds.checkpoints.disk_tensors import DiskTensor, read_disk_tensors
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, renumbered
-from mocte_ds.checkpoints.outline import Stored, read_outline
 from mocte_ds.checkpoints.reshaping.groups import cut, joined
 from mocte_ds.checkpoints.reshaping.layout import Layout
-from mocte_ds.checkpoints.reshaping.shards import Key, Part, Shard
-from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
+from mocte_ds.checkpoints.reshaping.shards import GroupPart, Key, Shard
 from mocte_ds.errors import CheckpointError
 
 
 class StoredOptimizer:
     """Master weights and moments of all ranks; nothing is read of them but where they lie."""
 
-    def __init__(self, written: Written) -> None:
+    def __init__(self, written: SavedCheckpoint) -> None:
         """Put together what the ranks have.
 
         Raises:
@@ -31,13 +31,13 @@ class StoredOptimizer:
                 "the order of the parameters to the number of ranks: it stays in its layout."
             )
         self._blocks: list[str] = [block["name"] for block in written.blocks]
-        self._outlines: dict[str, dict[str, Stored]] = {}
+        self._contents: dict[str, dict[str, DiskTensor]] = {}
         paths = [written.folder / written.optimizer_file(rank) for rank in range(layout.world_size)]
         self.shards = [Shard.read(path, self.first_expert(layout, rank)) for rank, path in enumerate(paths)]
         for shard, path in zip(self.shards, paths, strict=True):
             if shard.common != self.shards[0].common:
                 raise CheckpointError(f"{path} has another state of the optimizer than {paths[0]}: of two checkpoints.")
-        self.groups: dict[Key, Part] = {}
+        self.groups: dict[Key, GroupPart] = {}
         """Every group as a whole, experts with their numbers in the bank."""
         holders: dict[Key, list[int]] = {}
         for rank, shard in enumerate(self.shards):
@@ -84,7 +84,7 @@ class StoredOptimizer:
         groups = [self.groups[key] for key in self.keys(layout, rank)]
         return [{renumbered(name, -first): self._shape(name) for name in group.fragments} for group in groups]
 
-    def _number(self, whole: Part) -> int:
+    def _number(self, whole: GroupPart) -> int:
         """Of an expert in its bank."""
         found = EXPERT_PARAMETER.fullmatch(next(iter(whole.fragments)))
         return int(found[3]) if found else -1
@@ -109,17 +109,19 @@ class StoredOptimizer:
         if found:
             layer = self._blocks.index(found[1]) * self.written.banks + int(found[2])
             file = EXPERT_FILE.format(layer=layer, expert=found[3])
-        if file not in self._outlines:
-            content = self.written.model["module"] if file == MODEL_FILE else read_outline(self.written.folder / file)
-            self._outlines[file] = content
-        return self._outlines[file][name].shape
+        if file not in self._contents:
+            content = (
+                self.written.model["module"] if file == MODEL_FILE else read_disk_tensors(self.written.folder / file)
+            )
+            self._contents[file] = content
+        return self._contents[file][name].shape
 
-    def _require_model(self, key: Key, whole: Part, file: str) -> None:
+    def _require_model(self, key: Key, whole: GroupPart, file: str) -> None:
         """The parameters of a group must be the model's."""
         for name, (_, numel) in whole.fragments.items():
             found = EXPERT_PARAMETER.fullmatch(name)
             try:
-                fits = Stored(whole.master.dtype, self._shape(name), ()).numel == numel
+                fits = DiskTensor(whole.master.dtype, self._shape(name), ()).numel == numel
                 if found and whole.is_expert:
                     expert = int(found[2]) * self.written.num_experts + int(found[3])
                     fits = fits and key[0] == f"{found[1]}.{expert}"

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
-from mocte_ds.checkpoints.plain import only_plausible
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
-from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.save import Saver
+from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership import require_apart, require_outside_whole
 
@@ -49,7 +49,7 @@ def reshape(
     require_outside_whole(root)
     manifest = require_whole(folder)
     with only_plausible(folder):
-        written = Written(folder, manifest)
+        written = SavedCheckpoint(folder, manifest)
         layout = Layout(world_size, ep_size, written.layout.data_before_expert)
         reshaped = Reshaped(written, layout)
         written.require_supported()

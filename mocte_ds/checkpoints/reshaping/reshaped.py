@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from mocte_ds.checkpoints.disk_tensors import FileCopy, TensorFile, filled, read_disk_tensors
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, OPTIMIZER_NAME, renumbered
-from mocte_ds.checkpoints.outline import Copy, Outline, filled, read_outline
-from mocte_ds.checkpoints.plain import read_plain
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME, generator_states
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.optimizer import StoredOptimizer
+from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.reshaping.schedules import for_groups
-from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.checkpoints.values import read_plain
 from mocte_ds.errors import CheckpointError
 
 _MOST_RANKS = 1 << 16  # more than anybody has; each of them gets files
@@ -28,7 +28,7 @@ _MOST_SHOWN = 1024
 class Reshaped:
     """What the files of a checkpoint are in a layout; the checkpoint itself is only read."""
 
-    def __init__(self, written: Written, layout: Layout, rank: int = 0) -> None:
+    def __init__(self, written: SavedCheckpoint, layout: Layout, rank: int = 0) -> None:
         """Choose a layout.
 
         Args:
@@ -80,14 +80,14 @@ class Reshaped:
         shared = [name for name in self.written.manifest.files if not any(kind.fullmatch(name) for kind in kinds)]
         return sorted(of_ranks + shared)
 
-    def file(self, name: str) -> Outline | Copy:
+    def file(self, name: str) -> TensorFile | FileCopy:
         """A file of the layout, ready to be written; no weight is read yet.
 
         Raises:
             CheckpointError: what it is made of is damaged or contradicts itself.
         """
         content = self._content(name) if self.changed else None
-        return Copy(self.written.folder / name) if content is None else Outline(content)
+        return FileCopy(self.written.folder / name) if content is None else TensorFile(content)
 
     def read(self, name: str) -> Any:
         """The content of a file of the layout, in CPU memory.
@@ -108,7 +108,7 @@ class Reshaped:
         return StoredOptimizer(self.written)
 
     def _content(self, name: str) -> Any:
-        """The outline of a file that the layout changes; None for one that stays as it is."""
+        """The new content of a file that the layout changes; None for one that stays as it is."""
         random_file, shard = RANDOM_NAME.fullmatch(name), OPTIMIZER_NAME.fullmatch(name)
         if random_file:
             return self._random(int(random_file[1]))
@@ -135,7 +135,7 @@ class Reshaped:
         for layer in range(len(self.written.blocks) * self.written.banks):
             for expert in range(first, first + self.written.num_experts // self.layout.ep_size):
                 path = self.written.folder / EXPERT_FILE.format(layer=layer, expert=expert)
-                own = {renumbered(name, -first): stored.shape for name, stored in read_outline(path).items()}
+                own = {renumbered(name, -first): stored.shape for name, stored in read_disk_tensors(path).items()}
                 found.update((name, size) for name, size in _sizes(own).items() if name not in trained)
         return found
 
@@ -153,7 +153,7 @@ class Reshaped:
     def _random(self, rank: int) -> dict[str, Any]:
         """States of a rank's generators; a rank that did not exist gets its own from the run's name and step."""
         manifest = self.written.manifest
-        existing = read_outline(self.written.folder / RANDOM_FILE.format(rank=min(rank, manifest.world_size - 1)))
+        existing = read_disk_tensors(self.written.folder / RANDOM_FILE.format(rank=min(rank, manifest.world_size - 1)))
         if rank < manifest.world_size:
             return {name: state for name, state in existing.items() if name != "mocte"}
         text = f"{manifest.run} step {manifest.step} rank {rank}"

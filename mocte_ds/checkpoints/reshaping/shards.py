@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from mocte_ds.checkpoints.disk_tensors import DiskTensor, read_disk_tensors
 from mocte_ds.checkpoints.names import renumbered
-from mocte_ds.checkpoints.outline import Stored, read_outline
-from mocte_ds.checkpoints.plain import object_fields, plain_object, require_keys
+from mocte_ds.checkpoints.values import object_fields, plain_object, require_keys
 from mocte_ds.errors import CheckpointError
 from mocte_ds.shown import one_line
 
@@ -21,12 +21,12 @@ _LISTS = (_MASTERS, "group_paddings", "param_alignment_paddings", "partition_cou
 
 
 @dataclass(frozen=True)
-class Part:
+class GroupPart:
     """What one rank has of a parameter group."""
 
     settings: dict[str, Any]
     """Learning rate and the like: the group without its parameters."""
-    master: Stored
+    master: DiskTensor
     """(n,) master weights, without padding at the end."""
     padding: int
     """Elements of padding that the rank holds behind them."""
@@ -49,14 +49,14 @@ class Part:
 class Shard:
     """The content of one rank's file."""
 
-    parts: dict[Key, Part]
+    parts: dict[Key, GroupPart]
     """In the order of the rank."""
     common: dict[str, Any]
     """Everything that is not about one group, with nothing in the place of what is; the same on all ranks."""
 
     @classmethod
     def read(cls, path: Path, first: int) -> "Shard":
-        """Read a file's outline.
+        """Read a file, its tensors apart.
 
         Args:
             path: the file.
@@ -65,7 +65,7 @@ class Shard:
         Raises:
             CheckpointError: it is not of a supported optimizer, or not what it should be; names the file.
         """
-        content = require_keys(read_outline(path), (_STATE,), path)
+        content = require_keys(read_disk_tensors(path), (_STATE,), path)
         state = require_keys(content[_STATE], (_BASE,), path)
         if isinstance(state[_BASE], list):
             raise CheckpointError(f"{path} is of zero_optimization.elastic_checkpoint, which is not supported.")
@@ -104,19 +104,19 @@ class Shard:
 
 def is_vector(value: Any) -> bool:
     """Whether a value of the optimizer's state is partitioned like the master weights."""
-    return isinstance(value, Stored) and len(value.shape) == 1
+    return isinstance(value, DiskTensor) and len(value.shape) == 1
 
 
 def _part(
     group: dict[str, Any],
     state: dict[str, Any],
     first: int,
-    master: Stored,
+    master: DiskTensor,
     padding: int,
     alignment: list[int],
     ranks: int,
     addresses: dict[str, Any],
-) -> Part:
+) -> GroupPart:
     settings = {name: value for name, value in group.items() if name != "params"}
     fragments = {
         renumbered(name, first): (int(fields["start"]), int(fields["numel"]))
@@ -125,9 +125,14 @@ def _part(
     if len(master.shape) != 1 or master.dtype != torch.float32 or not fragments and master.numel:
         raise ValueError(f"its master weights are {master.dtype} of the shape {master.shape}")
     for name, value in state.items():
-        if is_vector(value) and value.numel != master.numel + padding or isinstance(value, Stored) and value.shape[1:]:
+        if (
+            is_vector(value)
+            and value.numel != master.numel + padding
+            or isinstance(value, DiskTensor)
+            and value.shape[1:]
+        ):
             raise ValueError(f"its {name} has the shape {value.shape} for {master.numel} + {padding} master weights")
-    return Part(settings, master, padding, ranks, state, fragments, alignment)
+    return GroupPart(settings, master, padding, ranks, state, fragments, alignment)
 
 
 def _addresses(fragments: dict[str, tuple[int, int]], first: int) -> OrderedDict[str, Any]:

@@ -8,7 +8,7 @@ from torch import nn
 from mocte_ds.base_model import base_facts, require_base
 from mocte_ds.dist.collectives import from_rank_zero, world
 from mocte_ds.errors import CheckpointError, ConfigError, MocteError
-from mocte_ds.zero.whole_weights import whole_weights
+from mocte_ds.zero.gathered_weights import whole_weights
 
 
 def export_run(

@@ -139,7 +139,7 @@ def _require_plain(folder: Path) -> None:
     try:
         content = path.read_bytes()
         _require_bounded(content)
-        _Plain(io.BytesIO(content)).load()
+        _TensorLists(io.BytesIO(content)).load()
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: {folder} is not a distributed checkpoint of megatron-core."
@@ -155,7 +155,7 @@ def _require_bounded(content: bytes) -> None:
             raise pickle.UnpicklingError(f"it numbers an object {value}, and has {len(content)} bytes")
 
 
-class _Plain(pickle.Unpickler):
+class _TensorLists(pickle.Unpickler):
     """Knows the classes of a list of tensors, and no functions."""
 
     def find_class(self, module: str, name: str) -> Any:

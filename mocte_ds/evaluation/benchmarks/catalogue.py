@@ -29,7 +29,7 @@ DEFAULT = "default"
 
 
 @dataclass(frozen=True)
-class Part:
+class TaskSplit:
     """One split of a data set."""
 
     path: str
@@ -69,27 +69,27 @@ _SHOTS = (
     "the training set, which the package does not have"
 )
 PARTS = (
-    Part("Rowan/hellaswag", DEFAULT, "validation", 10042, "hellaswag/none"),
-    Part("baber/piqa", DEFAULT, "validation", 1838, "piqa/plain_text"),
-    Part("allenai/ai2_arc", "ARC-Easy", "validation", 570, "ai2_arc/ARC-Easy"),
-    Part("allenai/ai2_arc", "ARC-Easy", "test", 2376, "requests:arc_easy/test_rc_5shot"),
-    Part("allenai/ai2_arc", "ARC-Challenge", "validation", 299, "ai2_arc/ARC-Challenge"),
-    Part("allenai/ai2_arc", "ARC-Challenge", "test", 1172, "requests:arc_challenge/test_rc_5shot"),
-    Part("allenai/winogrande", "winogrande_xl", "validation", 1267, "winogrande/winogrande_xl"),
-    Part("aps/super_glue", "boolq", "validation", 3270, "boolq/none"),
-    Part("allenai/openbookqa", "main", "validation", 500, "openbookqa/main"),
-    Part("allenai/openbookqa", "main", "test", 500, "requests:openbookqa/test_rc_5shot"),
-    Part("allenai/sciq", DEFAULT, "validation", 1000, "sciq/none"),
-    Part("allenai/sciq", DEFAULT, "test", 1000, "sciq/none", _SCIQ),
-    Part("lighteval/siqa", DEFAULT, "validation", 1954, "social_i_qa/none"),
-    Part("EleutherAI/lambada_openai", DEFAULT, "test", 5153, "requests:lambada/bpb_0shot"),
-    Part("openai/gsm8k", "main", "train", 8, "requests:gsm8k/gold_bpb_5shot", _SHOTS, 7473),
-    Part("openai/gsm8k", "main", "test", 1319, "requests:gsm8k/gold_bpb_5shot"),
-    Part(
+    TaskSplit("Rowan/hellaswag", DEFAULT, "validation", 10042, "hellaswag/none"),
+    TaskSplit("baber/piqa", DEFAULT, "validation", 1838, "piqa/plain_text"),
+    TaskSplit("allenai/ai2_arc", "ARC-Easy", "validation", 570, "ai2_arc/ARC-Easy"),
+    TaskSplit("allenai/ai2_arc", "ARC-Easy", "test", 2376, "requests:arc_easy/test_rc_5shot"),
+    TaskSplit("allenai/ai2_arc", "ARC-Challenge", "validation", 299, "ai2_arc/ARC-Challenge"),
+    TaskSplit("allenai/ai2_arc", "ARC-Challenge", "test", 1172, "requests:arc_challenge/test_rc_5shot"),
+    TaskSplit("allenai/winogrande", "winogrande_xl", "validation", 1267, "winogrande/winogrande_xl"),
+    TaskSplit("aps/super_glue", "boolq", "validation", 3270, "boolq/none"),
+    TaskSplit("allenai/openbookqa", "main", "validation", 500, "openbookqa/main"),
+    TaskSplit("allenai/openbookqa", "main", "test", 500, "requests:openbookqa/test_rc_5shot"),
+    TaskSplit("allenai/sciq", DEFAULT, "validation", 1000, "sciq/none"),
+    TaskSplit("allenai/sciq", DEFAULT, "test", 1000, "sciq/none", _SCIQ),
+    TaskSplit("lighteval/siqa", DEFAULT, "validation", 1954, "social_i_qa/none"),
+    TaskSplit("EleutherAI/lambada_openai", DEFAULT, "test", 5153, "requests:lambada/bpb_0shot"),
+    TaskSplit("openai/gsm8k", "main", "train", 8, "requests:gsm8k/gold_bpb_5shot", _SHOTS, 7473),
+    TaskSplit("openai/gsm8k", "main", "test", 1319, "requests:gsm8k/gold_bpb_5shot"),
+    TaskSplit(
         "mandarjoshi/trivia_qa", "rc.nocontext", "validation", 7993, "trivia_qa/rc.wikipedia.nocontext", _TRIVIA, 17944
     ),
-    Part("google-research-datasets/nq_open", DEFAULT, "validation", 3610, "nq_open/none"),
-    Part("openai/openai_humaneval", DEFAULT, "test", 164, "requests:codex_humaneval/gold_bpb_0shot"),
+    TaskSplit("google-research-datasets/nq_open", DEFAULT, "validation", 3610, "nq_open/none"),
+    TaskSplit("openai/openai_humaneval", DEFAULT, "test", 164, "requests:codex_humaneval/gold_bpb_0shot"),
 )
 MMLU = "cais/mmlu"
 MMLU_SOURCE = "hails/mmlu_no_train"

@@ -13,7 +13,7 @@ from mocte_ds.evaluation.benchmarks.catalogue import (
     PACKAGE,
     PARTS,
     VERSION,
-    Part,
+    TaskSplit,
 )
 from mocte_ds.evaluation.benchmarks.package import read_package
 from mocte_ds.ownership import replace_folder, require_new_or_ours
@@ -74,7 +74,7 @@ def _write(table: Any, path: Path) -> None:
     pyarrow.parquet.write_table(table, path, compression="zstd")
 
 
-def _from_cache(tell: Callable[[str], None]) -> Iterator[tuple[Part, Any]]:
+def _from_cache(tell: Callable[[str], None]) -> Iterator[tuple[TaskSplit, Any]]:
     """Every split of the catalogue's data sets that the cache holds; says what it does not."""
     import datasets
 
@@ -95,19 +95,19 @@ def _from_cache(tell: Callable[[str], None]) -> Iterator[tuple[Part, Any]]:
             official = None if part is None else part.official or part.items
             if official not in (None, table.num_rows):
                 raise DataError(f"the cache has {table.num_rows} items of {path} ({config}, {split}), not {official}.")
-            yield Part(path, config, str(split), table.num_rows, ""), table
+            yield TaskSplit(path, config, str(split), table.num_rows, ""), table
 
 
-def _by_subject(table: Any, split: str) -> Iterator[tuple[Part, Any]]:
+def _by_subject(table: Any, split: str) -> Iterator[tuple[TaskSplit, Any]]:
     import pyarrow.compute
 
     for subject in sorted(set(table["subject"].to_pylist())):
         rows = table.filter(pyarrow.compute.equal(table["subject"], subject))
         with suppress(KeyError):
-            yield Part(MMLU, subject, split, rows.num_rows, ""), rows
+            yield TaskSplit(MMLU, subject, split, rows.num_rows, ""), rows
 
 
-def _licences(found: list[tuple[Part, int]], origin: str) -> str:
+def _licences(found: list[tuple[TaskSplit, int]], origin: str) -> str:
     """Whose the data are, in the form of the project's NOTICE."""
     lines = [
         "# Whose these data are",

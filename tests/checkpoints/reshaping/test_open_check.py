@@ -6,7 +6,7 @@ from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
-from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.ownership.manifest import Manifest
 from tests.checkpoints.damage import seal
 from tools import reshape as tool
@@ -19,7 +19,7 @@ def test_it_is_said_that_a_check_is_left_out(written, tmp_path, capsys):
         content["mocte"]["check"] = check
         torch.save(content, folder / STATE_FILE)
         seal(folder)
-        there = Written(folder, Manifest.read(folder))
+        there = SavedCheckpoint(folder, Manifest.read(folder))
         for layout, said in ((Layout(1, 1), told), (there.layout, False)):
             note = Reshaped(there, layout).note(batch=there.batch) or ""
             assert ("measured and not decided" in note) == said

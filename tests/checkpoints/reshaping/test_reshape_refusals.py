@@ -17,7 +17,7 @@ from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE, OPTIMIZER_FILE
 from mocte_ds.checkpoints.random_states import RANDOM_FILE
 from mocte_ds.checkpoints.reshaping.reshape import reshape
-from mocte_ds.checkpoints.reshaping.written import Written
+from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership.manifest import MANIFEST_FILE
 from tests.checkpoints.by_hand import sign
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up(fresh, tmp_path):
 
 
 def test_another_precision(fresh):
-    written = Written(fresh, require_whole(fresh))
+    written = SavedCheckpoint(fresh, require_whole(fresh))
     written.require_precision(True)
     with raises(CheckpointError, match="written with bf16.enabled = true, the run has false"):
         written.require_precision(False)

@@ -11,7 +11,7 @@ from tests.spawn import spawn
 
 
 @dataclass(frozen=True)
-class Written:
+class SavedRuns:
     """Folders of checkpoints by the name of the run; not to be changed by a test."""
 
     folder: Path
@@ -25,10 +25,10 @@ class Written:
         return Path(shutil.copytree(tag, out / name / tag.name))
 
 
-def write(folder: Path) -> Written:
+def write(folder: Path) -> SavedRuns:
     """Checkpoints `ffn`, `lora` and `dense` in a folder."""
     texts = {"prose": [f"the river moves over stone {n} and light falls on dark water\n" for n in range(200)]}
     tokenizer = train_tokenizer(texts, folder / "own.model", 320)
     ranks = spawn(runs.write, 2, str(folder), str(tokenizer), timeout=150, deepspeed=True)
     experts = {name: {**ranks[0][name], **ranks[1][name]} for name in ranks[0]}
-    return Written(folder, tokenizer, experts)
+    return SavedRuns(folder, tokenizer, experts)

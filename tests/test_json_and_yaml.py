@@ -16,9 +16,9 @@ from mocte_ds.json_files import read_json, read_object
 from mocte_ds.ownership.manifest import MANIFEST_FILE
 from mocte_ds.ownership.manifest import Manifest as CheckpointManifest
 from mocte_ds.ownership.marker import MARKER, Marker
-from mocte_ds.plain_values import require_plain
 from mocte_ds.shown import shown
 from mocte_ds.training.changes import IDENTITY_FILE, changes_so_far, read_identity
+from mocte_ds.value_bounds import require_plain
 from mocte_ds.yaml_files import parse_yaml, read_yaml
 
 # From the YAML 1.2 specification, chapter 10.3 (core schema), and its differences from 1.1.

@@ -20,14 +20,14 @@ from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, MocteError
 from mocte_ds.moe import attach
-from tests.checkpoints import runs, whole
+from tests.checkpoints import runs, writers
 from tests.checkpoints.loaded import load_model
 from tests.spawn import spawn
 from tools.zero_to_fp32 import main
 
 
 def test_the_engine_gives_the_experts_of_all_ranks(tmp_path):
-    results = spawn(whole.write_and_load, 2, str(tmp_path), timeout=150, deepspeed=True)
+    results = spawn(writers.write_and_load, 2, str(tmp_path), timeout=150, deepspeed=True)
     for result in results:
         assert all(result["same"].values()), result["same"]
         errors = result["errors"]

@@ -1,4 +1,4 @@
-"""Files of tensors without their numbers: what lies where on the disk, so that large ones need little memory."""
+"""Tensors that stay on the disk: where their bytes lie in which file, so that large files need little memory."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mocte_ds.checkpoints.files import Deferred
-from mocte_ds.checkpoints.plain import read_plain
+from mocte_ds.checkpoints.values import read_plain
 from mocte_ds.errors import CheckpointError
 
 _BLOCK = 1 << 24  # bytes in memory at once
@@ -26,13 +26,13 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
+class DiskTensor:
     """A contiguous tensor that lies in files."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    """Its bytes, one behind the other; zeros follow where they are too few."""
+    """Its bytes, in this order; zeros follow where they are too few."""
 
     @property
     def numel(self) -> int:
@@ -44,15 +44,15 @@ class Stored:
         """Bytes of the whole tensor."""
         return self.numel * self.dtype.itemsize
 
-    def flat(self, first: int, last: int, size: int | None = None) -> "Stored":
-        """Elements from ``first`` up to ``last`` as a vector of ``size`` elements, zeros behind them."""
+    def flat(self, first: int, last: int, size: int | None = None) -> "DiskTensor":
+        """Elements from ``first`` up to ``last`` as a vector of ``size`` elements, zeros after them."""
         start, end, found, place = first * self.dtype.itemsize, last * self.dtype.itemsize, [], 0
         for piece in self.pieces:
             low, high = max(start, place), min(end, place + piece.bytes)
             if low < high:
                 found.append(Piece(piece.path, piece.start + low - place, high - low))
             place += piece.bytes
-        return Stored(self.dtype, (last - first if size is None else size,), tuple(found))
+        return DiskTensor(self.dtype, (last - first if size is None else size,), tuple(found))
 
     def read(self) -> Tensor:
         """The tensor, in memory.
@@ -85,14 +85,14 @@ class Stored:
                     missing -= len(block)
 
 
-def join(parts: list[Stored]) -> Stored:
-    """Vectors one behind the other as one vector."""
+def join(parts: list[DiskTensor]) -> DiskTensor:
+    """Vectors, one after the other, as one vector."""
     pieces = tuple(piece for part in parts for piece in part.pieces)
-    return Stored(parts[0].dtype, (sum(part.numel for part in parts),), pieces)
+    return DiskTensor(parts[0].dtype, (sum(part.numel for part in parts),), pieces)
 
 
-def read_outline(path: Path) -> Any:
-    """The content of a file with a :class:`Stored` in the place of each tensor; nothing in it is executed.
+def read_disk_tensors(path: Path) -> Any:
+    """The content of a file with a :class:`DiskTensor` in the place of each tensor; nothing in it is executed.
 
     Raises:
         CheckpointError: the file is missing, damaged or holds more than plain values and contiguous tensors.
@@ -103,7 +103,7 @@ def read_outline(path: Path) -> Any:
         content = read_plain(path)
     size = path.stat().st_size
 
-    def place(tensor: Tensor) -> Stored:
+    def place(tensor: Tensor) -> DiskTensor:
         # torch says where the bytes of a storage lie; files of before torch 1.6 have no such place.
         start = tensor.untyped_storage()._checkpoint_offset
         if start is None or not tensor.is_contiguous():
@@ -112,33 +112,33 @@ def read_outline(path: Path) -> Any:
         pieces = (Piece(path, start, tensor.numel() * tensor.dtype.itemsize),)
         if start + pieces[0].bytes > size:
             raise CheckpointError(f"{path} claims to hold a tensor of {pieces[0].bytes} bytes and has {size} in all.")
-        return Stored(tensor.dtype, tuple(tensor.shape), pieces)
+        return DiskTensor(tensor.dtype, tuple(tensor.shape), pieces)
 
     return mapped(content, Tensor, place)
 
 
 def filled(content: Any) -> Any:
-    """An outline with its tensors read; what was one tensor is one again.
+    """What :func:`read_disk_tensors` returned, with its tensors read; what was one tensor is one again.
 
     Raises:
         CheckpointError: a file has become shorter.
     """
     seen: dict[Any, Tensor] = {}
 
-    def read(stored: Stored) -> Tensor:
+    def read(stored: DiskTensor) -> Tensor:
         key = _identity(stored)
         if key not in seen:
             seen[key] = stored.read()
         return seen[key]
 
-    return mapped(content, Stored, read)
+    return mapped(content, DiskTensor, read)
 
 
-class Outline(Deferred):
+class TensorFile(Deferred):
     """A file that is written tensor by tensor."""
 
     def __init__(self, content: Any) -> None:
-        """Take plain values with :class:`Stored` and tensors in them."""
+        """Take plain values with :class:`DiskTensor` and tensors in them."""
         self.content = content
 
     @property
@@ -172,16 +172,16 @@ class Outline(Deferred):
                     seen[key] = torch.empty(leaf.shape, dtype=leaf.dtype)
             return seen[key]
 
-        blanks = mapped(self.content, Stored | Tensor, blank)
+        blanks = mapped(self.content, DiskTensor | Tensor, blank)
         with open(path, "wb") as empty, torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(blanks, empty)
-        places = [stored.pieces[0].start for stored in _tensors(read_outline(path))]
+        places = [stored.pieces[0].start for stored in _tensors(read_disk_tensors(path))]
         with open(path, "r+b") as file:
             for leaf, start in zip(_tensors(self.content), places, strict=True):
                 _fill(file, start, leaf)
 
 
-class Copy(Deferred):
+class FileCopy(Deferred):
     """A file that is taken over as it is."""
 
     def __init__(self, path: Path) -> None:
@@ -220,12 +220,12 @@ def mapped(value: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
 
 def _identity(leaf: Any) -> Any:
     """Equal for what is one tensor: lies in the same place. Two that are all zeros are two."""
-    return leaf if isinstance(leaf, Stored) and leaf.pieces else id(leaf)
+    return leaf if isinstance(leaf, DiskTensor) and leaf.pieces else id(leaf)
 
 
 def _tensors(content: Any) -> Iterator[Any]:
     found: list[Any] = []
-    mapped(content, Stored | Tensor, found.append)
+    mapped(content, DiskTensor | Tensor, found.append)
     return iter(found)
 
 

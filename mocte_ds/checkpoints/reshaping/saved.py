@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.checkpoints.disk_tensors import read_disk_tensors
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.names import (
     CONVERTERS_FILE,
@@ -14,10 +15,9 @@ from mocte_ds.checkpoints.names import (
     OPTIMIZER_NAME,
     model_file,
 )
-from mocte_ds.checkpoints.outline import read_outline
-from mocte_ds.checkpoints.plain import require_keys
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME
 from mocte_ds.checkpoints.reshaping.layout import Layout
+from mocte_ds.checkpoints.values import require_keys
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership.manifest import Manifest
 
@@ -40,7 +40,7 @@ def require_experts(config: dict[str, Any], files: Iterable[str], path: Path) ->
         raise CheckpointError(f"{path} has {experts!r:.80} experts in {banks} banks, with files of {count} experts.")
 
 
-class Written:
+class SavedCheckpoint:
     """A checkpoint without its numbers; only read."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -58,7 +58,7 @@ class Written:
         """Content of our own file; None for a run without blocks."""
         if STATE_FILE in manifest.files:
             path = folder / STATE_FILE
-            self.state = require_keys(read_outline(path), ("mocte",), path)
+            self.state = require_keys(read_disk_tensors(path), ("mocte",), path)
             require_keys(self.state["mocte"], ("config", "blocks", "tokens"), path)
             require_keys(self.state["mocte"]["config"], ("num_experts", "ep_size"), path)
             require_experts(self.state["mocte"]["config"], manifest.files, path)
@@ -69,7 +69,7 @@ class Written:
     @functools.cached_property
     def weights_alone(self) -> dict[str, Any] | None:
         """Content of the file with the weights, if no engine has written it; else None."""
-        content = read_outline(self.folder / model_file(self.manifest.files))
+        content = read_disk_tensors(self.folder / model_file(self.manifest.files))
         known = isinstance(content, dict) and {"module", "global_steps"} <= content.keys()
         return content if self.precision is None and known and "ds_config" not in content else None
 
@@ -83,7 +83,7 @@ class Written:
         self._require_engine()
         needed = ("module", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config")
         path = self.folder / model_file(self.manifest.files)
-        return require_keys(read_outline(path), needed, path)
+        return require_keys(read_disk_tensors(path), needed, path)
 
     def _require_engine(self) -> None:
         if self.weights_alone is not None:
