@@ -1,6 +1,6 @@
 """Pre-trains a decoder: deepspeed launch/pretrain.py --run launch/runs/NAME.yaml [--out DIR] [--set KEY=VALUE].
 
-torchrun takes --run for the beginning of an option of its own; --run-file is the same under every launcher.
+torchrun reads --run as the beginning of one of its own options; --run-file is the same under every launcher.
 """
 
 import argparse

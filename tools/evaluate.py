@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         help="folder made by tools/export_hf.py (any Hugging Face causal model), or a run's checkpoints",
     )
     parser.add_argument(
-        "--tasks", default=None, help=f"names, with commas (default: {_TASKS}, or none where texts are given)"
+        "--tasks", default=None, help=f"names, separated by commas (default: {_TASKS}, or none where texts are given)"
     )
     parser.add_argument(
         "--texts",
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--limit", type=int, default=None, help="items of each task, documents of each domain (default: all)"
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a forward (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences per forward pass (default: %(default)s)")
     parser.add_argument("--num-fewshot", type=int, default=None, help="examples before each question")
     parser.add_argument(
         "--offline",
@@ -42,22 +42,24 @@ def main(argv: list[str] | None = None) -> int:
         help="folder filled by tools/get_benchmarks.py: lm-eval's own tasks run from it, and mocte-core for 15 of them",
     )
     parser.add_argument("--include-path", type=Path, default=None, help="folder with more lm-eval task files")
-    parser.add_argument("--chat-template", action="store_true", help="put questions as the tokenizer's template has it")
+    parser.add_argument(
+        "--chat-template", action="store_true", help="format questions with the tokenizer's chat template"
+    )
     parser.add_argument(
         "--run-code", action="store_true", help="run the programs that the model writes, for humaneval; no sandbox"
     )
-    parser.add_argument("--tag", default=None, help="of checkpoints: which one (default: the latest)")
+    parser.add_argument("--tag", default=None, help="for checkpoints: which one (default: the latest)")
     parser.add_argument(
         "--tokenizer",
         type=Path,
         default=None,
-        help="of checkpoints: sentencepiece model, or a folder with a tokenizer.json (default: the one of the run)",
+        help="for checkpoints: sentencepiece model, or a folder with a tokenizer.json (default: the one of the run)",
     )
     parser.add_argument(
         "--ep-size",
         type=int,
         default=None,
-        help="of checkpoints: ranks over which experts are spread (default: all; 1: every rank has all of them and its "
+        help="for checkpoints: ranks that share the experts (default: all; 1: every rank has all of them and its "
         "share of the items)",
     )
     parser.add_argument(

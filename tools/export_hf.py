@@ -1,4 +1,4 @@
-"""Exports a checkpoint to Hugging Face format: a stock class or our own, checked before it says done."""
+"""Exports a checkpoint to Hugging Face format: a stock class or our own, checked before it reports success."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
         default=None,
-        help="weights (default: fp32; an import without any training, and the model of your own script, as it is)",
+        help="data type (default: fp32; as stored for an import without training or your own script's model)",
     )
     parser.add_argument(
         "--tokenizer",

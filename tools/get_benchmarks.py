@@ -1,4 +1,4 @@
-"""Fills a folder with the data of standard tasks, for evaluation where no network is: evaluate --offline FOLDER."""
+"""Fills a folder with the data of standard tasks, for evaluation without a network: evaluate --offline FOLDER."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Imports a model in Hugging Face format as the start of a run; checked before it says done."""
+"""Imports a model in Hugging Face format as the start of a run; checked before it reports success."""
 
 import argparse
 import json
@@ -21,19 +21,21 @@ def main(argv: list[str] | None = None) -> int:
         "--max-positions", type=int, default=None, help="longest context of the run (default: the folder's)"
     )
     parser.add_argument(
-        "--emerge", type=Path, default=None, metavar="CORPUS", help="texts on whose features experts emerge at once"
+        "--emerge", type=Path, default=None, metavar="CORPUS", help="texts; experts emerge at once from their features"
     )
     parser.add_argument(
         "--config",
         type=Path,
         default=None,
-        help='DeepSpeed config (JSON) whose "mocte" block says which experts emerge (default: those of the defaults, '
+        help='DeepSpeed config (JSON) whose "mocte" block says which experts emerge (default: the default settings, '
         "in every layer)",
     )
     parser.add_argument(
-        "--context", type=int, default=256, help="tokens of a sequence of the corpus (default: %(default)s)"
+        "--context", type=int, default=256, help="tokens per sequence of the corpus (default: %(default)s)"
     )
-    parser.add_argument("--fixed-router", action="store_true", help="routers of a mixture of experts do not train on")
+    parser.add_argument(
+        "--fixed-router", action="store_true", help="the routers of a mixture of experts train no further"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     require_folder_for(args.out, "OUT")

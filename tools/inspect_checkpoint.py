@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line: tools/inspect_checkpoint.py DIR [--json]; exit code 1 where a file is damaged."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="exit code: 0 whole; 1 a file is missing, damaged or too much; 2 no checkpoint. "
+        epilog="exit code: 0 whole; 1 a file is missing, damaged or unexpected; 2 no checkpoint. "
         "example: python tools/inspect_checkpoint.py runs/quickstart/checkpoints",
     )
     parser.add_argument("checkpoint", metavar="DIR", type=Path, help="a run's checkpoints folder, or one tag in it")

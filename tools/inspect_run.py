@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: python tools/inspect_run.py runs/quickstart --check last",
     )
     parser.add_argument("run_dir", type=Path, help="the run folder (with metrics.jsonl in it)")
-    parser.add_argument("--check", metavar="STEP|last|all", help="show these checks in full (default: a line a check)")
+    parser.add_argument(
+        "--check", metavar="STEP|last|all", help="show these checks in full (default: one line per check)"
+    )
     parser.add_argument("--block", type=int, help="show this block only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)

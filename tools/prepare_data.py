@@ -1,4 +1,4 @@
-"""Tokenises a corpus into megatron-core's indexed data, one data set a domain and split, with a manifest."""
+"""Tokenises a corpus into megatron-core's indexed data, one data set per domain and split, with a manifest."""
 
 import argparse
 import json

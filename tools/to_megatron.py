@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Converts a checkpoint to megatron-core's distributed format, or back; checked before it says done."""
+"""Converts a checkpoint to megatron-core's distributed format, or back; checked before it reports success."""
 
 import argparse
 import contextlib

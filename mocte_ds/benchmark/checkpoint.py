@@ -34,13 +34,13 @@ from mocte_ds.text_table import percent, text_table
 _SIZES = {
     "d": (512, "features"),
     "width": (1408, "hidden units of an expert"),
-    "layers": (2, "of the model, each with a block"),
-    "experts": (4, "of a block"),
+    "layers": (2, "layers of the model, each with a block"),
+    "experts": (4, "experts of a block"),
     "ep": (2, "ranks that share a block's experts"),
     "ranks": (2, "processes"),
     "micro_batch": (2, "sequences of a rank and step"),
     "context": (128, "tokens of a sequence"),
-    "repeats": (2, "of everything; the shortest counts"),
+    "repeats": (2, "repetitions of everything; the shortest counts"),
 }
 _ON_DISK = 3  # checkpoints and plain files that lie there at one time
 
@@ -50,13 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (default, what) in _SIZES.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=default, help=f"{what} (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the model (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure (default: this one)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="data type of the model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("."), help="folder on the disk to measure (default: this one)"
+    )
     parser.add_argument(
         "--time-limit",
         type=seconds,
         default=300.0,
-        help="of the processes of each part, seconds (default: %(default)g)",
+        help="seconds for the processes of each part (default: %(default)g)",
     )
 
 

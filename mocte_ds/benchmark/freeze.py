@@ -30,9 +30,9 @@ _DEFAULTS = {
 _SIZES = {
     "d": "features",
     "width": "hidden units of an expert",
-    "layers": "of the model, each with a block",
-    "micro_batch": "sequences of a rank and step",
-    "context": "tokens of a sequence",
+    "layers": "layers of the model, each with a block",
+    "micro_batch": "sequences per rank and step",
+    "context": "tokens per sequence",
     "block_tokens": "tokens that the single block is timed on",
     "ranks": "processes",
 }
@@ -44,18 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         by_device = "; ".join(f"{device} {sizes.get(name, 'all')}" for device, sizes in _DEFAULTS.items())
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=None, help=f"{what} (default: {by_device})")
-    parser.add_argument("--experts", type=int, default=4, help="of a block (default: %(default)s)")
+    parser.add_argument("--experts", type=int, default=4, help="experts of a block (default: %(default)s)")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share a block's experts (default: %(default)s)")
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="of ZeRO (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=7, help="timed at every share (default: %(default)s)")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="stage of ZeRO (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="data type of the model (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=7, help="steps timed at every share (default: %(default)s)")
     parser.add_argument(
         "--frozen", default="0,25,50,75,100", help="shares of the experts in percent, ascending (default: %(default)s)"
     )
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of the block (default: %(default)s)")
-    parser.add_argument("--gemm-size", type=int, default=None, help="of the products that give the machine's rate")
     parser.add_argument(
-        "--time-limit", type=seconds, default=600.0, help="of the processes, seconds (default: %(default)g)"
+        "--gemm-size", type=int, default=None, help="size of the matrix products that give the machine's rate"
+    )
+    parser.add_argument(
+        "--time-limit", type=seconds, default=600.0, help="seconds for the processes (default: %(default)g)"
     )
 
 

@@ -30,19 +30,19 @@ _DEFAULTS = {"cpu": (512, 1408, 4096), "cuda": (4096, 14336, 16384)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the layer; those without a number here depend on the device."""
     for place, (name, what) in enumerate(
-        {"d": "features", "width": "hidden units of an expert", "tokens": "of each rank"}.items()
+        {"d": "features", "width": "hidden units of an expert", "tokens": "tokens per rank"}.items()
     ):
         by_device = "; ".join(f"{device} {sizes[place]}" for device, sizes in _DEFAULTS.items())
         parser.add_argument(f"--{name}", type=int, default=None, help=f"{what} (default: {by_device})")
-    parser.add_argument("--experts", type=int, default=8, help="all ranks together (default: %(default)s)")
+    parser.add_argument("--experts", type=int, default=8, help="experts of all ranks together (default: %(default)s)")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="data type (default: %(default)s)")
     parser.add_argument(
         "--loads", choices=LOADS, default="even", help="tokens of the experts; one-empty: one has none (default: even)"
     )
     parser.add_argument("--repeats", type=int, default=20, help="turns of all arms (default: %(default)s)")
     parser.add_argument(
-        "--time-limit", type=seconds, default=600.0, help="of the processes, seconds (default: %(default)g)"
+        "--time-limit", type=seconds, default=600.0, help="seconds for the processes (default: %(default)g)"
     )
 
 

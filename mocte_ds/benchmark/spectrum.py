@@ -30,16 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the check; the defaults are those of launch/runs/llama-7b.yaml."""
     parser.add_argument("--d", type=int, default=4096, help="features (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=32, help="blocks (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8192, help="sampled tokens of all ranks (default: %(default)s)")
     parser.add_argument(
-        "--documents", type=int, default=4096, help="sampled documents of all ranks (default: %(default)s)"
+        "--rows", type=int, default=8192, help="sampled tokens, all ranks together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--documents", type=int, default=4096, help="sampled documents, all ranks together (default: %(default)s)"
     )
     parser.add_argument("--rank", type=int, default=8, help="singular directions (default: %(default)s)")
     parser.add_argument("--experts", type=int, default=8, help="clusters of equal size (default: %(default)s)")
-    parser.add_argument("--doublings", type=int, default=2, help="so many more rows are kept (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument(
-        "--store", choices=tuple(_STORES), default="fp32", help="features in memory (default: %(default)s, as in a run)"
+        "--doublings",
+        type=int,
+        default=2,
+        help="doublings of the sample for which rows are kept (default: %(default)s)",
+    )
+    parser.add_argument("--context", type=int, default=4096, help="tokens per sequence (default: %(default)s)")
+    parser.add_argument(
+        "--store",
+        choices=tuple(_STORES),
+        default="fp32",
+        help="data type of features in memory (default: %(default)s, as in a run)",
     )
     add_share_arguments(parser)
 

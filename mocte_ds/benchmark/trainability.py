@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of an expert; the defaults are those of launch/runs/llama-7b.yaml."""
     parser.add_argument("--d", type=int, default=4096, help="features (default: %(default)s)")
     parser.add_argument("--width", type=int, default=11008, help="hidden units of an expert (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=256, help="sampled tokens of an expert (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=256, help="sampled tokens per expert (default: %(default)s)")
     parser.add_argument("--experts", type=int, default=2, help="experts that are timed (default: %(default)s)")
-    parser.add_argument("--iterations", type=int, default=20, help="products at most (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=20, help="largest number of products (default: %(default)s)")
     parser.add_argument("--style", choices=("llama", "gpt2"), default="llama", help="FFN (default: %(default)s)")
     add_share_arguments(parser)
 

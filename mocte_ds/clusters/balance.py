@@ -14,7 +14,7 @@ _ITERATIONS, _SWEEPS, _STARTS = 30, 20, 3
 _EVEN = 0.01
 # Another start must be better by this share, or rounding would choose between two that found the same clusters.
 _BETTER = 1e-3
-# Scores (points times clusters) from which on one start, fewer steps and fewer sweeps a step must do.
+# Scores (points times clusters) above which one start, fewer steps and fewer sweeps per step must do.
 _LARGE = 1 << 17
 
 # Shapes: n points, r coordinates, E clusters.
@@ -27,7 +27,7 @@ class BalancedClusters:
     centroids: Tensor
     """(E, r)."""
     prices: Tensor
-    """(E,) added to the score of each cluster; of its logarithm where only directions count."""
+    """(E,) added to the score of each cluster, or to its logarithm where only directions count."""
     labels: Tensor
     """(n,) int64 cluster of each point."""
     directions: bool
@@ -45,7 +45,7 @@ def balanced_kmeans(
     """K-means under the constraint of equal mass.
 
     Each step assigns the points to E clusters of equal mass at the least cost and moves the centroids to the means. The
-    cheapest assignment under the constraint is a nearest-centroid rule with one additive price a cluster (the dual
+    cheapest assignment under the constraint is a nearest-centroid rule with one additive price per cluster (the dual
     variables of the transport problem; the boundaries are a power diagram, Aurenhammer et al., 1998), so that a linear
     gate with a bias routes tokens exactly so. With ``directions`` the score is c.z times a price: a linear gate without
     a bias.

@@ -33,16 +33,16 @@ def random_clusters(points: Tensor, count: int, seed: int, directions: bool = Fa
 
 
 def shuffled_table(table: Tensor, token_ids: Tensor, count: int, seed: int) -> Tensor:
-    """A table with the loads of another one and no other likeness to it.
+    """A random table with the loads of another table.
 
     The sampled ids are dealt out one after the other, the most frequent first, each to a cluster drawn in proportion to
-    what that still lacks of its load; ids that were not sampled stay where chance has put them.
+    the load that it still lacks; ids that were not sampled keep their random clusters.
 
     Args:
         table: (V,) int64 cluster of each token id.
         token_ids: (n,) int64 ids of the sampled tokens.
         count: E.
-        seed: of the dealing.
+        seed: of the draw.
 
     Returns:
         (V,) int64.

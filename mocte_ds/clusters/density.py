@@ -29,7 +29,7 @@ class Neighbourhood:
 
     @property
     def reach(self) -> np.ndarray:
-        """(n,) distance to the k-th nearest point, itself counted: the smaller, the denser."""
+        """(n,) distance to the k-th nearest point, counting the point itself: the smaller, the denser."""
         return self.nearest[:, -1]
 
     @cached_property
@@ -57,7 +57,7 @@ class Neighbourhood:
         return float(np.median(self.reach[points]))
 
     def counts(self, quantiles: Sequence[float], mass: np.ndarray, least: float) -> list[int]:
-        """Groups of the least mass at radii that are quantiles of the distance to the k-th neighbour."""
+        """Groups of at least the least mass, at radii that are quantiles of the distance to the k-th neighbour."""
         found = []
         for quantile in quantiles:
             radius = float(np.quantile(self.reach, quantile))
@@ -74,7 +74,7 @@ class _Group:
     points: list[int]
     mass: float
     parts: list["_Group"] = field(default_factory=list)
-    """Clusters that it is made of, where it is made of several."""
+    """The clusters that it consists of, if there are several."""
 
 
 def separate_groups(near: Neighbourhood, mass: np.ndarray, least: float, significance: float) -> np.ndarray:
@@ -83,7 +83,7 @@ def separate_groups(near: Neighbourhood, mass: np.ndarray, least: float, signifi
     Where two groups of the least mass meet they are two clusters if, for both, the radius is larger than the median
     distance of their points to the k-th neighbour, by ``significance`` standard deviations; else they are one. This is
     the persistence of density's peaks (Chazal et al., "Persistence-based clustering", 2013), but measured from the bulk
-    of each group and not from its densest point, so that the ends of a curve are no clusters.
+    of each group and not from its densest point, so that the ends of a curve are not clusters.
 
     Args:
         near: of the points.

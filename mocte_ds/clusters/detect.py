@@ -38,21 +38,21 @@ class Detection:
     count: int
     """Clusters of at least the least mass."""
     noise: float
-    """Share of points in none of them."""
+    """Share of points in none of the clusters."""
     silhouette: float
     """Mean silhouette of the clustered points, in the directions that show them; 0 with fewer than two clusters."""
     found: bool
-    """True where the points fall into clusters by all rules."""
+    """Whether the points fall into clusters by all rules."""
     largest: float
     """Share of points in the largest cluster, each noise point counted with the cluster nearest to it."""
     eps: float
     """Median distance of the points to their k-th neighbour, in the units of the points."""
     reason: str
-    """One sentence: why found or not."""
+    """One sentence: why clusters were found or not."""
     sensitivity: tuple[tuple[float, int], ...]
-    """(quantile of the distance to the k-th neighbour, clusters of DBSCAN with that radius), for the log."""
+    """(quantile of the distance to the k-th neighbour, number of DBSCAN's clusters with that radius), for the log."""
     directions: int = 0
-    """Leading directions that show the clusters."""
+    """Number of leading directions that show the clusters."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def detect(
 
     Rules (docs/method.md, section 3): at least two clusters of ``min_mass``, an emptier region between them (VALLEY
     above), the largest under ``max_largest``, noise at most ``max_noise``, silhouette at least ``min_silhouette``. They
-    are looked for in several numbers of leading directions of the points; what shows most clusters counts, of these the
-    most directions. Deterministic; turning, mirroring and scaling the points, or their order, change nothing.
+    are looked for in several numbers of leading directions of the points; the number that shows most clusters counts,
+    the largest of several. Deterministic; turning, mirroring or scaling the points, or their order, change nothing.
 
     Args:
         z: (n, r) coordinates, document means in the leading singular directions. Their scale does not matter.
@@ -136,7 +136,7 @@ def detect(
 
 
 def _different(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that differ (u, r), in the order in which they come; which of them each row is (n,); copies of each (u,)."""
+    """Distinct rows (u, r), in their order; (n,) which of them each row is; (u,) copies of each."""
     _, first, place, copies = np.unique(points, axis=0, return_index=True, return_inverse=True, return_counts=True)
     order = first.argsort()
     return points[first[order]], order.argsort()[place.reshape(-1)], copies[order]
@@ -187,19 +187,19 @@ def _between(points: np.ndarray) -> np.ndarray:
 
 
 def _nearest(some: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(n,) which row of ``some`` is nearest to each point."""
+    """(n,) row of ``some`` that is nearest to each point."""
     parts = np.array_split(points, math.ceil(len(points) / MOST_POINTS))
     half = np.square(some).sum(1) / 2
     return np.concatenate([(half - part @ some.T).argmin(axis=1) for part in parts])
 
 
 def published_line(z: Tensor) -> dict[str, float]:
-    """What the published rule says of single tokens: DBSCAN with eps .30 on coordinates scaled to [-1, 1].
+    """The published rule on single tokens: DBSCAN with eps .30 on coordinates scaled to [-1, 1].
 
     For the log only: at token level it gives one giant cluster with crumbs (docs/method.md, section 3).
 
     Args:
-        z: (n, r) coordinates; of more than a thousand every so many is looked at.
+        z: (n, r) coordinates; of more than a thousand, an even subsample is looked at.
 
     Returns:
         "clusters" (of at least 2 % of the points), "noise" (share of points in none) and "largest" (share of points).

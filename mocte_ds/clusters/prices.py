@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def scores(z: Tensor, centroids: Tensor, prices: Tensor, directions: bool) -> Tensor:
-    """(n, E) whose largest entry in a row is the point's cluster."""
+    """(n, E) scores; the largest of a row is the point's cluster."""
     if directions:
         return (z @ centroids.T) * prices.exp()
     return 2 * z @ centroids.T - centroids.square().sum(1) + prices
@@ -28,8 +28,8 @@ def even_prices(
         centroids: (E, r).
         prices: (E,) to begin with.
         directions: see :class:`mocte_ds.clusters.BalancedClusters`.
-        tolerance: part of the share that a load may be off.
-        sweeps: rounds over all clusters at most.
+        tolerance: largest relative error of a load.
+        sweeps: largest number of rounds over all clusters.
 
     Returns:
         (E,) fp64, of mean 0.
@@ -50,7 +50,7 @@ def even_prices(
 
 
 class _Offers:
-    """Priced scores of all points, and the best two of each: what a change of one price changes is little."""
+    """Priced scores of all points, and the best two of each point, so that a change of one price costs little."""
 
     def __init__(self, raw: np.ndarray, prices: np.ndarray, directions: bool) -> None:
         self.raw, self.prices, self._directions = raw, prices.copy(), directions
@@ -69,7 +69,7 @@ class _Offers:
         self._look_again(np.flatnonzero((self.first == k) | (self._second == k) | (column >= self._next)))
 
     def winning_price(self, k: int, mass: np.ndarray, share: float) -> float:
-        """The price at which cluster k wins ``share``, the others' prices given: half way between two points."""
+        """The price at which cluster k wins ``share`` at the others' prices: half way between two points."""
         rival, own = np.where(self.first == k, self._next, self._best), self.raw[:, k]
         if self._directions:
             # Only in front of the centroid can a factor help; a rival on the far side of the point loses to anything.

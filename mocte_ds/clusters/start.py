@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def principal_pieces(z: Tensor, w: Tensor, count: int, even: bool, generator: torch.Generator | None = None) -> Tensor:
-    """Cut points into pieces along their principal directions, a piece into two again and again.
+    """Cut points into pieces along their principal directions, one piece into two at a time.
 
     The divisive start of k-means (Su & Dy, "A deterministic method for initializing K-means clustering", 2004). No
     order of rows enters, so that turned, mirrored or permuted points give the same pieces, and nearly equal points
@@ -70,7 +70,7 @@ def _projection(z: Tensor, w: Tensor, generator: torch.Generator | None) -> Tens
 
 
 def _even_cut(along: Tensor, w: Tensor, share: int) -> tuple[Tensor, int]:
-    """Which points are left of a cut into parts of floor(share / 2) and the rest, and the number of the left ones."""
+    """Which points lie left of a cut into floor(share / 2) parts and the rest, and the number of parts on the left."""
     left = share // 2
     ascending, order = along.sort(stable=True)
     before = w[order].cumsum(0)

@@ -62,7 +62,7 @@ def type_table(token_ids: Tensor, coordinates: Tensor, vocab_size: int, count: i
         coordinates: (n, r) their features in the leading directions.
         vocab_size: V.
         count: E.
-        seed: of the clusters and of the dealing.
+        seed: of the clusters and of the random choices.
 
     Returns:
         (V,) int64.

@@ -12,7 +12,7 @@ LEAST_DIMENSION = 3.0
 _WINDOW, _VALLEYS = 0.3, (0.3, 0.4, 0.5, 0.6, 0.7)
 # A valley holds at most this share of what the window at the emptier centre holds.
 _DEPTH = 0.5
-# Points a piece needs, times the significance squared, to show a valley at all; share of points in smaller pieces.
+# Points that a piece needs to show a valley, over the significance squared; largest share of points in smaller ones.
 _NEEDED, _MOST_SMALL = 3.0, 0.1
 
 # Shapes: n points, r coordinates, K pieces.

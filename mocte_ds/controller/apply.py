@@ -22,8 +22,8 @@ def apply_changes(
 ) -> list[dict[str, Any]]:
     """Change modes, routing and the optimizer's partition (collective).
 
-    Each emergence rebuilds the partition for itself, so that the state of one dense FFN at a time is held whole;
-    everything else together does so once.
+    Each emergence rebuilds the partition on its own, so that the full state of only one dense FFN is held at a time;
+    everything else shares one rebuild.
 
     Returns:
         Facts for the event of each change.
@@ -78,7 +78,7 @@ def apply_changes(
 
 
 def _give_birth(run: RunState, block: Block) -> UnitState:
-    """Weights of a block's experts, and what to make the state of `ffn` experts of: the dense FFN's."""
+    """Weights of a block's experts, and the dense FFN's state, from which that of `ffn` experts is made."""
     experts = [parameter for bank in block.banks for parameter in bank.local_experts.parameters()]
     of_dense = block.kind == "ffn" or run.config.expert.redraw > 0
     with whole([*(block.dense.parameters() if of_dense else ()), *experts], changed=True):
@@ -140,7 +140,7 @@ def _require_no_jump(name: str, change: float | None) -> None:
     """With a hard weight nothing but rounding may change at emergence.
 
     Raises:
-        MocteError: the function jumped, so an expert is not the copy that it should be.
+        MocteError: the function changed, so an expert is not the copy that it should be.
     """
     if change is not None and change > 0.05:
         raise MocteError(
@@ -150,7 +150,7 @@ def _require_no_jump(name: str, change: float | None) -> None:
 
 
 def set_rates(run: RunState) -> None:
-    """Tell the optimizer which part of the learning rate annealing experts get at the next step."""
+    """Tell the optimizer the factor of the learning rate that annealing experts get at the next step."""
     anneal = run.config.freeze.anneal
     run.optimizer.rate_factors = {
         expert_unit(handle.block, k): max(0.0, 1.0 - (run.share - expert.annealed_from) / anneal)

@@ -35,12 +35,12 @@ class Rows:
     basis: Tensor
     """(d, k) orthonormal."""
     mean: Tensor
-    """(d,) of all ranks' features."""
+    """(d,) mean of all ranks' features."""
     order: Tensor | None = None
-    """(rows of all ranks,) puts gathered rows into the order of their hashes; None: as the ranks hand them over."""
+    """(rows of all ranks,) order of the gathered rows by their hashes; None: they stay in the order of the ranks."""
 
     def coordinates(self, basis: Tensor | None = None) -> Tensor:
-        """(rows of all ranks, k) coordinates in ``basis``, or in the own one (collective)."""
+        """(rows of all ranks, k) coordinates in ``basis``; None: in its own (collective)."""
         return self.gathered((self.features - self.mean) @ (self.basis if basis is None else basis))
 
     def gathered(self, rows: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ class FeatureSample:
 
 
 def gate_seed(seed: int, block: Block, bank: int) -> int:
-    """Seed of what chance decides in one bank's routing: tables, directions, starts of k-means.
+    """Seed of one bank's random choices: tables, directions, starts of k-means.
 
     Mixed from the run's seed, the block's path in the model and the bank's number, so that no two of them share a table
-    and none hangs on which other modules are blocks.
+    and none depends on which other modules are blocks.
     """
     return derived_seed(seed, block.name, bank)
 
@@ -98,7 +98,7 @@ class Birth:
         self.router: RouterConfig = bank.gate.router
         self.num_experts, self.hidden_size = bank.num_experts, block.hidden_size
         self.seed = gate_seed(config.seed, block, number)
-        """Of what chance decides in this bank alone."""
+        """Seed of the random choices of this bank alone."""
         self.tokens = sample.tokens if sample else None
         """Features of single tokens; None without a sample."""
         self.documents = sample.documents if sample else None
@@ -129,7 +129,7 @@ class Birth:
         return from_rank_zero(table)
 
     def random_table(self, vocab_size: int) -> Tensor:
-        """(V,) int64 expert of each token id, by chance, all experts equally often."""
+        """(V,) int64 expert of each token id, drawn at random, all experts equally often."""
         return hash_table(vocab_size, self.num_experts, self.seed)
 
     def directions(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class Birth:
 
 
 def set_gate(block: Block, config: MocteConfig, sample: FeatureSample | None = None) -> None:
-    """Fix the routing of a block by the clusters of its sampled features, without a sample by chance (collective)."""
+    """Fix a block's routing by the clusters of its sampled features, or at random without a sample (collective)."""
     for number, bank in enumerate(block.banks):
         birth = Birth(block, number, config, sample)
         bank.gate.key.fit(birth)
@@ -155,9 +155,9 @@ def set_gate(block: Block, config: MocteConfig, sample: FeatureSample | None = N
 
 
 def _mean_weight(bank: Bank, birth: Birth, sample: FeatureSample | None) -> float:
-    """The sum of a token's weights at birth, on average over the sample (collective).
+    """Mean over the sample of the sum of a token's weights at birth (collective).
 
-    Before any feature was seen, over normal rows of the size that a norm in front of the FFN gives.
+    Before any feature was seen, over normal rows of the size that a norm before the FFN gives.
     """
     if sample is not None:
         total, count = bank.gate.begin_mean(sample.tokens.features, Tokens(sample.token_ids))
@@ -181,7 +181,7 @@ def _sharpness(logits: Tensor) -> float:
 
 
 def copy_dense_weights(block: Block) -> None:
-    """`ffn` experts take the dense FFN's weights, each bank its slice, as they are now."""
+    """Copy the dense FFN's current weights into the `ffn` experts, each bank its slice."""
     for number, bank in enumerate(block.banks):
         for expert in bank.local_experts:
             copy_slice(block.dense, expert, Part(number, len(block.banks)))
@@ -189,7 +189,7 @@ def copy_dense_weights(block: Block) -> None:
 
 @torch.no_grad()
 def redraw_units(block: Block, config: MocteConfig, ep_rank: int) -> dict[nn.Parameter, Drawn]:
-    """Draw anew what `expert.redraw` asks for of each local expert, the same whatever the number of ranks.
+    """Draw anew the share of each local expert that `expert.redraw` names, the same whatever the number of ranks.
 
     Args:
         block: whose experts have the weights that they are born with.

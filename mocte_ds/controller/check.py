@@ -20,12 +20,12 @@ from mocte_ds.controller.trainability import measure_trainability
 
 @dataclass
 class Check:
-    """What was measured; the same on all ranks but for the readings' own rows."""
+    """What was measured; the same on all ranks, apart from the rows of the readings."""
 
     step: int
     """Optimizer step of the measurements."""
     share: float
-    """Part of the budget that was done then."""
+    """Share of the budget that was done then."""
     readings: dict[int, BlockReading]
     search: ClusterSearch | None = None
     """Still going on; None when its results are in the readings."""
@@ -33,7 +33,7 @@ class Check:
     conflict: dict[int, dict[int, dict[str, float]]] = field(default_factory=dict)
     """By block and expert, see :func:`read_conflict`; empty at most checks."""
     sampled: dict[int, list[int]] = field(default_factory=dict)
-    """By block the rows that were found of each expert; one with fewer than `freeze.rows` was not measured."""
+    """Rows found of each expert, by block; an expert with fewer than `freeze.rows` was not measured."""
     seconds: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Check:
         self.seconds["waiting"] = self.seconds.get("waiting", 0.0) + time.perf_counter() - started
 
     def cluster_status(self) -> dict[int, ClusterStatus]:
-        """What decisions read of the search, by block."""
+        """What decisions read from the search, by block."""
         return {
             index: ClusterStatus(
                 reading.rows,
@@ -138,7 +138,7 @@ class Check:
         }
 
     def state_dict(self, run: RunState) -> dict[str, Any]:
-        """Plain values of what all ranks have (collective: the search is brought to its end)."""
+        """Plain values of what all ranks have (collective: waits for the end of the search)."""
         self.finish(run)
         return {
             "step": self.step,

@@ -16,7 +16,7 @@ from mocte_ds.controller.run_state import RunState
 
 
 class Checks:
-    """A check measures after one optimizer step and decides `apply_after` steps later.
+    """Runs the checks: each measures after one optimizer step and decides `apply_after` steps later.
 
     In between, the search for clusters runs in a thread. The later step is the same on all ranks and in a resumed run.
     """
@@ -32,11 +32,11 @@ class Checks:
         self.window = self.interval
         """Steps before a check whose features it samples."""
         self._pending: Check | None = None
-        """Measured, and not yet decided on."""
+        """The check that has measured and not decided yet."""
         self._shared_state: dict[str, Any] | None = None
-        """Of a check out of a checkpoint, until this rank's own part of it has come."""
+        """A check from a checkpoint, until this rank's own part of it is loaded."""
         self._sampled_step = -1
-        """Steps done before the one that was sampled last."""
+        """Optimizer steps before the last sampled one."""
 
     def set_window(self, sequences_per_step: int) -> None:
         """Make the window long enough that few rows come from one sequence: neighbours in a sequence are alike."""
@@ -62,7 +62,7 @@ class Checks:
         return self.samples_after(run.step)
 
     def after_step(self) -> None:
-        """Measure, decide, or do neither, as the step that was just done asks for (collective)."""
+        """Measure or decide if that is due after the step that was just done (collective)."""
         run = self._run
         last = run.step == run.total_steps
         if self._pending is not None and (run.step >= self._pending.step + self._delay or last):
@@ -104,7 +104,7 @@ class Checks:
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What all ranks know of a check that is not decided (collective: its search is brought to an end)."""
+        """What all ranks know of a check that has not decided yet (collective: waits for the end of its search)."""
         return self._pending.state_dict(self._run) if self._pending else None
 
     def rank_state_dict(self) -> dict[str, Any]:

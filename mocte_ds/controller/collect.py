@@ -21,7 +21,7 @@ _POSITIONS = 1 << 24
 
 @dataclass(frozen=True)
 class _Batch:
-    """What of a micro-batch belongs to the sample; the same for all blocks. Padding does not."""
+    """The part of a micro-batch that belongs to the sample, without padding; the same for all blocks."""
 
     real: Tensor | None
     """(B * T,) bool, False for padding; None: there is none. Rows below are those of real tokens."""
@@ -48,7 +48,7 @@ class SampleStream:
             documents: document means kept over all ranks.
             seed: seed of the sampling hash.
             eod_id: token that ends a document.
-            doublings: how often the sample may be doubled; so many more rows are kept.
+            doublings: how often the sample may be doubled; rows are kept for that.
         """
         ranks = world()[1]
         self.sample_rows = rows
@@ -64,7 +64,7 @@ class SampleStream:
 
     @torch.no_grad()
     def batch(self, version: int, state: ForwardState, shape: tuple[int, int], device: torch.device) -> _Batch:
-        """The micro-batch that a block which has taken ``version`` of them is to take now.
+        """The micro-batch that comes next for a block that has taken ``version`` of them.
 
         Raises:
             MocteError: the block left one out, so that its rows would not be those of the other blocks.
@@ -136,7 +136,7 @@ class SampleStream:
 
 
 def _first_of_each(document: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n,) document of each row, counted without gaps; (D,) first row and (D,) rows of each."""
+    """(n,) document of each row, counted without gaps; (D,) first row and (D,) number of rows of each document."""
     if not len(document):
         return document, document, document
     change = torch.ones_like(document, dtype=torch.bool)
@@ -161,7 +161,7 @@ class FeatureCollector:
 
     @torch.no_grad()
     def see(self, features: Tensor, state: ForwardState) -> None:
-        """Take what the sample wants of one micro-batch.
+        """Take the sampled rows of one micro-batch.
 
         Args:
             features: (B, T, d), or (T, d) for one sequence.

@@ -100,7 +100,7 @@ class Controller:
 
     @property
     def frozen_layers(self) -> int:
-        """Layers of the front that are frozen, the embeddings with the first."""
+        """Frozen layers of the front; the embeddings freeze with the first."""
         return self.run.frozen_layers
 
     @property
@@ -118,9 +118,9 @@ class Controller:
         self._domain, self.run.domain_names = domain, list(names)
 
     def set_probe(self, input_ids: Tensor, domain: Tensor | None = None, **given: Any) -> None:
-        """Look at these sequences at every check; without them, at some of the first step's.
+        """Set the sequences that every check looks at; by default they are some of the first step's.
 
-        Held-out sequences are better: a lower loss on them is not memory.
+        Held-out sequences are better: a lower loss on them is not memorisation.
 
         Args:
             input_ids: (S, T) the same on all ranks; the first ones are used, as many as `probe_tokens` asks for.
@@ -227,7 +227,7 @@ class Controller:
         return self.run.optimizer.optimizer_bytes()
 
     def auxiliary_loss(self) -> Tensor | None:
-        """What backward will add for even loads of learned routers, without a graph; None for nothing.
+        """The balance loss that the next backward pass adds, without a graph; None if there is none.
 
         The sum over forward passes whose graphs wait for a backward pass; one whose graph is never run adds nothing.
         """

@@ -26,7 +26,7 @@ class Change:
     by_hand: bool = False
     """Whether a user called for it."""
     layers: int = 0
-    """For the kind `prefix`: layers of the front that are frozen after the change."""
+    """For the kind `prefix`: number of layers of the front that are frozen after the change."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class BlockStatus:
     born_share: float | None = None
     """Share of the budget at emergence; None before."""
     streak: int = 0
-    """Checks in a row, up to the last one, that found stable clusters."""
+    """Number of checks in a row, up to the last one, that found stable clusters."""
     layer: int | None = None
-    """Layer of the front that the block lies in; None where the front cannot be frozen or does not hold the block."""
+    """Layer of the front that the block lies in; None if the front cannot be frozen or does not contain the block."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Plan:
 
     changes: list[Change] = field(default_factory=list)
     streaks: dict[int, int] = field(default_factory=dict)
-    """By block in warm-up: checks in a row that found stable clusters, this one included."""
+    """For each block in warm-up, the number of checks in a row that found stable clusters, this one included."""
 
 
 def decide(status: RunStatus, clusters: Mapping[int, ClusterStatus], config: MocteConfig) -> Plan:
@@ -126,7 +126,7 @@ def decide_emergence(
 
 
 def decide_freezing(status: RunStatus, config: MocteConfig) -> list[Change]:
-    """What the policy says of each expert that has a new probe."""
+    """What the policy says about each expert that has a new probe."""
     freeze = config.freeze
     if freeze.policy == OFF:
         return []
@@ -167,12 +167,13 @@ def start_annealing(status: RunStatus, changes: list[Change], anneal: float) -> 
 
 
 def decide_prefix(status: RunStatus, config: MocteConfig, changes: Sequence[Change]) -> list[Change]:
-    """Layers of the front that freeze at this check.
+    """The change that freezes further layers of the front at this check, if any.
 
     Args:
         status: of the run, before this check's own changes.
         config: the "mocte" block.
-        changes: this check's own; a block that they open is not locked, one that they lock is so at the next check.
+        changes: those of this check; a block that they open does not count as locked, one that they lock counts from
+            the next check on.
     """
     prefix = config.freeze.prefix
     if not status.has_front or status.share > config.freeze.until:
@@ -191,7 +192,7 @@ def decide_prefix(status: RunStatus, config: MocteConfig, changes: Sequence[Chan
 
 
 def unlocked_blocks(blocks: Sequence[BlockStatus], layer: int, opened: Collection[int] = ()) -> list[str]:
-    """Names of the blocks in a layer of the front that still have something to train, or are among ``opened``."""
+    """Names of the blocks in a layer of the front that still train something, or are among ``opened``."""
     return [
         block.name
         for block in blocks

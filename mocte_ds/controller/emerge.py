@@ -1,4 +1,4 @@
-"""Emergences beside the checks: on a user's call, and of experts from scratch before the first step."""
+"""Emergences outside of checks: on a user's call, and before the first step for experts from scratch."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from mocte_ds.moe.keys import key_class
 def emerge_now(
     run: RunState, changer: Changer, handles: Sequence[BlockHandle], reason: str, by_hand: bool = False
 ) -> None:
-    """Turn the experts of some blocks in warm-up on (collective, between two steps).
+    """Turn on the experts of some blocks in warm-up (collective, between two steps).
 
     Args:
         run: the run.

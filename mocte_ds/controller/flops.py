@@ -1,4 +1,4 @@
-"""Counts the FLOPs of what a check does, as it does it: samples may double, iterations may end early."""
+"""Counts the FLOPs of a check while it runs, since samples may double and iterations may end early."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +11,9 @@ from mocte_ds.dist.collectives import sum_over_ranks
 
 
 class FlopCount(TorchDispatchMode):
-    """Within it, in this thread, the products of matrices are counted by torch's own formulas; of this rank.
+    """Context manager: matrix products of this thread are counted by torch's own formulas, for this rank.
 
-    torch's FlopCounterMode counts the same, and hooks every module for a table by modules beside it.
+    torch's FlopCounterMode counts the same, but also hooks every module for a table by module.
     """
 
     def __init__(self) -> None:

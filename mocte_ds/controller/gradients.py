@@ -24,12 +24,12 @@ from mocte_ds.zero import let_go, on_its_own
 Key = tuple[int, int]
 """Block and expert."""
 DENSE = -1
-"""Number of a block's dense FFN among its experts."""
+"""Stands for a block's dense FFN in place of an expert's number."""
 
 
 @dataclass
 class _Seen:
-    """What one module saw in a pass."""
+    """What one module read in a pass."""
 
     rows: Tensor
     output: Tensor
@@ -37,12 +37,12 @@ class _Seen:
 
 @dataclass
 class _Groups:
-    """Groups of the probe set's sequences, by their numbers, -1 where unknown; what "conflict" is between."""
+    """Groups between which "conflict" is measured: one number per sequence of the probe set, -1 where unknown."""
 
     source: Tensor
     """(N,) of the text."""
     cluster: dict[int, Tensor]
-    """By block (N,) the cluster that the sequence's mean feature is in, as the last check has found them."""
+    """For each block (N,) the cluster of each sequence's mean feature, among those that the last check found."""
 
 
 def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[str, float]]]:
@@ -86,7 +86,7 @@ def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[st
 
 
 def _offer(kept: ExpertRows, k: int, rows: Tensor, gradient: Tensor, places: Tensor) -> None:
-    """Let a module's rows that count and have a gradient be chosen from: (row, gradient, number of the sequence)."""
+    """Offer a module's rows that count and have a gradient to its sample: (row, gradient, number of the sequence)."""
     n = len(places)  # experts' rows are padded after these
     gradient, places = gradient.reshape(rows.shape[0], -1)[:n], places.to(rows.device)
     number = places[:, :1]
@@ -98,7 +98,7 @@ def _offer(kept: ExpertRows, k: int, rows: Tensor, gradient: Tensor, places: Ten
 def _measured(
     run: RunState, modules: dict[Key, nn.Module], kept: list[ExpertRows], groups: _Groups
 ) -> dict[int, dict[int, dict[str, float]]]:
-    """The numbers of all modules of which there are enough rows; those that have one take turns (collective)."""
+    """The numbers of all modules with enough rows; the ranks that hold a module take turns (collective)."""
     places, rank = gather_objects(run.ep_rank), world()[0]
     own: dict[Key, dict[str, float]] = {}
     turn = 0
@@ -123,7 +123,7 @@ def _measured(
 
 
 def block_conflict(found: dict[int, dict[str, float]] | None) -> dict[str, float] | None:
-    """One block's numbers for the log: of its dense FFN, or the means over its experts."""
+    """One block's numbers for the log: those of its dense FFN, or the means over its experts."""
     if not found:
         return None
     names = dict.fromkeys(name for numbers in found.values() for name in numbers)

@@ -1,4 +1,4 @@
-"""What a user sees of the blocks while a run goes on: modes, trainability and tokens of every expert on every rank."""
+"""What a user sees of the blocks during a run: modes, trainability and tokens of every expert, on every rank."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,9 +28,9 @@ class ExpertHandle:
     changed_at: int = -1
     """Optimizer step of its last change of mode."""
     thawed: bool = False
-    """An expert is thawed once at the most by itself."""
+    """Whether it has thawed by itself, which happens at most once."""
     held: bool = False
-    """Whether it was frozen by hand: nothing but a hand thaws it."""
+    """Whether it was frozen by hand; then it stays frozen until `thaw` is called."""
 
     @property
     def trainability(self) -> float | None:
@@ -41,13 +41,13 @@ class ExpertHandle:
         return self.history[-1].value if self.history else None
 
     def rows(self, step: int) -> int:
-        """Rows that its trainability was measured on at the check of ``step``; 0: it was not."""
+        """Rows that its trainability was measured on at the check of ``step``; 0 if it was not measured."""
         return self.history[-1].tokens if self.history and self.history[-1].step == step else 0
 
 
 @dataclass(frozen=True)
 class LastClusters:
-    """What the last check knew of a block's documents; all on the CPU."""
+    """What the last check knew about a block's documents; all on the CPU."""
 
     mean: Tensor
     """(d,)."""
@@ -75,10 +75,10 @@ class LastDetection:
     points: Tensor
     """(m, r) its documents."""
     labels: Tensor
-    """(m,) cluster of each, -1: none."""
+    """(m,) cluster of each document, -1: none."""
 
     def assign(self, features: Tensor) -> Tensor:
-        """(n,) int64 cluster of each feature (n, d): that of the nearest document that was in one."""
+        """(n,) int64 cluster of each feature (n, d): that of the nearest document that is in a cluster."""
         known = self.labels >= 0
         points, z = self.points[known].double(), ((features - self.mean) @ self.basis).double()
         half = points.square().sum(1) / 2
@@ -87,7 +87,7 @@ class LastDetection:
 
 
 class BlockHandle:
-    """One block; `.mode` and `.experts[k]` are what the fixed interface promises."""
+    """One block; `.mode` and `.experts[k]` are the public interface."""
 
     def __init__(self, index: int, block: Block) -> None:
         self.index, self.block = index, block

@@ -1,4 +1,4 @@
-"""What a check measures of every block: the spectrum of its features, and the documents that clusters are sought in."""
+"""What a check measures for every block: the spectrum of its features, and the documents in which it seeks clusters."""
 
 import time
 from dataclasses import fields
@@ -103,7 +103,7 @@ def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None], na
 
 
 def _half_sample_angles(features: list[Tensor], rank: int, names: list[str], place: Tensor) -> list[list[float]]:
-    """For each block the sines of the angles between two half-samples' leading directions.
+    """For each block, the sines of the angles between the leading directions of two half-samples.
 
     The halves are taken by the rows' hashes: ranks and micro-batches are not to change what a gate is made of.
     """
@@ -120,7 +120,7 @@ def _start_search(
 ) -> ClusterSearch | None:
     """Bring the documents of all ranks together in few coordinates, and look for clusters in them.
 
-    Rows are put in the order of their hashes, so that nothing hangs on which rank had which row.
+    Rows are put in the order of their hashes, so that nothing depends on which rank had which row.
     """
     config, started = run.config, time.perf_counter()
     choice = run.samples.stream.documents.choose()
@@ -149,7 +149,7 @@ def _start_search(
 
 
 def _domain_load(run: RunState, handle: BlockHandle) -> list[list[int]]:
-    """Tokens by source and expert since the sample was begun, all ranks together."""
+    """Tokens by source and expert since the sample began, all ranks together."""
     sources = max(1, len(run.domain_names))
     parts = []
     for bank in handle.block.banks:

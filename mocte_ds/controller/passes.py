@@ -25,11 +25,11 @@ class Passes:
         self._run = run
         self._layers = [bank.deepspeed_moe for handle in run.blocks for bank in handle.block.banks]
         self.sequences = 0
-        """Sequences of all passes up to the last optimizer step; the numbers of the next step begin here."""
+        """Sequences of all passes up to the last optimizer step; the next step is numbered from here."""
         self._parts = 0
         """Micro-batches of this rank in the current optimizer step: passes between which a backward pass has run."""
         self._texts = 0
-        """Texts of each of its sequences, as the chosen and the rejected answer of one loss."""
+        """Texts of each of its sequences, e.g. the chosen and the rejected answer of a preference loss."""
         self._brought_in = True
         """Whether a backward pass has run since the last of them."""
         self._size = 0
@@ -43,7 +43,7 @@ class Passes:
             rank: of this process among those that share the data.
             ranks: how many these are.
             micro: sequences of a micro-batch.
-            texts: sequences of this pass; several of each of the micro-batch's, if they are more.
+            texts: sequences of this pass; if more than ``micro``, several per sequence of the micro-batch.
 
         Returns:
             Place of its first sequence in the optimizer step. Passes of one micro-batch are numbered as one call of
@@ -57,7 +57,7 @@ class Passes:
         return place
 
     def after_backward(self) -> None:
-        """The next pass is one of another micro-batch."""
+        """Note that the next pass is of another micro-batch."""
         self._brought_in = True
 
     def close_step(self) -> None:
@@ -84,7 +84,7 @@ class Passes:
         self._parts, self._texts, self._brought_in = 0, 0, True
 
     def _move_gates(self, loads: Mapping[ClusterMOELayer, Tensor]) -> None:
-        """Even the loads out, and follow the weights' mean; in blocks whose experts are all frozen nothing moves."""
+        """Update the biases for even loads and the running mean of the weights, except where all experts are frozen."""
         moving = {
             bank.deepspeed_moe
             for handle in self._run.blocks

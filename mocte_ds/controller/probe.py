@@ -1,4 +1,4 @@
-"""A few sequences that every check looks at again: where their tokens go, and what they cost with which weights.
+"""A few sequences that every check looks at again: which experts their tokens go to, and their loss.
 
 Held-out sequences where the training loop gives some. Otherwise they are taken from the first optimizer step, by their
 global numbers, so that they are the same however many ranks there are.
@@ -23,23 +23,23 @@ from mocte_ds.zero import forward_pass
 # Shapes: S sequences of this rank, T tokens.
 
 GRADIENT_TOKENS = 1024
-"""First tokens of a sequence that gradients are measured on: the graph of all may not fit into memory."""
+"""Gradients are measured on this many first tokens of a sequence: the graph of all may not fit into memory."""
 
 
 @dataclass
 class ProbeReading:
-    """What one pass over the probe set gave on this rank."""
+    """Results of one pass over the probe set on this rank."""
 
     losses: Tensor | None
-    """(S, T) fp64 loss in nats of the token after each, NaN where none counts (:attr:`ProbeSet.targets`); None
+    """(S, T) fp64 loss of the next token in nats, NaN where it does not count (:attr:`ProbeSet.targets`); None
     where the model gives no logits."""
     routes: dict[tuple[int, int], Tensor]
     """(block, bank) to (S, T) int64 experts."""
     valid: Tensor
-    """(S, T) False for padding, and for a sequence that only keeps the rank company."""
+    """(S, T) False for padding, and for a filler sequence, which a rank without one of its own runs."""
 
     def way(self, block: int, bank: int) -> tuple[Tensor, Tensor]:
-        """(S, T) int64 experts and (S, T) bool: where they are known, of tokens that count."""
+        """(S, T) int64 experts, and (S, T) bool: True where they are known and the token counts."""
         route = self.routes.get((block, bank))
         if route is None:  # the block read another number of tokens; all ranks go on together
             return torch.zeros(self.valid.shape, dtype=torch.int64), torch.zeros_like(self.valid)
@@ -48,10 +48,10 @@ class ProbeReading:
 
 @dataclass
 class ProbeGradient:
-    """A pass with a graph behind it."""
+    """Results of a pass with its graph."""
 
     loss: Tensor
-    """() sum over the tokens that count, of the loss of the token after each."""
+    """() sum of the next tokens' losses over the places that count."""
     places: dict[tuple[int, int], Tensor]
     """(block, expert) to (n, 2) of each row that the expert read, its sequence (:attr:`ProbeSet.number`; -1 where it
     does not count) and its place in it; expert -1 is the block's dense FFN."""
@@ -65,7 +65,7 @@ class ProbeSet:
 
         Args:
             tokens: wanted over all ranks.
-            eod_id: token that ends a document; the one after it is not counted.
+            eod_id: token that ends a document; the loss of the one after it does not count.
         """
         self._wanted, self._eod_id = tokens, eod_id
         self._offers: list[Rows] = []
@@ -76,11 +76,11 @@ class ProbeSet:
         self.collected = False
         """True where the set was taken from the first step."""
         self.needs_labels = False
-        """True for a model that cannot be called without labels."""
+        """Whether the model cannot be called without labels."""
 
     @property
     def complete(self) -> bool:
-        """Whether this rank has its part of the set."""
+        """Whether this rank has its part of the set, complete."""
         return self._rows is not None
 
     def offer(
@@ -121,7 +121,7 @@ class ProbeSet:
             self._company = rows.cut(torch.arange(len(ids)) == 0)
 
     def _chosen(self, number: Tensor, batch: int, longest: int) -> Tensor:
-        """(n,) bool: which of the global batch's sequences belong to the set; those of a smaller set do to a larger."""
+        """(n,) bool: which of the global batch's sequences belong to the set; a larger set contains a smaller one."""
         count = min(batch, math.ceil(self._wanted / longest))
         return (number < batch) & (spread(batch)[number.clamp(max=batch - 1)] < count)
 
@@ -151,7 +151,7 @@ class ProbeSet:
         """The first step is over: the set is what was taken (collective).
 
         Shorter micro-batches are filled up to the rank's longest one. Those with other arguments, or with arguments
-        that cannot be filled up, are left out; what is not a row a sequence must be equal.
+        that cannot be filled up, are left out; arguments without a row per sequence must be equal.
         """
         offers = [*self._offers, *([self._company] if self._company else [])]
         longest = int(max_over_ranks(torch.tensor(max((int(rows.length.max()) for rows in offers), default=0))))
@@ -184,19 +184,19 @@ class ProbeSet:
 
     @property
     def domain(self) -> Tensor:
-        """(S,) source of each of this rank's sequences, -1 where unknown or where it only keeps company."""
+        """(S,) source of each of this rank's sequences, -1 where unknown or for a filler."""
         rows = self._rows
         return torch.where(self._valid, rows.domain, -1) if rows else torch.empty(0, dtype=torch.int64)
 
     @property
     def number(self) -> Tensor:
-        """(S,) number in the set of each of this rank's sequences, however they are shared out; -1 for company."""
+        """(S,) number in the set of each of this rank's sequences, however they are shared out; -1 for a filler."""
         rows = self._rows
         return torch.where(self._valid, rows.number, -1) if rows else torch.empty(0, dtype=torch.int64)
 
     @property
     def real(self) -> Tensor:
-        """(S, T) bool: tokens that count; neither padding nor sequences that only keep company."""
+        """(S, T) bool: tokens that count; neither padding nor fillers."""
         rows, shape = self._held, self._ids.shape
         real = self._state().counted((*shape, 1))
         valid = self._valid[:, None] & (torch.arange(shape[1]) < rows.length[:, None])
@@ -204,7 +204,7 @@ class ProbeSet:
 
     @property
     def targets(self) -> Tensor:
-        """(S, T) bool: places whose loss, of the token after, counts.
+        """(S, T) bool: places at which the loss of the next token counts.
 
         That token is real, of the same document, and its label was not -100.
         """

@@ -15,8 +15,8 @@ _IGNORED = -100
 def labelled(ids: Tensor, labels: Tensor | None) -> Tensor:
     """(B, T) bool: False for a token that is not to be predicted, because its label is -100.
 
-    Labels stand at their own token, as transformers has it, or at the one before, as launch/pretrain.py's decoders have
-    it: what they agree with says which. Labels that are no next tokens say nothing.
+    Labels stand at their own token, as in transformers, or at the one before, as in launch/pretrain.py's decoders; the
+    ids that they agree with tell which. Labels that are not next tokens are ignored.
     """
     every = torch.ones(ids.shape, dtype=torch.bool)
     if labels is None or labels.shape != ids.shape or not bool((labels == _IGNORED).any()):
@@ -37,11 +37,11 @@ class Rows:
     domain: Tensor
     """(n,) source of each sequence, -1 where unknown."""
     number: Tensor
-    """(n,) of each sequence in the global batch, later in the set."""
+    """(n,) number of each sequence in the global batch, later in the set."""
     labelled: Tensor
     """(n, T) bool, see :func:`labelled`."""
     length: Tensor
-    """(n,) tokens of each, before it was filled up."""
+    """(n,) tokens of each sequence, before it was filled up."""
 
     def cut(self, keep: Tensor) -> "Rows":
         """Some of the sequences: where ``keep`` (n,) is True."""
@@ -57,7 +57,7 @@ class Rows:
 
 
 def spread(count: int) -> Tensor:
-    """(count,) int64 place of each number in an order whose every beginning is spread evenly over all of them.
+    """(count,) int64 place of each number in an order of which every prefix is spread evenly over all numbers.
 
     Numbers are ordered by their binary digits from the last to the first (van der Corput, 1935).
     """
@@ -67,7 +67,7 @@ def spread(count: int) -> Tensor:
 
 
 def together(parts: list[Rows]) -> Rows:
-    """One call of several, as long as the longest; those that do not fit to the first one are left out."""
+    """Several calls as one, as long as the longest; those that do not fit the first are left out."""
     longest = max(ids_of(part.call).shape[1] for part in parts)
     filled = [part for part in (_filled(part, longest) for part in parts) if part is not None] or parts[:1]
     same = [part for part in filled if _alike(filled[0].call, part.call)]
@@ -81,7 +81,7 @@ def together(parts: list[Rows]) -> Rows:
 
 
 def _filled(part: Rows, longest: int) -> Rows | None:
-    """A call with zeros behind its sequences (labels: -100); None where an argument cannot be filled up."""
+    """A call with zeros after its sequences (labels: -100); None if an argument cannot be filled up."""
     rows, length = ids_of(part.call).shape
     if length == longest:
         return part
@@ -104,7 +104,7 @@ def _filled(part: Rows, longest: int) -> Rows | None:
 
 
 def _alike(first: Call, part: Call) -> bool:
-    """Whether two calls can be made one: the same arguments, of the same length."""
+    """Whether two calls can be joined: the same arguments, of the same length."""
     one, other = ids_of(first), ids_of(part)
     if one.shape[1:] != other.shape[1:] or len(first[0]) != len(part[0]) or set(first[1]) != set(part[1]):
         return False
@@ -121,7 +121,7 @@ def _fit(mine: Any, yours: Any, rows: int, other_rows: int) -> bool:
 
 
 def joined(parts: list[Call]) -> Call:
-    """One micro-batch of several that are :func:`alike`; what is not a row a sequence stays as it is."""
+    """Several micro-batches that are :func:`alike` as one; arguments without a row per sequence stay as they are."""
     rows = [len(ids_of(part)) for part in parts]
     args = [_joined([part[0][i] for part in parts], rows) for i in range(len(parts[0][0]))]
     return args, {name: _joined([part[1][name] for part in parts], rows) for name in parts[0][1]}

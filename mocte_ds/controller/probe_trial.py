@@ -28,7 +28,7 @@ def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], de
     fails inside of a collective of the model itself (ZeRO stage 3) leaves the others waiting there.
 
     Raises:
-        MocteError: it fails on any rank, on all of them; with its reason and what to do.
+        MocteError: on all ranks, if it fails on any; with the reason and what to do.
     """
     if int(max_over_ranks(torch.tensor(0 if probe.collected else 1))):
         return

@@ -26,25 +26,25 @@ class ProgressFacts:
     """Results by block; the same on all ranks."""
 
     progress: dict[int, list[float]] = field(default_factory=dict)
-    """Nats a token of the probe set that each expert's tokens cost less than with its block's experts of the last
-    check; empty at checks that do not measure it."""
+    """Loss reduction since the last check, in nats per probe token, by block and expert; empty at checks that do not
+    measure it."""
     churn: dict[int, list[float]] = field(default_factory=dict)
-    """Share of probe tokens, by bank, that go to another expert than at emergence."""
+    """Share of probe tokens that go to another expert than at emergence, by bank."""
     load: dict[int, list[int]] = field(default_factory=dict)
     """Probe tokens of each expert."""
     imbalance: dict[int, list[float]] = field(default_factory=dict)
-    """Largest over mean of those numbers, by bank."""
+    """Largest of those numbers over their mean, by bank."""
     tokens: int = 0
     """Tokens of the probe set."""
     passes: int = 0
     """Forward passes over it."""
     seconds: float = 0.0
     bytes: int = 0
-    """On the wire, but for what the experts' own exchange of tokens takes."""
+    """Bytes sent, without the experts' own exchange of tokens."""
 
 
 class Progress:
-    """The probe set and what is compared with what."""
+    """The probe set, and what its readings are compared with."""
 
     def __init__(self, config: MocteConfig) -> None:
         """Empty; sequences are given, or taken from the first step."""
@@ -59,11 +59,11 @@ class Progress:
         """Whether every rank has snapshots; the same on all ranks."""
 
     def bind(self, module: nn.Module) -> None:
-        """Say which model it is, before its first step."""
+        """Take the model, before its first step."""
         self.probe.needs_labels = needs_labels(module)
 
     def close_step(self, run: RunState) -> None:
-        """A step is over: what was taken from the first is the probe set, and the model is tried with it (collective).
+        """End a step: after the first, what was taken is the probe set, and the model is tried with it (collective).
 
         Raises:
             MocteError: checks could not call the model.
@@ -76,7 +76,7 @@ class Progress:
             let_go(run.module)
 
     def measure(self, run: RunState, roll_back: bool) -> ProgressFacts:
-        """Look at the probe set with today's experts and, if asked, with those of the last check (collective).
+        """Run the probe set with the current experts and, if asked, with those of the last check (collective).
 
         Blocks are rolled back one at a time: with all of them rolled back at once an expert would be credited with what
         those of other blocks have learned of its tokens. That takes a pass for each block that trains.
@@ -117,7 +117,7 @@ class Progress:
             self.snapshots.add(training_units(run))
 
     def remember_routes(self, run: RunState, blocks: set[int]) -> None:
-        """Keep where the probe tokens go at the emergence of some blocks (collective)."""
+        """Remember which experts the probe tokens go to when some blocks emerge (collective)."""
         now = self._read(run) if self.active and blocks else None
         if now is not None:
             self._born.update({key: route for key, route in now.routes.items() if key[0] in blocks})
@@ -166,7 +166,7 @@ class Progress:
 
     @staticmethod
     def _credit(handle: BlockHandle, now: ProbeReading, before: ProbeReading, facts: ProgressFacts) -> None:
-        """Share what a block's rollback costs out to the experts that the tokens go to today."""
+        """Attribute the cost of a block's rollback to the experts that its tokens go to now."""
         assert before.losses is not None and now.losses is not None
         gain = before.losses - now.losses
         counted = torch.isfinite(gain) & now.valid
@@ -183,7 +183,7 @@ class Progress:
 
 
 def training_units(run: RunState, handle: BlockHandle | None = None) -> dict[str, tuple[nn.Parameter, ...]]:
-    """This rank's experts that train, of one block or of all."""
+    """Experts of this rank that train, of one block or of all."""
     names = run.experts_that(ExpertMode.TRAINING)
     if handle is not None:
         names &= {expert_unit(handle.block, k) for k in range(len(handle.experts))}

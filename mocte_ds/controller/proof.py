@@ -1,4 +1,4 @@
-"""Proves that frozen weights stand still and that live ones move: in the steps behind every change, and at checks."""
+"""Proves that frozen weights stand still and that live ones move: in the steps after every change, and at checks."""
 
 from collections import defaultdict
 
@@ -16,7 +16,7 @@ _CHUNK = 1 << 22
 
 
 class Proof:
-    """Checksums of this rank's units from one moment to another; every method that may raise is collective."""
+    """Compares checksums of this rank's units between two moments; every method that may raise is collective."""
 
     def __init__(self) -> None:
         """Nothing is frozen yet."""
@@ -34,10 +34,10 @@ class Proof:
         }
 
     def begin(self, run: RunState) -> None:
-        """Watch the next steps, from a partition that has just been changed and weights before their next step."""
+        """Watch the next steps; called right after a change of the partition, before the next step."""
         self.remember_frozen(run)
         self._live = {name: checksum(masters) for name, masters in run.optimizer.masters().items()}
-        # Experts may go without tokens; anything else that had a gradient before the change has one behind it.
+        # Experts may go without tokens; anything else that had a gradient before the change has one after it.
         experts = {f"{handle.name}.{k}" for handle in run.blocks for k in range(len(handle.experts))}
         had = _somewhere({name for name, square in run.optimizer.unit_square_norms.items() if square > 0})
         self._had_gradient = (had - experts) & set(self._live)
@@ -93,7 +93,7 @@ class Proof:
 
 @torch.no_grad()
 def checksum(tensors: list[Tensor]) -> Tensor:
-    """Checksum of the exact bits of some tensors: a sum of their words, plain and weighted by place. (2,) int64."""
+    """Checksum of the exact bits of some tensors, (2,) int64: the sum of their words, and the sum weighted by place."""
     total = torch.zeros(2, dtype=torch.int64)
     for tensor in tensors:
         words = tensor.detach().reshape(-1).contiguous()
@@ -115,6 +115,6 @@ def _raise_together(problem: str | None, run: RunState) -> None:
     if found:
         rank, text = found[0]
         raise MocteError(
-            f"behind step {run.step}, on rank {rank}: {text}. The run stops because its results would be wrong; start "
+            f"after step {run.step}, on rank {rank}: {text}. The run stops because its results would be wrong; start "
             "again from the last checkpoint."
         )

@@ -1,4 +1,4 @@
-"""What one check read of one block."""
+"""What one check read from one block."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,18 +21,18 @@ class ClusterFacts:
 
     detection: Detection
     clusters: BalancedClusters
-    """Of equal mass, one an expert: for the log, the figures and the conflict of gradients."""
+    """Clusters of equal mass, one per expert: for the log, the figures and the conflict of gradients."""
     stability: float | None
-    """Agreement of the detected clusters with the last check's on today's documents, adjusted Rand index; None where
-    either check had fewer than two."""
+    """Adjusted Rand index between the detected clusters and the last check's, on the current documents; None if either
+    check had fewer than two."""
     agreement: dict[str, float] | None
     """"nmi" and "purity" with the documents' sources; None where no source is known."""
     published: dict[str, float]
-    """What the published rule says of the tokens of the sample."""
+    """Result of the published rule on the sampled tokens."""
     seconds: float
     """Of the search."""
     flops: int = 0
-    """Of the search: products of matrices, and distances between all pairs where scikit-learn looks for neighbours."""
+    """FLOPs of the search: matrix products, and distances between all pairs where scikit-learn looks for neighbours."""
 
 
 @dataclass
@@ -42,9 +42,9 @@ class BlockReading:
     tokens: tuple[Tensor, Tensor, Tensor]
     """This rank's sampled features (n, d), token ids and sources."""
     rows: int
-    """Sampled token features of all ranks; 0: nothing was seen, and everything below is empty."""
+    """Number of sampled token features, all ranks; 0: nothing was seen, and everything below is empty."""
     order: Tensor | None = None
-    """(rows,) puts the token features of all ranks, gathered, into the order of their hashes."""
+    """(rows,) index that puts the gathered token features of all ranks into the order of their hashes."""
     mean: Tensor | None = None
     basis: Tensor | None = None
     """(d, k) the leading centred singular directions that a gate is built in."""
@@ -53,7 +53,7 @@ class BlockReading:
     certificate: float | None = None
     """Sine of the angle between the subspaces of two half-samples, all directions."""
     certified: int | None = None
-    """Leading directions that the sample determines."""
+    """Number of leading directions that the sample determines."""
     coordinates: Tensor | None = None
     """(m, r) document means of all ranks in the span of their centred singular directions."""
     plane: Tensor | None = None
@@ -61,11 +61,11 @@ class BlockReading:
     domains: Tensor | None = None
     """(m,) sources of those documents, -1 where unknown."""
     documents: Rows | None = None
-    """This rank's document means, with mean and directions of all ranks'."""
+    """This rank's document means, with the mean and the directions of all ranks."""
     domain_load: list[list[int]] | None = None
     """Tokens by source (rows) and expert (columns, bank after bank) while features were sampled."""
     found: ClusterFacts | None = None
-    """None while the search is going on, and where there were too few documents."""
+    """None during the search, and where there were too few documents."""
     seconds: dict[str, float] = field(default_factory=lambda: {"spectrum": 0.0, "clusters": 0.0})
     bytes: dict[str, int] = field(default_factory=lambda: {"spectrum": 0, "clusters": 0})
 

@@ -30,7 +30,7 @@ class RunState:
         self.context = blocks[0].context
         self.samples = Samples(config, blocks)
         self.frozen_layers = 0
-        """Layers of the front that are frozen, the embeddings with the first."""
+        """Frozen layers of the front; the embeddings freeze with the first."""
         self.domain_names: list[str] = []
         self.step = 0
         """Optimizer steps that are done."""
@@ -42,7 +42,7 @@ class RunState:
 
     @property
     def share(self) -> float:
-        """Part of the budget that is done."""
+        """Share of the budget that is done."""
         return self.step / self.total_steps
 
     def block(self, index: int) -> BlockHandle:
@@ -89,7 +89,7 @@ class RunState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; the partition is to follow."""
+        """Restore what :meth:`state_dict` returned; the partition must be rebuilt after it."""
         self.step, self.tokens, self.frozen_layers = state["step"], state["tokens"], state["frozen_layers"]
         for handle, saved in zip(self.blocks, state["blocks"], strict=True):
             handle.load_state_dict(saved)
@@ -109,7 +109,7 @@ class RunState:
         return layer is not None and layer < self.frozen_layers
 
     def frozen_units(self) -> set[str]:
-        """Names of the units that have trained and do so no more, over all ranks."""
+        """Names of the units that have trained and no longer do, over all ranks."""
         units = self.experts_that(ExpertMode.FROZEN)
         if self.registry.front is not None:
             units.update(set(self.registry.front.units()) - set(self.registry.front.units(self.frozen_layers)))

@@ -38,7 +38,7 @@ class ClusterSearch:
     """Block i is worked on by rank i mod world; :meth:`results` brings everybody's together."""
 
     def __init__(self, config: MocteConfig, work: Mapping[int, Documents], in_background: bool) -> None:
-        """Start.
+        """Start the search.
 
         Args:
             config: the "mocte" block.
@@ -86,7 +86,7 @@ def _search(config: MocteConfig, work: Mapping[int, Documents]) -> dict[int, Clu
 def _distance_flops(documents: Documents, facts: ClusterFacts) -> int:
     """Distances between all pairs: of tokens once; of documents for neighbours, each radius and the silhouette.
 
-    An upper bound: trees of points leave some out.
+    An upper bound: search trees leave some out.
     """
     tokens, (m, r) = documents.tokens, documents.coordinates.shape
     passes = len(facts.detection.sensitivity) + 2

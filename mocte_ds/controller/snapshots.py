@@ -10,7 +10,7 @@ from mocte_ds.zero import exchanged, held
 
 
 class Snapshots:
-    """This rank's experts as they were at the last check, to see what they have learned since."""
+    """This rank's experts as of the last check, to measure what they have learned since."""
 
     def __init__(self) -> None:
         self._weights: dict[str, list[Tensor]] = {}
@@ -30,14 +30,14 @@ class Snapshots:
 
     @torch.no_grad()
     def add(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> None:
-        """Remember the weights of the units that are not known yet, beside the others'."""
+        """Remember the weights of the units that are not known yet, in addition."""
         for name, parameters in units.items():
             if name not in self._weights:
                 self._weights[name] = [now.clone() for now in held(parameters)]
 
     @contextmanager
     def in_place(self, units: Mapping[str, tuple[nn.Parameter, ...]]) -> Iterator[None]:
-        """Within it the units have their old weights; afterwards the very same tensors as before."""
+        """Context manager: the units have their old weights in it, and the very same tensors as before after it."""
         names = [name for name in self._weights if name in units]
         parameters = [parameter for name in names for parameter in units[name]]
         with exchanged(parameters, [old for name in names for old in self._weights[name]]):

@@ -21,18 +21,18 @@ from mocte_ds.trainability.policy import rule_of
 from mocte_ds.zero import expert_unit, let_go, on_its_own
 
 _BYTES = 24
-"""Of one expert's numbers on the wire."""
+"""Bytes of one expert's numbers that are sent."""
 
 
 @dataclass
 class TrainabilityFacts:
-    """What a measurement leaves beside the probes; the same on all ranks but for the seconds."""
+    """Results of a measurement besides the probes; the same on all ranks except for the seconds."""
 
     sampled: dict[int, list[int]] = field(default_factory=dict)
-    """By block the rows that were found of each expert, `freeze.rows` at the most; with fewer it is not measured."""
+    """Rows found of each expert, by block, at most `freeze.rows`; an expert with fewer is not measured."""
     seconds: float = 0.0
     bytes: int = 0
-    """Of rows and numbers on the wire."""
+    """Bytes of rows and numbers that were sent."""
 
 
 def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFacts:
@@ -131,7 +131,7 @@ def gradient_norms(run: RunState) -> dict[str, float]:
 
 
 def _progress_of(progress: list[float] | None, block: Block, k: int) -> tuple[float | None, float | None]:
-    """Progress of an expert, and the mean of its bank."""
+    """Progress of an expert, and the mean progress of its bank."""
     if progress is None:
         return None, None
     size = block.banks[0].num_experts
@@ -140,6 +140,6 @@ def _progress_of(progress: list[float] | None, block: Block, k: int) -> tuple[fl
 
 
 def _watched(expert: ExpertHandle, may_thaw: bool) -> bool:
-    """Whether the policy reads this expert: while it trains, and frozen as long as it may be thawed."""
+    """Whether the policy reads this expert: while it trains, and while it is frozen and may thaw."""
     thaws = may_thaw and expert.mode is ExpertMode.FROZEN and not expert.thawed
     return expert.mode is ExpertMode.TRAINING or thaws

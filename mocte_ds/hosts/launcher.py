@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         "--restarts",
         type=count_or_zero,
         default=0,
-        help="starts after failures not of the user's, without a new checkpoint between them (default: 0)",
+        help="restarts after failures that are not the user's, without a new checkpoint between them (default: 0)",
     )
     parser.add_argument("command", nargs="+", help="-- SCRIPT OPTIONS")
     args = parser.parse_args(argv)

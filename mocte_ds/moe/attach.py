@@ -25,7 +25,7 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
         The blocks.
 
     Raises:
-        ConfigError: a pattern matches nothing, a match lies inside another one, or it is no FFN; the model is an
+        ConfigError: a pattern matches nothing, a match lies inside another one or is not an FFN, or the model is an
             encoder-decoder.
     """
     _require_one_stream(model)
@@ -55,7 +55,7 @@ def stack_of(model: nn.Module, block: Block) -> tuple[str, nn.ModuleList] | None
 
 
 def layer_number(model: nn.Module, block: Block) -> int | None:
-    """Number of the model's layer that a block lies in, from 0; None where its layers stand in no nn.ModuleList."""
+    """Number of the model's layer that a block lies in, from 0; None if its layers are not in an nn.ModuleList."""
     stack = stack_of(model, block)
     return next(number for number, layer in enumerate(stack[1]) if holds(layer, block)) if stack else None
 
@@ -97,14 +97,14 @@ def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:
 
 
 def _require_one_argument(ffn: nn.Module, name: str) -> None:
-    """Refuse an FFN that reads something beside the feature, e.g. the residual as in BLOOM, before its first step."""
+    """Refuse, before the first step, an FFN that reads something besides the feature, e.g. the residual as in BLOOM."""
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(ffn.forward).parameters.values()
     needed = [p.name for p in parameters if p.kind in named and p.default is p.empty]
     if len(needed) > 1:
         raise ConfigError(
             f"mocte.modules matches {name} ({type(ffn).__name__}), whose forward needs {', '.join(needed)}; a block "
-            "gives its FFN the feature alone. Name a module inside of it that reads nothing else."
+            "gives its FFN the feature alone. Name a module inside it that reads nothing else."
         )
 
 

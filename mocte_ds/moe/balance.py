@@ -1,7 +1,7 @@
-"""The loss for even loads of learned routers: travels in the graph of its own forward pass.
+"""The balance loss of learned routers, which travels in the graph of its own forward pass.
 
 Switch's loss (Fedus et al., 2021, eq. 4) is E * sum over experts of f_i P_i: f_i the share of the tokens that go to
-expert i, P_i the mean probability of i. Of a micro-batch it depends on how the batch is split (Qiu et al., "Demons in
+expert i, P_i the mean probability of i. On a micro-batch it depends on how the batch is split (Qiu et al., "Demons in
 the Detail", 2025). Here f_i is that of the last optimizer step's global batch, and P_i is summed over the tokens and
 divided by the tokens that a pass had on average in that step; so gradients, which are summed over passes and ranks, are
 those of one pass over everything.
@@ -21,7 +21,7 @@ _TINY = 1e-20
 
 @dataclass(frozen=True)
 class Balance:
-    """What the loss of one pass is made with besides its probabilities."""
+    """What the balance loss of one pass needs besides its probabilities."""
 
     share: Tensor
     """(E,) fp32 share of the choices in the last optimizer step; even before the first."""
@@ -50,7 +50,7 @@ def balance_loss(scores: Tensor, balance: Balance, normalised: bool) -> Tensor:
 
 
 def with_loss(weight: Tensor, loss: Tensor, state: ForwardState, layer: Any, context: BatchContext) -> Tensor:
-    """The experts' weights, behind which the backward pass adds a loss's gradient as well.
+    """The experts' weights, unchanged; the backward pass through them also adds the gradient of the balance loss.
 
     Args:
         weight: (n, k) of the experts' outputs; every loss's gradient passes through.

@@ -26,15 +26,15 @@ class ClusterMOELayer(MOELayer):
         # On the CPU also where a model is made on the meta device: no weights are ever loaded into these.
         self.routed = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
         self.step_load = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
-        """(E,) of :attr:`routed`, what the optimizer step that goes on has added on this rank."""
+        """(E,) the part of :attr:`routed` that the current optimizer step has added on this rank."""
         self.share = torch.full((num_experts,), 1.0 / num_experts, device="cpu")
         """(E,) share of the tokens that each expert got in the last optimizer step, all ranks together."""
         self.step_weight = torch.zeros(1, dtype=torch.float64, device="cpu")
-        """(1,) sum of the weights that this rank's tokens of the optimizer step had; for `unit_mean`."""
+        """(1,) sum of the weights of this rank's tokens in the current optimizer step; for `unit_mean`."""
         self.by_source: Tensor | None = None
         """(S, E) tokens of each source and expert while the controller samples."""
         self.exp_counts: Tensor | None = None
-        """(E,) rows that the last forward pass sent to each expert, padding and all."""
+        """(E,) rows that the last forward pass sent to each expert, padding included."""
 
     def forward(self, hidden: Tensor, state: ForwardState, again: bool = False) -> Tensor:
         """Features (..., d) to outputs (..., d).
@@ -113,7 +113,7 @@ class ClusterMOELayer(MOELayer):
             look.rows[self] = self._record_places(index, look.places.flatten(0, -2).float())
 
     def _record_places(self, index: Tensor, places: Tensor) -> dict[int, Tensor]:
-        """Send the tokens' places the way that their features took; by global expert those of its rows."""
+        """Send the tokens' places the way that their features took; by global expert, the places of its rows."""
         first = self.num_local_experts * dist.get_rank(group=self.ep_group) if self.ep_size > 1 else 0
         stand_ins = [nn.Identity() for _ in range(self.num_local_experts)]
         found: dict[int, Tensor] = {}
@@ -133,7 +133,7 @@ class ClusterMOELayer(MOELayer):
 
 
 class Bank(MoE):
-    """E experts, one or a few a token; a block adds up its banks."""
+    """E experts, of which each token uses one or a few; a block adds up its banks."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The layer that stands where an FFN stood: dense in warm-up, experts after emergence."""
+"""The layer that takes the place of an FFN: dense in warm-up, experts after emergence."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -112,7 +112,7 @@ class Block(nn.Module):
         return output
 
     def auxiliary_loss(self) -> Tensor | None:
-        """What the next backward pass adds for even loads of learned routers, without a graph; None for nothing.
+        """The balance loss that the next backward pass adds, without a graph; None if there is none.
 
         Each forward pass carries its loss in its own graph, and brings it into the backward pass that runs through it.
         """

@@ -1,4 +1,4 @@
-"""Which forward pass a block runs in: that of the model's call around it, or the one whose part is recomputed."""
+"""Which forward pass a block runs in: that of the model's current call, or the one that is being recomputed."""
 
 import inspect
 import weakref
@@ -42,11 +42,11 @@ class BatchContext:
         self.usual_tokens: float | None = None
         """See :class:`ForwardState`."""
         self.step_tokens: Tensor | int = 0
-        """Tokens of this rank's training passes that count, in this optimizer step."""
+        """Tokens that count in this rank's training passes of the current optimizer step."""
         self.step_passes = 0
-        """The passes that they are of, whoever called the model."""
+        """The number of those passes, whoever called the model."""
         self.loss_scale: Tensor | float | None = None
-        """Gradient of the model's loss in the backward pass that runs; None: 1."""
+        """Gradient of the model's loss in the current backward pass; None: 1."""
         self.on_abandoned: Callable[[], None] | None = None
         """Called where a pass that was sampled ended with an exception: some blocks have its features, others not."""
         self._next: dict[str, Any] = {}
@@ -87,14 +87,14 @@ class BatchContext:
         module.register_forward_hook(self._end, always_call=True)
 
     def forget_interrupted(self) -> None:
-        """No pass runs: what a KeyboardInterrupt or SystemExit has left, for which torch calls no hook, is dropped."""
+        """Drop what a KeyboardInterrupt or SystemExit has left, for which torch calls no hook: no pass runs."""
         if backward_task() == -1 and self._passes:
             left, self._passes = self._passes, []
             if any(running.state.sampling for running in left) and self.on_abandoned is not None:
                 self.on_abandoned()
 
     def announce(self, **facts: Any) -> None:
-        """Say what the next call of the model is: fields of its :class:`ForwardState`. It counts as training."""
+        """Set fields of the :class:`ForwardState` of the model's next call, which counts as training."""
         self._next = {**facts, "counting": True}
 
     def unannounce(self) -> None:
@@ -188,7 +188,7 @@ class BatchContext:
                 self._passes.pop()
 
     def current(self) -> ForwardState:
-        """The state of the pass that runs; outside of one, that of a pass of which nothing is known."""
+        """The state of the current pass; outside of any, that of a pass of which nothing is known."""
         return self._running() or ForwardState(end_id=self.eod_id)
 
     def _running(self) -> ForwardState | None:
@@ -212,7 +212,7 @@ class BatchContext:
 
     @contextmanager
     def running(self, state: ForwardState) -> Iterator[ForwardState]:
-        """Within it blocks that are called by themselves run in this pass."""
+        """Context manager: blocks that are called by themselves run in this pass."""
         self._push(state, backward_task())
         try:
             yield state
@@ -222,7 +222,7 @@ class BatchContext:
 
     @contextmanager
     def looking(self, places: Tensor | None = None) -> Iterator[Look]:
-        """Record the way of the tokens of the passes that begin within it; see :class:`Look`."""
+        """Context manager: the passes that begin in it record the way of their tokens; see :class:`Look`."""
         look, before = Look(places), self._look
         self._look = look
         try:
@@ -231,7 +231,7 @@ class BatchContext:
             self._look = before
 
     def pending(self) -> list[ForwardState]:
-        """Passes whose graphs are there and whose balance losses no backward pass has brought in yet."""
+        """Passes whose graphs still exist and whose balance losses no backward pass has added yet."""
         return [state for state in self._alive if state.losses]
 
 

@@ -1,4 +1,4 @@
-"""Brings every token to its experts and the outputs back, drops nothing: sort, all-to-all, one expert after another."""
+"""Brings every token to its experts and the outputs back, dropping none: sort, all-to-all, expert after expert."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

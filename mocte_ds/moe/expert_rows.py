@@ -14,7 +14,7 @@ from mocte_ds.spectrum.sample import Selection, hash_keys
 
 
 class ExpertRows:
-    """Of each expert of a bank, the rows with the smallest seeded hashes of (sequence, position) in a window of steps.
+    """For each expert of a bank, the rows with the smallest seeded hashes of (sequence, position) in a window of steps.
 
     A rank chooses among the tokens that it sends, before they travel: it knows their places, and the experts' exchange
     carries nothing more. What all ranks have kept holds the n smallest of all, whatever the number of ranks, `ep_size`
@@ -51,7 +51,7 @@ class ExpertRows:
             index: (T, k) int64 experts of each token.
             sequence: T numbers, of each token's sequence in the run.
             place: T numbers, of its place in the sequence.
-            counts: T truth values, False for padding; None: all are tokens.
+            counts: T booleans, False for padding; None: all are tokens.
         """
         keys = hash_keys(sequence.reshape(-1), place.reshape(-1), self.seed)
         for expert in range(self.experts):
@@ -68,7 +68,7 @@ class ExpertRows:
             kept[update.slots] = features.detach()[place[update.take]].to(kept.dtype)
 
     def found(self) -> list[int]:
-        """Rows of each expert over all ranks, n at the most (collective)."""
+        """Rows of each expert over all ranks, at most n (collective)."""
         own = torch.tensor([len(chosen.slots) for chosen in self._chosen])
         return sum_over_ranks(own).clamp(max=self.count).tolist()
 

@@ -14,7 +14,7 @@ def feature_size(ffn: nn.Module, name: str) -> int:
     """Width d of the feature that an FFN reads.
 
     Raises:
-        ConfigError: the module holds no matrix, so it is no FFN.
+        ConfigError: the module holds no matrix, so it is not an FFN.
     """
     shape = ffn_shape(ffn)
     if shape is not None:
@@ -105,7 +105,7 @@ def copy_slice(ffn: nn.Module, expert: nn.Module, part: Part) -> None:
 
 @torch.no_grad()
 def draw_bypass(expert: nn.Module, seed: int) -> None:
-    """Draw the matrices with which a `lora` expert reads the feature, as a fresh layer of their class has them.
+    """Draw the matrices with which a `lora` expert reads the feature, as a new layer of their class would.
 
     On the CPU in fp32, so that devices and types do not change the draw.
 

@@ -79,7 +79,7 @@ def is_additive(ffn: nn.Module, shape: FFNShape) -> bool:
 
     A shape says nothing of the function: a residual or a norm inside, or gates and values that lie in another order,
     would give slices that do not add up, without an error. So the FFN is called on a few rows: without its matrices it
-    must give zero, and its two halves must add up to it. Weights that are not here (on the meta device) pass.
+    must give zero, and its two halves must add up to it. Weights without values (on the meta device) pass.
     """
     if _is_elsewhere(ffn):
         return True
@@ -123,7 +123,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 
 def _with_units(ffn: nn.Module, shape: FFNShape, units: Tensor, bias: bool) -> Tensor | None:
-    """The FFN's outputs on a few rows with zeros for all hidden units but some, and for the output's bias if asked."""
+    """Outputs on a few rows with all hidden units but ``units`` set to zero; the output's bias too unless ``bias``."""
     values = dict(ffn.named_parameters())
     for path in (*shape.inputs, shape.output):
         keep = units.repeat(2) if shape.fused and path != shape.output else units
@@ -138,7 +138,7 @@ def _with_units(ffn: nn.Module, shape: FFNShape, units: Tensor, bias: bool) -> T
 
 @torch.no_grad()
 def _output(module: nn.Module, values: dict[str, Tensor], shape: FFNShape) -> Tensor | None:
-    """Outputs on a few rows in evaluation mode; None where the module cannot be called so."""
+    """Outputs on a few rows in evaluation mode; None if the module cannot be called like this."""
     like = next(iter(values.values()))
     rows = torch.randn(4, shape.hidden_size, generator=torch.Generator().manual_seed(0)).to(like)
     modes = [(part, part.training) for part in module.modules()]

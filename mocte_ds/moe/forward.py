@@ -23,14 +23,14 @@ BEYOND = 1 << 40
 
 @dataclass(eq=False)
 class Look:
-    """Which way the tokens of a forward pass took, by layer of experts."""
+    """The experts that the tokens of a forward pass went to, by layer of experts."""
 
     places: Tensor | None = None
-    """(B, T, c) integers below 2**24 per token that travel to the experts with it; None: not recorded."""
+    """(B, T, c) integers below 2**24 that travel to the experts with each token; None: not recorded."""
     routes: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     """(n,) best expert of each token."""
     rows: dict["ClusterMOELayer", dict[int, Tensor]] = field(default_factory=dict)
-    """By global expert (m, c) int64 places of the rows that it read."""
+    """For each global expert (m, c) int64, the places of the rows that it read."""
 
 
 @dataclass(eq=False)
@@ -53,13 +53,13 @@ class ForwardState(Call):
     counting: bool = False
     """Whether this pass trains: its tokens count."""
     look: Look | None = None
-    """Where to record the tokens' way; None: nobody asks."""
+    """Where to record the tokens' way; None: it is not recorded."""
     shares: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     """Loads that the balance loss of this pass was made with, for its recomputation."""
     usual_tokens: float | None = None
-    """Tokens of a forward pass in the last optimizer step, which the balance loss is divided by; None: this one's."""
+    """Tokens per forward pass in the last optimizer step, by which the balance loss is divided; None: this pass's."""
     losses: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
-    """() balance losses, without a graph, that no backward pass has brought in yet."""
+    """() balance losses, without a graph, that no backward pass has added yet."""
     token_count: Tensor | int | None = None
     """Tokens of this pass that count; None before the first block."""
     _counts: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class ForwardState(Call):
         """See :meth:`Call.of_call`.
 
         Raises:
-            MocteError: padding is told in a form that is not read.
+            MocteError: padding is given in a form that is not supported.
         """
         try:
             return super().of_call(given, first, end_id)
@@ -131,7 +131,7 @@ class ForwardState(Call):
         return sequence, place, real
 
     def first_visit(self, block: object) -> bool:
-        """Whether a block runs for the first time in this pass."""
+        """Whether this is a block's first call in this pass."""
         known = id(block) in self._seen
         self._seen.add(id(block))
         return not known
@@ -165,12 +165,12 @@ class ForwardState(Call):
 
 
 def sequence_numbers(first: int, micro: int | None, batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """(B,) int64 number in the run of each of ``batch`` sequences.
+    """(B,) int64 number, in the run, of each of ``batch`` sequences.
 
     Args:
         first: of the first one.
         micro: sequences of a micro-batch, which have numbers in a row; None: all have.
-        batch: B; further texts of the samples follow after ``micro`` sequences.
+        batch: B; after ``micro`` sequences, further texts of the same samples follow.
         device: of the result.
     """
     place = torch.arange(batch, device=device)
@@ -203,5 +203,5 @@ def require_domain(domain: Tensor | None, batch: int | None) -> None:
     if domain is not None and batch is not None and tuple(domain.shape) != (batch,):
         raise MocteError(
             f"engine.mocte.annotate was given the sources of {tuple(domain.shape)} sequences, and the next forward "
-            f"pass has {batch}: call annotate(domain, names) before every forward pass, with one index a sequence."
+            f"pass has {batch}: call annotate(domain, names) before every forward pass, with one index per sequence."
         )

@@ -14,16 +14,16 @@ from mocte_ds.remote_code.gates_mocte import Gate
 from mocte_ds.remote_code.tokens_mocte import RoutingError, Tokens
 
 _KEPT = 0.95
-"""Of the running mean of the weights, a step."""
+"""Weight of the old value in the running mean of the weights, per step."""
 
 
 class ClusterGate(Gate):
-    """Chooses the experts of each token. Shapes: T tokens, d features, E experts, k experts a token."""
+    """Chooses the experts of each token. Shapes: T tokens, d features, E experts, k experts per token."""
 
     router: RouterConfig
 
     def __init__(self, hidden_size: int, num_experts: int, router: RouterConfig, vocab_size: int | None) -> None:
-        """Allocate an empty gate.
+        """Make an empty gate.
 
         Args:
             hidden_size: d.
@@ -59,15 +59,15 @@ class ClusterGate(Gate):
         """Move the running mean of the weights by what an optimizer step had.
 
         Args:
-            mean: what the weights of a token's experts came to together, on average over the global batch; 1 if the
-                running mean is right.
+            mean: sum of the weights of a token's experts, on average over the global batch; 1 if the running mean is
+                right.
         """
         if self.router.unit_mean and mean > 0:
             self.cluster_mean *= _KEPT + (1 - _KEPT) * mean
 
     @torch.no_grad()
     def begin_mean(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
-        """Sum of the weights of some tokens as they are at birth, before a division, and how many tokens these are.
+        """Sum of some tokens' weights at birth, before any division, and the number of these tokens.
 
         Args:
             features: (n, d).

@@ -25,7 +25,7 @@ def backward_task() -> int:
 
 
 def tag_made(tensor: Any, state: ForwardState) -> None:
-    """Note on the node that made a tensor (or each of a nested output's) which pass it belongs to."""
+    """Note, on the node that made a tensor (or each tensor of a nested output), which pass it belongs to."""
     if isinstance(tensor, dict):
         tensor = list(tensor.values())
     if isinstance(tensor, list | tuple):
@@ -37,7 +37,7 @@ def tag_made(tensor: Any, state: ForwardState) -> None:
 
 
 def tag_read(tensor: Tensor, state: ForwardState) -> None:
-    """Note on the node in front of a tensor that a pass reads it; several passes may read one tensor."""
+    """Note, on the node before a tensor, that a pass reads it; several passes may read one tensor."""
     if not tensor.requires_grad or isinstance(tensor, nn.Parameter):
         return
     node = torch.autograd.graph.get_gradient_edge(tensor).node
@@ -47,7 +47,7 @@ def tag_read(tensor: Tensor, state: ForwardState) -> None:
 
 
 def recomputed_state(where: str = "") -> ForwardState | None:
-    """The pass that the backward pass stands in; None where no tag is on the way.
+    """The forward pass that the backward pass is in; None if there is no tag on the way.
 
     Args:
         where: for the error: what is being recomputed.

@@ -21,11 +21,11 @@ class Drawn:
     """Of the parameter's shape, fp32."""
 
     def put(self, old: Tensor) -> Tensor:
-        """A tensor of the parameter's shape with the new values where they belong."""
+        """A tensor of the parameter's shape with the new values in their places."""
         return torch.where(self.mask.to(old.device), self.values.to(old), old)
 
     def clear(self, old: Tensor) -> Tensor:
-        """The same with zeros, for moments."""
+        """A tensor of the parameter's shape with zeros there, for moments."""
         return old.masked_fill(self.mask.to(old.device), 0.0)
 
 

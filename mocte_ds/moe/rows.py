@@ -1,4 +1,4 @@
-"""Rows of tokens into one chunk per expert and back, each way one copy, and the experts' weights on the way back.
+"""Copies rows of tokens into one chunk per expert, and back with the experts' weights: one copy each way.
 
 Autograd's own indexing adds gradients up row by row, because an index may repeat. Here none does: the gradient of one
 way is the other way.
@@ -116,7 +116,7 @@ class _Wide:
 
 
 def _chunk(rows: Tensor, places: Tensor, length: int) -> Tensor:
-    """(length, d) the rows at some places, and behind them zeros."""
+    """(length, d) the rows at some places, followed by zeros."""
     chunk, count = rows.new_empty((length, rows.shape[1])), len(places)
     torch.index_select(rows, 0, places, out=chunk[:count])
     chunk[count:].zero_()

@@ -51,7 +51,7 @@ class Update:
     take: Tensor
     """(t,) rows of the batch that enter."""
     slots: Tensor
-    """(t,) where they are kept: free slots, or those of rows that leave."""
+    """(t,) slots where they are kept: free ones, or those of rows that leave."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Choice:
     mask: Tensor
     """(c,) bool, of the rows kept on this rank."""
     place: Tensor
-    """(k,) int64 place of each chosen row of this rank in the order of all."""
+    """(k,) int64 place of each chosen row of this rank in the order of all chosen rows."""
     order: Tensor
-    """(K,) int64 puts the chosen rows of all ranks, gathered, into the order of their hashes; the same on all ranks."""
+    """(K,) int64 order of the gathered chosen rows of all ranks by their hashes; the same on all ranks."""
 
 
 class Selection:
@@ -93,7 +93,7 @@ class Selection:
     def clear(self) -> None:
         """Forget all keys."""
         self.keys = torch.empty(0, dtype=torch.int64)
-        """(c,) keys of what is kept, smallest hash first."""
+        """(c,) keys of the kept rows, smallest hash first."""
         self.slots = torch.empty(0, dtype=torch.int64)
         """(c,) where the rows of these keys lie, among :attr:`room` slots."""
         self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
@@ -138,7 +138,7 @@ class Selection:
         return Update(take[entering], slots)
 
     def choose(self, group: Any = None, count: int | None = None) -> Choice:
-        """Which rows of all ranks have the smallest hashes (collective, always: no rank answers from memory).
+        """Which rows of all ranks have the smallest hashes (always collective: no rank answers from memory).
 
         Sharers of the selection can use one answer as long as nothing has been offered since.
 
@@ -189,7 +189,7 @@ class Reservoir:
             capacity: rows kept over all ranks together.
             width: w.
             seed: seed of the choice.
-            dtype: rows are stored so; bf16 halves the memory.
+            dtype: in which rows are stored; bf16 halves the memory.
             ranks: see :class:`Selection`.
             selection: shared with others, who get the same batches; None: one of its own.
         """

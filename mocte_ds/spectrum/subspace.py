@@ -13,17 +13,17 @@ from mocte_ds.spectrum.orthonormal import orthonormal_against
 
 OVERSAMPLING = 8
 # Measured on 4,096 rows, d = 1024: 5 cold passes bring singular values to 1 % even in white noise and directions of a
-# k^-1/2 spectrum to .001 (3 passes: 3 % and .13). They happen once a block; later checks start warm.
+# k^-1/2 spectrum to .001 (3 passes: 3 % and .13). They happen once per block; later checks start warm.
 COLD_PASSES = 5
 # A warm start whose own directions move by more than STALE in the first pass gets MOVED_PASSES instead of one.
 WARM_PASSES, MOVED_PASSES, STALE = 1, 3, 0.05
 
-# Shapes: L layers (blocks), n rows of this rank, d features, r directions, q = r + 8 columns a pass, P passes.
+# Shapes: L layers (blocks), n rows of this rank, d features, r directions, q = r + 8 columns per pass, P passes.
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """Centred singular directions of the rows of all ranks; a leading (L,) everywhere if the input had layers."""
+    """Centred singular directions of the rows of all ranks; every shape has a leading (L,) if the input had layers."""
 
     mean: Tensor
     """(d,) mean of the rows."""
@@ -36,9 +36,9 @@ class Subspace:
     explained: Tensor
     """(r,) share of the centred variance by direction."""
     rows: Tensor
-    """() int64 rows of all ranks."""
+    """() int64 number of rows, all ranks."""
     moved_bytes: int
-    """Bytes that a rank gave to all-reduces for this result, all layers together."""
+    """Bytes that a rank sent in all-reduces for this result, all layers together."""
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def sampled_svd(
 ) -> Subspace:
     """Leading singular values and directions of the centred matrix of all ranks' rows (collective).
 
-    Block power iteration Y = sum over ranks of X_p^T (X_p V), centred without forming X_p, one all-reduce a pass for
+    Block power iteration Y = sum over ranks of X_p^T (X_p V), centred without forming X_p, one all-reduce per pass for
     all layers together; Rayleigh-Ritz over all passes' blocks, not only the last (block Krylov; Musco & Musco,
     "Randomized block Krylov methods", 2015), which costs no all-reduce and resolves flat spectra far better.
 
@@ -138,7 +138,7 @@ def split_half_angles(
 
     Args: as for :func:`split_half_certificate`, ``names`` as for :func:`sampled_svd`, and
         place: (n,) place of each row of this rank, of every layer, among the rows of all ranks: odd and even ones are
-            the halves, however the rows are shared out. None: as ranks hand the rows over.
+            the halves, however the rows are shared out. None: the order of the ranks.
     """
     layers = _as_layers(x)
     if place is None:
@@ -186,7 +186,7 @@ def gate_rank(angles: Sequence[float], max_angle: float, low: int = 2) -> int:
 
 
 def gap_rank(singular_values: Tensor, low: int = 4, high: int = 16) -> int:
-    """The number of directions r in [low, high] behind which the largest relative gap s_r / s_(r+1) lies.
+    """The number of directions r in [low, high] with the largest relative gap s_r / s_(r+1).
 
     Args:
         singular_values: (m,) descending; r needs m > r, so a smaller m limits the choice.

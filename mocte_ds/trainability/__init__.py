@@ -1,4 +1,4 @@
-"""How much an expert still has to learn, and who freezes or thaws because of it."""
+"""How much an expert can still learn, and which experts freeze or thaw because of it."""
 
 from mocte_ds.registry import POLICIES
 from mocte_ds.trainability.conflict import Conflict, coherence, conflict

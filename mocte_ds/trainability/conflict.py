@@ -24,7 +24,7 @@ class Conflict:
     cosine: Tensor
     """(G, G) float64 cosine between the groups' mean gradients, on the CPU; NaN where one of them is zero."""
     mean_cosine: float
-    """Mean over the pairs of groups; NaN where no pair has a cosine."""
+    """Mean cosine over the pairs of groups; NaN if no pair has one."""
     negative: float
     """Share of pairs whose mean gradients are opposed, of those that have a cosine; NaN where none has."""
     ratio: float
@@ -35,14 +35,14 @@ class Conflict:
     kappa: tuple[float, ...]
     """Coherence of each group."""
     kappa_mixed: float
-    """Coherence of mixtures of the groups, as many and as large as these."""
+    """Coherence of mixtures of the groups, as many and as large as the groups."""
     q: float
     """Q = 1 - kappa_mixed / sum p_c kappa_c, p_c the groups' shares: 0 where the groups do not matter, 1 - 1/G where
     each has a direction of its own. It may come out negative. Opposite gradients count as equal: see the cosine."""
 
 
 def coherence(k: Tensor) -> float:
-    """kappa = lambda_max(N) / n, N_ij = K_ij / sqrt(K_ii K_jj): how far the rows' gradients have one direction.
+    """kappa = lambda_max(N) / n, N_ij = K_ij / sqrt(K_ii K_jj): how far the rows' gradients share one direction.
 
     It is the mean of cos^2(g_i, u) over the rows, with the direction u that suits them best: 1 where all are parallel
     or opposite, 1/n where they are orthogonal. Without the normalisation a few large rows decide: lambda_max(K) / n
@@ -56,7 +56,7 @@ def coherence(k: Tensor) -> float:
         A number in [1/n, 1]. Cost: one eigvalsh in fp64 on the CPU.
 
     Raises:
-        MocteError: K is not a matrix of finite numbers, is no Gram matrix, or has no row with a gradient.
+        MocteError: K is not a matrix of finite numbers, is not a Gram matrix, or has no row with a gradient.
     """
     normal, _, rows = _normalised(k)
     if not len(rows):
@@ -67,7 +67,7 @@ def coherence(k: Tensor) -> float:
 def conflict(k: Tensor, groups: Tensor, unbiased: bool = False) -> Conflict:
     """How much groups of tokens (clusters, domains) pull an expert's weights in different directions.
 
-    The block mean M_cd of K is the inner product of the mean gradients m_c and m_d, so all comes out of K:
+    The block mean M_cd of K is the inner product of the mean gradients m_c and m_d, so everything follows from K:
 
         cosine_cd = M_cd / sqrt(M_cc M_dd)        R = sum_ij K_ij / n^2 / (sum_i K_ii / n)
 
@@ -76,7 +76,7 @@ def conflict(k: Tensor, groups: Tensor, unbiased: bool = False) -> Conflict:
     large as the groups. Each row is in one of them, and all groups have their shares in each, as far as sizes allow.
 
     M_cc also holds every row's product with itself, about v / n_c, v the rows' variance: cosines and R depend on sample
-    sizes, and two random halves have not the cosine 1 but |m|^2 / (|m|^2 + v / n_c). That is right for the mean
+    sizes, and two random halves have the cosine |m|^2 / (|m|^2 + v / n_c), not 1. That is right for the mean
     gradients of these rows, and fair between runs at the same sizes, or with a random partition as the control.
     ``unbiased`` leaves rows' products with themselves out of M_cc and R, and so estimates those of the population. It
     costs noise: |cosine| may exceed 1, R may be negative, and a group whose M_cc is not positive has no cosine. Rows
@@ -88,8 +88,8 @@ def conflict(k: Tensor, groups: Tensor, unbiased: bool = False) -> Conflict:
         unbiased: see above. Changes cosine, mean_cosine, negative, ratio and alignment.
 
     Returns:
-        Its numbers are of the rows that count: those with a gradient (see :func:`coherence`), in groups that have at
-        least 2 of them. None depends on a common factor of all gradients.
+        Numbers of the rows that count: those with a gradient (see :func:`coherence`), in groups that have at
+        least 2 of them. A common factor of all gradients changes none of them.
 
     Raises:
         MocteError: K as for :func:`coherence`; groups are not n integers; fewer than two groups of 2 rows with a
@@ -124,7 +124,7 @@ def conflict(k: Tensor, groups: Tensor, unbiased: bool = False) -> Conflict:
         n, n_c = len(order), sizes.double()
         means.diagonal().copy_((means.diagonal() - own_products) * n_c / (n_c - 1))
         ratio = (n * ratio - 1) / (n - 1)
-    # What rounding leaves of mean gradients that cancel is no direction.
+    # What rounding leaves of mean gradients that cancel is not a direction.
     floor = torch.finfo(k.dtype).eps * own_products * sizes
     cosine = _cosines(means, floor, clamp=not unbiased)
     pairs = cosine[tuple(torch.triu_indices(len(names), len(names), 1))]
@@ -180,7 +180,7 @@ def _cosines(means: Tensor, floor: Tensor, clamp: bool) -> Tensor:
 
 
 def _mixtures(sizes: Tensor) -> Tensor:
-    """For rows group after group, the number of the mixture that each is in: of these sizes, each of all groups."""
+    """Mixture of each row, for rows sorted by group: mixtures of these sizes, each with rows of all groups."""
     # Every mixture takes rows at even distances, in turn with the others.
     places = torch.cat([(torch.arange(size, dtype=torch.float64) + 0.5) / size for size in sizes.tolist()])
     return torch.repeat_interleave(torch.arange(len(sizes)), sizes)[torch.argsort(places, stable=True)]

@@ -26,11 +26,11 @@ class KnownFFN:
     output: Tensor
     """(d', f) the matrix B."""
     slopes: list[Tensor]
-    """(n, f) for each input matrix: the derivative of h by what the matrix gives; two for a gated FFN."""
+    """(n, f) for each input matrix: the derivative of h by the matrix's output; two for a gated FFN."""
     input_grams: list[Tensor]
-    """(n, n) for each input matrix: X X^T, and 1 more everywhere where it has a bias."""
+    """(n, n) for each input matrix: X X^T, plus 1 everywhere if it has a bias."""
     hidden_gram: Tensor
-    """(n, n) h h^T, and 1 more everywhere where the output has a bias."""
+    """(n, n) h h^T, plus 1 everywhere if the output has a bias."""
     shape: tuple[int, int]
     """(n, d') of the outputs."""
 
@@ -49,7 +49,7 @@ class _Matrices:
 
 
 def checked_rows(expert: nn.Module, x: Tensor) -> Tensor:
-    """The rows (n, d) without their graph, in fp32, or fp64 where they are that.
+    """The rows (n, d) without their graph, in fp32, or in fp64 if they are.
 
     Raises:
         MocteError: no rows, rows that are not a matrix or not finite, or a module without parameters.
@@ -107,7 +107,7 @@ def _form(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every submodule is in the mode that it was in."""
+    """Context manager: evaluation mode; after it every submodule is in the mode that it was in before."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -126,7 +126,7 @@ def first(outputs: Tensor | tuple) -> Tensor:
 def call(expert: nn.Module, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
     """The module's outputs on x in evaluation mode, in its own precision; ``values`` stand in for its parameters.
 
-    It works on copies of the module's buffers, so that one that counts its calls does so in vain.
+    It works on copies of the module's buffers, so that the call leaves no trace.
     """
     stand_ins = {name: buffer.clone() for name, buffer in expert.named_buffers()} | (values or {})
     with evaluating(expert), torch.no_grad():

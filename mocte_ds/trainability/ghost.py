@@ -25,7 +25,7 @@ def ghost_gram(expert: nn.Module, x: Tensor, output_gradient: Tensor) -> Tensor:
         K = (h h^T) * (D_y D_y^T) + sum over input matrices of (X X^T) * (D_h D_h^T),   D_h = (D_y B) * h'
 
     and a bias adds 1 to its layer's X X^T or h h^T. Any other module: torch.func gradients row by row, in blocks of at
-    most _GRADIENT_FLOATS numbers. fp32, or fp64 where x is fp64.
+    most _GRADIENT_FLOATS numbers. fp32, or fp64 if x is fp64.
 
     Only inputs and output gradients are needed, so a frozen expert can be watched too.
 
@@ -40,7 +40,7 @@ def ghost_gram(expert: nn.Module, x: Tensor, output_gradient: Tensor) -> Tensor:
         (n, n) symmetric, positive semidefinite to rounding, on the device of x.
 
     Raises:
-        MocteError: no rows; rows or gradients that are no matrix, not finite, or do not fit the expert; a module
+        MocteError: no rows; rows or gradients that are not a matrix, not finite, or do not fit the expert; a module
             without parameters; a K that overflows.
     """
     x = checked_rows(expert, x)

@@ -19,7 +19,7 @@ def lambda_max(expert: nn.Module, x: Tensor) -> float:
     """Largest eigenvalue of Theta = J J^T, J the Jacobian of all outputs by the module's parameters.
 
     Closed form for gated and two-matrix FFNs (SwiGLU, GELU, their narrow `lora` form; of this project and of
-    transformers), torch.func products for any other module. fp32, or fp64 where x is fp64.
+    transformers), torch.func products for any other module. fp32, or fp64 if x is fp64.
 
     Args:
         expert: maps (n, d) to (n, d'), or to a tuple whose first entry is that; its parameters count whether or not
@@ -47,7 +47,7 @@ def top_eigenpair(
     Args:
         expert: as for :func:`lambda_max`.
         x: (n, d).
-        iterations: products with Theta at most.
+        iterations: largest number of products with Theta.
         start: (n, d') the last check's eigenvector; None: a fixed random one.
         tolerance: stops where the residual |Theta v - lambda v| is under this share of lambda.
 
@@ -117,7 +117,7 @@ def _closed_form(expert: nn.Module, x: Tensor) -> tuple[Product, tuple[int, int]
 
 
 def _by_autograd(expert: nn.Module, x: Tensor) -> tuple[Product, tuple[int, ...]]:
-    """Theta v = J (J^T v) of any module, by one backward and one forward derivative a product."""
+    """Theta v = J (J^T v) of any module, by one backward and one forward derivative per product."""
     parameters = {name: p.detach().to(x) for name, p in expert.named_parameters()}
     buffers = {name: b.to(x) if b.is_floating_point() else b for name, b in expert.named_buffers()}
 

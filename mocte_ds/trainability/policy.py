@@ -20,7 +20,7 @@ RESOLUTION = 1e-4
 
 @dataclass(frozen=True)
 class Probe:
-    """What a check measured of one expert."""
+    """What one check measured on one expert."""
 
     step: int
     """Optimizer step of the check."""
@@ -40,13 +40,13 @@ class Probe:
 
 
 def comparable(history: Sequence[Probe], reads: Sequence[str] = ()) -> list[Probe]:
-    """The probes that can be compared with the newest one; none where it is itself of no use.
+    """The probes that can be compared with the newest one; empty if that one is not finite.
 
-    They were measured on as many rows, and what the policy reads of them is finite.
+    They were measured on equally many rows, and everything that the policy reads from them is finite.
 
     Args:
         history: all probes, oldest first.
-        reads: fields of a probe that the policy reads beside its value; one that was not measured (None) counts.
+        reads: fields of a probe that the policy reads besides its value; None (not measured) passes.
     """
     usable = [probe for probe in history if _finite(probe, reads)]
     if not usable or usable[-1] is not history[-1]:
@@ -60,11 +60,11 @@ def _finite(probe: Probe, reads: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy wants of one expert."""
+    """What a policy decides about one expert."""
 
     action: Literal["keep", "freeze", "thaw"]
     reason: str = ""
-    """With the numbers that decided."""
+    """Why, with the numbers that decided."""
 
 
 KEEP = Decision("keep")
@@ -77,17 +77,17 @@ class Case:
     history: Sequence[Probe]
     """Its comparable probes since emergence, oldest first; never empty."""
     peers: Sequence[float]
-    """Newest finite values of the block's experts, of as many rows."""
+    """Newest finite values of the block's experts, measured on equally many rows."""
     who: tuple[int, int]
     """Block and expert."""
     start: float
     """Share of the budget at which the expert began to train."""
     config: FreezeConfig
     seed: int
-    """The run's, for rules that draw."""
+    """Seed of the run, for rules that draw at random."""
 
     def before(self, probes: int) -> "Case":
-        """The same expert some probes ago."""
+        """The same expert as it was some probes ago."""
         return replace(self, history=self.history[: len(self.history) - probes])
 
 
@@ -98,11 +98,11 @@ class Rule:
     test: Callable[[Case], str | None]
     """The reason to freeze now, with the numbers that decided, or None."""
     in_a_row: bool = True
-    """Whether it must hold at `freeze.checks` checks in a row; False: at one."""
+    """Whether it must hold at `freeze.checks` checks in a row, or at one (False)."""
     may_thaw: bool = False
     """Whether a frozen expert thaws, once, if lambda comes back (docs/method.md, section 5)."""
     reads: tuple[str, ...] = ()
-    """Fields of :class:`Probe` that it reads beside `value`; with "progress" every check measures it."""
+    """Fields of :class:`Probe` that it reads besides `value`; with "progress" every check measures it."""
 
 
 _NEVER = Rule(lambda case: None)
@@ -178,11 +178,11 @@ class Policy:
         Args:
             history: its probes since emergence, oldest first.
             born_share: share of the budget at emergence.
-            peers: newest values of the block's experts, of as many rows as this one's.
+            peers: newest values of the block's experts, measured on as many rows as this one's.
             who: block and expert.
             frozen: whether it is frozen now.
             since: optimizer step of its last change of mode. What was measured before has no part in the decision to
-                change it again, but for the peak.
+                change it again, except for the peak.
         """
         config, rule = self.config, self.rule
         history = comparable(history, rule.reads)
@@ -208,7 +208,7 @@ class Policy:
         return Decision("freeze", f"{reasons[0]}{times}")
 
     def _thaw(self, history: Sequence[Probe], fresh: int) -> Decision:
-        """Thaw if lambda is back over twice alpha of its peak (halfway to it for a large alpha) at all last checks."""
+        """Thaw if lambda was over 2 alpha of its peak (large alpha: halfway to the peak) at each of the last checks."""
         alpha, checks = self.config.alpha, self.config.checks
         bound = min(2 * alpha, (1 + alpha) / 2)
         levels = smoothed([probe.value for probe in history])

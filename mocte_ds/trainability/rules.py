@@ -11,7 +11,7 @@ PROGRESS_CHECKS = 5
 
 @policy("trainability", may_thaw=True)
 def _trainability(case: Case) -> str | None:
-    """RATE and LEVEL: lambda has stopped changing, well under what it was."""
+    """RATE and LEVEL: lambda has stopped changing, far below its peak."""
     values = [probe.value for probe in case.history]
     now, change = level(values), rate(values)
     alpha, beta = case.config.alpha, case.config.beta
@@ -21,7 +21,7 @@ def _trainability(case: Case) -> str | None:
 
 
 def progress_share(history: Sequence[Probe]) -> float | None:
-    """Part of an expert in the loss decrease of its last checks, over its fair part; None if the loss did not fall."""
+    """An expert's part of the loss reduction at the last checks, over its fair part; None if the loss did not fall."""
     newest = history[-PROGRESS_CHECKS:]
     known = [(p.progress, p.fair) for p in newest if p.progress is not None and p.fair is not None]
     fair = sum(part for _, part in known)
@@ -32,7 +32,7 @@ def progress_share(history: Sequence[Probe]) -> float | None:
 
 @policy("progress", reads=["progress", "fair"])
 def _progress(case: Case) -> str | None:
-    """RATE and PROGRESS: lambda has stopped changing, and the expert's tokens hardly get better any more."""
+    """RATE and PROGRESS: lambda has stopped changing, and the loss of the expert's tokens hardly falls any more."""
     share, change = progress_share(case.history), rate([probe.value for probe in case.history])
     if share is not None and share < case.config.gamma and change < case.config.beta:
         return f"progress {share:.2f} of the fair part (gamma {case.config.gamma:g}), lambda changing by {change:.3f}"
@@ -58,7 +58,7 @@ def _paper(case: Case) -> str | None:
 
 @policy("grad-norm", reads=["gradient_norm"])
 def _grad_norm(case: Case) -> str | None:
-    """The control that people use: the gradient's norm under alpha of its peak."""
+    """The usual control: the gradient's norm is under alpha times its peak."""
     norms = [probe.gradient_norm for probe in case.history]
     now = level(norms)
     return (
@@ -70,7 +70,7 @@ def _grad_norm(case: Case) -> str | None:
 
 @policy("inverted")
 def _inverted(case: Case) -> str | None:
-    """The opposite of `trainability`: experts near their peak and still changing."""
+    """The opposite of `trainability`: freezes experts near their peak that still change."""
     values = [probe.value for probe in case.history]
     now, change = level(values), rate(values)
     if now >= 1.0 - case.config.alpha and change >= case.config.beta:
@@ -80,10 +80,10 @@ def _inverted(case: Case) -> str | None:
 
 @policy("random", in_a_row=False)
 def _random(case: Case) -> str | None:
-    """Every expert draws its time of freezing: half of them by half way from its start to the end of freezing.
+    """Every expert draws its time of freezing: half of them freeze by half way from their start to the end of freezing.
 
     The time is exponential, (until - start) / 2 * log2(1 / u): it depends neither on how often checks come nor on
-    probes that are missing. Those for which it comes before an expert may freeze, freeze as soon as they may.
+    probes that are missing. An expert that draws a time before it may freeze does so as soon as it may.
     """
     draw = hashlib.sha256(f"{case.seed}/{case.who}/{case.start:.9f}".encode()).digest()[:8]
     u = (int.from_bytes(draw) + 1) / 2.0**64

@@ -29,7 +29,7 @@ _CLASSES = {kind.__name__: kind for kind in (DynamicLossScaler, LossScaler, frag
 
 
 class CheckpointFiles(CheckpointEngine):
-    """What a DeepSpeed engine hands its files to, and gets them from; :func:`use_checkpoint_files` puts it in."""
+    """What a DeepSpeed engine hands its files to, and reads them from; :func:`use_checkpoint_files` puts it in."""
 
     def __init__(self, engine: Any = None) -> None:
         """Make it for an engine; without one it reads and collects single files."""
@@ -96,7 +96,7 @@ class CheckpointFiles(CheckpointEngine):
 
     @contextlib.contextmanager
     def reading(self, folder: Path, manifest: Manifest, ep_size: int = 1) -> Iterator[Callable[[Path], Any]]:
-        """Let DeepSpeed load a checkpoint, which is cut anew on the way where it is of another layout than the run.
+        """Let DeepSpeed load a checkpoint, which is reshaped on the way if its layout is not the run's.
 
         Args:
             folder: of the checkpoint.
@@ -158,10 +158,10 @@ class CheckpointFiles(CheckpointEngine):
     # ---- what DeepSpeed calls --------------------------------------------------------------------------------------
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """DeepSpeed starts to save: nothing to do."""
+        """Called by DeepSpeed when it starts to save: nothing to do."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """DeepSpeed wants a folder: for a checkpoint the saver makes its own."""
+        """Called by DeepSpeed for a folder; for a checkpoint the saver makes its own."""
         if self._collected is None:
             Path(path).mkdir(parents=True, exist_ok=True)
 
@@ -183,7 +183,7 @@ class CheckpointFiles(CheckpointEngine):
             return
         try:
             self._collected[name] = to_plain(state_dict, name, self._copy, _CLASSES)
-        except CheckpointError as error:  # told behind DeepSpeed's barriers, on all ranks
+        except CheckpointError as error:  # raised after DeepSpeed's barriers, on all ranks
             self._refused = self._refused or error
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -194,7 +194,7 @@ class CheckpointFiles(CheckpointEngine):
         return content
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """DeepSpeed has handed over everything."""
+        """Called by DeepSpeed when it has handed over everything."""
         return True
 
     def preserves_storage_sharing(self) -> bool:
@@ -203,7 +203,7 @@ class CheckpointFiles(CheckpointEngine):
 
 
 def own_files(rank_state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The file of this rank's random states, with what only this rank's controller has."""
+    """Content of this rank's file of random states, with the part of the controller's state that only this rank has."""
     states = random_states()
     if rank_state:
         try:
@@ -216,10 +216,10 @@ def own_files(rank_state: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def use_checkpoint_files(engine: Any) -> CheckpointFiles:
-    """Let a DeepSpeed engine save and load through plain files.
+    """Let a DeepSpeed engine save and load through files that hold values only.
 
     Raises:
-        ConfigError: settings of DeepSpeed that go round them.
+        ConfigError: settings of DeepSpeed that bypass them.
     """
     settings = engine._config.checkpoint_config
     if settings.get("writer") is not None or engine._config.datastates_config.enabled:

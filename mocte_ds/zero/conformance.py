@@ -1,4 +1,4 @@
-"""Says on which DeepSpeed versions our use of its private parts was checked, and what of it another version broke."""
+"""The DeepSpeed versions on which our use of its private parts was checked, and what another version breaks of it."""
 
 import inspect
 import os
@@ -130,7 +130,7 @@ _GROUPS = (
 
 
 def broken_assumptions() -> list[str]:
-    """What this DeepSpeed lacks of what mocte_ds/zero relies on; empty where nothing is missing."""
+    """What mocte_ds/zero relies on and this DeepSpeed does not have; empty if nothing is missing."""
     broken = _missing(DeepSpeedZeroOptimizer, _METHODS, _ATTRIBUTES)
     broken += _missing(DeepSpeedZeroOptimizer_Stage3, _METHODS_3, _ATTRIBUTES_3)
     engine = deepspeed_engine.DeepSpeedEngine
@@ -191,8 +191,8 @@ def require_conformance() -> None:
 def with_unit_optimizer(method: Callable) -> Callable:
     """DeepSpeedEngine._configure_zero_optimizer, making one of our optimizers instead of DeepSpeed's.
 
-    The method's code runs with one global name bound to our class, so that it hands over exactly the arguments that
-    this DeepSpeed version hands over. The class of stage 3 it imports itself: that name is ours while it runs.
+    The method's code runs with one global name bound to our class, so that our class gets exactly the arguments of this
+    DeepSpeed version. The class of stage 3 it imports itself: that name is ours while it runs.
     """
     names = {**method.__globals__, "DeepSpeedZeroOptimizer": UnitZeroOptimizer}
     configure = types.FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)

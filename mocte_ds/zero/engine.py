@@ -50,13 +50,13 @@ class UnitEngine(DeepSpeedEngine):
             super()._save_moe_checkpoint(*args, **kwargs)
 
     def load_module_state_dict(self, checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's; under stage 3 weights come from the optimizer's files and from each rank's frozen parts."""
+        """As DeepSpeed's; under stage 3 weights come from the optimizer's files and from each rank's frozen parts."""
         if self.zero_optimization_partition_weights():
             checkpoint = without_weights(checkpoint, self.module)
         super().load_module_state_dict(checkpoint, *args, **kwargs)
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's, where one rank has all of it.
+        """DeepSpeed's, if one rank has all of it.
 
         Raises:
             CheckpointError: it would be a part of the model; says what gives all of it.

@@ -22,7 +22,7 @@ class Front:
     """Units that freeze in this order: the embeddings with the first layer, then the other layers."""
 
     embeddings: tuple[nn.Parameter, ...]
-    """Of all embedding tables outside of the layers; a tied output matrix is one of them."""
+    """Parameters of all embedding tables outside of the layers; a tied output matrix is one of them."""
     names: tuple[str, ...]
     """Paths of the layers in the model, front to back."""
     layers: tuple[nn.Module, ...]
@@ -32,12 +32,12 @@ class Front:
     """Layers that run without a graph, and the forward function that the instance itself had."""
 
     def units(self, frozen: int = 0) -> list[str]:
-        """Names of the units of the front but for those of the first ``frozen`` layers."""
+        """Names of the units of the front, except those of the first ``frozen`` layers."""
         names = [layer_unit(i) for i in range(frozen, len(self.layers))]
         return names if frozen else [EMBEDDINGS, *names]
 
     def layer_of(self, block: Block) -> int | None:
-        """Number of the layer that a block lies in; None: behind the front."""
+        """Number of the front's layer that a block lies in; None: after the front."""
         return next((i for i, layer in enumerate(self.layers) if holds(layer, block)), None)
 
     def run_without_graph(self, model: nn.Module, frozen: int) -> None:
@@ -47,7 +47,7 @@ class Front:
         when activations are checkpointed, and then every layer builds a graph.
 
         Args:
-            model: of which this is the front.
+            model: the model that this is the front of.
             frozen: layers, whose parameters and the embeddings' are frozen already.
         """
         for hook in self._hooks:
@@ -90,7 +90,7 @@ def _start_of_graph(_module: nn.Module, _inputs: Any, output: Any) -> Any:
 def _refuse_what_trains_below(
     names: dict[nn.Parameter, str], _module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> None:
-    """Without a graph through the front, whatever trains below it would get no gradient and nobody would know."""
+    """Refuse what trains before the front: without a graph through it, that would silently get no gradient."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.grad_fn is not None:
             for leaf in _leaves(value.grad_fn):
@@ -103,7 +103,7 @@ def _refuse_what_trains_below(
 
 
 def _leaves(node: Any) -> Iterator[Tensor]:
-    """Tensors at the ends of a graph."""
+    """Leaf tensors of a graph."""
     seen, waiting = set(), [node]
     while waiting:
         node = waiting.pop()
@@ -116,7 +116,7 @@ def _leaves(node: Any) -> Iterator[Tensor]:
 
 
 def layer_unit(layer: int) -> str:
-    """Name of the unit of a front layer: all of it but its block."""
+    """Name of the unit of a front layer: all of the layer except its block."""
     return f"front.{layer}"
 
 
@@ -126,10 +126,10 @@ def find_front(model: nn.Module, blocks: list[Block], layers: int) -> Front | No
     Args:
         model: with its blocks attached.
         blocks: its blocks.
-        layers: how many layers may freeze; 0: none, and there is no front.
+        layers: how many layers may freeze; 0: the model has no front.
 
     Raises:
-        ConfigError: the blocks lie in no nn.ModuleList, or it has too few layers.
+        ConfigError: the blocks do not lie in an nn.ModuleList, or it has too few layers.
     """
     if not layers:
         return None

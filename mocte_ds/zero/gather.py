@@ -17,7 +17,7 @@ def held(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def let_go(model: nn.Module) -> None:
-    """Drop the weights that passes have gathered, but for small ones, which are always there, as behind a step.
+    """Drop the weights that passes have gathered, except small ones, which always stay, as after a step.
 
     Comes before everything that looks at weights between two passes; on all ranks at once, or they would not gather
     alike afterwards.
@@ -29,11 +29,11 @@ def let_go(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def exchanged(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> Iterator[None]:
-    """Within it the parameters have other weights; afterwards the very same tensors as before.
+    """Context manager: the parameters have other weights in it, and the very same tensors as before after it.
 
     Args:
         parameters: let go before this and before its end; collective like :func:`whole`.
-        values: what :func:`held` has returned of them at another time.
+        values: what :func:`held` returned for them at another time.
     """
     parameters = list(parameters)
     holders = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
@@ -56,13 +56,13 @@ def _hold(parameters: list[nn.Parameter], holders: list[Tensor], values: Iterabl
 
 
 def _gathered(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of which stage 3 has all weights there at the moment."""
+    """The parameters of which stage 3 holds all weights at the moment."""
     return [p for p in parameters if getattr(p, "ds_status", None) is ZeroParamStatus.AVAILABLE]
 
 
 @contextlib.contextmanager
 def whole(parameters: Iterable[nn.Parameter], changed: bool = False) -> Iterator[None]:
-    """Within it the parameters have all of their weights (collective over the ranks that share them).
+    """Context manager: the parameters have all of their weights (collective over the ranks that share them).
 
     Args:
         parameters: in the same order on all ranks that share one of them, and let go before. Whether they are gathered
@@ -85,7 +85,7 @@ def whole(parameters: Iterable[nn.Parameter], changed: bool = False) -> Iterator
 
 @contextlib.contextmanager
 def forward_pass(model: nn.Module) -> Iterator[None]:
-    """Around a call of the whole model: within it stage 3 notices weights that one module takes from another."""
+    """Context manager for a call of the whole model: stage 3 notices weights that one module takes from another."""
     tables = [module._parameters for module in model.modules() if hasattr(module._parameters, "_in_forward")]
     for table in tables:
         table._in_forward = True
@@ -98,7 +98,7 @@ def forward_pass(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_its_own(module: nn.Module) -> Iterator[None]:
-    """Within it the module has whole weights, and this rank may call it alone (collective like :func:`whole`).
+    """Context manager: the module has all its weights, and this rank may call it alone (collective like :func:`whole`).
 
     DeepSpeed's hooks count every call of a module. Ranks that called different ones would wait for each other forever.
     """

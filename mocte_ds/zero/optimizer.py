@@ -20,7 +20,7 @@ from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState
 
 
 class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
-    """ZeRO-1/2 over units: what is frozen costs no communication either.
+    """ZeRO-1/2 over units: what is frozen costs no communication.
 
     A rebuild keeps the masters, moments and flat buffers of what stays, so it communicates nothing and copies at most
     one unit at a time.
@@ -32,7 +32,7 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
         self._kept_flats: dict[int, Tensor] = {}
         self._expert_large: dict[torch.dtype, nn.Parameter] = {}
         self._linked: set[int] = set()
-        """Numbers of the groups whose moments the parameters know."""
+        """Numbers of the groups whose moments are linked to their parameters."""
         self._build(init_optimizer)
 
     def _build(self, optimizer: torch.optim.Optimizer) -> None:
@@ -60,9 +60,9 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
         self._linked = set()
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
-        """Let deepspeed.utils.safe_get_full_optimizer_state find the moments, group by group as they come to be.
+        """Let deepspeed.utils.safe_get_full_optimizer_state find the moments, group by group as they are made.
 
-        DeepSpeed links all groups once, behind the step of the first one; moments that start anew are made by each
+        DeepSpeed links all groups once, after the first one's step; moments that start anew are made by each
         group's own first step.
         """
         for number, master in enumerate(self.single_partition_of_fp32_groups):
@@ -132,7 +132,7 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
         return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
 
     def get_partition_info(self, *args: Any, **kwargs: Any) -> tuple:
-        """Called once a group, right after its master weights were made: puts the kept ones in their place."""
+        """Called once per group, right after its master weights were made: puts the kept ones in their place."""
         number = len(self.single_partition_of_fp32_groups) - 1
         if number in self._kept:
             (master,) = self._kept[number]

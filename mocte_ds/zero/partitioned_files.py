@@ -21,7 +21,7 @@ _FILES = "zero_pp_rank_*_mp_rank_00_model_states.pt"
 
 @contextlib.contextmanager
 def weights_in_state_dicts(model: nn.Module) -> Iterator[None]:
-    """Within it state_dict() has whole weights, on the first of the ranks that share a parameter (collective).
+    """Context manager: state_dict() has all weights, on the first of the ranks that share a parameter (collective).
 
     They are gathered into CPU memory here: the dense ones on rank 0, each expert on the first rank that holds it.
     """
@@ -55,7 +55,7 @@ def without_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str
 
 
 def require_same_partition(folder: Path, stage: int, ranks: int) -> None:
-    """Refuse a checkpoint of another way to share weights out.
+    """Refuse a checkpoint whose weights are partitioned in another way.
 
     Args:
         folder: of one tag.

@@ -1,4 +1,4 @@
-"""Learning-rate schedulers keep one number a parameter group; these lists must follow when groups leave or enter."""
+"""Learning-rate schedulers keep one number per parameter group; these lists must follow when groups leave or enter."""
 
 from collections.abc import Sequence
 from typing import Any

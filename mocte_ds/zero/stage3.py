@@ -178,7 +178,7 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
                 self.optimizer.state[master] = state
 
     def step(self, closure: Any = None) -> Any:
-        """DeepSpeed's step; units in `rate_factors` take a smaller one."""
+        """As DeepSpeed's step; units in `rate_factors` take a smaller one."""
         try:
             return super().step(closure)
         finally:
@@ -190,7 +190,7 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
                     master.grad.zero_()
 
     def let_go(self) -> None:
-        """Drop the weights that passes have gathered, but for small ones, which are always there, as behind a step."""
+        """Drop the weights that passes have gathered, except small ones, which always stay, as after a step."""
         self.parameter_offload.release_backward_leftovers()
         self._partition_all_parameters()
         self._gather_small()
@@ -203,7 +203,7 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
     # ---- parts of DeepSpeed's constructor through which a rebuild keeps what stays ---------------------------------
 
     def initialize_ds_offload(self, **settings: Any) -> Any:
-        """What gathers weights; the module hooks that it has made stay."""
+        """The object that gathers weights; the module hooks that it has made stay."""
         if self._gathering is None:
             self._gathering = super().initialize_ds_offload(**settings)
         return self._gathering

@@ -26,12 +26,11 @@ _KEPT = ("loss_scaler", "dynamic_loss_scale", "custom_loss_scaler", "external_lo
 class UnitOptimizer(ZeROOptimizer):
     """ZeRO over units: what leaves costs no optimizer memory and no gradient, and nothing else changes its state.
 
-    A class of a stage derives from this one first and DeepSpeed's class second. Differences from DeepSpeed's, each for
-    a reason:
+    A stage's class derives from this one first and from DeepSpeed's second. Differences from DeepSpeed's, and why:
       - `regroup` rebuilds the partition around the units that stay; their master weights and moments are the same
         before and after.
       - The gradient norm is one all-reduce of the sum of squares over distinct parameters. DeepSpeed's takes one
-        all-reduce a group, which deadlocks when ranks hold different numbers of groups.
+        all-reduce per group, which deadlocks when ranks hold different numbers of groups.
       - Gradients of experts fill a bucket of their own. In a shared bucket, ranks that froze different experts flush
         at different moments, one inside a dense all-reduce while another waits in an all-to-all.
     """
@@ -47,14 +46,14 @@ class UnitOptimizer(ZeROOptimizer):
         """Start without a partition; the settings are kept, because `regroup` builds again with them."""
         self._settings = settings
         self._kept: dict[int, list[Tensor]] = {}
-        """By number of the group that is built: the master weights that it keeps."""
+        """Master weights that a group keeps, by the number of the group that is built."""
         self._expert_buckets: dict[torch.dtype, Any] = {}
         self._in_expert_bucket = False
         self._unit_squares: tuple[list[str], Tensor] | None = None
         self._gradient_scale = 1.0
-        """fp16's loss scale in the gradients of this step; the step itself may change it."""
+        """fp16's loss scale in the gradients of this step, which the step itself may change."""
         self.rate_factors: dict[str, float] = {}
-        """Part of the learning rate that a unit gets; 1 for units that are not named."""
+        """Factor of a unit's learning rate; 1 for units that are not named."""
         self.step_rates: dict[str, float] = {}
         """Learning rate of each unit in the last step."""
 
@@ -76,7 +75,7 @@ class UnitOptimizer(ZeROOptimizer):
 
     @abstractmethod
     def _take_apart(self, stays: dict[int, int]) -> None:
-        """Free the partition but for what stays: numbers of new groups to numbers of old ones."""
+        """Free the partition except for what stays (numbers of new groups to numbers of old ones)."""
 
     @abstractmethod
     def _masters_of(self, number: int) -> list[Tensor]:
@@ -146,7 +145,7 @@ class UnitOptimizer(ZeROOptimizer):
     # ---- rates -----------------------------------------------------------------------------------------------------
 
     def step(self, closure: Any = None) -> Any:
-        """DeepSpeed's step; units in `rate_factors` and groups with a `rate` take that part of it."""
+        """As DeepSpeed's step; units in `rate_factors` and groups with a `rate` take that part of it."""
         factors = [
             self.rate_factors.get(group["unit"], 1.0) * group.get("rate", 1.0) for group in self.optimizer.param_groups
         ]
@@ -222,7 +221,7 @@ class UnitOptimizer(ZeROOptimizer):
 
     @contextlib.contextmanager
     def _expert_bucket(self) -> Iterator[None]:
-        """Within it DeepSpeed's methods fill, reduce and free the bucket of the experts."""
+        """Context manager: DeepSpeed's methods fill, reduce and free the bucket of the experts."""
         dense, self.ipg_buckets, self._in_expert_bucket = self.ipg_buckets, self._expert_buckets, True
         try:
             yield
@@ -243,7 +242,7 @@ def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _following(group: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """A group that enters, with its own options and at that point of the schedule where another one is."""
+    """A group that enters, with its own options, at another group's point of the schedule."""
     new = {**_without_parameters(old), **group}
     if group["options"] == old["options"]:
         new["lr"] = old["lr"]
@@ -253,7 +252,7 @@ def _following(group: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _source(group: dict[str, Any], old_groups: list[dict[str, Any]]) -> int:
-    """Old group whose learning rate an entering one follows: of its options, of those it is like, or the first."""
+    """Old group whose learning rate an entering one follows: one with its options, one like it, or the first."""
     for wanted in (group["options"], group.get("like")):
         for number, old in enumerate(old_groups):
             if old["options"] == wanted:

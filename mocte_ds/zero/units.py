@@ -20,7 +20,7 @@ class Unit:
     name: str
     """`trunk`, `front.embeddings`, `front.<layer>`, `<block>.dense`, `<block>.router` or `<block>.<global expert>`."""
     parameters: tuple[nn.Parameter, ...]
-    """In the order of the model."""
+    """Parameters in the order of the model."""
     process_group: str | None
     """DeepSpeed's name of the expert group (`ep_size_N`); None for parameters that all data-parallel ranks share."""
 
@@ -104,7 +104,7 @@ class UnitRegistry:
             )
 
     def groups(self, trainable: Iterable[str]) -> list[dict[str, Any]]:
-        """Parameter groups of the trainable units, always in the same order; one group a unit and set of options."""
+        """Parameter groups of the trainable units, always in the same order; one group per unit and set of options."""
         wanted, result = set(trainable), []
         for unit in self.units.values():
             if unit.name in wanted:

@@ -110,9 +110,9 @@ def test_wrong_deepspeed_config_is_refused_before_any_work(change, message):
 
 @pytest.mark.parametrize("save_at", [4, 6, 8])
 def test_resume_between_two_checks_and_before_emergence(tmp_path, save_at):
-    """Checks measure behind 4, 8, ... and decide a step later; the sample of step 8 was begun behind step 4.
+    """Checks measure after steps 4, 8, ... and decide a step later; the sample of step 8 was begun after step 4.
 
-    Experts emerge behind step 9: from rows that the checkpoint of step 6 holds a half of, that of step 8 all.
+    Experts emerge after step 9: from rows that the checkpoint of step 6 holds a half of, that of step 8 all.
     """
     settings = runs.config(check_every=0.1, clusters={"deadline": 0.2, "not_before": 0.05}, apply_after=1)
     whole = spawn(runs.run, 2, settings, 0, 14, None, None, timeout=150, deepspeed=True)

@@ -22,7 +22,7 @@ def run_with_one_busy_expert(policy: str) -> dict[str, Any]:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=runs.VOCAB, use_cache=False, **sizes))
     freeze = {"policy": policy, "rows": 32, "iterations": 4, "after_checks": 99}
-    # Checks behind steps 4, 8, 12; what they say comes behind 5, 9, 13.
+    # Checks after steps 4, 8, 12; what they say comes after 5, 9, 13.
     settings = runs.config(check_every=0.1, clusters={"deadline": 1.0}, freeze=freeze)
     engine, *_ = mocte_ds.initialize(model=model, config=settings)
     events: list[dict] = []

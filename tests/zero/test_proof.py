@@ -71,8 +71,8 @@ def run(harm: Callable[[Any], None] | None) -> list[str]:
     ("harm", "steps", "problem"),
     [
         (None, 4, "fine"),
-        (write_to_frozen, 1, r"behind step 5, on rank 0: the frozen unit layers\.0\.1 moved"),
-        (undo_steps_of_live, 2, r"behind step 6, on rank 1: layers\.0\.3 trains and had a gradient, but 2 steps"),
+        (write_to_frozen, 1, r"after step 5, on rank 0: the frozen unit layers\.0\.1 moved"),
+        (undo_steps_of_live, 2, r"after step 6, on rank 1: layers\.0\.3 trains and had a gradient, but 2 steps"),
         (cut_the_graph, 2, r"on rank 0: trunk trains, had a gradient before the last change .* and has none now"),
     ],
     ids=["none", "frozen", "stuck", "no-gradient"],

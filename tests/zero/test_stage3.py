@@ -149,7 +149,7 @@ def test_lora_experts_and_the_front_as_at_stage_2() -> None:
 
 
 def test_checkpoint_is_resumed_and_has_whole_weights(tmp_path: Path) -> None:
-    """Step 24 has measured; what follows from it is decided behind step 25, by another process."""
+    """Step 24 has measured; what follows from it is decided after step 25, by another process."""
     changes = {"freeze": PROGRESS, "conflict_every": 2}
     folders = [str(tmp_path / str(stage)) for stage in (2, 3)]
     expected = spawn(runs.run, 2, settings(2, changes), 0, 30, None, folders[0], timeout=120, deepspeed=True)

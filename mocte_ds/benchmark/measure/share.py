@@ -49,21 +49,26 @@ def add_share_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--large", default="llama-7b", metavar="RUN", help="run that is projected (default: %(default)s)"
     )
-    parser.add_argument("--ranks", type=int, default=64, help="of the projected run (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=64, help="ranks of the projected run (default: %(default)s)")
     parser.add_argument(
-        "--accelerator-flops", type=float, default=4e14, help="sustained bf16 FLOP/s a rank (default: %(default)g)"
+        "--accelerator-flops", type=float, default=4e14, help="sustained bf16 FLOP/s per rank (default: %(default)g)"
     )
     parser.add_argument(
-        "--accelerator-fp32", type=float, default=4e13, help="sustained fp32 FLOP/s a rank (default: %(default)g)"
+        "--accelerator-fp32", type=float, default=4e13, help="sustained fp32 FLOP/s per rank (default: %(default)g)"
     )
     parser.add_argument(
-        "--accelerator-bandwidth", type=float, default=2e12, help="its memory's bytes a second (default: %(default)g)"
+        "--accelerator-bandwidth",
+        type=float,
+        default=2e12,
+        help="bytes per second of its memory (default: %(default)g)",
     )
     parser.add_argument(
-        "--network-bytes", type=float, default=1e10, help="bytes a second of an all-reduce (default: %(default)g)"
+        "--network-bytes", type=float, default=1e10, help="bytes per second of an all-reduce (default: %(default)g)"
     )
-    parser.add_argument("--gemm-size", type=int, default=None, help="of the products that give the machine's rate")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of a short part (default: %(default)s)")
+    parser.add_argument(
+        "--gemm-size", type=int, default=None, help="size of the matrix products that give the machine's rate"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each short part (default: %(default)s)")
 
 
 def require_at_least(args: argparse.Namespace, name: str, least: int) -> None:
