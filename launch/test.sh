@@ -4,11 +4,13 @@
 #
 #   bash launch/test.sh [--fast] [options of pytest]
 #
-#   --fast              only the tests that start no process: some minutes
+#   --fast              only tests that neither start processes nor take seconds: three minutes
+#                       without any option, the coverage of controller/, moe/ and zero/ is printed first
 #   MOCTE_TEST_WORKERS  test files that run at the same time                      (default: 2)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+options=$#
 fast=()
 if [ "${1:-}" = --fast ]; then
   fast=(-m fast)
@@ -27,6 +29,10 @@ echo "checks: mkdocs"
 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict
 # Before the tests, while the compiler has the machine's memory for itself.
 [ ${#fast[@]} -gt 0 ] || python -m mocte_ds.dist.cpu_op cpu_adam fused_adam
+if [ "$options" = 0 ]; then
+  echo "tests: coverage of controller/, moe/ and zero/ by the fast tests"
+  python -m pytest -m fast --cov --cov-report=term tests/controller tests/engine tests/moe tests/zero
+fi
 echo "tests: pytest"
 # INT lets pytest print what hung and its closing line; a group that does not end is killed.
 exec timeout --signal=INT --kill-after=30 4500 python -m pytest -n "${MOCTE_TEST_WORKERS:-2}" --dist loadfile \
