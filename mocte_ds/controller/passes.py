@@ -36,12 +36,10 @@ class Passes:
         """Sequences of a pass, all ranks together."""
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in run.blocks]
 
-    def begin(self, rank: int, ranks: int, micro: int, texts: int) -> int:
+    def begin(self, micro: int, texts: int) -> int:
         """Count a pass that is about to run.
 
         Args:
-            rank: of this process among those that share the data.
-            ranks: how many these are.
             micro: sequences of a micro-batch.
             texts: sequences of this pass; several of each of the micro-batch's, if they are more.
 
@@ -51,8 +49,9 @@ class Passes:
         """
         if self._brought_in:
             self._parts, self._texts = self._parts + 1, 0
-        place = ((self._parts - 1) * ranks + rank) * micro + self._texts * BEYOND
-        self._brought_in, self._size = False, ranks * micro
+        data = self._run.mesh.data
+        place = ((self._parts - 1) * data.size + data.rank) * micro + self._texts * BEYOND
+        self._brought_in, self._size = False, data.size * micro
         self._texts += max(1, -(-texts // micro))
         return place
 
@@ -68,7 +67,7 @@ class Passes:
         run, context = self._run, self._run.context
         layers = [layer for layer in self._layers if layer.gate.reads_loads]
         parts = [torch.tensor([int(context.step_tokens), context.step_passes]), *[layer.step_load for layer in layers]]
-        summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+        summed = sum_over_ranks(torch.cat(parts), run.mesh.data).split([len(part) for part in parts])
         tokens, passes = summed[0].tolist()
         run.tokens += tokens
         self.sequences += self._parts * self._size
@@ -92,7 +91,9 @@ class Passes:
             if handle.mode is BlockMode.SPECIALISING
         }
         weighed = [layer for layer in loads if layer.gate.router.unit_mean]
-        sums = sum_over_ranks(torch.cat([layer.step_weight for layer in weighed])).tolist() if weighed else []
+        sums = []
+        if weighed:
+            sums = sum_over_ranks(torch.cat([layer.step_weight for layer in weighed]), self._run.mesh.data).tolist()
         for layer, total in zip(weighed, sums, strict=True):
             layer.step_weight.zero_()
             tokens = int(loads[layer].sum()) / layer.gate.router.top_k
@@ -106,7 +107,7 @@ class Passes:
         """(E,) tokens routed to the experts of each block since the start, all ranks together (collective)."""
         blocks = [handle.block for handle in self._run.blocks]
         counts = [torch.cat([bank.deepspeed_moe.routed for bank in block.banks]) for block in blocks]
-        total = sum_over_ranks(torch.cat(counts).clone())
+        total = sum_over_ranks(torch.cat(counts).clone(), self._run.mesh.data)
         return list(total.split([count.numel() for count in counts]))
 
     def routed_since_last_call(self) -> list[list[int]]:
@@ -144,5 +145,5 @@ class Passes:
             parts = routed.split([bank.num_experts for bank in handle.block.banks])
             for bank, part in zip(handle.block.banks, parts, strict=True):
                 # Totals are kept on one rank, so that the sum over ranks stays the total.
-                bank.deepspeed_moe.routed = part.clone() if run.rank == 0 else torch.zeros_like(part)
+                bank.deepspeed_moe.routed = part.clone() if run.mesh.data.rank == 0 else torch.zeros_like(part)
         self._load_seen = [seen.clone() for seen in state["load_seen"]]

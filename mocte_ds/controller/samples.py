@@ -7,21 +7,25 @@ import torch
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.moe.block import Block
 
 
 class Samples:
     """The current sample of this rank."""
 
-    def __init__(self, config: MocteConfig, blocks: Sequence[Block]) -> None:
+    def __init__(self, config: MocteConfig, blocks: Sequence[Block], axis: Axis) -> None:
         """Empty.
 
         Args:
             config: the "mocte" block.
             blocks: the model's; every block offers its features to its own collector.
+            axis: the ranks that sample together.
         """
         spectrum = config.spectrum
-        self.stream = SampleStream(spectrum.rows, spectrum.documents, config.seed, config.eod_id, spectrum.doublings)
+        self.stream = SampleStream(
+            spectrum.rows, spectrum.documents, config.seed, config.eod_id, axis, spectrum.doublings
+        )
         self.collectors = [FeatureCollector(block.hidden_size, self.stream) for block in blocks]
         self._banks = [bank.deepspeed_moe for block in blocks for bank in block.banks]
 

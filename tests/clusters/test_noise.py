@@ -11,6 +11,7 @@ from torch import Tensor
 from mocte_ds.clusters import agreement, detect
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.moe import attach
 from mocte_ds.spectrum import sampled_svd
 from tests.small_models import FFNS, loss_of, small_model
@@ -64,7 +65,7 @@ def coordinates(style: str, steps: int, seed: int, source: Source) -> list[tuple
         loss_of(model, ids[:, :-1], ids[:, 1:]).backward()
         optimizer.step()
     blocks = attach(model, MocteConfig.from_dict({"modules": FFNS[style], "eod_id": EOD}))
-    collectors, stream = [], SampleStream(64, DOCUMENTS, seed, EOD)
+    collectors, stream = [], SampleStream(64, DOCUMENTS, seed, EOD, ALONE)
     for block in blocks:
         collectors.append(FeatureCollector(HIDDEN, stream))
         block.observe = collectors[-1].see
@@ -77,7 +78,7 @@ def coordinates(style: str, steps: int, seed: int, source: Source) -> list[tuple
     for collector in collectors:
         means, domain = collector.documents()
         assert len(means) == DOCUMENTS
-        space = sampled_svd(means, RANK)
+        space = sampled_svd(means, RANK, ALONE)
         found.append(((means - space.mean) @ space.directions, domain))
     return found
 

@@ -61,7 +61,7 @@ def run(how: str, micro: int, router: dict[str, Any], ragged: bool = False, stag
     for step in range(STEPS):
         ids_, mask = batch(step, ragged)
         if step == EMERGES:
-            keys = engine.mocte.run.samples.collectors[0]._tokens.merged_keys()
+            keys = engine.mocte.run.samples.collectors[0]._tokens.merged_keys(engine.mesh.data)
             rows = engine.mocte.run.samples.collectors[1].tokens()
             for number in range(2):
                 engine.mocte.emerge(block=number)

@@ -51,7 +51,9 @@ def run(recompute: bool, block: dict[str, Any]) -> dict[str, Any]:
         "losses": losses,
         "tokens": [tensor for c in collectors for tensor in c.tokens()],  # features, ids and sources
         "documents": [tensor for c in collectors for tensor in c.documents()],
-        "hashes": [reservoir.merged_keys() for c in collectors for reservoir in (c._tokens, c._documents)],
+        "hashes": [
+            reservoir.merged_keys(engine.mesh.data) for c in collectors for reservoir in (c._tokens, c._documents)
+        ],
         "routed": [layer.routed for layer in layers],
         "by_source": [layer.by_source for layer in layers],
         "expert_rows": [rows for layer in layers for rows in layer.expert_rows.state_dict()["rows"]],

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import MocteError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.forward import ForwardState, documents_of
@@ -217,7 +218,7 @@ def test_padding_changes_nothing_and_is_not_counted(name: str, side: str) -> Non
     results = []
     for given, known in ((ids, torch.ones_like(ids)), (padded, mask)):
         model, blocks = made(ROUTERS[name])
-        stream = SampleStream(16, 8, 0, EOD)
+        stream = SampleStream(16, 8, 0, EOD, ALONE)
         collector = FeatureCollector(D, stream)
         blocks[1].observe = collector.see
         blocks[0].context.announce(sampling=True, domain=torch.tensor([0, 1, 2]), sources=3)
