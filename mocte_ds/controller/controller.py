@@ -54,10 +54,6 @@ class Controller:
         """What :meth:`export` calls; the engine hands it over."""
         self._domain: Tensor | None = None
         """Of the next forward pass."""
-        for block, collector in zip(blocks, self.run.samples.collectors, strict=True):
-            block.observe = collector.see
-        # What some blocks have seen of a pass that was not completed, others have not.
-        self.context.on_abandoned = self.run.samples.clear
 
     def bind(self, module: torch.nn.Module, optimizer: UnitOptimizer, scheduler: Any, sequences_per_step: int) -> None:
         """Hand over the engine's module, optimizer and scheduler, and the global batch size."""
@@ -262,7 +258,7 @@ class Controller:
             micro_batch=micro,
             domain=domain,
             sources=len(run.domain_names),
-            sampling=for_check or (warming_up and not run.config.auto),
+            observer=run.samples if for_check or (warming_up and not run.config.auto) else None,
         )
 
     def after_step(self, step: int) -> None:

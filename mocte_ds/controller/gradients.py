@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.controller.expert_rows import ExpertRows
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode
-from mocte_ds.moe.expert_rows import ExpertRows
 from mocte_ds.trainability import coherence, conflict, ghost_gram
 from mocte_ds.zero import let_go, on_its_own
 

@@ -159,6 +159,7 @@ def _domain_load(run: RunState, handle: BlockHandle) -> list[list[int]]:
     sources = max(1, len(run.domain_names))
     parts = []
     for bank in handle.block.banks:
-        table, shape = bank.deepspeed_moe.by_source, (sources, bank.num_experts)
-        parts.append(table if table is not None and table.shape == shape else torch.zeros(shape, dtype=torch.int64))
+        table, shape = run.samples.by_source.get(bank.deepspeed_moe), (sources, bank.num_experts)
+        fits = table is not None and table.shape == shape
+        parts.append(table.cpu() if table is not None and fits else torch.zeros(shape, dtype=torch.int64))
     return sum_over_ranks(torch.cat(parts, dim=1), run.mesh.data).tolist()

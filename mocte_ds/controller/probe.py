@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mocte_ds.controller.look import Look
 from mocte_ds.controller.probe_batches import Call, Rows, ids_of, labelled, spread, together
 from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks
 from mocte_ds.dist.mesh import Mesh
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.forward import ForwardState, Look, sequence_numbers
+from mocte_ds.moe.forward import ForwardState, sequence_numbers
 from mocte_ds.zero import forward_pass
 
 # Shapes: S sequences of this rank, T tokens.
@@ -310,10 +311,10 @@ class ProbeSet:
 @contextmanager
 def _looking(module: nn.Module, blocks: list[Block], places: Tensor | None = None) -> Iterator[Look]:
     """Evaluation mode with routes recorded; afterwards everything is as it was."""
-    training = module.training
+    training, look = module.training, Look(places)
     module.eval()
     try:
-        with blocks[0].context.looking(places) as look:
+        with blocks[0].context.watched_by(look):
             yield look
     finally:
         module.train(training)

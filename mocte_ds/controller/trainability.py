@@ -53,8 +53,7 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFac
     values: dict[tuple[int, int], float] = {}
     failures: list[str] = []
     for handle, number, bank in _banks(run):
-        expert_rows = bank.deepspeed_moe.expert_rows
-        assert expert_rows is not None  # kept where a policy watches
+        expert_rows = run.samples.rows[bank.deepspeed_moe]
         sampled = expert_rows.found(mesh.data)
         facts.sampled.setdefault(handle.index, []).extend(sampled)
         full = [k for k, rows in enumerate(sampled) if rows == run.config.freeze.rows]

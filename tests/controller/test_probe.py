@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.gradients import DENSE, block_conflict, read_conflict
+from mocte_ds.controller.look import Look
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.run_state import RunState
@@ -141,11 +142,11 @@ def test_losses_and_routes(bare: bool) -> None:
     made, blocks = model()
     if bare:
         made.register_forward_hook(lambda _module, _args, output: output.logits)
-    counts = [block.banks[0].deepspeed_moe.routed.clone() for block in blocks]
+    counts = [block.banks[0].loads.total.clone() for block in blocks]
     reading = filled().read(made, blocks, torch.device("cpu"))
     assert made.training and all(module.training for module in made.modules())
     for block, before in zip(blocks, counts, strict=True):
-        assert torch.equal(block.banks[0].deepspeed_moe.routed, before), "a look is not training"
+        assert torch.equal(block.banks[0].loads.total, before), "a look is not training"
     ids = IDS[[0, 4, 8]]
     with torch.no_grad():
         output = made.eval()(input_ids=ids)
@@ -347,6 +348,7 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
 
 
 def _routes(made: torch.nn.Module, block: Block, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), block.context.looking() as look:
+    look = Look()
+    with torch.no_grad(), block.context.watched_by(look):
         made(input_ids=ids)
     return look.routes[block.banks[0].deepspeed_moe]

@@ -10,9 +10,10 @@ import torch
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import search
 from mocte_ds.controller.birth import set_gate
+from mocte_ds.controller.expert_rows import ExpertRows
+from mocte_ds.controller.samples import Samples
 from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.moe import BlockMode, attach
-from mocte_ds.moe.expert_rows import ExpertRows
 from tests.small_models import loss_of, small_llama
 from tests.spawn import spawn
 
@@ -210,12 +211,11 @@ def test_padding_and_recomputation_are_left_out() -> None:
     for ids, told in ((text, text), (padded, labels), (padded, None)):
         blocks, model = one_layer(16)
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for block in blocks:
-            for bank in block.banks:
-                bank.deepspeed_moe.expert_rows = ExpertRows(4, 16, seed=3)
-        blocks[0].context.announce(first_sequence=0, micro_batch=SEQUENCES, sampling=True)
+        config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "seed": 3, "freeze": {"rows": 16}})
+        samples = Samples(config, blocks, ALONE)
+        blocks[0].context.announce(first_sequence=0, micro_batch=SEQUENCES, observer=samples)
         out = model(ids, labels=told)
-        rows = [block.banks[0].deepspeed_moe.expert_rows for block in blocks]
+        rows = [samples.rows[block.banks[0].deepspeed_moe] for block in blocks]
         before = [r.found(ALONE) for r in rows]
         (out.logits.square().mean() if told is None else out.loss).backward()
         assert [r.found(ALONE) for r in rows] == before

@@ -246,7 +246,7 @@ def hold_step(values: dict[str, Any], kind: str, recompute: bool = False, locked
     model.train()
     with patch.object(moved, "filled_up", lambda count: max(1, count)):
         found = counted(model, backward=True)
-        loads = [[n for bank in block.banks for n in bank.deepspeed_moe.routed.tolist()] for block in blocks]
+        loads = [[n for bank in block.banks for n in bank.loads.total.tolist()] for block in blocks]
         model.eval()
         forward = counted(model, backward=False)
     # One without tokens would run on a row of padding, which the ledger leaves out.
