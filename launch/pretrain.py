@@ -77,13 +77,14 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
     # DeepSpeed takes seconds to import; nothing above should wait for that.
     if not args.verbose:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
     from mocte_ds.dist.begin import begin_group
+    from mocte_ds.dist.collectives import wait_for_all
     from mocte_ds.dist.cpu_op import build_cpu_op
     from mocte_ds.dist.end import end_process_groups, end_process_groups_at_exit
+    from mocte_ds.dist.mesh import mesh_of_processes
     from mocte_ds.dist.shared_memory import forget_shared_memory
     from mocte_ds.training.loop import Trainer
 
@@ -97,13 +98,13 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
     end_process_groups_at_exit()  # a run that is refused ends by an error
     if rank == 0:
         forget_cause(start.out)
-    start.require_agreed()
+    start.require_agreed(mesh_of_processes().world)
     trainer = Trainer(start, lock)
     finished = trainer.train(args.stop_after)
     if rank == 0:
         step = trainer.engine.global_steps
         print(f"{'done' if finished else 'stopped'} at step {step}; the run is in {start.out}", file=sys.stderr)
-    deepspeed.comm.barrier()
+    wait_for_all(trainer.mesh.world)
     end_process_groups()
     return 0
 

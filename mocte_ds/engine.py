@@ -25,6 +25,7 @@ from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, r
 from mocte_ds.dist.begin import begin_group
 from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.dist.end import end_process_groups_at_exit
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.dist.shared_memory import forget_shared_memory
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_json
@@ -38,7 +39,8 @@ from mocte_ds.zero.checkpoint_files import own_files
 from mocte_ds.zero.engine import UnitEngine
 from mocte_ds.zero.gathered_weights import converters_notice
 from mocte_ds.zero.partitioned_files import require_same_partition
-from mocte_ds.zero.process_groups import expert_parallel_rank
+from mocte_ds.zero.process_groups import make_mesh
+from mocte_ds.zero.whole_weights import converters_notice
 
 DEFAULT_TOTAL_STEPS = 10_000
 
@@ -54,10 +56,8 @@ class MocteEngine(UnitEngine):
         trains = self.module.training and torch.is_grad_enabled()  # engine.eval() sets the module only
         self.vocabulary.look(inputs, kwargs, self.global_steps, trains)
         self.mocte.context.forget_interrupted()
-        if not trains:
-            return super().forward(*inputs, **kwargs)
-        micro, rank = self.train_micro_batch_size_per_gpu(), dist.get_rank(group=self.data_parallel_group)
-        self.mocte.before_micro_batch(rank, self.dp_world_size, micro, inputs, kwargs)
+        if trains:
+            self.mocte.before_micro_batch(self.train_micro_batch_size_per_gpu(), inputs, kwargs)
         try:
             return super().forward(*inputs, **kwargs)
         finally:
@@ -123,10 +123,10 @@ class MocteEngine(UnitEngine):
             save(str(save_dir), tag, state, save_latest=False, exclude_frozen_parameters=exclude_frozen_parameters)
 
         def own() -> dict[str, Any]:
-            files = own_files(self.mocte.rank_state_dict())
+            files = own_files(self.mesh.world, self.mocte.rank_state_dict())
             state = {"mocte": self.mocte.state_dict(), "client_state": client, "base": base_facts(self.module)}
             shared = {STATE_FILE: state, CONVERTERS_FILE: converters_notice()}
-            return {**files, **shared} if dist.get_rank() == 0 else files
+            return {**files, **shared} if self.mesh.world.rank == 0 else files
 
         background = self.mocte.config.checkpoint.async_save
         self.checkpoint_engine.save_checkpoint(
@@ -161,8 +161,8 @@ class MocteEngine(UnitEngine):
         if not tag:
             raise CheckpointError(f"load_checkpoint({load_dir}, tag=''): name a checkpoint, or leave out the tag.")
         folder, files = Path(load_dir) / tag, self.checkpoint_engine
-        manifest = require_whole_on_ranks(folder, self.mocte.config.checkpoint.verify)
-        require_same_partition(folder, self.zero_optimization_stage(), self.dp_world_size)
+        manifest = require_whole_on_ranks(folder, self.mesh.world, self.mocte.config.checkpoint.verify)
+        require_same_partition(folder, self.zero_optimization_stage(), self.mesh)
         if self.zero_optimization_partition_weights() and (
             kwargs.get("load_module_only") or kwargs.get("custom_load_fn")
         ):
@@ -180,7 +180,7 @@ class MocteEngine(UnitEngine):
                 raise CheckpointError(f"the checkpoint {folder} has no model states of DeepSpeed: incomplete.")
             client_state.pop("tokens_seen")  # the controller has them too
             self.mocte.proof.begin(self.mocte.run)
-            self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, read))
+            self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, self.mesh.world.rank, read))
         return path, client_state
 
 
@@ -241,16 +241,17 @@ def initialize(
         begin_group(distributed_port=distributed_port, dist_init_required=dist_init_required)
         forget_shared_memory()
         end_process_groups_at_exit()
-    block.check(dist.get_world_size())
+    block.check(mesh_of_processes().world.size)
     resolved = parsed_by_deepspeed(settings, mpu)
     total_steps = block.total_steps or _scheduled_steps(settings) or DEFAULT_TOTAL_STEPS
     blocks = attach(model, block)
-    ep_rank = expert_parallel_rank(block.ep_size, resolved.use_data_before_expert_parallel_)
+    mesh = make_mesh(block.ep_size, resolved.use_data_before_expert_parallel_, mpu)
     front = find_front(model, blocks, block.freeze.prefix.layers)
-    registry = UnitRegistry(model, blocks, ep_rank, model_parameters, front)
-    controller = Controller(block, blocks, registry, ep_rank, total_steps)
+    registry = UnitRegistry(model, blocks, mesh.expert.rank, model_parameters, front)
+    controller = Controller(block, blocks, registry, mesh, total_steps)
     with kept_in_fp32(model):
         engine = MocteEngine(
+            mesh,
             args=args,
             model=model,
             optimizer=optimizer,
@@ -266,8 +267,8 @@ def initialize(
             dont_change_device=resolved.zero_config.stage == 3,
         )
     forget_shared_memory()  # again: where the caller made the process group, DeepSpeed's backend came only now
-    engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval)
-    controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, dist.get_rank(), engine.train_batch_size())
+    engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval, mesh.world)
+    controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, engine.train_batch_size())
     controller.exporter = lambda **how: export_run(engine, **how)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

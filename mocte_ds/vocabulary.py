@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.dist.collectives import first_problem
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import DataError
 
 _IGNORED = -100
@@ -15,14 +16,15 @@ _IGNORED = -100
 class Vocabulary:
     """How many ids a model has, and whether a batch keeps to them and has something to learn."""
 
-    def __init__(self, model: nn.Module, every: int) -> None:
+    def __init__(self, model: nn.Module, every: int, axis: Axis) -> None:
         """Find the model's token embedding; nothing is looked at where it has none.
 
         Args:
             model: before it is wrapped.
             every: optimizer steps between two looks at batches on a GPU, which wait for the device.
+            axis: the ranks that stop together.
         """
-        self.size, self._every, self._next = embedding_size(model), every, 0
+        self.size, self._every, self._next, self._axis = embedding_size(model), every, 0, axis
 
     def look(self, args: tuple, kwargs: Mapping[str, Any], step: int, trains: bool = False) -> None:
         """Check the ids and labels of a batch: always on a CPU, at some steps on a GPU (collective if it trains).
@@ -46,7 +48,7 @@ class Vocabulary:
             self._next = step + self._every
         problem = self._problem(ids, kwargs.get("labels") if trains else None)
         # Passes that train come on all ranks together.
-        problem = first_problem(problem) if trains else problem
+        problem = first_problem(problem, self._axis) if trains else problem
         if problem is not None:
             raise DataError(f"step {step + 1}: {problem}")
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.errors import DataError
 from mocte_ds.vocabulary import Vocabulary, embedding_size
 from tests.small_models import small_llama
@@ -22,7 +23,7 @@ def test_the_embedding_is_found() -> None:
 
 
 def test_ids_that_are_none() -> None:
-    vocabulary = Vocabulary(small_llama(40, 16, 24, 1), every=10)
+    vocabulary = Vocabulary(small_llama(40, 16, 24, 1), every=10, axis=ALONE)
     vocabulary.look((), {"input_ids": IDS}, 0)
     vocabulary.look((IDS,), {}, 0)
     vocabulary.look((IDS.float() * 100,), {}, 0)  # features, no ids
@@ -36,7 +37,7 @@ def test_ids_that_are_none() -> None:
 
 
 def test_a_batch_on_a_gpu_is_looked_at_now_and_then() -> None:
-    vocabulary, looked = Vocabulary(small_llama(40, 16, 24, 1), every=10), []
+    vocabulary, looked = Vocabulary(small_llama(40, 16, 24, 1), every=10, axis=ALONE), []
 
     class OnDevice(torch.Tensor):
         @property
@@ -53,7 +54,7 @@ def test_a_batch_on_a_gpu_is_looked_at_now_and_then() -> None:
 
 def test_a_micro_batch_without_a_label() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2, n_positions=100))
-    vocabulary, none = Vocabulary(model, every=10), torch.full_like(IDS, -100)
+    vocabulary, none = Vocabulary(model, every=10, axis=ALONE), torch.full_like(IDS, -100)
     assert model(input_ids=IDS, labels=none).loss.isnan(), "what it is refused for"
     with pytest.raises(DataError, match="step 8: every label of a micro-batch of 2 sequences is -100"):
         vocabulary.look((), {"input_ids": IDS, "labels": none}, 7, trains=True)
@@ -64,7 +65,7 @@ def test_a_micro_batch_without_a_label() -> None:
 
 
 def look_on_a_rank() -> str:
-    vocabulary = Vocabulary(small_llama(40, 16, 24, 1), every=10)
+    vocabulary = Vocabulary(small_llama(40, 16, 24, 1), every=10, axis=mesh_of_processes().world)
     ids = IDS + 1 if dist.get_rank() else IDS
     vocabulary.look((), {"input_ids": IDS}, 3, trains=True)
     try:

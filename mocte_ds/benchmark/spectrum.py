@@ -18,6 +18,7 @@ from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, require
 from mocte_ds.benchmark.measure.spectrum_work import FORMULAS, SpectrumSizes, peak_bytes, spectrum_work
 from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.spectrum import Subspace, sampled_svd, split_half_angles
 
@@ -179,10 +180,11 @@ def _layers(sizes: SpectrumSizes, rows: int, clock: Clock, store: str, bar: tqdm
 
 def _time_tokens(sizes: SpectrumSizes, rows: list[Tensor], part: Any) -> tuple[list[Tensor], dict[str, int]]:
     """Token features: the first check's SVD, a later one's, certificate, coordinates (n, r); and the bytes moved."""
-    svd = partial(sampled_svd, rows, sizes.rank)
+    svd = partial(sampled_svd, rows, sizes.rank, ALONE)
     cold = part("svd_cold", "token features, five passes: a block's first check", "device", svd, False)
     warm = part("svd_warm", "token features, one pass", "device", partial(svd, basis=cold.basis))
-    part("certificate", "two half-samples, five passes each", "device", partial(split_half_angles, rows, sizes.rank))
+    halves = partial(split_half_angles, rows, sizes.rank, ALONE)
+    part("certificate", "two half-samples, five passes each", "device", halves)
     points = part("token_coordinates", "token features in their directions", "device", partial(_turned, rows, warm))
     return points, {"svd_cold": cold.moved_bytes, "svd_warm": warm.moved_bytes}
 
@@ -191,7 +193,7 @@ def _time_documents(sizes: SpectrumSizes, documents: list[Tensor], part: Any) ->
     """Document means: SVD and coordinates. Returns the coordinates (m, r) of every block."""
 
     def coordinates(basis: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        space = sampled_svd(documents, sizes.rank, basis=basis)
+        space = sampled_svd(documents, sizes.rank, ALONE, basis)
         return space.basis, _turned(documents, space)
 
     basis, _ = part("documents_svd_cold", "document means, five passes", "device", coordinates, False)
@@ -231,7 +233,7 @@ def _time_sampling(sizes: SpectrumSizes, clock: Clock, part: Any) -> None:
     features = features.view(sizes.sequences, sizes.context, sizes.d)
 
     def see() -> None:
-        stream = SampleStream(sizes.rows, sizes.documents, 0, None, sizes.doublings)
+        stream = SampleStream(sizes.rows, sizes.documents, 0, None, ALONE, sizes.doublings)
         collectors = [FeatureCollector(sizes.d, stream) for _ in range(blocks)]
         for turn in range(turns):
             state = ForwardState(first_sequence=turn * sizes.sequences)

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from mocte_ds.dist.collectives import from_rank_zero, gather_objects, world
+from mocte_ds.dist.collectives import from_rank_zero, gather_objects
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership.facts import FileFacts, hash_file
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
@@ -28,29 +29,29 @@ def require_whole(folder: Path, names: Iterable[str] | None = None) -> Manifest:
     return manifest
 
 
-def require_whole_on_ranks(folder: Path, content: bool = True) -> Manifest:
+def require_whole_on_ranks(folder: Path, axis: Axis, content: bool = True) -> Manifest:
     """:func:`require_whole` for all files, each of which one rank looks at; all ranks raise the same (collective).
 
     Args:
         folder: of one checkpoint, in a file system that all ranks share.
+        axis: the ranks that look.
         content: False: names and sizes only.
     """
-    rank, size = world()
     problems, extra, manifest = [], [], None
     try:
         manifest = Manifest.read(folder)
-        problems = _problems(folder, manifest, sorted(manifest.files)[rank::size], content)
-        if rank == 0:
+        problems = _problems(folder, manifest, sorted(manifest.files)[axis.rank :: axis.size], content)
+        if axis.rank == 0:
             extra = _extra(folder, manifest)
         failure = None
     except CheckpointError as error:
         failure = str(error)
-    found = gather_objects((failure, problems))
+    found = gather_objects((failure, problems), axis)
     failures = [text for text, _ in found if text]
     if failures or manifest is None:
         raise CheckpointError(failures[0])
     # In the order of the files, however many ranks have looked at them.
-    _raise_for(folder, from_rank_zero(extra) + sorted(problem for _, part in found for problem in part))
+    _raise_for(folder, from_rank_zero(extra, axis) + sorted(problem for _, part in found for problem in part))
     return manifest
 
 

@@ -2,20 +2,48 @@
 
 import re
 from collections.abc import Container
+from dataclasses import dataclass
 
-MODEL_FILE = "mp_rank_00_model_states.pt"
-PARTITIONED_MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
-"""The same under ZeRO stage 3 (docs/zero3.md)."""
-EXPERT_FILE = "layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
-"""Weights of one expert, counted within its bank; the layer counts the banks in the order of the model."""
-OPTIMIZER_FILE = "{precision}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-"""A rank's part of the master weights and moments; the precision is `bf16_` or nothing."""
+
+@dataclass(frozen=True)
+class FileNames:
+    """What the files of one tensor-parallel rank are called."""
+
+    model: str
+    """Everything but the experts, at ZeRO stages 1 and 2."""
+    partitioned_model: str
+    """The same under ZeRO stage 3, by `rank` (docs/zero3.md)."""
+    expert: str
+    """Weights of one `expert`, counted within its bank; `layer` counts the banks in the order of the model."""
+    optimizer: str
+    """The part of a `rank` of the master weights and moments; `precision` is `bf16_` or nothing."""
+
+
+def file_names(tensor_rank: int) -> FileNames:
+    """Names as DeepSpeed's engines give them, with fields in braces.
+
+    Args:
+        tensor_rank: of the mesh's tensor axis.
+    """
+    part = f"mp_rank_{tensor_rank:02d}"
+    return FileNames(
+        model=f"{part}_model_states.pt",
+        partitioned_model=f"zero_pp_rank_{{rank}}_{part}_model_states.pt",
+        expert=f"layer_{{layer}}_expert_{{expert}}_{part}_model_states.pt",
+        optimizer=f"{{precision}}zero_pp_rank_{{rank}}_{part}_optim_states.pt",
+    )
+
+
+# Of a model that tensor parallelism has not cut, which is what tools read; a folder with other names is refused.
+_UNCUT = file_names(0)
+MODEL_FILE, EXPERT_FILE, OPTIMIZER_FILE = _UNCUT.model, _UNCUT.expert, _UNCUT.optimizer
+PARTITIONED_MODEL_FILE = _UNCUT.partitioned_model.format(rank=0)
 
 CONVERTERS_FILE = "USE_mocte-ds_zero_to_fp32_INSTEAD_model_states.pt"
 """In a checkpoint with experts, which DeepSpeed's zero_to_fp32 cannot read: it stops here and shows the name."""
 
-EXPERT_NAME = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
-OPTIMIZER_NAME = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+EXPERT_NAME = re.compile(EXPERT_FILE.replace(".", r"\.").format(layer=r"(\d+)", expert=r"(\d+)"))
+OPTIMIZER_NAME = re.compile(OPTIMIZER_FILE.replace(".", r"\.").format(precision="(bf16_)?", rank=r"(\d+)"))
 EXPERT_PARAMETER = re.compile(r"(.+)\.banks\.(\d+)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
 """Path of an expert's parameter: block, bank, number, and its name in the expert."""
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mocte_ds.checkpoints.values import only_plausible, read_plain, require_keys
-from mocte_ds.dist.collectives import world
+from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
 
 RANDOM_FILE = "mocte_random_rank{rank}.pt"
 RANDOM_NAME = re.compile(r"mocte_random_rank(\d+)\.pt")
@@ -43,13 +42,14 @@ def generator_states(python: Any, numpy: Any, torchs: torch.Generator) -> dict[s
 
 
 def restore_random_states(
-    load_dir: str | Path, tag: str, read: Callable[[Path], Any] = read_plain
+    load_dir: str | Path, tag: str, rank: int, read: Callable[[Path], Any] = read_plain
 ) -> dict[str, Any] | None:
     """Put this rank's random number generators where they were.
 
     Args:
         load_dir: folder of all checkpoints.
         tag: the checkpoint.
+        rank: of this process among all.
         read: gives the content of one of its files.
 
     Returns:
@@ -58,7 +58,7 @@ def restore_random_states(
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    path = Path(load_dir) / tag / RANDOM_FILE.format(rank=world()[0])
+    path = Path(load_dir) / tag / RANDOM_FILE.format(rank=rank)
     states = require_keys(read(path), ("python", "numpy", "torch"), path)
     with only_plausible(path):
         version, internal, gauss = states["python"]

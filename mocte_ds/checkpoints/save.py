@@ -18,8 +18,9 @@ import torch
 
 from mocte_ds.checkpoints.files import write_file
 from mocte_ds.checkpoints.place import Place, last_good
-from mocte_ds.checkpoints.values import size_in_bytes
-from mocte_ds.dist.collectives import from_rank_zero, gather_objects, max_over_ranks, world
+from mocte_ds.checkpoints.plain import size_in_bytes
+from mocte_ds.dist.collectives import from_rank_zero, gather_objects, max_over_ranks
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership.durable import show_text, sync_folder
 from mocte_ds.ownership.facts import FileFacts
@@ -33,7 +34,13 @@ _DONE, _BUSY, _FAILED = 0, 1, 2
 class Saver:
     """The saves of one rank; at most one is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, axis: Axis) -> None:
+        """Nothing is saved yet.
+
+        Args:
+            axis: the ranks that write each checkpoint together.
+        """
+        self._axis = axis
         self.run: str | None = None
         """Unique name of the run; a run that resumes takes over that of its checkpoint."""
         self._under_way: _Save | None = None
@@ -68,21 +75,21 @@ class Saver:
         self.wait()
         place = Place(Path(save_dir), tag)
         # All ranks ask, whatever each of them knows.
-        self.run = from_rank_zero(self.run if self.run is not None else uuid.uuid4().hex)
-        needed = sum(gather_objects(sum(map(size_in_bytes, files.values()))))
-        rank, size = world()
+        self.run = from_rank_zero(self.run if self.run is not None else uuid.uuid4().hex, self._axis)
+        needed = sum(gather_objects(sum(map(size_in_bytes, files.values())), self._axis))
+        rank, size = self._axis.rank, self._axis.size
         failure = None
         try:
             if rank == 0:
                 place.prepare(needed)
         except (CheckpointError, OSError) as error:
             failure = error
-        _agree(place, failure)
+        _agree(place, failure, self._axis)
         try:
             place.require_seen()
         except CheckpointError as error:
             failure = error
-        _agree(place, failure)
+        _agree(place, failure, self._axis)
         self._under_way = _Save(place, rank, size, files, self.run, step, save_latest, size if ranks is None else ranks)
         self._under_way.start()
         if not asynchronous:
@@ -102,7 +109,7 @@ class Saver:
         save = self._under_way
         if save is None:
             return
-        states = int(max_over_ranks(torch.tensor(save.state)))
+        states = int(max_over_ranks(torch.tensor(save.state), self._axis))
         if states != _BUSY:
             self.wait()
 
@@ -117,9 +124,9 @@ class Saver:
             return
         try:
             save.written.wait()
-            _agree(save.place, save.failure)
+            _agree(save.place, save.failure, self._axis)
             save.join()
-            _agree(save.place, save.failure)
+            _agree(save.place, save.failure, self._axis)
         except BaseException:
             save.abandoned.set()
             save.join()
@@ -216,12 +223,11 @@ class _Save(threading.Thread):
         self.place.settle()
 
 
-def _agree(place: Place, failure: Exception | None) -> None:
+def _agree(place: Place, failure: Exception | None, axis: Axis) -> None:
     """Raise on all ranks what one of them met (collective)."""
     told = isinstance(failure, CheckpointError)
-    found = gather_objects(
-        (told, f"{type(failure).__name__}: {failure}" if not told else str(failure)) if failure else None
-    )
+    text = str(failure) if told else f"{type(failure).__name__}: {failure}"
+    found = gather_objects((told, text) if failure else None, axis)
     failures = [entry for entry in found if entry]
     if not failures:
         return

@@ -11,6 +11,7 @@ from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.reading import BlockReading
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import max_over_ranks
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, ExpertMode
 from mocte_ds.moe.forward import ForwardState
@@ -41,7 +42,7 @@ def apply_changes(
         if change.kind == "emergence":
             reading = readings[change.block]
             sampled = reading.basis is not None
-            set_gate(block, run.config, reading.sample() if sampled else None)
+            set_gate(block, run.config, run.mesh, reading.sample() if sampled else None)
             outputs_before[change.block] = _output(run, handle, reading)
             born = _give_birth(run, block)
             for expert in handle.experts:
@@ -69,7 +70,9 @@ def apply_changes(
         if change.kind == "emergence" and change.block is not None:
             reading, handle = readings[change.block], run.blocks[change.block]
             fact["clusters"] = reading.found.detection.count if reading.found else None
-            change_of_output = _relative_change(outputs_before[change.block], _output(run, handle, reading))
+            change_of_output = _relative_change(
+                outputs_before[change.block], _output(run, handle, reading), run.mesh.world
+            )
             hard = all(router.weight == "hard" for router in run.config.routers)
             if hard and not run.config.expert.redraw:
                 _require_no_jump(handle.name, change_of_output)
@@ -83,10 +86,10 @@ def _give_birth(run: RunState, block: Block) -> UnitState:
     of_dense = block.kind == "ffn" or run.config.expert.redraw > 0
     with whole([*(block.dense.parameters() if of_dense else ()), *experts], changed=True):
         if block.kind == "lora":
-            draw_bypasses(block, run.config, run.ep_rank)
+            draw_bypasses(block, run.config, run.mesh.expert.rank)
         else:
             copy_dense_weights(block)
-        drawn = redraw_units(block, run.config, run.ep_rank)
+        drawn = redraw_units(block, run.config, run.mesh.expert.rank)
         if block.kind == "lora" or run.config.expert.redraw == 1.0:
             return {}  # nothing of the dense FFN is in them: their moments start anew
         return run.optimizer.own_part(inherit(block, run.optimizer.unit_state(dense_unit(block)), drawn))
@@ -126,13 +129,13 @@ def _output(run: RunState, handle: BlockHandle, reading: BlockReading) -> torch.
         block.train(training)
 
 
-def _relative_change(before: torch.Tensor | None, after: torch.Tensor | None) -> float | None:
+def _relative_change(before: torch.Tensor | None, after: torch.Tensor | None, axis: Axis) -> float | None:
     """Largest change of an output at emergence over the largest output, all ranks together."""
     if before is None or after is None:
         return None
     change = (after - before).abs().max() if before.numel() else torch.zeros(())
     scale = before.abs().max() if before.numel() else torch.zeros(())
-    change, scale = float(max_over_ranks(change)), float(max_over_ranks(scale))
+    change, scale = float(max_over_ranks(change, axis)), float(max_over_ranks(scale, axis))
     return change / scale if scale > 0 else change
 
 

@@ -10,6 +10,7 @@ from mocte_ds.clusters import balanced_kmeans, hash_table, linear_gate, subspace
 from mocte_ds.clusters.control import random_clusters, shuffled_table
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.dist.collectives import from_rank_zero, gather_rows, sum_over_ranks
+from mocte_ds.dist.mesh import Axis, Mesh
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import copy_slice, draw_bypass
@@ -39,13 +40,13 @@ class Rows:
     order: Tensor | None = None
     """(rows of all ranks,) order of the gathered rows by their hashes; None: they stay in the order of the ranks."""
 
-    def coordinates(self, basis: Tensor | None = None) -> Tensor:
-        """(rows of all ranks, k) coordinates in ``basis``; None: in its own (collective)."""
-        return self.gathered((self.features - self.mean) @ (self.basis if basis is None else basis))
+    def coordinates(self, axis: Axis, basis: Tensor | None = None) -> Tensor:
+        """(rows of all ranks, k) coordinates in ``basis``, or in the own one (collective)."""
+        return self.gathered((self.features - self.mean) @ (self.basis if basis is None else basis), axis)
 
-    def gathered(self, rows: Tensor) -> Tensor:
+    def gathered(self, rows: Tensor, axis: Axis) -> Tensor:
         """Something of each row, of all ranks (collective)."""
-        everywhere = gather_rows(rows)
+        everywhere = gather_rows(rows, axis)
         return everywhere if self.order is None else everywhere[self.order.to(everywhere.device)]
 
 
@@ -85,13 +86,16 @@ def bypass_seed(seed: int, block: str, bank: int, expert: int) -> int:
 class Birth:
     """What the routing key of one bank is made of: a sample's clusters, or chance; handed to :meth:`Key.fit`."""
 
-    def __init__(self, block: Block, number: int, config: MocteConfig, sample: FeatureSample | None) -> None:
+    def __init__(
+        self, block: Block, number: int, config: MocteConfig, mesh: Mesh, sample: FeatureSample | None
+    ) -> None:
         """Of one bank.
 
         Args:
             block: the block.
             number: of the bank.
             config: the "mocte" block.
+            mesh: of the run's ranks.
             sample: sampled features; None: the block emerges on call, before any feature was seen.
         """
         bank = block.banks[number]
@@ -104,29 +108,32 @@ class Birth:
         self.documents = sample.documents if sample else None
         """Mean features of documents; None where none was sampled."""
         self._token_ids = sample.token_ids if sample else None
+        self.mesh = mesh
+        """The ranks that have parts of the sample, and make the same key of it."""
 
     def nearest_cluster(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """(E, d) and (E,): the linear map whose largest output is the nearest of E balanced clusters (collective)."""
         # Without a bias only directions count, and those must not contain the mean's (docs/method.md, section 4).
         basis = rows.basis if self.router.bias else subspace_without_mean(rows.basis, rows.mean)
-        points = rows.coordinates(basis)
+        data, world = self.mesh.data, self.mesh.world
+        points = rows.coordinates(data, basis)
         make = random_clusters if self.router.shuffled else balanced_kmeans
         clusters = make(points, self.num_experts, self.seed, directions=not self.router.bias)
-        weight, bias = (from_rank_zero(t.to(basis)) for t in linear_gate(clusters, basis, rows.mean))
+        weight, bias = (from_rank_zero(t.to(basis), world) for t in linear_gate(clusters, basis, rows.mean))
         if self.router.weight == "softmax":
-            sharpness = from_rank_zero(_sharpness(rows.gathered(rows.features @ weight.T + bias)))
+            sharpness = from_rank_zero(_sharpness(rows.gathered(rows.features @ weight.T + bias, data)), world)
             weight, bias = weight * sharpness, bias * sharpness
         return weight, bias
 
     def table_of_clusters(self, vocab_size: int) -> Tensor:
         """(V,) int64 cluster of each token id's mean feature; ids that were not sampled are dealt out (collective)."""
         assert self.tokens is not None and self._token_ids is not None
-        coordinates = self.tokens.coordinates().cpu()
-        ids = self.tokens.gathered(self._token_ids[:, None])[:, 0].cpu()
+        coordinates = self.tokens.coordinates(self.mesh.data).cpu()
+        ids = self.tokens.gathered(self._token_ids[:, None], self.mesh.data)[:, 0].cpu()
         table = type_table(ids, coordinates, vocab_size, self.num_experts, self.seed)
         if self.router.shuffled:
             table = shuffled_table(table, ids, self.num_experts, derived_seed(self.seed, "shuffled"))
-        return from_rank_zero(table)
+        return from_rank_zero(table, self.mesh.world)
 
     def random_table(self, vocab_size: int) -> Tensor:
         """(V,) int64 expert of each token id, drawn at random, all experts equally often."""
@@ -144,10 +151,10 @@ class Birth:
         return weight, torch.zeros(self.num_experts)
 
 
-def set_gate(block: Block, config: MocteConfig, sample: FeatureSample | None = None) -> None:
-    """Fix a block's routing by the clusters of its sampled features, or at random without a sample (collective)."""
+def set_gate(block: Block, config: MocteConfig, mesh: Mesh, sample: FeatureSample | None = None) -> None:
+    """Fix the routing of a block by the clusters of its sampled features, without a sample by chance (collective)."""
     for number, bank in enumerate(block.banks):
-        birth = Birth(block, number, config, sample)
+        birth = Birth(block, number, config, mesh, sample)
         bank.gate.key.fit(birth)
         if bank.gate.router.unit_mean:
             with whole(bank.gate.parameters()):
@@ -161,12 +168,13 @@ def _mean_weight(bank: Bank, birth: Birth, sample: FeatureSample | None) -> floa
     """
     if sample is not None:
         total, count = bank.gate.begin_mean(sample.tokens.features, Tokens(sample.token_ids))
-        sums = from_rank_zero(sum_over_ranks(torch.stack([total.cpu(), torch.tensor(float(count))]).double()))
+        own = torch.stack([total.cpu(), torch.tensor(float(count))]).double()
+        sums = from_rank_zero(sum_over_ranks(own, birth.mesh.data), birth.mesh.world)
         return float(sums[0] / sums[1])
     generator = torch.Generator().manual_seed(derived_seed(birth.seed, "mean weight"))
     rows = torch.randn(_ROWS, birth.hidden_size, generator=generator)
     total, count = bank.gate.begin_mean(rows, Tokens(torch.zeros(_ROWS, dtype=torch.int64)))
-    return float(from_rank_zero(total.cpu())) / count
+    return float(from_rank_zero(total.cpu(), birth.mesh.world)) / count
 
 
 def _sharpness(logits: Tensor) -> float:

@@ -37,21 +37,21 @@ class Changer:
             RankMismatch: the ranks have different plans; before anything is changed.
             MocteError: a frozen weight has moved, or an emergence changed the function.
         """
-        run = self._run
-        require_same([str(change) for change in changes], f"plan of changes after step {run.step}")
+        run, world = self._run, self._run.mesh.world
+        require_same([str(change) for change in changes], f"plan of changes after step {run.step}", world)
         emerging = {c.block for c in changes if c.kind == "emergence" and c.block is not None}
         self._events.emit_projections({i: reading for i, reading in readings.items() if i in emerging})
         self._proof.require_frozen_unmoved(run)
-        before = gather_objects(run.optimizer.optimizer_bytes())
+        before = gather_objects(run.optimizer.optimizer_bytes(), world)
         with FlopCount() as births:
             facts = apply_changes(run, changes, readings)
         self._proof.begin(run)
-        after = gather_objects(run.optimizer.optimizer_bytes())
+        after = gather_objects(run.optimizer.optimizer_bytes(), world)
         with FlopCount() as looking:
             self._progress.remember_routes(run, emerging)
             self._progress.remember_new(run)
         own = {"spectrum": 0, "clusters": births.total, "progress": looking.total}
-        facts[0]["flops"] = of_all_ranks({part: n + (spent or {}).get(part, 0) for part, n in own.items()})
+        facts[0]["flops"] = of_all_ranks({part: n + (spent or {}).get(part, 0) for part, n in own.items()}, world)
         sizes = {
             "optimizer_bytes_before": sum(before),
             "optimizer_bytes_after": sum(after),

@@ -69,7 +69,7 @@ class Check:
             found.passes += 2  # forward, and the half of a backward pass that costs the same
         check.seconds["progress"], check.bytes["progress"] = found.seconds, found.bytes
         own = {"spectrum": spectrum.total, "trainability": kernels.total, "progress": looking.total}
-        check.flops = of_all_ranks(own)
+        check.flops = of_all_ranks(own, run.mesh.world)
         return check
 
     def finish(self, run: RunState) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocte_ds.dist.collectives import world
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.forward import ForwardState, documents_of
 from mocte_ds.spectrum.sample import Choice, Reservoir, Selection, Update, hash_keys
@@ -40,7 +40,9 @@ class SampleStream:
     one that is ready for the next micro-batch makes the stream move on.
     """
 
-    def __init__(self, rows: int, documents: int, seed: int, eod_id: int | None, doublings: int = 0) -> None:
+    def __init__(
+        self, rows: int, documents: int, seed: int, eod_id: int | None, axis: Axis, doublings: int = 0
+    ) -> None:
         """Nothing is sampled yet.
 
         Args:
@@ -48,11 +50,12 @@ class SampleStream:
             documents: document means kept over all ranks.
             seed: seed of the sampling hash.
             eod_id: token that ends a document.
-            doublings: how often the sample may be doubled; rows are kept for that.
+            axis: the ranks that sample together.
+            doublings: how often the sample may be doubled; so many more rows are kept.
         """
-        ranks = world()[1]
-        self.sample_rows = rows
-        self.tokens, self.documents = Selection(rows << doublings, seed, ranks), Selection(documents, seed, ranks)
+        self.sample_rows, self._axis = rows, axis
+        self.tokens = Selection(rows << doublings, seed, axis.size)
+        self.documents = Selection(documents, seed, axis.size)
         self.token_facts = Reservoir(1, 2, seed, torch.int64, selection=self.tokens)
         """Id and source of each sampled token, -1 where unknown."""
         self.document_facts = Reservoir(1, 1, seed, torch.int64, selection=self.documents)
@@ -86,7 +89,11 @@ class SampleStream:
         Args:
             doubled: how often it is doubled; a larger one holds the smaller one's rows.
         """
-        return self.tokens.choose(count=self.sample_rows << doubled)
+        return self.tokens.choose(self._axis, self.sample_rows << doubled)
+
+    def choose_documents(self) -> Choice:
+        """The document sample of all ranks, once for all blocks (collective)."""
+        return self.documents.choose(self._axis)
 
     def clear(self) -> None:
         """Forget everything, so that the next check reads the features of its own weights."""
@@ -201,7 +208,7 @@ class FeatureCollector:
         Args:
             choice: of the stream's documents, as for :meth:`tokens`.
         """
-        choice = self._stream.documents.choose() if choice is None else choice
+        choice = self._stream.choose_documents() if choice is None else choice
         return self._documents.chosen_rows(choice), self._stream.document_facts.chosen_rows(choice)[:, 0]
 
     def clear(self) -> None:

@@ -19,7 +19,8 @@ from mocte_ds.controller.passes import Passes
 from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.proof import Proof
 from mocte_ds.controller.run_state import RunState
-from mocte_ds.dist.collectives import max_over_ranks, world
+from mocte_ds.dist.collectives import max_over_ranks
+from mocte_ds.dist.mesh import Mesh
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.moe.context import BatchContext
@@ -31,7 +32,7 @@ class Controller:
     """Owns the modes of all blocks and experts: decides at checks, acts between optimizer steps."""
 
     def __init__(
-        self, config: MocteConfig, blocks: list[Block], registry: UnitRegistry, ep_rank: int, total_steps: int
+        self, config: MocteConfig, blocks: list[Block], registry: UnitRegistry, mesh: Mesh, total_steps: int
     ) -> None:
         """Prepare the blocks; :meth:`bind` hands over the engine's parts.
 
@@ -39,12 +40,12 @@ class Controller:
             config: the "mocte" block.
             blocks: the model's blocks.
             registry: their units.
-            ep_rank: this rank's place in its expert-parallel group.
+            mesh: the run's ranks.
             total_steps: optimizer steps of the run.
         """
-        self.run = RunState(config, blocks, registry, ep_rank, total_steps)
+        self.run = RunState(config, blocks, registry, mesh, total_steps)
         self.passes, self.events = Passes(self.run), Events(self.run)
-        self.proof, self.progress = Proof(), Progress(config)
+        self.proof, self.progress = Proof(), Progress(config, mesh)
         self.changer = Changer(self.run, self.proof, self.progress, self.events)
         self.checks = Checks(self.run, self.passes, self.progress, self.proof, self.events, self.changer)
         self.mid_step = False
@@ -53,18 +54,12 @@ class Controller:
         """What :meth:`export` calls; the engine hands it over."""
         self._domain: Tensor | None = None
         """Of the next forward pass."""
-        for block, collector in zip(blocks, self.run.samples.collectors, strict=True):
-            block.observe = collector.see
-        # What some blocks have seen of a pass that was not completed, others have not.
-        self.context.on_abandoned = self.run.samples.clear
 
-    def bind(
-        self, module: torch.nn.Module, optimizer: UnitOptimizer, scheduler: Any, rank: int, sequences_per_step: int
-    ) -> None:
-        """Hand over the engine's module, optimizer and scheduler, this rank's number and the global batch size."""
+    def bind(self, module: torch.nn.Module, optimizer: UnitOptimizer, scheduler: Any, sequences_per_step: int) -> None:
+        """Hand over the engine's module, optimizer and scheduler, and the global batch size."""
         run = self.run
         run.module, run.optimizer, run.scheduler = module, optimizer, scheduler
-        run.rank, run.sequences_per_step = rank, sequences_per_step
+        run.sequences_per_step = sequences_per_step
         self.progress.bind(module)
         self.checks.set_window(sequences_per_step)
         # Whoever calls backward, of the engine or of the loss: gradients wait from then on.
@@ -240,12 +235,10 @@ class Controller:
 
     # ---- called by the engine --------------------------------------------------------------------------------------
 
-    def before_micro_batch(self, rank: int, ranks: int, micro: int, args: tuple, kwargs: dict) -> None:
+    def before_micro_batch(self, micro: int, args: tuple, kwargs: dict) -> None:
         """Tell the blocks where in the run the next pass that trains stands.
 
         Args:
-            rank: of this process among those that share the data.
-            ranks: how many these are.
             micro: sequences of a micro-batch.
             args: of the model's call.
             kwargs: of the model's call.
@@ -254,7 +247,7 @@ class Controller:
             emerge_now(self.run, self.changer, waiting, "from scratch: before the first step")
         ids = kwargs.get("input_ids", args[0] if args else None)
         texts = len(ids) if isinstance(ids, Tensor) and ids.dim() > 1 else micro
-        run, place = self.run, self.passes.begin(rank, ranks, micro, texts)
+        run, place = self.run, self.passes.begin(micro, texts)
         domain, self._domain = self._domain, None
         if self.progress.active and not self.progress.probe.complete:
             self.progress.probe.offer(args, kwargs, place, run.sequences_per_step, domain, micro)
@@ -265,7 +258,7 @@ class Controller:
             micro_batch=micro,
             domain=domain,
             sources=len(run.domain_names),
-            sampling=for_check or (warming_up and not run.config.auto),
+            observer=run.samples if for_check or (warming_up and not run.config.auto) else None,
         )
 
     def after_step(self, step: int) -> None:
@@ -296,7 +289,7 @@ class Controller:
 
     def rank_state_dict(self) -> dict[str, Any]:
         """What only this rank has: its part of the probe set, its experts of the last check, and its samples."""
-        return {**self.progress.state_dict(), "world": world()[1], **self.checks.rank_state_dict()}
+        return {**self.progress.state_dict(), "world": self.run.mesh.world.size, **self.checks.rank_state_dict()}
 
     def load_rank_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Restore what :meth:`rank_state_dict` returned, after :meth:`load_state_dict` (collective).
@@ -305,8 +298,8 @@ class Controller:
         measured but not decided is left out.
         """
         device = next(self.run.module.parameters()).device
-        usable = state is not None and state.get("world") == world()[1]
-        if int(max_over_ranks(torch.tensor(0 if usable else 1))):
+        usable = state is not None and state.get("world") == self.run.mesh.world.size
+        if int(max_over_ranks(torch.tensor(0 if usable else 1), self.run.mesh.world)):
             state = None
         if state is not None:
             self.progress.load_state_dict(state, device)

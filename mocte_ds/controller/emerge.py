@@ -28,7 +28,7 @@ def emerge_now(
         readings, search = read_blocks(run, list(handles), in_background=False)
     finish_readings(run, readings, search)
     # All ranks know what the search has cost all of them.
-    searched = sum(r.found.flops for r in readings.values() if r.found) if run.rank == 0 else 0
+    searched = sum(r.found.flops for r in readings.values() if r.found) if run.mesh.world.rank == 0 else 0
     spent = {"spectrum": spectrum.total, "clusters": searched}
     changes = [Change("emergence", handle.index, None, reason, by_hand=by_hand) for handle in handles]
     changer.apply(changes, readings, spent)

@@ -23,7 +23,7 @@ class Events:
 
     def emit(self, event: Mapping[str, Any]) -> None:
         """Hand an event over, with the step and the tokens seen so far."""
-        if self._run.rank == 0:
+        if self._run.mesh.world.rank == 0:
             stamped = {"event": event["event"], "step": self._run.step, "tokens": self._run.tokens, **event}
             for listener in self._listeners:
                 listener(stamped)

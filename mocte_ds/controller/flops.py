@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.dist.mesh import Axis
 
 
 class FlopCount(TorchDispatchMode):
@@ -29,7 +30,7 @@ class FlopCount(TorchDispatchMode):
         return out
 
 
-def of_all_ranks(parts: Mapping[str, int]) -> dict[str, int]:
+def of_all_ranks(parts: Mapping[str, int], axis: Axis) -> dict[str, int]:
     """FLOPs by part, all ranks together (collective)."""
-    summed = sum_over_ranks(torch.tensor(list(parts.values()), dtype=torch.int64))
+    summed = sum_over_ranks(torch.tensor(list(parts.values()), dtype=torch.int64), axis)
     return dict(zip(parts, summed.tolist(), strict=True))

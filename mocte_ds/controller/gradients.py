@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mocte_ds.controller.expert_rows import ExpertRows
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.run_state import RunState
-from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode
-from mocte_ds.moe.expert_rows import ExpertRows
 from mocte_ds.trainability import coherence, conflict, ghost_gram
 from mocte_ds.zero import let_go, on_its_own
 
@@ -98,25 +98,26 @@ def _offer(kept: ExpertRows, k: int, rows: Tensor, gradient: Tensor, places: Ten
 def _measured(
     run: RunState, modules: dict[Key, nn.Module], kept: list[ExpertRows], groups: _Groups
 ) -> dict[int, dict[int, dict[str, float]]]:
-    """The numbers of all modules with enough rows; the ranks that hold a module take turns (collective)."""
-    places, rank = gather_objects(run.ep_rank), world()[0]
+    """The numbers of all modules of which there are enough rows; those that have one take turns (collective)."""
+    mesh = run.mesh
     own: dict[Key, dict[str, float]] = {}
     turn = 0
     for block, rows in enumerate(kept):
-        full = [number for number, count in enumerate(rows.found()) if count == rows.count]
+        full = [number for number, count in enumerate(rows.found(mesh.data)) if count == rows.count]
         width = 2 * run.blocks[block].block.hidden_size + 1
         for number in full:
             key, turn = (block, number + DENSE), turn + 1
             # One at a time: all together would be copies of them on every rank.
-            merged = rows.merged([number], width, next(run.module.parameters()).device)[0]
+            merged = rows.merged([number], width, next(run.module.parameters()).device, mesh.data)[0]
             if key not in modules:
                 continue
-            sharers = [other for other, place in enumerate(places) if key[1] == DENSE or place == run.ep_rank]
+            sharers = mesh.data if key[1] == DENSE else mesh.expert_data
             with on_its_own(modules[key]):  # by all that share it, though one of them measures
-                if sharers[turn % len(sharers)] == rank and (numbers := _numbers(modules[key], block, merged, groups)):
+                mine = turn % sharers.size == sharers.rank
+                if mine and (numbers := _numbers(modules[key], block, merged, groups)):
                     own[key] = numbers
     found: dict[int, dict[int, dict[str, float]]] = {}
-    for part in gather_objects(own):
+    for part in gather_objects(own, mesh.world):
         for (block, k), numbers in part.items():
             found.setdefault(block, {})[k] = numbers
     return {block: dict(sorted(found[block].items())) for block in sorted(found)}
@@ -140,7 +141,7 @@ def _modules(run: RunState, blocks: list[Block]) -> dict[Key, nn.Module]:
             continue
         for number, bank in enumerate(block.banks):
             for local, expert in enumerate(bank.local_experts):
-                modules[i, number * bank.num_experts + bank.first_local(run.ep_rank) + local] = expert
+                modules[i, number * bank.num_experts + bank.first_local(run.mesh.expert.rank) + local] = expert
     return modules
 
 
@@ -168,7 +169,7 @@ def _keep_mean(means: dict[int, Tensor], block: int, real: Tensor | None) -> Any
 def _groups(run: RunState, probe: ProbeSet, means: dict[int, Tensor]) -> _Groups:
     """Source and clusters of the sequences of all ranks, by their numbers (collective)."""
     clusters = {handle.index: _clusters_of(handle, means[handle.index]) for handle in run.blocks}
-    parts = gather_objects((probe.number.tolist(), probe.domain.tolist(), clusters))
+    parts = gather_objects((probe.number.tolist(), probe.domain.tolist(), clusters), run.mesh.data)
     size = max(number for part in parts for number in part[0]) + 1
 
     def joined(lists: list[list[int]]) -> Tensor:

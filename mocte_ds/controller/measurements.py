@@ -12,6 +12,7 @@ from mocte_ds.controller.reading import BlockReading
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.search import ClusterSearch, Documents
 from mocte_ds.dist.collectives import gather_rows, sum_over_ranks
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.moe.block import BlockMode
 from mocte_ds.spectrum.subspace import Subspace, certified_rank, gate_rank, sampled_svd, split_half_angles
 
@@ -57,7 +58,7 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
         if total_rows < 2:
             return readings
         features = [sample[0] for sample in samples]
-        angles = _half_sample_angles(features, config.rank, names, choice.place)
+        angles = _half_sample_angles(features, config.rank, names, choice.place, run.mesh.data)
         # Only a block in warm-up needs its directions: a gate is made of them once.
         poor = [
             handle.mode is BlockMode.WARMUP and certified_rank(found, config.max_angle) < config.min_rank
@@ -65,7 +66,7 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
         ]
         if not any(poor) or total_rows < config.rows << doubled:
             break
-    subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles], names)
+    subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles], names, run.mesh.data)
     for number, handle in enumerate(handles):
         reading, found = readings[handle.index], subspaces[number]
         reading.mean = found.mean
@@ -83,17 +84,19 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
     return readings
 
 
-def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None], names: list[str]) -> list[Subspace]:
+def _subspaces(
+    features: list[Tensor], rank: int, bases: list[Tensor | None], names: list[str], axis: Axis
+) -> list[Subspace]:
     """Subspace of each block's rows; one batched call where all widths agree and all blocks have a last basis."""
     widths = {x.shape[1] for x in features}
     rank = min(rank, min(widths))
     if len(widths) > 1:
         each_block = zip(features, bases, names, strict=True)
-        return [sampled_svd(x, rank, basis=basis, names=[name]) for x, basis, name in each_block]
+        return [sampled_svd(x, rank, axis, basis, names=[name]) for x, basis, name in each_block]
     # A basis out of a checkpoint is on the CPU.
     last = [basis.to(features[0].device) for basis in bases if basis is not None]
     known = torch.stack(last) if len(last) == len(features) else None
-    found = sampled_svd(torch.stack(features), rank, basis=known, names=names)
+    found = sampled_svd(torch.stack(features), rank, axis, known, names=names)
     tensors = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in ("moved_bytes", "rows")}
     each = found.moved_bytes // len(features)
     return [
@@ -102,8 +105,10 @@ def _subspaces(features: list[Tensor], rank: int, bases: list[Tensor | None], na
     ]
 
 
-def _half_sample_angles(features: list[Tensor], rank: int, names: list[str], place: Tensor) -> list[list[float]]:
-    """For each block, the sines of the angles between the leading directions of two half-samples.
+def _half_sample_angles(
+    features: list[Tensor], rank: int, names: list[str], place: Tensor, axis: Axis
+) -> list[list[float]]:
+    """For each block the sines of the angles between two half-samples' leading directions.
 
     The halves are taken by the rows' hashes: ranks and micro-batches are not to change what a gate is made of.
     """
@@ -111,8 +116,8 @@ def _half_sample_angles(features: list[Tensor], rank: int, names: list[str], pla
     rank = min(rank, min(widths))
     if len(widths) > 1:
         each_block = zip(features, names, strict=True)
-        return [split_half_angles(x, rank, names=[name], place=place).tolist() for x, name in each_block]
-    return split_half_angles(features, rank, names=names, place=place).tolist()
+        return [split_half_angles(x, rank, axis, names=[name], place=place).tolist() for x, name in each_block]
+    return split_half_angles(features, rank, axis, names=names, place=place).tolist()
 
 
 def _start_search(
@@ -122,27 +127,28 @@ def _start_search(
 
     Rows are put in the order of their hashes, so that nothing depends on which rank had which row.
     """
-    config, started = run.config, time.perf_counter()
-    choice = run.samples.stream.documents.choose()
+    config, data, started = run.config, run.mesh.data, time.perf_counter()
+    choice = run.samples.stream.choose_documents()
     samples = [run.samples.collectors[handle.index].documents(choice) for handle in handles]
     if len(choice.order) < max(16, 2 * config.num_experts) or not readings[handles[0].index].rows:
         return None
-    domains = gather_rows(samples[0][1][:, None])[choice.order, 0].cpu()
+    domains = gather_rows(samples[0][1][:, None], data)[choice.order, 0].cpu()
     means = [sample[0] for sample in samples]
     names = [f"documents of {handle.name}" for handle in handles]
-    subspaces = _subspaces(means, config.spectrum.rank, [handle.document_basis for handle in handles], names)
+    bases = [handle.document_basis for handle in handles]
+    subspaces = _subspaces(means, config.spectrum.rank, bases, names, data)
     work = {}
     for handle, rows, space in zip(handles, means, subspaces, strict=True):
         reading = readings[handle.index]
         reading.documents = Rows(rows, space.basis, space.mean, choice.order)
-        reading.coordinates, reading.domains = reading.documents.coordinates().cpu(), domains
+        reading.coordinates, reading.domains = reading.documents.coordinates(data).cpu(), domains
         if space.directions.shape[1] > 1:
             reading.plane = reading.coordinates @ (space.basis.T @ space.directions[:, :2]).cpu()
-        tokens = Rows(reading.tokens[0], reading.basis, reading.mean, reading.order).coordinates().cpu()
+        tokens = Rows(reading.tokens[0], reading.basis, reading.mean, reading.order).coordinates(data).cpu()
         mean, basis = space.mean.cpu(), space.basis.cpu()
         work[handle.index] = Documents(reading.coordinates, mean, basis, domains, tokens, handle.last_detection)
         reading.bytes["clusters"] = 4 * (reading.coordinates.numel() + tokens.numel())
-    search = ClusterSearch(config, work, in_background)
+    search = ClusterSearch(config, work, in_background, run.mesh.world)
     for handle in handles:
         readings[handle.index].seconds["clusters"] = (time.perf_counter() - started) / len(handles)
     return search
@@ -153,6 +159,7 @@ def _domain_load(run: RunState, handle: BlockHandle) -> list[list[int]]:
     sources = max(1, len(run.domain_names))
     parts = []
     for bank in handle.block.banks:
-        table, shape = bank.deepspeed_moe.by_source, (sources, bank.num_experts)
-        parts.append(table if table is not None and table.shape == shape else torch.zeros(shape, dtype=torch.int64))
-    return sum_over_ranks(torch.cat(parts, dim=1)).tolist()
+        table, shape = run.samples.by_source.get(bank.deepspeed_moe), (sources, bank.num_experts)
+        fits = table is not None and table.shape == shape
+        parts.append(table.cpu() if table is not None and fits else torch.zeros(shape, dtype=torch.int64))
+    return sum_over_ranks(torch.cat(parts, dim=1), run.mesh.data).tolist()

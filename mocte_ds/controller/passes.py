@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
-from mocte_ds.moe.bank import ClusterMOELayer
+from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import BlockMode
 from mocte_ds.moe.forward import BEYOND
 
@@ -23,7 +23,7 @@ class Passes:
     def __init__(self, run: RunState) -> None:
         """Begin before the first step."""
         self._run = run
-        self._layers = [bank.deepspeed_moe for handle in run.blocks for bank in handle.block.banks]
+        self._banks = [bank for handle in run.blocks for bank in handle.block.banks]
         self.sequences = 0
         """Sequences of all passes up to the last optimizer step; the next step is numbered from here."""
         self._parts = 0
@@ -36,12 +36,10 @@ class Passes:
         """Sequences of a pass, all ranks together."""
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in run.blocks]
 
-    def begin(self, rank: int, ranks: int, micro: int, texts: int) -> int:
+    def begin(self, micro: int, texts: int) -> int:
         """Count a pass that is about to run.
 
         Args:
-            rank: of this process among those that share the data.
-            ranks: how many these are.
             micro: sequences of a micro-batch.
             texts: sequences of this pass; if more than ``micro``, several per sequence of the micro-batch.
 
@@ -51,8 +49,9 @@ class Passes:
         """
         if self._brought_in:
             self._parts, self._texts = self._parts + 1, 0
-        place = ((self._parts - 1) * ranks + rank) * micro + self._texts * BEYOND
-        self._brought_in, self._size = False, ranks * micro
+        data = self._run.mesh.data
+        place = ((self._parts - 1) * data.size + data.rank) * micro + self._texts * BEYOND
+        self._brought_in, self._size = False, data.size * micro
         self._texts += max(1, -(-texts // micro))
         return place
 
@@ -66,47 +65,43 @@ class Passes:
         Integers, so that the sums depend neither on the number of ranks nor on how the batch was split.
         """
         run, context = self._run, self._run.context
-        layers = [layer for layer in self._layers if layer.gate.reads_loads]
-        parts = [torch.tensor([int(context.step_tokens), context.step_passes]), *[layer.step_load for layer in layers]]
-        summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+        banks = [bank for bank in self._banks if bank.gate.reads_loads]
+        parts = [torch.tensor([int(context.step_tokens), context.step_passes]), *[bank.loads.step for bank in banks]]
+        summed = sum_over_ranks(torch.cat(parts), run.mesh.data).split([len(part) for part in parts])
         tokens, passes = summed[0].tolist()
         run.tokens += tokens
         self.sequences += self._parts * self._size
         if tokens and passes:
             context.usual_tokens = tokens / passes
-        loads = dict(zip(layers, summed[1:], strict=True))
-        for layer, load in loads.items():
-            if int(load.sum()):
-                layer.share = (load.double() / load.sum()).float().to(layer.share.device)
-            layer.step_load.zero_()
+        loads = dict(zip(banks, summed[1:], strict=True))
         self._move_gates(loads)
+        for bank, load in loads.items():
+            bank.loads.end_step(load)
         context.step_tokens, context.step_passes, context.loss_scale = 0, 0, None
         self._parts, self._texts, self._brought_in = 0, 0, True
 
-    def _move_gates(self, loads: Mapping[ClusterMOELayer, Tensor]) -> None:
-        """Update the biases for even loads and the running mean of the weights, except where all experts are frozen."""
+    def _move_gates(self, loads: Mapping[Bank, Tensor]) -> None:
+        """Even the loads out, and follow the weights' mean; in blocks whose experts are all frozen nothing moves."""
         moving = {
-            bank.deepspeed_moe
-            for handle in self._run.blocks
-            for bank in handle.block.banks
-            if handle.mode is BlockMode.SPECIALISING
+            bank for handle in self._run.blocks for bank in handle.block.banks if handle.mode is BlockMode.SPECIALISING
         }
-        weighed = [layer for layer in loads if layer.gate.router.unit_mean]
-        sums = sum_over_ranks(torch.cat([layer.step_weight for layer in weighed])).tolist() if weighed else []
-        for layer, total in zip(weighed, sums, strict=True):
-            layer.step_weight.zero_()
-            tokens = int(loads[layer].sum()) / layer.gate.router.top_k
-            if tokens and layer in moving:
-                layer.gate.follow_mean(total / tokens)
-        for layer, load in loads.items():
-            if layer in moving:
-                layer.gate.balance(load)
+        weighed = [bank for bank in loads if bank.gate.router.unit_mean]
+        sums = []
+        if weighed:
+            sums = sum_over_ranks(torch.cat([bank.loads.weight for bank in weighed]), self._run.mesh.data).tolist()
+        for bank, total in zip(weighed, sums, strict=True):
+            tokens = int(loads[bank].sum()) / bank.gate.router.top_k
+            if tokens and bank in moving:
+                bank.gate.follow_mean(total / tokens)
+        for bank, load in loads.items():
+            if bank in moving:
+                bank.gate.balance(load)
 
     def routed(self) -> list[Tensor]:
         """(E,) tokens routed to the experts of each block since the start, all ranks together (collective)."""
         blocks = [handle.block for handle in self._run.blocks]
-        counts = [torch.cat([bank.deepspeed_moe.routed for bank in block.banks]) for block in blocks]
-        total = sum_over_ranks(torch.cat(counts).clone())
+        counts = [torch.cat([bank.loads.total for bank in block.banks]) for block in blocks]
+        total = sum_over_ranks(torch.cat(counts).clone(), self._run.mesh.data)
         return list(total.split([count.numel() for count in counts]))
 
     def routed_since_last_call(self) -> list[list[int]]:
@@ -122,7 +117,7 @@ class Passes:
         return {
             "sequences": self.sequences,
             "usual_tokens": self._run.context.usual_tokens,
-            "shares": [layer.share for layer in self._layers],
+            "shares": [bank.loads.share for bank in self._banks],
             "routed": self.routed(),
             "load_seen": self._load_seen,
         }
@@ -135,14 +130,13 @@ class Passes:
         context.step_tokens, context.step_passes = 0, 0
         self._parts, self._texts, self._brought_in = 0, 0, True
         context.usual_tokens = state.get("usual_tokens")
-        shares = state.get("shares") or [layer.share for layer in self._layers]
-        for layer, share in zip(self._layers, shares, strict=True):
-            layer.share = share.to(layer.share.device)
-            layer.step_load.zero_()
-            layer.step_weight.zero_()
+        shares = state.get("shares") or [bank.loads.share for bank in self._banks]
+        for bank, share in zip(self._banks, shares, strict=True):
+            bank.loads.share = share.cpu()
+            bank.loads.forget_step()
         for handle, routed in zip(run.blocks, state["routed"], strict=True):
             parts = routed.split([bank.num_experts for bank in handle.block.banks])
             for bank, part in zip(handle.block.banks, parts, strict=True):
                 # Totals are kept on one rank, so that the sum over ranks stays the total.
-                bank.deepspeed_moe.routed = part.clone() if run.rank == 0 else torch.zeros_like(part)
+                bank.loads.total = part.clone() if run.mesh.data.rank == 0 else torch.zeros_like(part)
         self._load_seen = [seen.clone() for seen in state["load_seen"]]

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mocte_ds.controller.look import Look
 from mocte_ds.controller.probe_batches import Call, Rows, ids_of, labelled, spread, together
-from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks, world
+from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks
+from mocte_ds.dist.mesh import Mesh
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.forward import ForwardState, Look, sequence_numbers
+from mocte_ds.moe.forward import ForwardState, sequence_numbers
 from mocte_ds.zero import forward_pass
 
 # Shapes: S sequences of this rank, T tokens.
@@ -60,14 +62,15 @@ class ProbeGradient:
 class ProbeSet:
     """The sequences and how to run them."""
 
-    def __init__(self, tokens: int, eod_id: int | None) -> None:
+    def __init__(self, tokens: int, eod_id: int | None, mesh: Mesh) -> None:
         """Empty.
 
         Args:
             tokens: wanted over all ranks.
-            eod_id: token that ends a document; the loss of the one after it does not count.
+            eod_id: token that ends a document; the one after it is not counted.
+            mesh: the ranks that share the sequences out.
         """
-        self._wanted, self._eod_id = tokens, eod_id
+        self._wanted, self._eod_id, self._mesh = tokens, eod_id, mesh
         self._offers: list[Rows] = []
         self._company: Rows | None = None
         self._batch = 0
@@ -133,10 +136,9 @@ class ProbeSet:
             domain: (S,) source of each sequence, None where unknown.
             given: what else the model is called with; tensors (S, ...) have a row for each sequence.
         """
-        rank, size = world()
         chosen = torch.arange(min(len(ids), max(1, math.ceil(self._wanted / ids.shape[1]))))
         known = domain.cpu() if domain is not None else torch.full((len(ids),), -1)
-        mine = chosen[rank::size]
+        mine = chosen[self._mesh.data.rank :: self._mesh.data.size]
         self._valid = torch.ones(len(mine), dtype=torch.bool)
         if not len(mine):  # experts are spread over ranks, so every rank has to make every pass
             mine, self._valid = chosen[:1], torch.zeros(1, dtype=torch.bool)
@@ -154,7 +156,8 @@ class ProbeSet:
         that cannot be filled up, are left out; arguments without a row per sequence must be equal.
         """
         offers = [*self._offers, *([self._company] if self._company else [])]
-        longest = int(max_over_ranks(torch.tensor(max((int(rows.length.max()) for rows in offers), default=0))))
+        own = torch.tensor(max((int(rows.length.max()) for rows in offers), default=0))
+        longest = int(max_over_ranks(own, self._mesh.world))
         self._offers, self._company = [], None
         if self.complete or not offers:
             return
@@ -254,10 +257,10 @@ class ProbeSet:
         """Tokens of the set over all ranks, without padding (collective); 0 where it is not complete."""
         if not self._everywhere():
             return 0
-        return int(sum_over_ranks(self.real.sum()))
+        return int(sum_over_ranks(self.real.sum(), self._mesh.data))
 
     def _everywhere(self) -> bool:
-        return not int(max_over_ranks(torch.tensor(0 if self.complete else 1)))
+        return not int(max_over_ranks(torch.tensor(0 if self.complete else 1), self._mesh.world))
 
     def _forward(self, module: nn.Module, device: torch.device, part: Call | None = None) -> Any:
         args, kwargs = part or self._held.call
@@ -277,10 +280,10 @@ class ProbeSet:
         if state is None:
             return
         call = (list(state["args"]), dict(state["kwargs"]))
-        shape, (rank, ranks) = ids_of(call).shape, world()
+        shape, data = ids_of(call).shape, self._mesh.data
         # What older checkpoints have not; of numbers any will do that no other rank has.
         labelled = state.get("labelled", torch.ones(shape, dtype=torch.bool))
-        number = state.get("number", rank + ranks * torch.arange(shape[0]))
+        number = state.get("number", data.rank + data.size * torch.arange(shape[0]))
         length = state.get("length", torch.full((shape[0],), shape[1]))
         self._rows, self._valid = Rows(call, state["domain"], number, labelled, length), state["valid"]
 
@@ -308,10 +311,10 @@ class ProbeSet:
 @contextmanager
 def _looking(module: nn.Module, blocks: list[Block], places: Tensor | None = None) -> Iterator[Look]:
     """Evaluation mode with routes recorded; afterwards everything is as it was."""
-    training = module.training
+    training, look = module.training, Look(places)
     module.eval()
     try:
-        with blocks[0].context.looking(places) as look:
+        with blocks[0].context.watched_by(look):
             yield look
     finally:
         module.train(training)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.dist.collectives import gather_objects, max_over_ranks
+from mocte_ds.dist.mesh import Mesh
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
 from mocte_ds.shown import one_line
@@ -21,7 +22,7 @@ def needs_labels(module: nn.Module) -> bool:
     return labels.default is labels.empty
 
 
-def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], device: torch.device) -> None:
+def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], device: torch.device, mesh: Mesh) -> None:
     """Call the model with one sequence of the first step, as a check will (collective).
 
     A set that was given, or comes from a checkpoint, is not tried. Each rank tries a sequence of its own; one that
@@ -30,7 +31,7 @@ def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], de
     Raises:
         MocteError: on all ranks, if it fails on any; with the reason and what to do.
     """
-    if int(max_over_ranks(torch.tensor(0 if probe.collected else 1))):
+    if int(max_over_ranks(torch.tensor(0 if probe.collected else 1), mesh.world)):
         return
     state = probe.state_dict()
     assert state is not None  # something was collected
@@ -46,13 +47,13 @@ def require_callable(probe: ProbeSet, module: nn.Module, blocks: list[Block], de
 
     failure: Exception | None = None
     try:
-        one = ProbeSet(1, None)
+        one = ProbeSet(1, None, mesh)
         one.load_state_dict(cut(state))
         one.read(module, blocks, device)
     except Exception as error:  # whatever a user's model raises
         failure = error
     # Each rank tries a sequence of its own. One that went on alone would wait for the others in its next collective.
-    reasons = gather_objects(None if failure is None else _reason(failure))
+    reasons = gather_objects(None if failure is None else _reason(failure), mesh.world)
     first = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
     if first is None:
         return

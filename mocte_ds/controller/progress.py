@@ -15,6 +15,7 @@ from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.snapshots import Snapshots
 from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.dist.mesh import Mesh
 from mocte_ds.moe.block import BlockMode, ExpertMode
 from mocte_ds.registry import OFF
 from mocte_ds.trainability.policy import rule_of
@@ -46,10 +47,15 @@ class ProgressFacts:
 class Progress:
     """The probe set, and what its readings are compared with."""
 
-    def __init__(self, config: MocteConfig) -> None:
-        """Empty; sequences are given, or taken from the first step."""
+    def __init__(self, config: MocteConfig, mesh: Mesh) -> None:
+        """Empty; sequences are given, or taken from the first step.
+
+        Args:
+            config: the "mocte" block.
+            mesh: of the run's ranks.
+        """
         wanted = config.probe_tokens or 4 * config.num_experts * config.freeze.rows
-        self.probe, self.snapshots = ProbeSet(wanted, config.eod_id), Snapshots()
+        self.probe, self.snapshots = ProbeSet(wanted, config.eod_id, mesh), Snapshots()
         self.active = config.auto and (config.freeze.policy != OFF or config.probe_tokens > 0)
         self.at_every_check = "progress" in rule_of(config.freeze.policy).reads
         """Whether the policy needs a measurement at every check."""
@@ -72,7 +78,8 @@ class Progress:
             self._tried = True
             self.probe.finish()
             blocks = [handle.block for handle in run.blocks]
-            require_callable(self.probe, run.module, blocks, next(run.module.parameters()).device)
+            device = next(run.module.parameters()).device
+            require_callable(self.probe, run.module, blocks, device, run.mesh)
             let_go(run.module)
 
     def measure(self, run: RunState, roll_back: bool) -> ProgressFacts:
@@ -102,7 +109,7 @@ class Progress:
                     again = self._read(run)
                 assert again is not None
                 before, facts.passes = again, facts.passes + 1
-            self._credit(handle, now, before, facts)
+            self._credit(run, handle, now, before, facts)
         self.snapshots.take(training_units(run))
         self._taken = True
         facts.seconds = time.perf_counter() - started
@@ -156,7 +163,7 @@ class Progress:
                 changed.append(((route != born) & valid).sum() if same_set else torch.tensor(0))
                 counted.append(valid.sum() if same_set else torch.tensor(0))
             parts = [torch.stack(changed), torch.stack(counted), torch.cat(loads)]
-            summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+            summed = sum_over_ranks(torch.cat(parts), run.mesh.data).split([len(part) for part in parts])
             if int(summed[1].sum()):
                 facts.churn[handle.index] = (summed[0] / summed[1].clamp(min=1)).tolist()
             facts.load[handle.index] = summed[2].tolist()
@@ -165,8 +172,10 @@ class Progress:
             facts.bytes += 8 * sum(len(part) for part in parts)
 
     @staticmethod
-    def _credit(handle: BlockHandle, now: ProbeReading, before: ProbeReading, facts: ProgressFacts) -> None:
-        """Attribute the cost of a block's rollback to the experts that its tokens go to now."""
+    def _credit(
+        run: RunState, handle: BlockHandle, now: ProbeReading, before: ProbeReading, facts: ProgressFacts
+    ) -> None:
+        """Share what a block's rollback costs out to the experts that the tokens go to today."""
         assert before.losses is not None and now.losses is not None
         gain = before.losses - now.losses
         counted = torch.isfinite(gain) & now.valid
@@ -176,7 +185,7 @@ class Progress:
             route, known = now.way(handle.index, number)
             known = known & counted
             sums.append(own.index_add_(0, route[known], gain[known]))
-        total, *shares = sum_over_ranks(torch.cat(sums)).tolist()
+        total, *shares = sum_over_ranks(torch.cat(sums), run.mesh.data).tolist()
         if total:
             facts.progress[handle.index] = [share / total for share in shares]
         facts.bytes += 8 * (1 + len(shares))

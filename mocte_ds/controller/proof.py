@@ -39,7 +39,7 @@ class Proof:
         self._live = {name: checksum(masters) for name, masters in run.optimizer.masters().items()}
         # Experts may go without tokens; anything else that had a gradient before the change has one after it.
         experts = {f"{handle.name}.{k}" for handle in run.blocks for k in range(len(handle.experts))}
-        had = _somewhere({name for name, square in run.optimizer.unit_square_norms.items() if square > 0})
+        had = _somewhere({name for name, square in run.optimizer.unit_square_norms.items() if square > 0}, run)
         self._had_gradient = (had - experts) & set(self._live)
         self._squares, self._left = defaultdict(list), PROOF_STEPS
 
@@ -79,7 +79,7 @@ class Proof:
 
     def _stuck(self, run: RunState) -> str | None:
         own = {name for name, squares in self._squares.items() if any(squares)}
-        found = _somewhere(own)  # a rank's part of a table may have no gradient for long
+        found = _somewhere(own, run)  # a rank's part of a table may have no gradient for long
         for name, masters in run.optimizer.masters().items():
             before = self._live.pop(name, None)
             if name not in found:
@@ -105,13 +105,13 @@ def checksum(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def _somewhere(names: set[str]) -> set[str]:
+def _somewhere(names: set[str], run: RunState) -> set[str]:
     """The names that some rank has (collective)."""
-    return {name for part in gather_objects(sorted(names)) for name in part}
+    return {name for part in gather_objects(sorted(names), run.mesh.world) for name in part}
 
 
 def _raise_together(problem: str | None, run: RunState) -> None:
-    found = [(rank, text) for rank, text in enumerate(gather_objects(problem)) if text]
+    found = [(rank, text) for rank, text in enumerate(gather_objects(problem, run.mesh.world)) if text]
     if found:
         rank, text = found[0]
         raise MocteError(

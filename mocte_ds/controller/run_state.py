@@ -9,6 +9,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.decide import BlockStatus, RunStatus
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.samples import Samples
+from mocte_ds.dist.mesh import Mesh
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.zero import TRUNK, UnitOptimizer, UnitRegistry, dense_unit, expert_unit, router_unit
@@ -22,13 +23,13 @@ class RunState:
     scheduler: Any = None
 
     def __init__(
-        self, config: MocteConfig, blocks: list[Block], registry: UnitRegistry, ep_rank: int, total_steps: int
+        self, config: MocteConfig, blocks: list[Block], registry: UnitRegistry, mesh: Mesh, total_steps: int
     ) -> None:
         """See :class:`Controller`."""
-        self.config, self.registry, self.ep_rank, self.total_steps = config, registry, ep_rank, total_steps
+        self.config, self.registry, self.mesh, self.total_steps = config, registry, mesh, total_steps
         self.blocks = [BlockHandle(i, block) for i, block in enumerate(blocks)]
         self.context = blocks[0].context
-        self.samples = Samples(config, blocks)
+        self.samples = Samples(config, blocks, mesh.data)
         self.frozen_layers = 0
         """Frozen layers of the front; the embeddings freeze with the first."""
         self.domain_names: list[str] = []
@@ -36,7 +37,6 @@ class RunState:
         """Optimizer steps that are done."""
         self.tokens = 0
         """Tokens of these steps, all ranks together; no padding."""
-        self.rank = 0
         self.sequences_per_step = 0
         """The global batch."""
 

@@ -13,7 +13,8 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.flops import FlopCount
 from mocte_ds.controller.handles import LastDetection
 from mocte_ds.controller.reading import ClusterFacts
-from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.dist.collectives import gather_objects
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import MocteError
 
 
@@ -35,18 +36,19 @@ class Documents:
 
 
 class ClusterSearch:
-    """Block i is worked on by rank i mod world; :meth:`results` brings everybody's together."""
+    """Block i is worked on by rank i mod their number; :meth:`results` brings everybody's together."""
 
-    def __init__(self, config: MocteConfig, work: Mapping[int, Documents], in_background: bool) -> None:
-        """Start the search.
+    def __init__(self, config: MocteConfig, work: Mapping[int, Documents], in_background: bool, axis: Axis) -> None:
+        """Start.
 
         Args:
             config: the "mocte" block.
             work: by block, the same on all ranks.
             in_background: in a thread; False: when the results are asked for.
+            axis: the ranks that share the work.
         """
-        rank, size = world()
-        mine = {block: documents for block, documents in work.items() if block % size == rank}
+        self._axis = axis
+        mine = {block: documents for block, documents in work.items() if block % axis.size == axis.rank}
         self._results: Callable[[], dict[int, ClusterFacts]] = partial(_search, config, mine)
         if in_background:
             pool = ThreadPoolExecutor(1, thread_name_prefix="clusters")
@@ -67,7 +69,7 @@ class ClusterSearch:
         except Exception as error:
             mine = f"the search for clusters failed: {type(error).__name__}: {error}"
         found: dict[int, ClusterFacts] = {}
-        for part in gather_objects(mine):
+        for part in gather_objects(mine, self._axis):
             if isinstance(part, str):
                 raise MocteError(part)
             found.update(part)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mocte_ds.controller.handles import BlockHandle, ExpertHandle
 from mocte_ds.controller.progress import ProgressFacts
 from mocte_ds.controller.run_state import RunState
-from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
@@ -49,34 +49,32 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFac
         return facts
     may_thaw = rule_of(run.config.freeze.policy).may_thaw
     let_go(run.module)
-    places, rank = gather_objects(run.ep_rank), world()[0]
-    replicas = [other for other, place in enumerate(places) if place == run.ep_rank]
+    mesh = run.mesh
     values: dict[tuple[int, int], float] = {}
     failures: list[str] = []
     for handle, number, bank in _banks(run):
-        expert_rows = bank.deepspeed_moe.expert_rows
-        assert expert_rows is not None  # kept where a policy watches
-        sampled = expert_rows.found()
+        expert_rows = run.samples.rows[bank.deepspeed_moe]
+        sampled = expert_rows.found(mesh.data)
         facts.sampled.setdefault(handle.index, []).extend(sampled)
         full = [k for k, rows in enumerate(sampled) if rows == run.config.freeze.rows]
         full = [k for k in full if _watched(handle.experts[number * bank.num_experts + k], may_thaw)]
         if not full:
             continue
         device = next(bank.parameters()).device
-        merged = expert_rows.merged(full, handle.block.hidden_size, device)
+        merged = expert_rows.merged(full, handle.block.hidden_size, device, mesh.data)
         facts.bytes += merged.numel() * merged.element_size()
         for turn, k in enumerate(full):
-            local, name = k - bank.first_local(run.ep_rank), number * bank.num_experts + k
+            local, name = k - bank.first_local(mesh.expert.rank), number * bank.num_experts + k
             if not 0 <= local < len(bank.local_experts):
                 continue
             with on_its_own(bank.local_experts[local]):  # by all that share it, though one of them measures
-                if replicas[turn % len(replicas)] != rank:
+                if turn % mesh.expert_data.size != mesh.expert_data.rank:
                     continue
                 try:
                     values[handle.index, name] = _lambda(run, bank.local_experts[local], merged[turn])
                 except (MocteError, RuntimeError) as error:
                     failures.append(f"the trainability of expert {name} of {handle.name} cannot be measured: {error}")
-    everywhere = gather_objects((values, failures))
+    everywhere = gather_objects((values, failures), mesh.world)
     # Experts are spread over the ranks: one that stopped alone would leave the others waiting.
     for _, texts in everywhere:
         if texts:
@@ -124,7 +122,7 @@ def _remember(run: RunState, found: ProgressFacts, values: dict[tuple[int, int],
 def gradient_norms(run: RunState) -> dict[str, float]:
     """L2 norm of each unit's gradient at the last step, from the partitions of all ranks (collective)."""
     squares: dict[str, float] = defaultdict(float)
-    for part in gather_objects(dict(run.optimizer.unit_square_norms)):
+    for part in gather_objects(dict(run.optimizer.unit_square_norms), run.mesh.data):
         for unit, value in part.items():
             squares[unit] += value
     return {unit: value**0.5 for unit, value in squares.items()}

@@ -8,135 +8,127 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import Disagreement
 
 _LONGEST_VALUE = 300  # characters of a value in an error message
 
 
-def world(group: Any = None) -> tuple[int, int]:
-    """This process's rank in ``group`` and the group's size; (0, 1) without a process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(group), dist.get_world_size(group)
-
-
-def sum_over_ranks(t: Tensor, group: Any = None) -> Tensor:
+def sum_over_ranks(t: Tensor, axis: Axis) -> Tensor:
     """Sum of ``t`` over the ranks.
 
     Args:
         t: the same shape and dtype on every rank, on any device; not changed. bf16 and fp16 are summed in fp32.
-        group: process group; None: all ranks.
+        axis: the ranks.
 
     Returns:
         The sum, of ``t``'s dtype and device; ``t`` itself where there is one rank only.
     """
-    return _reduce(t, dist.ReduceOp.SUM, group)
+    return _reduce(t, dist.ReduceOp.SUM, axis)
 
 
-def max_over_ranks(t: Tensor, group: Any = None) -> Tensor:
+def max_over_ranks(t: Tensor, axis: Axis) -> Tensor:
     """Largest value of each element of ``t`` over the ranks; like :func:`sum_over_ranks` otherwise."""
-    return _reduce(t, dist.ReduceOp.MAX, group)
+    return _reduce(t, dist.ReduceOp.MAX, axis)
 
 
-def gather_rows(t: Tensor, group: Any = None) -> Tensor:
+def gather_rows(t: Tensor, axis: Axis) -> Tensor:
     """The rows of all ranks below each other, in the order of the ranks, bit for bit.
 
     Args:
         t: (n, ...); n may differ between ranks and may be 0, the rest of the shape and the dtype may not.
-        group: process group; None: all ranks.
+        axis: the ranks.
 
     Returns:
         (sum of n, ...) on ``t``'s device, the same on every rank.
     """
-    if world(group)[1] == 1:
+    if axis.size == 1:
         return t
-    counts = _gather_equal(torch.tensor([t.shape[0]], dtype=torch.int64, device=wire_device(t.device, group)), group)
+    counts = _gather_equal(torch.tensor([t.shape[0]], dtype=torch.int64, device=wire_device(t.device, axis)), axis)
     sizes = [int(count) for count in counts]
     # Bytes travel: no backend lacks them, and 64-bit keys arrive unrounded.
     width = t[0].numel() if t.shape[0] else torch.empty((1, *t.shape[1:])).numel()
-    padded = torch.zeros(max(sizes), width, dtype=t.dtype, device=wire_device(t.device, group))
+    padded = torch.zeros(max(sizes), width, dtype=t.dtype, device=wire_device(t.device, axis))
     padded[: t.shape[0]] = t.detach().reshape(t.shape[0], width)
     if not padded.numel():
         return t.new_empty((sum(sizes), *t.shape[1:]))
-    parts = _gather_equal(padded.view(torch.uint8), group)
+    parts = _gather_equal(padded.view(torch.uint8), axis)
     rows = [part.view(t.dtype)[:size] for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(rows).reshape(-1, *t.shape[1:]).to(t.device)
 
 
-def gather_objects(obj: Any, group: Any = None) -> list[Any]:
+def gather_objects(obj: Any, axis: Axis) -> list[Any]:
     """``obj`` of every rank, in the order of the ranks (pickled: for small values)."""
-    _, size = world(group)
-    if size == 1:
+    if axis.size == 1:
         return [obj]
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, obj, group=group)
+    gathered: list[Any] = [None] * axis.size
+    dist.all_gather_object(gathered, obj, group=axis.group)
     return gathered
 
 
-def from_rank_zero(obj: Any, group: Any = None) -> Any:
-    """What rank zero of ``group`` passed.
+def from_rank_zero(obj: Any, axis: Axis) -> Any:
+    """What the first of the ranks passed.
 
     Args:
         obj: any picklable value, or a tensor; what other ranks pass is only looked at for its device.
-        group: process group; None: all ranks.
+        axis: the ranks.
 
     Returns:
-        Rank zero's value; a tensor comes on the device of this rank's own tensor, else on the CPU.
+        That rank's value; a tensor comes on the device of this rank's own tensor, else on the CPU.
     """
-    rank, size = world(group)
-    if size == 1:
+    if axis.size == 1:
         return obj
-    source = 0 if group is None else dist.get_global_rank(group, 0)
+    source = dist.get_global_rank(axis.group, 0)
     is_tensor = isinstance(obj, Tensor)
     told: tuple = ("tensor", tuple(obj.shape), obj.dtype) if is_tensor else ("object", obj)
-    box = [told if rank == 0 else ()]
-    dist.broadcast_object_list(box, src=source, group=group)
+    box = [told if axis.rank == 0 else ()]
+    dist.broadcast_object_list(box, src=source, group=axis.group)
     kind, *rest = box[0]
     if kind == "object":
         return rest[0]
     shape, dtype = rest
     home = obj.device if is_tensor else torch.device("cpu")
-    wire = wire_device(home, group)
-    if rank == 0:
+    wire = wire_device(home, axis)
+    if axis.rank == 0:
         value = obj.detach().to(wire).clone().reshape(-1)
     else:
         value = torch.empty(shape, dtype=dtype, device=wire).reshape(-1)
     if value.numel():
-        dist.broadcast(value.view(torch.uint8), src=source, group=group)
+        dist.broadcast(value.view(torch.uint8), src=source, group=axis.group)
     return value.reshape(shape).to(home)
 
 
-def first_problem(text: str | None, group: Any = None) -> str | None:
+def first_problem(text: str | None, axis: Axis) -> str | None:
     """What is wrong on the first rank that has found something, said on all of them.
 
     A rank that stops alone leaves the others waiting in their next collective operation.
 
     Args:
         text: what is wrong on this rank; None: nothing.
-        group: process group; None: all ranks.
+        axis: the ranks.
 
     Returns:
         Its text, with the rank where that is another one; None: nothing is wrong anywhere.
     """
-    if not int(max_over_ranks(torch.tensor(int(text is not None)), group)):  # a number is cheaper than objects
+    if not int(max_over_ranks(torch.tensor(int(text is not None)), axis)):  # a number is cheaper than objects
         return None
-    rank, found = world(group)[0], gather_objects(text, group)
+    found = gather_objects(text, axis)
     first = next(number for number, one in enumerate(found) if one is not None)
-    return found[first] if first == rank else f"rank {first}: {found[first]}"
+    return found[first] if first == axis.rank else f"rank {first}: {found[first]}"
 
 
-def require_same(obj: Any, what: str, group: Any = None) -> None:
+def require_same(obj: Any, what: str, axis: Axis) -> None:
     """Stop every rank unless all ranks hold the same value.
 
     Args:
         obj: plain values, tensors (compared bit for bit), and lists, tuples and mappings of them.
         what: what the value is, for the message.
-        group: process group; None: all ranks.
+        axis: the ranks.
 
     Raises:
         Disagreement: on every rank; names the value of rank zero and that of the first rank that differs.
     """
-    texts = gather_objects(_fingerprint(obj), group)
+    texts = gather_objects(_fingerprint(obj), axis)
     for rank, text in enumerate(texts):
         if text != texts[0]:
             first, other = _around_difference(texts[0], text)
@@ -146,25 +138,31 @@ def require_same(obj: Any, what: str, group: Any = None) -> None:
             )
 
 
-def _reduce(t: Tensor, operation: Any, group: Any) -> Tensor:
-    if world(group)[1] == 1:
+def wait_for_all(axis: Axis) -> None:
+    """Wait until all ranks have come here."""
+    if axis.size > 1:
+        dist.barrier(group=axis.group)
+
+
+def _reduce(t: Tensor, operation: Any, axis: Axis) -> Tensor:
+    if axis.size == 1:
         return t
     exact = t.dtype in (torch.float16, torch.bfloat16)
     wide = torch.float32 if exact else torch.int64 if t.dtype == torch.bool else t.dtype
-    value = t.detach().to(wire_device(t.device, group), wide, copy=True).contiguous()
-    dist.all_reduce(value, op=operation, group=group)
+    value = t.detach().to(wire_device(t.device, axis), wide, copy=True).contiguous()
+    dist.all_reduce(value, op=operation, group=axis.group)
     return value.to(t.device, t.dtype)
 
 
-def _gather_equal(t: Tensor, group: Any) -> list[Tensor]:
-    parts = [torch.empty_like(t) for _ in range(world(group)[1])]
-    dist.all_gather(parts, t.contiguous(), group=group)
+def _gather_equal(t: Tensor, axis: Axis) -> list[Tensor]:
+    parts = [torch.empty_like(t) for _ in range(axis.size)]
+    dist.all_gather(parts, t.contiguous(), group=axis.group)
     return parts
 
 
-def wire_device(device: torch.device, group: Any = None) -> torch.device:
+def wire_device(device: torch.device, axis: Axis) -> torch.device:
     """Where a tensor must be to travel: NCCL takes CUDA tensors only, gloo is safe with CPU tensors only."""
-    backend = str(dist.get_backend(group))
+    backend = str(dist.get_backend(axis.group))
     if backend == "nccl" and device.type != "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if backend == "gloo" else device

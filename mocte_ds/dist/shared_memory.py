@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from mocte_ds.dist.collectives import wait_for_all
+from mocte_ds.dist.mesh import mesh_of_processes
+
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux shows shared memory by name."""
 
@@ -17,11 +20,12 @@ def forget_shared_memory() -> None:
     name holds the user, the address and port of the run's rendezvous, and the rank, so that it is this process's own.
     The ranks keep what they have mapped; hence the barrier, after which all of them have.
     """
-    if not dist.is_initialized() or dist.get_backend() == "nccl":
+    world = mesh_of_processes().world
+    if world.group is None or dist.get_backend(world.group) == "nccl":
         return
-    if dist.get_world_size() != int(os.environ.get("LOCAL_SIZE") or 0):
+    if world.size != int(os.environ.get("LOCAL_SIZE") or 0):
         return
-    dist.barrier()
+    wait_for_all(world)
     address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}"
     (SHARED_MEMORY / name).unlink(missing_ok=True)

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from mocte_ds.dist.collectives import gather_objects, gather_rows, world
+from mocte_ds.dist.collectives import gather_objects, gather_rows, wait_for_all
 from mocte_ds.errors import ConfigError
 from mocte_ds.evaluation.live import load_live
 from mocte_ds.evaluation.network import load_network
@@ -52,17 +51,16 @@ class RankedLM(HFLM):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """What each replica has, one below the other."""
-        return self.replicas.of_each(gather_rows(tensor.reshape(1, -1))).reshape(-1)
+        return self.replicas.of_each(gather_rows(tensor.reshape(1, -1), self.replicas.world)).reshape(-1)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """What each replica has, on replica ``dst``; None on the others."""
-        values = self.replicas.of_each(gather_objects(obj))
+        values = self.replicas.of_each(gather_objects(obj, self.replicas.world))
         return values if self.rank == dst else None
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if world()[1] > 1:
-            dist.barrier()
+        wait_for_all(self.replicas.world)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """HFLM puts the token that begins a text in front itself: the tokenizer must not do so a second time."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.checkpoints.place import is_checkpoint
-from mocte_ds.dist.collectives import world
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.evaluation.benchmarks import Benchmarks
 from mocte_ds.evaluation.results import collect, table
@@ -121,8 +120,8 @@ def evaluate(
         else:
             found = {"results": {}}
         model.barrier()
-    rank, size = world()
-    if rank != 0:
+    world = model.replicas.world
+    if world.rank != 0:
         return {}
     notes = [f"{name} was left out: {why}" for name, why in selection.left_out.items()]
     if model.capped:
@@ -131,8 +130,8 @@ def evaluate(
     if warned:
         notes.append(f"{len(warned)} prompts or batches were cut to the model's context of {model.max_length} tokens")
     results = collect(found, chances(tasks_of.loaded, limit) if selection.names else {})
-    facts = {"model": str(folder), "tasks": results, "ranks": size, "limit": limit, "lm_eval": lm_eval.__version__}
-    return {**facts, **scored, "notes": notes}
+    facts = {"model": str(folder), "tasks": results, "ranks": world.size, "limit": limit}
+    return {**facts, "lm_eval": lm_eval.__version__, **scored, "notes": notes}
 
 
 def _require_counts(limit: int | None, batch_size: int, num_fewshot: int | None) -> None:

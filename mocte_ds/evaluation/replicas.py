@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mocte_ds.dist.collectives import require_same, sum_over_ranks, world
+from mocte_ds.dist.collectives import require_same, sum_over_ranks
+from mocte_ds.dist.mesh import ALONE, Axis, mesh_of_processes
 from mocte_ds.errors import ConfigError
 
 
@@ -24,8 +25,10 @@ class Replicas:
     """Of this rank in its replica."""
     size: int
     """Ranks of a replica."""
-    group: Any = None
-    """Process group of this rank's replica; None: all ranks, or this one alone."""
+    axis: Axis = ALONE
+    """Ranks of this rank's replica."""
+    world: Axis = ALONE
+    """All ranks."""
 
     @classmethod
     def of(cls, ep_size: int | None) -> "Replicas":
@@ -37,16 +40,17 @@ class Replicas:
         Raises:
             ConfigError: it does not divide their number.
         """
-        rank, ranks = world()
+        world = mesh_of_processes().world
+        rank, ranks = world.rank, world.size
         size = ranks if ep_size is None else ep_size
         if size < 1 or ranks % size:
             raise ConfigError(f"ep_size = {ep_size} must divide the number of ranks, {ranks}.")
-        group = None
+        axis = ALONE if size == 1 else world
         if 1 < size < ranks:
             # Every rank takes part in making every group.
             groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks, size)]
-            group = groups[rank // size]
-        return cls(rank // size, ranks // size, rank % size, size, group)
+            axis = Axis.of(groups[rank // size])
+        return cls(rank // size, ranks // size, rank % size, size, axis, world)
 
     def require_same(self, found: Any, what: str) -> None:
         """Stop unless all ranks of the replica have found the same.
@@ -59,11 +63,11 @@ class Replicas:
             Disagreement: they have not.
         """
         if self.size > 1:
-            require_same(hashlib.sha256(repr(found).encode()).hexdigest(), what, self.group)
+            require_same(hashlib.sha256(repr(found).encode()).hexdigest(), what, self.axis)
 
     def summed(self, values: Tensor) -> Tensor:
         """Sum over the ranks of the replica."""
-        return sum_over_ranks(values, self.group) if self.size > 1 else values
+        return sum_over_ranks(values, self.axis)
 
     def of_each(self, values: Any) -> Any:
         """What the first rank of each replica has, from what all ranks have."""

@@ -74,7 +74,7 @@ def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: in
     if replicas.place != 0:  # the ranks of a replica have seen the same texts
         sums.zero_()
         counts.zero_()
-    sums, counts, sizes = sum_over_ranks(sums), sum_over_ranks(counts), sum_over_ranks(sizes)
+    sums, counts, sizes = (sum_over_ranks(t, replicas.world) for t in (sums, counts, sizes))
     found = {
         name: _facts(sums[i], counts[i], sizes[i], model.max_length) for i, name in enumerate(names) if sizes[i, 0]
     }

@@ -1,6 +1,5 @@
 """The layer that takes the place of an FFN: dense in warm-up, experts after emergence."""
 
-from collections.abc import Callable
 from enum import StrEnum
 
 from torch import Tensor, nn
@@ -74,8 +73,6 @@ class Block(nn.Module):
             )
             self.banks.append(Bank(self.hidden_size, expert, config, router, context, vocab_size))
             self.banks[number].gate.key.name = f"{name}.{number}"
-        self.observe: Callable[[Tensor, ForwardState], None] | None = None
-        """Called with the features (B, T, d) and the state of every pass that is sampled."""
 
     @property
     def num_experts(self) -> int:
@@ -97,8 +94,8 @@ class Block(nn.Module):
 
     def _see(self, hidden: Tensor, state: ForwardState) -> None:
         state.see_features(hidden)
-        if self.observe is not None and state.sampling and state.first_visit(self):
-            self.observe(hidden, state)
+        if state.observer is not None and state.first_visit(self):
+            state.observer.features(self, hidden, state)
 
     def _output(self, hidden: Tensor, state: ForwardState, again: bool) -> Tensor:
         if self.mode is BlockMode.WARMUP:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.errors import MocteError
-from mocte_ds.moe.forward import ForwardState, Look, require_domain
+from mocte_ds.moe.forward import ForwardState, require_domain
 from mocte_ds.moe.graph import backward_task, recomputed_state, tag_made, tag_read
+from mocte_ds.moe.observer import Observer
 from mocte_ds.remote_code.calls_mocte import cache_in
 from mocte_ds.remote_code.tokens_mocte import Tokens
 
-__all__ = ["BatchContext", "ForwardState", "Look", "Tokens"]
+__all__ = ["BatchContext", "ForwardState", "Tokens"]
 
 
 class _Running:
@@ -24,6 +25,11 @@ class _Running:
 
     def __init__(self, state: ForwardState, task: int, again: bool, module: nn.Module | None = None) -> None:
         self.state, self.task, self.again, self.module = state, task, again, module
+
+    def tell_abandoned(self) -> None:
+        """Tell the observer of a pass that ends incomplete; one of a complete pass has been let go."""
+        if self.state.observer is not None and not self.again:
+            self.state.observer.abandoned()
 
 
 class BatchContext:
@@ -46,11 +52,9 @@ class BatchContext:
         self.step_passes = 0
         """The number of those passes, whoever called the model."""
         self.loss_scale: Tensor | float | None = None
-        """Gradient of the model's loss in the current backward pass; None: 1."""
-        self.on_abandoned: Callable[[], None] | None = None
-        """Called where a pass that was sampled ended with an exception: some blocks have its features, others not."""
+        """Gradient of the model's loss in the backward pass that runs; None: 1."""
         self._next: dict[str, Any] = {}
-        self._look: Look | None = None
+        self._observer: Observer | None = None
         self._passes: list[_Running] = []
         self._alive: weakref.WeakSet[ForwardState] = weakref.WeakSet()
 
@@ -90,8 +94,8 @@ class BatchContext:
         """Drop what a KeyboardInterrupt or SystemExit has left, for which torch calls no hook: no pass runs."""
         if backward_task() == -1 and self._passes:
             left, self._passes = self._passes, []
-            if any(running.state.sampling for running in left) and self.on_abandoned is not None:
-                self.on_abandoned()
+            for running in left:
+                running.tell_abandoned()
 
     def announce(self, **facts: Any) -> None:
         """Set fields of the :class:`ForwardState` of the model's next call, which counts as training."""
@@ -125,7 +129,7 @@ class BatchContext:
 
     def _push(self, state: ForwardState, task: int = -1, again: bool = False, module: nn.Module | None = None) -> None:
         if not again:
-            state.usual_tokens, state.look = self.usual_tokens, self._look
+            state.usual_tokens, state.observer = self.usual_tokens, self._observer
             self._alive.add(state)
         self._passes.append(_Running(state, task, again, module))
 
@@ -137,15 +141,14 @@ class BatchContext:
         state.leave(cache_in(output))
         tag_made(output, state)
         self._commit(state)
-        state.sampling = False
+        state.observer = None
 
     def _end(self, module: nn.Module, _args: tuple, _output: Any) -> None:
         if not self._passes or self._passes[-1].module is not module:
             return
         running = self._passes.pop()
         running.state.cache = None  # its keys and values have the graph that holds the state
-        if running.state.sampling and not running.again and self.on_abandoned is not None:
-            self.on_abandoned()
+        running.tell_abandoned()
 
     def _commit(self, state: ForwardState) -> None:
         state.commit()
@@ -221,14 +224,13 @@ class BatchContext:
             self._passes.pop()
 
     @contextmanager
-    def looking(self, places: Tensor | None = None) -> Iterator[Look]:
-        """Context manager: the passes that begin in it record the way of their tokens; see :class:`Look`."""
-        look, before = Look(places), self._look
-        self._look = look
+    def watched_by(self, observer: Observer) -> Iterator[None]:
+        """Tell an observer of the passes that begin within it."""
+        before, self._observer = self._observer, observer
         try:
-            yield look
+            yield
         finally:
-            self._look = before
+            self._observer = before
 
     def pending(self) -> list[ForwardState]:
         """Passes whose graphs still exist and whose balance losses no backward pass has added yet."""

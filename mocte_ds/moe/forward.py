@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mocte_ds.errors import MocteError
+from mocte_ds.moe.observer import Observer
 from mocte_ds.remote_code.calls_mocte import Call
 from mocte_ds.remote_code.tokens_mocte import RoutingError, Tokens
 
@@ -19,18 +20,6 @@ if TYPE_CHECKING:
 _IGNORED = -100
 # Sequences of a forward pass beyond the micro-batch's size (two texts a sample, for example) are numbered from here on.
 BEYOND = 1 << 40
-
-
-@dataclass(eq=False)
-class Look:
-    """The experts that the tokens of a forward pass went to, by layer of experts."""
-
-    places: Tensor | None = None
-    """(B, T, c) integers below 2**24 that travel to the experts with each token; None: not recorded."""
-    routes: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
-    """(n,) best expert of each token."""
-    rows: dict["ClusterMOELayer", dict[int, Tensor]] = field(default_factory=dict)
-    """For each global expert (m, c) int64, the places of the rows that it read."""
 
 
 @dataclass(eq=False)
@@ -48,12 +37,10 @@ class ForwardState(Call):
     """Number of the first sequence in the run, the same however many ranks there are."""
     micro_batch: int | None = None
     """Sequences that have numbers of their own in a row; None: all."""
-    sampling: bool = False
-    """Whether the controller wants features."""
+    observer: Observer | None = None
+    """Who is told of it until it is complete; None: nobody asks."""
     counting: bool = False
     """Whether this pass trains: its tokens count."""
-    look: Look | None = None
-    """Where to record the tokens' way; None: it is not recorded."""
     shares: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     """Loads that the balance loss of this pass was made with, for its recomputation."""
     usual_tokens: float | None = None
@@ -63,7 +50,6 @@ class ForwardState(Call):
     token_count: Tensor | int | None = None
     """Tokens of this pass that count; None before the first block."""
     _counts: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
-    _tables: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _weights: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
 
@@ -142,26 +128,23 @@ class ForwardState(Call):
             counted = self.counted(features.shape)
             self.token_count = features.numel() // features.shape[-1] if counted is None else counted.sum()
 
-    def count(
-        self, layer: "ClusterMOELayer", counts: Tensor, table: Tensor | None, weight: Tensor | None = None
-    ) -> None:
+    def count(self, layer: "ClusterMOELayer", counts: Tensor, weight: Tensor | None) -> None:
         """Remember what a layer of experts has counted until the pass is complete.
 
         Args:
             layer: which.
             counts: (E,) tokens of each expert.
-            table: (S, E) tokens by source and expert, or None.
             weight: () fp64 sum of the weights, or None.
         """
-        for kept, value in ((self._counts, counts), (self._tables, table), (self._weights, weight)):
+        for kept, value in ((self._counts, counts), (self._weights, weight)):
             if value is not None:
                 kept[layer] = value if layer not in kept else kept[layer] + value
 
     def commit(self) -> None:
         """The pass is complete: its tokens count."""
         for layer, counts in self._counts.items():
-            layer.add_counts(counts, self._tables.get(layer), self._weights.get(layer))
-        self._counts, self._tables, self._weights = {}, {}, {}
+            layer.loads.add(counts, self._weights.get(layer))
+        self._counts, self._weights = {}, {}
 
 
 def sequence_numbers(first: int, micro: int | None, batch: int, device: torch.device | str = "cpu") -> Tensor:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mocte_ds.dist.collectives import gather_rows
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import MocteError
 
 # Steele, Lea & Flood, "Fast splittable pseudorandom number generators" (2014): the mixing function of SplitMix64.
@@ -137,30 +137,30 @@ class Selection:
         self.keys = torch.cat([self.keys, keys[take]])[stays]
         return Update(take[entering], slots)
 
-    def choose(self, group: Any = None, count: int | None = None) -> Choice:
-        """Which rows of all ranks have the smallest hashes (always collective: no rank answers from memory).
+    def choose(self, axis: Axis, count: int | None = None) -> Choice:
+        """Which rows of all ranks have the smallest hashes (collective, always: no rank answers from memory).
 
         Sharers of the selection can use one answer as long as nothing has been offered since.
 
         Args:
-            group: process group.
+            axis: the ranks.
             count: rows over all ranks; None: the capacity.
         """
         count = self.capacity if count is None else min(count, self.capacity)
-        everywhere = gather_rows(self._order, group)
+        everywhere = gather_rows(self._order, axis)
         bound = everywhere.kthvalue(count).values if everywhere.numel() > count else everywhere.new_tensor(_POSITIVE)
         if self.room < self.capacity:
             # After the last row of a full rank, rows are missing that would have been chosen.
             full = self._order.numel() == self.room
-            ends = gather_rows(self._order[-1:] if full else self._order[:0], group)
+            ends = gather_rows(self._order[-1:] if full else self._order[:0], axis)
             bound = torch.minimum(bound, ends.min()) if ends.numel() else bound
         mask, chosen = self._order <= bound, everywhere[everywhere <= bound]
         ascending, order = chosen.sort(stable=True)
         return Choice(mask, torch.searchsorted(ascending, self._order[mask]), order)
 
-    def chosen(self, group: Any = None, count: int | None = None) -> Tensor:
+    def chosen(self, axis: Axis, count: int | None = None) -> Tensor:
         """(c,) the mask of :meth:`choose` (collective)."""
-        return self.choose(group, count).mask
+        return self.choose(axis, count).mask
 
     def state_dict(self) -> dict[str, Tensor]:
         """Keys and hashes of this rank."""
@@ -243,27 +243,27 @@ class Reservoir:
         """(c,) int64 keys of :meth:`rows`."""
         return self.selection.keys
 
-    def merged_rows(self, group: Any = None, count: int | None = None) -> Tensor:
+    def merged_rows(self, axis: Axis, count: int | None = None) -> Tensor:
         """This rank's part (c, w) of the rows that all ranks keep together (collective).
 
         Args:
-            group: process group.
+            axis: the ranks.
             count: rows over all ranks, those with the smallest hashes; None: the capacity.
         """
-        return self.chosen_rows(self.selection.choose(group, count))
+        return self.chosen_rows(self.selection.choose(axis, count))
 
     def chosen_rows(self, choice: Choice) -> Tensor:
         """(c, w) this rank's rows of a choice that the selection has just made."""
         return self._found(self.selection.slots[choice.mask])
 
-    def merged_keys(self, group: Any = None) -> Tensor:
+    def merged_keys(self, axis: Axis) -> Tensor:
         """(c,) int64 keys of :meth:`merged_rows` (collective)."""
-        return self.selection.keys[self.selection.chosen(group)]
+        return self.selection.keys[self.selection.chosen(axis)]
 
-    def gathered_rows(self, group: Any = None) -> Tensor:
+    def gathered_rows(self, axis: Axis) -> Tensor:
         """(c, w) the rows that all ranks keep together, on every rank, in an order that depends on keys only."""
-        choice = self.selection.choose(group)
-        return gather_rows(self.chosen_rows(choice), group)[choice.order]
+        choice = self.selection.choose(axis)
+        return gather_rows(self.chosen_rows(choice), axis)[choice.order]
 
     def _found(self, slots: Tensor) -> Tensor:
         # While no row has entered, nothing tells the reservoir on which device the rows are.

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mocte_ds.dist.collectives import from_rank_zero, gather_objects, sum_over_ranks, world
+from mocte_ds.dist.collectives import from_rank_zero, gather_objects, sum_over_ranks
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import MocteError
 from mocte_ds.spectrum.orthonormal import orthonormal_against
 
@@ -45,7 +45,7 @@ class Subspace:
 def sampled_svd(
     x: Tensor | Sequence[Tensor],
     rank: int,
-    group: Any = None,
+    axis: Axis,
     basis: Tensor | None = None,
     passes: int | None = None,
     seed: int = 0,
@@ -61,7 +61,7 @@ def sampled_svd(
         x: this rank's rows, (n, d), or (L, n, d), or a list of L matrices (n_l, d); n may be 0 and differ between
             ranks. Any floating dtype; the maths is fp32, sums of squares fp64.
         rank: r, directions wanted, at most d.
-        group: process group; None: all ranks.
+        axis: the ranks.
         basis: (d, r) or (L, d, r), the last result: a warm start, which the new basis is turned onto (Procrustes; left
             out if its r differs).
         passes: P; None: 5, with a basis 1, or 3 where the first pass shows that the basis has gone stale.
@@ -80,19 +80,19 @@ def sampled_svd(
         raise MocteError(f"sampled_svd: rank = {rank} must lie between 1 and the features' width {width}.")
     device = layers[0].device
     with torch.autocast(device.type, enabled=False):
-        mean, total, rows = _moments(layers, group, _names(names, count))
+        mean, total, rows = _moments(layers, axis, _names(names, count))
         start = _start(basis, rank, count, width, seed, device)
         known = 0 if basis is None else min(basis.shape[-1], start.shape[-1])
-        blocks = _krylov(layers, mean, start, known, passes, group)
+        blocks = _krylov(layers, mean, start, known, passes, axis)
         projected = torch.stack([_project(h, mu, q) for h, mu, q in zip(layers, mean, blocks, strict=True)])
-        projected = sum_over_ranks(projected, group)
+        projected = sum_over_ranks(projected, axis)
         values, directions = _ritz(projected, blocks, rank)
     turned = directions if basis is None else _turn(directions, basis.reshape(count, width, -1))
     explained = values.square() / total.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     values, explained = (t.to(device, torch.float32)[:, None] for t in (values, explained))
     # One rank's result is everybody's, so that ranks never diverge by rounding.
     packed = torch.cat([mean[:, None], turned.mT, directions.mT], dim=1)
-    packed = from_rank_zero(torch.cat([packed.flatten(1), values.flatten(1), explained.flatten(1)], dim=1), group)
+    packed = from_rank_zero(torch.cat([packed.flatten(1), values.flatten(1), explained.flatten(1)], dim=1), axis)
     vectors, values, explained = packed.split([(2 * rank + 1) * width, rank, rank], dim=1)
     vectors = vectors.reshape(count, 2 * rank + 1, width)
     result = (
@@ -109,27 +109,25 @@ def sampled_svd(
     return Subspace(*[t[0] if single else t for t in result], moved_bytes=moved)  # type: ignore[misc]
 
 
-def split_half_certificate(
-    x: Tensor | Sequence[Tensor], rank: int, group: Any = None, basis: Tensor | None = None
-) -> Tensor:
+def split_half_certificate(x: Tensor | Sequence[Tensor], rank: int, axis: Axis, basis: Tensor | None = None) -> Tensor:
     """How far the sample determines the subspace: sine of the largest angle between two disjoint halves' (collective).
 
     Args:
         x: rows as for :func:`sampled_svd`, at least two over all ranks.
         rank: r.
-        group: process group.
+        axis: the ranks.
         basis: warm start.
 
     Returns:
         () or (L,), in [0, 1]; method.md accepts up to 0.3.
     """
-    return split_half_angles(x, rank, group, basis)[..., -1]
+    return split_half_angles(x, rank, axis, basis)[..., -1]
 
 
 def split_half_angles(
     x: Tensor | Sequence[Tensor],
     rank: int,
-    group: Any = None,
+    axis: Axis,
     basis: Tensor | None = None,
     names: Sequence[str] | None = None,
     place: Tensor | None = None,
@@ -142,16 +140,16 @@ def split_half_angles(
     """
     layers = _as_layers(x)
     if place is None:
-        before = gather_objects([h.shape[0] for h in layers], group)
+        before = gather_objects([h.shape[0] for h in layers], axis)
         # Counted through, so that no half is empty for want of rows on one rank.
-        first = [sum(counts[i] for counts in before[: world(group)[0]]) for i in range(len(layers))]
+        first = [sum(counts[i] for counts in before[: axis.rank]) for i in range(len(layers))]
         places = [start + torch.arange(h.shape[0], device=h.device) for h, start in zip(layers, first, strict=True)]
     else:
         places = [place.to(h.device) for h in layers]
     halves = [h[at % 2 == half] for half in (0, 1) for h, at in zip(layers, places, strict=True)]
     if basis is not None:
         basis = basis.reshape(len(layers), layers[0].shape[1], -1).repeat(2, 1, 1)
-    directions = sampled_svd(halves, rank, group, basis, names=2 * _names(names, len(layers))).directions
+    directions = sampled_svd(halves, rank, axis, basis, names=2 * _names(names, len(layers))).directions
     one, other = directions.split(len(layers))
     angles = [sine_of_largest_angle(one[..., :k], other[..., :k]) for k in range(1, rank + 1)]
     result = torch.stack(angles, dim=-1)
@@ -220,7 +218,7 @@ def _names(names: Sequence[str] | None, count: int) -> list[str]:
     return [f"layer {i}" for i in range(count)] if names is None else list(names)
 
 
-def _moments(layers: list[Tensor], group: Any, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(layers: list[Tensor], axis: Axis, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (L, d) fp32, total centred sum of squares (L,) fp64, rows (L,), of all ranks' rows."""
     parts = []
     for h in layers:
@@ -228,7 +226,7 @@ def _moments(layers: list[Tensor], group: Any, names: list[str]) -> tuple[Tensor
         square = torch.linalg.vector_norm(h, dtype=torch.float64).square()
         facts = torch.stack([torch.full_like(square, h.shape[0]), bad.double(), square])
         parts.append(torch.cat([facts, h.sum(0, dtype=torch.float64)]))
-    sums = sum_over_ranks(torch.stack(parts), group)
+    sums = sum_over_ranks(torch.stack(parts), axis)
     rows, bad, squares = (sums[:, i] for i in range(3))
     if bad.any():
         found: dict[str, tuple[int, int]] = {}
@@ -265,18 +263,18 @@ def _start(basis: Tensor | None, rank: int, count: int, width: int, seed: int, d
     return orthonormal_against(None, torch.cat([basis, noise[..., known:]], dim=-1)).to(device, torch.float32)
 
 
-def _krylov(layers: list[Tensor], mean: Tensor, start: Tensor, known: int, passes: int | None, group: Any) -> Tensor:
+def _krylov(layers: list[Tensor], mean: Tensor, start: Tensor, known: int, passes: int | None, axis: Axis) -> Tensor:
     """(L, d, <= q (P + 1)) orthonormal: the start, of which ``known`` columns are old, and what each pass adds."""
     blocks = newest = start
     planned = passes if passes is not None else WARM_PASSES if known else COLD_PASSES
     done = 0
     while done < planned and blocks.shape[1] > blocks.shape[2]:
         y = torch.stack([_power(h, mu, v) for h, mu, v in zip(layers, mean, newest, strict=True)])
-        y = sum_over_ranks(y, group).double()
+        y = sum_over_ranks(y, axis).double()
         if known and passes is None and done == 0:
             moved = sine_of_largest_angle(start[..., :known], orthonormal_against(None, y[..., :known]))
             # One rank decides: another number of passes on another rank, by rounding, would leave it waiting.
-            planned = from_rank_zero(MOVED_PASSES if float(moved.max()) > STALE else WARM_PASSES, group)
+            planned = from_rank_zero(MOVED_PASSES if float(moved.max()) > STALE else WARM_PASSES, axis)
         room = blocks.shape[1] - blocks.shape[2]
         newest = orthonormal_against(blocks.double(), y)[..., :room].float()
         blocks = torch.cat([blocks, newest], dim=-1)

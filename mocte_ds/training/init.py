@@ -97,7 +97,7 @@ class InitialWeights:
                 for name, tensor in bank.gate.state_dict().items():
                     tensor.copy_(self._source.read(path + name))
                 for local, expert in enumerate(bank.local_experts):
-                    k = bank.first_local(run.ep_rank) + local
+                    k = bank.first_local(run.mesh.expert.rank) + local
                     for name, tensor in expert.state_dict().items():
                         tensor.copy_(self._source.read(expert_parameter(handle.name, number, k, name)))
             for expert in handle.experts:

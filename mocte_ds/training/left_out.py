@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from mocte_ds.dist.collectives import from_rank_zero, world
+from mocte_ds.dist.collectives import from_rank_zero
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_object
 from mocte_ds.shown import shown
@@ -15,12 +16,13 @@ FILE = "left_out.json"
 class LeftOut:
     """Positions in the data at which the batches begin that are left out; read when a run starts."""
 
-    def __init__(self, out: Path, data: str) -> None:
+    def __init__(self, out: Path, data: str, axis: Axis) -> None:
         """Read them (collective).
 
         Args:
             out: the run's folder.
             data: what the positions depend on.
+            axis: the ranks, of which the first reads.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -28,7 +30,7 @@ class LeftOut:
         """
         self._out, self._data = out, data
         # A host whose file system is late must not train on other batches than the rest.
-        self.starts: list[int] = from_rank_zero(self._read() if world()[0] == 0 else [])
+        self.starts: list[int] = from_rank_zero(self._read() if axis.rank == 0 else [], axis)
 
     def _read(self) -> list[int]:
         out = self._out

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import BlendedLoader, validation_batches
 from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, tokenizer_in
-from mocte_ds.dist.collectives import gather_rows, world
+from mocte_ds.dist.collectives import gather_rows, wait_for_all
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
@@ -51,7 +51,7 @@ class Trainer:
             lock: of the run's folder, on rank 0.
         """
         self.start, self.run, self.out, self.lock = start, start.run, start.out, lock
-        self.rank, self.world_size = world()
+        self.rank = mesh_of_processes().world.rank
         t, settings = self.run.training, start.settings
         self.config = MocteConfig.from_dict(settings["mocte"]) if "mocte" in settings else None
         # Looked at before a model of the sizes that it claims is made.
@@ -68,6 +68,7 @@ class Trainer:
         if self.rank == 0 and board.get("enabled") and board.get("output_path") == str(self.out / "tensorboard"):
             expect_board(self.out)
         self.engine = make_engine(model, settings)
+        self.mesh = self.engine.mesh
         if init and self.config:
             init.begin(self.engine.mocte)
         prepare(self.engine, start.identity)
@@ -75,14 +76,14 @@ class Trainer:
         seed_everything(derived_seed(t.seed, "rank", self.rank))
         batch = f"batches of {t.batch_tokens} tokens, {self.run.context} a sequence"
         data = f"{start.manifest.sha256}, seed {t.seed}, weights {self.run.data.weights}, {batch}"
-        left_out = LeftOut(self.out, data)
+        left_out = LeftOut(self.out, data, self.mesh.world)
         self.loader = BlendedLoader(
             start.prepared,
             "train",
             self.run.context,
             t.batch_tokens // self.run.context,
-            self.rank,
-            self.world_size,
+            self.mesh.data.rank,
+            self.mesh.data.size,
             t.micro_batch,
             t.seed,
             self.run.data.weights,
@@ -92,7 +93,7 @@ class Trainer:
         validated = self.run.evaluation.sequences_per_domain
         held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES, None)
         scored = {name: (ids[:validated], labels[:validated]) for name, (ids, labels) in held_out.items()}
-        self.validation = Validation(scored, t.micro_batch, self.forward)
+        self.validation = Validation(scored, t.micro_batch, self.forward, self.mesh.data)
         if self.config:
             self._give_probe({name: ids[validated:] for name, (ids, _) in held_out.items()})
         self.ledger, self.stop_asked, self._stays = Ledger(), False, set[str]()
@@ -122,7 +123,7 @@ class Trainer:
             self._event("left_out", first_sequences=left_out.starts)
         if self.config:
             self.engine.mocte.on_event(self._mocte_event)
-        self.watch = Watch(self.run.watch, self.out, self.loader.batch_size, left_out)
+        self.watch = Watch(self.run.watch, self.out, self.loader.batch_size, left_out, self.mesh.world)
 
     def train(self, stop_after: int | None) -> bool:
         """Train to the end of the budget, or up to ``stop_after``; SIGTERM and SIGINT save behind the current step.
@@ -210,7 +211,8 @@ class Trainer:
                 # Agreed before the last backward pass, so that no rank steps while another one stops.
                 mine = [total, float(self._optimizer_bytes()), float(self.stop_asked), HEART.take_working_seconds()]
                 with phase("agreement", waits=True):
-                    losses, sizes, stops, worked = gather_rows(torch.tensor([mine], dtype=torch.float64)).T
+                    told = gather_rows(torch.tensor([mine], dtype=torch.float64), self.mesh.world)
+                losses, sizes, stops, worked = told.T
                 self.watch.require_finite("loss", losses.mean().item(), engine.global_steps + 1, self.loader.position)
             with phase("backward"):
                 engine.backward(loss)
@@ -302,7 +304,7 @@ class Trainer:
         self._event("save", checkpoint=checkpoint_tag(step), seconds=time.perf_counter() - started)
         self.telemetry.note()
         # Nobody stands in a step, which has a shorter limit, while rank 0 is still removing what is old.
-        deepspeed.comm.barrier()
+        wait_for_all(self.mesh.world)
 
     def _prune(self) -> None:
         if self.rank:
@@ -329,7 +331,7 @@ class Trainer:
         mocte = {"mocte": self.config.to_dict()} if self.config else {}
         return {
             "command": " ".join(sys.argv),
-            "world_size": self.world_size,
+            "world_size": self.mesh.world.size,
             "device": get_accelerator().device_name(),
             "model": model_facts(run.model),
             "parameters": self.parameters,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.engine import initialize
 from mocte_ds.rotary_tables import kept_in_fp32
 
@@ -20,11 +21,13 @@ def seed_everything(seed: int) -> None:
 
 
 def make_engine(model: nn.Module, settings: dict[str, Any]) -> Any:
-    """An engine with blocks, or DeepSpeed's own for a dense run."""
+    """An engine with blocks, or DeepSpeed's own for a dense run; `engine.mesh` tells of its ranks."""
     if "mocte" in settings:
         return initialize(model=model, config=settings)[0]
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     with kept_in_fp32(model):
-        return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+        engine = deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+    engine.mesh = mesh_of_processes()
+    return engine

@@ -19,7 +19,7 @@ def prepare(engine: Any, identity: dict[str, Any]) -> None:
         engine: of mocte_ds.initialize or deepspeed.initialize.
         identity: what a run that goes on from its checkpoints must agree with.
     """
-    files = engine.checkpoint_engine if hasattr(engine, "mocte") else use_checkpoint_files(engine)
+    files = engine.checkpoint_engine if hasattr(engine, "mocte") else use_plain_files(engine, engine.mesh)
     files.always[IDENTITY_FILE] = json.dumps(identity, indent=1).encode()
 
 
@@ -44,7 +44,7 @@ def save(engine: Any, folder: Path, tag: str, client_state: dict[str, Any]) -> N
         tag,
         engine.global_steps,
         client_state,
-        own_files,
+        lambda: own_files(engine.mesh.world),
     )
 
 
@@ -72,9 +72,10 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
         if hasattr(engine, "mocte"):
             path, client_state = engine.load_checkpoint(str(folder), tag)
         else:
-            with engine.checkpoint_engine.reading(folder / tag, require_whole_on_ranks(folder / tag)) as read:
+            manifest = require_whole_on_ranks(folder / tag, engine.mesh.world)
+            with engine.checkpoint_engine.reading(folder / tag, manifest) as read:
                 path, client_state = engine.load_checkpoint(str(folder), tag)
-                restore_random_states(folder, tag, read)
+                restore_random_states(folder, tag, engine.mesh.world.rank, read)
     except MocteError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ from mocte_ds.data import Manifest
 from mocte_ds.data.stored_tokenizer import tokenizer_in
 from mocte_ds.data.verify import verify_prepared
 from mocte_ds.dist.collectives import require_same
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership.manifest import Manifest as Saved
 from mocte_ds.training.changes import Changes, as_before, read_identity, require_same_run
@@ -61,13 +62,13 @@ class Start:
                 "Nothing was changed; start again, and the run goes on from it."
             )
 
-    def require_agreed(self) -> None:
+    def require_agreed(self, axis: Axis) -> None:
         """Wait for all ranks, and refuse to begin where they have seen different checkpoints (collective).
 
         Raises:
             Disagreement: names them.
         """
-        require_same((str(self.tag), self.step), "the checkpoint to go on from")
+        require_same((str(self.tag), self.step), "the checkpoint to go on from", axis)
 
     def verify_data(self) -> None:
         """Hold the files of the data against their checksums, this process's share of those of its host.

@@ -5,29 +5,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocte_ds.dist.collectives import sum_over_ranks, world
+from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.training.model import Forward, logits_of
 
 
 class Validation:
     """Fixed validation sequences, shared out over the ranks so that every rank makes the same number of forwards."""
 
-    def __init__(self, batches: dict[str, tuple[Tensor, Tensor]], micro_batch: int, forward: Forward) -> None:
+    def __init__(
+        self, batches: dict[str, tuple[Tensor, Tensor]], micro_batch: int, forward: Forward, axis: Axis
+    ) -> None:
         """Take the sequences.
 
         Args:
             batches: by domain: input_ids and labels (n, T).
             micro_batch: sequences of a forward.
             forward: how the model is called.
+            axis: the ranks that share them out.
         """
-        self._forward = forward
+        self._forward, self._axis = forward, axis
         self.domains = sorted(batches)
         inputs = torch.cat([batches[d][0] for d in self.domains])
         labels = torch.cat([batches[d][1] for d in self.domains])
         owner = torch.cat([torch.full((len(batches[d][0]),), i) for i, d in enumerate(self.domains)])
-        rank, size = world()
-        mine = torch.arange(len(inputs))[rank::size]
-        turns = -(-len(inputs) // (size * micro_batch))
+        mine = torch.arange(len(inputs))[axis.rank :: axis.size]
+        turns = -(-len(inputs) // (axis.size * micro_batch))
         # Experts are spread over the ranks: one rank without a forward would leave the others waiting.
         padded = torch.cat([mine, mine.new_zeros(turns * micro_batch - len(mine))])
         self._valid = (torch.arange(len(padded)) < len(mine)).split(micro_batch)
@@ -49,6 +52,6 @@ class Validation:
             sums[0].index_add_(0, owner, by_row)
             sums[1].index_add_(0, owner, count.double())
         engine.train(training)
-        sums = sum_over_ranks(sums)
+        sums = sum_over_ranks(sums, self._axis)
         mean = (sums[0] / sums[1]).tolist()
         return {**dict(zip(self.domains, mean, strict=True)), "mean": sum(mean) / len(mean)}

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mocte_ds.dist.collectives import from_rank_zero, world
+from mocte_ds.dist.collectives import from_rank_zero
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import NonFiniteLoss, NotOurs
 from mocte_ds.hosts.retries import last_checkpoint
 from mocte_ds.training.left_out import LeftOut
@@ -26,7 +27,7 @@ Event = Callable[..., None]
 class Watch:
     """Watches one run on this rank."""
 
-    def __init__(self, settings: WatchSection, out: Path, batch: int, left_out: LeftOut) -> None:
+    def __init__(self, settings: WatchSection, out: Path, batch: int, left_out: LeftOut, axis: Axis) -> None:
         """Nothing is watched yet.
 
         Args:
@@ -34,12 +35,12 @@ class Watch:
             out: the run's folder.
             batch: sequences of an optimizer step.
             left_out: sequences that the run leaves out.
+            axis: all ranks.
         """
         self._settings, self._out, self._batch, self._left_out = settings, out, batch, left_out
         self._pace, self._spikes = Pace(), LossSpikes(settings.loss_spike)
-        self.rank, size = world()
+        self._axis, self.rank = axis, axis.rank
         self._prometheus = Prometheus(out) if settings.prometheus and self.rank == 0 else None
-        self._size = size
         self._dog: Watchdog | None = None
 
     def begin(self) -> None:
@@ -49,9 +50,9 @@ class Watch:
             return
         if self.rank == 0:
             note_folder(self._out)  # before any rank makes it
-        start = from_rank_zero(uuid.uuid4().hex)
+        start = from_rank_zero(uuid.uuid4().hex, self._axis)
         long_limit = max(limit, self._settings.long_phases)
-        self._dog = Watchdog(self._out, self.rank, self._size, start, limit, long_limit, self._last_words)
+        self._dog = Watchdog(self._out, self.rank, self._axis.size, start, limit, long_limit, self._last_words)
         self._dog.begin()
 
     def end(self) -> None:

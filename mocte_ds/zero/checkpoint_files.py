@@ -19,8 +19,8 @@ from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.save import Saver
-from mocte_ds.checkpoints.values import from_plain, only_plausible, read_plain, to_plain
-from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.dist.collectives import gather_objects
+from mocte_ds.dist.mesh import Axis, Mesh
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.ownership.manifest import Manifest
 
@@ -31,11 +31,11 @@ _CLASSES = {kind.__name__: kind for kind in (DynamicLossScaler, LossScaler, frag
 class CheckpointFiles(CheckpointEngine):
     """What a DeepSpeed engine hands its files to, and reads them from; :func:`use_checkpoint_files` puts it in."""
 
-    def __init__(self, engine: Any = None) -> None:
-        """Make it for an engine; without one it reads and collects single files."""
+    def __init__(self, mesh: Mesh, engine: Any = None) -> None:
+        """Make it for an engine and its ranks; without an engine it reads and collects single files."""
         super().__init__()
-        self.name, self._engine = "mocte_ds", engine
-        self.saver = Saver()
+        self.name, self._engine, self._mesh = "mocte_ds", engine, mesh
+        self.saver = Saver(mesh.world)
         """Writes the checkpoints."""
         self.always: dict[str, bytes] = {}
         """Further files of every checkpoint, by name; rank zero's are written."""
@@ -87,10 +87,11 @@ class CheckpointFiles(CheckpointEngine):
                 files[name] = to_plain(content, name, asynchronous)
         except CheckpointError as error:
             self._refused = self._refused or error
-        refused = [text for text in gather_objects(str(self._refused) if self._refused else None) if text]
+        reason = str(self._refused) if self._refused else None
+        refused = [text for text in gather_objects(reason, self._mesh.world) if text]
         if refused:
             raise CheckpointError(f"could not save the checkpoint {Path(save_dir) / tag}: {refused[0]}")
-        if world()[0] == 0:
+        if self._mesh.world.rank == 0:
             files.update(self.always)
         self.saver.save(save_dir, tag, files, step, save_latest, asynchronous)
 
@@ -113,14 +114,14 @@ class CheckpointFiles(CheckpointEngine):
         if self._engine.zero_optimization_partition_weights():  # refused before, where the layout is another one
             yield self._read
             return
-        rank, size = world()
-        layout = Layout(size, ep_size, self._engine._config.use_data_before_expert_parallel_)
+        data = self._mesh.data
+        layout = Layout(data.size, ep_size, self._engine._config.use_data_before_expert_parallel_)
         with only_plausible(folder):
             written = SavedCheckpoint(folder, manifest)
             written.require_precision(self._engine.bfloat16_enabled())
-            self._reshaped = Reshaped(written, layout, rank)
+            self._reshaped = Reshaped(written, layout, data.rank)
             self.note = self._reshaped.note(self._engine.train_batch_size())
-        if self.note and rank == 0:
+        if self.note and self._mesh.world.rank == 0:
             logging.getLogger("mocte_ds").warning(self.note)
         try:
             yield self._read
@@ -202,8 +203,13 @@ class CheckpointFiles(CheckpointEngine):
         return False
 
 
-def own_files(rank_state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Content of this rank's file of random states, with the part of the controller's state that only this rank has."""
+def own_files(world: Axis, rank_state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The file of this rank's random states, with what only this rank's controller has.
+
+    Args:
+        world: all ranks, each of which has a file.
+        rank_state: of the controller; None: there is none.
+    """
     states = random_states()
     if rank_state:
         try:
@@ -212,11 +218,15 @@ def own_files(rank_state: dict[str, Any] | None = None) -> dict[str, Any]:
             warnings.warn(
                 f"{error} It is left out of the checkpoint: a resumed run collects its samples anew.", stacklevel=2
             )
-    return {RANDOM_FILE.format(rank=world()[0]): states}
+    return {RANDOM_FILE.format(rank=world.rank): states}
 
 
-def use_checkpoint_files(engine: Any) -> CheckpointFiles:
-    """Let a DeepSpeed engine save and load through files that hold values only.
+def use_plain_files(engine: Any, mesh: Mesh) -> PlainFiles:
+    """Let a DeepSpeed engine save and load through plain files.
+
+    Args:
+        engine: of DeepSpeed, or ours.
+        mesh: of its ranks.
 
     Raises:
         ConfigError: settings of DeepSpeed that bypass them.
@@ -233,7 +243,7 @@ def use_checkpoint_files(engine: Any) -> CheckpointFiles:
         )
     if engine.load_universal_checkpoint():
         raise ConfigError("checkpoint.load_universal is not supported: DeepSpeed unpickles such files; remove it.")
-    files = CheckpointFiles(engine)
+    files = PlainFiles(mesh, engine)
     engine.checkpoint_engine = files
     # It would be code that nobody verifies; `python -m deepspeed.utils.zero_to_fp32` is the same script.
     engine._copy_recovery_script = lambda save_path: None

@@ -123,7 +123,7 @@ _ENGINE = (
 _GROUPS = (
     "_create_expert_and_data_parallel",
     "_get_expert_parallel_group_dict",
-    "_get_expert_parallel_rank",
+    "_get_data_parallel_group",
     "_get_expert_parallel_group",
     "_get_expert_data_parallel_group",
 )

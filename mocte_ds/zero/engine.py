@@ -9,6 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 
+from mocte_ds.dist.mesh import Mesh
 from mocte_ds.errors import ConfigError
 from mocte_ds.zero.checkpoint_files import CheckpointFiles, use_checkpoint_files
 from mocte_ds.zero.conformance import with_unit_optimizer
@@ -19,6 +20,7 @@ from mocte_ds.zero.gathered_weights import (
     write_weights_file,
 )
 from mocte_ds.zero.partitioned_files import weights_in_state_dicts, without_weights
+from mocte_ds.zero.process_groups import require_axes_of
 from mocte_ds.zero.stage3 import prepare_model
 
 
@@ -27,12 +29,18 @@ class UnitEngine(DeepSpeedEngine):
 
     checkpoint_engine: CheckpointFiles
 
+    def __init__(self, mesh: Mesh, **settings: Any) -> None:
+        """DeepSpeed's, with the mesh that :func:`mocte_ds.zero.process_groups.make_mesh` has made."""
+        self.mesh = mesh
+        super().__init__(**settings)
+        require_axes_of(self, mesh)
+
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         return with_unit_optimizer(DeepSpeedEngine._configure_zero_optimizer)(self, optimizer)
 
     def _configure_checkpointing(self) -> None:
         super()._configure_checkpointing()
-        use_checkpoint_files(self)
+        use_plain_files(self, self.mesh)
 
     def _validate_zero3_moe_compatibility(self) -> None:
         # DeepSpeed refuses its expert layers here, because stage 3 would overwrite experts by those of rank 0.
@@ -84,14 +92,14 @@ class UnitEngine(DeepSpeedEngine):
             )
             return False
         weights = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
-        write_weights_file(Path(save_dir) / save_filename, weights)
+        write_weights_file(Path(save_dir) / save_filename, weights, self.mesh.world)
         return True
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
         partitioned = self.zero_optimization_partition_weights()
         if partitioned:
             self.optimizer.checkpoint_event_prologue()
-        weights = whole_weights(self.module, partitioned, exclude_frozen_parameters)
+        weights = whole_weights(self.module, self.mesh, partitioned, exclude_frozen_parameters)
         if partitioned:
             self.optimizer.checkpoint_event_epilogue()
         return weights

@@ -7,22 +7,25 @@ from pathlib import Path
 from deepspeed.checkpoint.constants import AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS as _UNSUPPORTED
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO as _UNIVERSAL
 from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from mocte_ds.checkpoints.files import put_file
 from mocte_ds.checkpoints.names import EXPERT_PARAMETER, renumbered
 from mocte_ds.dist.collect import tensors_on_rank_zero
 from mocte_ds.dist.collectives import gather_objects
+from mocte_ds.dist.mesh import Axis, Mesh
 from mocte_ds.errors import CheckpointError, NotOurs
 from mocte_ds.zero.partitioned_files import weights_in_state_dicts
 
 
-def whole_weights(model: nn.Module, partitioned: bool, exclude_frozen: bool = False) -> dict[str, Tensor] | None:
+def whole_weights(
+    model: nn.Module, mesh: Mesh, partitioned: bool, exclude_frozen: bool = False
+) -> dict[str, Tensor] | None:
     """Every weight and buffer of a model in its own data type, in CPU memory of rank zero (collective).
 
     Args:
         model: with blocks; experts of other ranks come with their numbers in the bank.
+        mesh: of the run.
         partitioned: whether ZeRO stage 3 has cut the weights up.
         exclude_frozen: leave out parameters that do not train.
 
@@ -31,7 +34,7 @@ def whole_weights(model: nn.Module, partitioned: bool, exclude_frozen: bool = Fa
     """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     first = {
-        f"{name}.": groups._get_expert_parallel_rank(module.expert_group_name) * module.num_local_experts
+        f"{name}.": mesh.expert.rank * module.num_local_experts
         for name, module in model.named_modules()
         if isinstance(module, MoE)
     }
@@ -47,11 +50,16 @@ def whole_weights(model: nn.Module, partitioned: bool, exclude_frozen: bool = Fa
             experts[renumbered(name, first[f"{found[1]}.banks.{found[2]}."])] = tensor
         else:
             shared[name] = tensor
-    return tensors_on_rank_zero({**shared, **experts})
+    return tensors_on_rank_zero({**shared, **experts}, mesh.world)
 
 
-def write_weights_file(path: Path, weights: dict[str, Tensor] | None) -> None:
+def write_weights_file(path: Path, weights: dict[str, Tensor] | None, axis: Axis) -> None:
     """Write what :func:`whole_weights` has returned as one file, whole or not at all (collective).
+
+    Args:
+        path: of the file.
+        weights: on the rank that writes it; None on the others.
+        axis: the ranks, of which the first writes.
 
     Raises:
         CheckpointError: on all ranks; it could not be written, or a file lies there that this did not write.
@@ -65,7 +73,7 @@ def write_weights_file(path: Path, weights: dict[str, Tensor] | None) -> None:
             failure = str(error)
         except (OSError, RuntimeError) as error:  # the latter is what torch.save makes of a full disk
             failure = f"{type(error).__name__}: {error}. Make room or choose another folder."
-    failure = gather_objects(failure)[0]
+    failure = gather_objects(failure, axis)[0]
     if failure:
         raise CheckpointError(f"could not write {path}: {failure}")
 

@@ -15,6 +15,7 @@ from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimize
 from torch import Tensor, nn
 
 from mocte_ds.dist.collectives import gather_rows
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.watch import phase
 from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState
 
@@ -89,7 +90,7 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
             for name, part in parts.items():
                 whole = part
                 if torch.is_tensor(part) and part.shape == master.shape:
-                    whole = gather_rows(part.detach().clone(), self.real_dp_process_group[number])
+                    whole = gather_rows(part.detach().clone(), Axis.of(self.real_dp_process_group[number]))
                 for parameter, offset in zip(
                     self.round_robin_bit16_groups[number], self.round_robin_bit16_offsets[number], strict=True
                 ):

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mocte_ds.checkpoints.names import file_names
+from mocte_ds.dist.mesh import Mesh
 from mocte_ds.errors import CheckpointError
 from mocte_ds.zero.gather import whole
-
-_FILES = "zero_pp_rank_*_mp_rank_00_model_states.pt"
 
 
 @contextlib.contextmanager
@@ -54,18 +54,19 @@ def without_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str
     return {**checkpoint, "module": module}
 
 
-def require_same_partition(folder: Path, stage: int, ranks: int) -> None:
-    """Refuse a checkpoint whose weights are partitioned in another way.
+def require_same_partition(folder: Path, stage: int, mesh: Mesh) -> None:
+    """Refuse a checkpoint of another way to share weights out.
 
     Args:
         folder: of one tag.
         stage: of this run.
-        ranks: of this run.
+        mesh: of this run.
 
     Raises:
         CheckpointError: it is of stage 3 and the run is not, or the other way round, or of another number of ranks.
     """
-    parts = len(list(folder.glob(_FILES)))
+    files = file_names(mesh.tensor.rank).partitioned_model.format(rank="*")
+    parts, ranks = len(list(folder.glob(files))), mesh.data.size
     if (parts > 0) != (stage == 3):
         saved = "3" if parts else "1 or 2"
         raise CheckpointError(

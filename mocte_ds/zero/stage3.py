@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from mocte_ds.dist.collectives import gather_rows, max_over_ranks
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState
 
 _PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
@@ -79,7 +80,7 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
 
     def changed_by(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether all ranks have to call :meth:`regroup`, as one of them has to (collective)."""
-        return bool(max_over_ranks(torch.tensor(int(super().changed_by(groups)))))
+        return bool(max_over_ranks(torch.tensor(int(super().changed_by(groups))), Axis.of(self.dp_process_group)))
 
     def _take_apart(self, stays: dict[int, int]) -> None:
         self.parameter_offload.release_backward_leftovers()
@@ -143,7 +144,7 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
     @staticmethod
     def _gathered(part: Tensor, offset: int, parameter: nn.Parameter) -> Tensor:
         own = part.detach().narrow(0, offset, parameter.partition_numel()).clone()
-        return gather_rows(own, parameter.ds_process_group)[: parameter.ds_numel].view(parameter.ds_shape)
+        return gather_rows(own, Axis.of(parameter.ds_process_group))[: parameter.ds_numel].view(parameter.ds_shape)
 
     def own_part(self, state: UnitState) -> UnitState:
         """This rank's parts of the starting values of parameters, flat and with their padding."""

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mocte_ds.benchmark.measure.features import planted_features
 from mocte_ds.benchmark.measure.spectrum_work import SpectrumSizes, peak_bytes, spectrum_work, svd_work
 from mocte_ds.clusters import detect
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import MocteError
 from mocte_ds.spectrum import Reservoir, sampled_svd, split_half_certificate
 from mocte_ds.spectrum.subspace import COLD_PASSES
@@ -44,8 +45,8 @@ def documented_bytes(layers: int, d: int, rank: int, passes: int) -> int:
 )
 def test_bytes_of_an_svd_are_those_that_it_moved(layers: int, rows: int, d: int, rank: int) -> None:
     x = torch.stack([planted_features(rows, d, 4, seed, torch.device("cpu"))[0] for seed in range(layers)])
-    cold = sampled_svd(x, rank)
-    warm = sampled_svd(x, rank, basis=cold.basis, passes=1)
+    cold = sampled_svd(x, rank, ALONE)
+    warm = sampled_svd(x, rank, ALONE, basis=cold.basis, passes=1)
     for passes, found in ((COLD_PASSES, cold), (1, warm)):
         assert svd_work(layers, rows, d, rank, passes).moved_bytes == found.moved_bytes
         if d >= (rank + 8) * (passes + 1):
@@ -63,7 +64,7 @@ def test_flops_of_an_svd(passes: int) -> None:
     """With many rows and few features, what the formula leaves out (orthonormal columns) is small."""
     x = torch.randn(2, 30_000, 96)
     with FlopCounterMode(display=False) as counter:
-        sampled_svd(x, 4, passes=passes)
+        sampled_svd(x, 4, ALONE, passes=passes)
     assert counter.get_total_flops() == pytest.approx(
         _flops(svd_work(2, 30_000, 96, 4, passes).flops, passes), rel=0.02
     )
@@ -78,7 +79,7 @@ def test_flops_of_a_certificate() -> None:
     x = torch.randn(30_000, 72)
     sizes = _sizes(d=72, layers=1, rows=30_000, rank=2)
     with FlopCounterMode(display=False) as counter:
-        split_half_certificate(x, 2)
+        split_half_certificate(x, 2, ALONE)
     inner = 2.0 * 30_000 * (10 * (COLD_PASSES + 1)) ** 2
     assert counter.get_total_flops() == pytest.approx(spectrum_work(sizes)["certificate"].flops + inner, rel=0.03)
 
@@ -150,7 +151,7 @@ def test_text_says_parts_shares_and_inputs(
 
 def test_clusters_are_planted() -> None:
     x, label = planted_features(600, 64, 4, 0, torch.device("cpu"))
-    space = sampled_svd(x, 8)
+    space = sampled_svd(x, 8, ALONE)
     assert space.explained[:3].sum() > 0.5
     assert detect((x - space.mean) @ space.basis[:, :3]).count >= 2
     assert label.unique().numel() == 4

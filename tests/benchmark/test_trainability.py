@@ -13,11 +13,14 @@ from mocte_ds.benchmark.check import probe_sequences
 from mocte_ds.benchmark.measure.run_plan import read_plan
 from mocte_ds.benchmark.trainability import ExpertSizes, trainability_work
 from mocte_ds.controller.probe import ProbeSet
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import MocteError
 from mocte_ds.trainability import top_eigenpair
 from mocte_ds.training.ledger import forward_flops
 from tests.benchmark.conftest import BATCH
 from tools.benchmark import main
+
+MESH = mesh_of_processes()
 
 SIZES = ["--d", 16, "--width", 40, "--rows", 12, "--experts", 3, "--iterations", 4]
 
@@ -81,7 +84,7 @@ def test_probe_sequences_are_those_that_a_rank_takes(run_file: Any, ranks: int, 
     plan = replace(plan, config=replace(plan.config, probe_tokens=wanted))
     tokens, own, taken = wanted or 4 * 4 * 16, BATCH // 32 // ranks, []
     for rank in range(ranks):
-        probe = ProbeSet(tokens, None)
+        probe = ProbeSet(tokens, None, MESH)
         for place in range(rank * own, (rank + 1) * own, min(2, own)):
             ids = torch.zeros(min(2, own), 32, dtype=torch.int64)
             probe.offer((), {"input_ids": ids}, place, BATCH // 32)

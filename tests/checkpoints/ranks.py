@@ -12,6 +12,7 @@ import torch
 
 from mocte_ds.checkpoints import save
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states, restore_random_states
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import CheckpointError
 
 TOO_LONG = "x" * 300  # a file name that no file system takes
@@ -25,7 +26,7 @@ def draw() -> list[float]:
 def save_and_fail(folder: str) -> dict[str, Any]:
     """Save well, with a rank that cannot write, with one that writes late, and without moving `latest`."""
     root, rank = Path(folder), torch.distributed.get_rank()
-    latest, saver = root / "latest", save.Saver()
+    latest, saver = root / "latest", save.Saver(mesh_of_processes().world)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(7 + rank)
     draw()
@@ -57,7 +58,7 @@ def save_and_fail(folder: str) -> dict[str, Any]:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(99)
     draw()
-    restore_random_states(root, "good")
+    restore_random_states(root, "good", mesh_of_processes().world.rank)
     result["again"] = draw()
     return result
 
@@ -65,7 +66,7 @@ def save_and_fail(folder: str) -> dict[str, Any]:
 def fail_beside(folder: str) -> dict[str, str]:
     """Asynchronous saves that fail on rank 1, and where each rank hears of it."""
     root, rank = Path(folder), torch.distributed.get_rank()
-    saver, heard = save.Saver(), {}
+    saver, heard = save.Saver(mesh_of_processes().world), {}
     bad = {f"own{rank}" if rank == 0 else TOO_LONG: b""}
 
     def at_the_next_step() -> None:

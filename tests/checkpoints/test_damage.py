@@ -12,6 +12,7 @@ from pytest import fixture, mark, raises
 
 from mocte_ds.checkpoints.manifest import require_whole, require_whole_on_ranks
 from mocte_ds.checkpoints.names import EXPERT_FILE, MODEL_FILE
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from tests.checkpoints import ranks
@@ -114,7 +115,7 @@ def test_damage_is_refused_by_name(fresh, case):
     require_whole(fresh)
     damage(fresh)
     before = digest(fresh.parent)
-    for check in (require_whole, require_whole_on_ranks):
+    for check in (require_whole, lambda folder: require_whole_on_ranks(folder, ALONE)):
         with raises(CheckpointError, match=message):
             check(fresh)
     assert digest(fresh.parent) == before
@@ -148,10 +149,10 @@ def test_files_of_another_checkpoint_and_of_another_run(fresh, written):
 
 def test_sizes_alone(fresh):
     flip(fresh / EXPERT, 0.4)
-    assert require_whole_on_ranks(fresh, content=False).files
+    assert require_whole_on_ranks(fresh, ALONE, content=False).files
     cut(fresh / EXPERT, -1)
     with raises(CheckpointError, match="truncated"):
-        require_whole_on_ranks(fresh, content=False)
+        require_whole_on_ranks(fresh, ALONE, content=False)
 
 
 def test_readers_of_the_model_look_at_the_files_that_they_read(fresh):

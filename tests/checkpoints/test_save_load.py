@@ -20,6 +20,7 @@ from mocte_ds.checkpoints.place import Place, find_checkpoint, find_tag, remove_
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states, restore_random_states
 from mocte_ds.checkpoints.save import Saver, _Save
 from mocte_ds.config import MocteConfig
+from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.ownership.facts import FileFacts
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
@@ -29,6 +30,8 @@ from tests.checkpoints.damage import digest, seal, swap
 from tests.ownership.trees import tree
 from tests.spawn import spawn
 
+MESH = mesh_of_processes()
+
 CONFIG = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "ep_size": 2})
 NAMES = ["model.layers.0.mlp", "model.layers.1.mlp"]
 STATE = {"config": CONFIG.to_dict(), "blocks": [{"name": name, "mode": "warmup"} for name in NAMES], "tokens": 12}
@@ -37,7 +40,7 @@ CLIENT = {"note": [1, {"basis": torch.arange(3.0)}]}
 
 def save(root: Path, tag: str, step: int = 3, **more) -> Path:
     files = {STATE_FILE: {"mocte": STATE, "client_state": CLIENT}, RANDOM_FILE.format(rank=0): random_states()}
-    Saver().save(root, tag, {**files, "small.json": b"{}"}, step, **more)
+    Saver(ALONE).save(root, tag, {**files, "small.json": b"{}"}, step, **more)
     return root / tag
 
 
@@ -112,7 +115,7 @@ def test_settings_of_deepspeed_that_go_round_it(changes, message):
         load_universal_checkpoint=lambda: "universal" in changes,
     )
     with raises(ConfigError, match=message):
-        use_checkpoint_files(engine)
+        use_plain_files(engine, MESH)
 
 
 def test_what_was_saved_comes_back(saved):
@@ -296,12 +299,12 @@ def test_too_little_room_is_refused_before_anything_is_written(saved, monkeypatc
     monkeypatch.setattr(place.shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000_000))
     # A tensor and a view of it, as in ZeRO's flat buffers: 8 MB each in the file; room for 28.
     files = {"a.pt": {"weights": torch.zeros(2_000_000)}, "b.pt": [torch.zeros(2_000_000)]}
-    Saver().save(saved, "fits", dict(files), 1, save_latest=False)
+    Saver(ALONE).save(saved, "fits", dict(files), 1, save_latest=False)
     shutil.rmtree(saved / "fits")
     with raises(
         CheckpointError, match=r"it needs 33 MB and 30 MB are free .*Nothing was written.*\(one\) is untouched"
     ):
-        Saver().save(saved, "two", {**files, "c.bin": bytes(16_000_000)}, 1)
+        Saver(ALONE).save(saved, "two", {**files, "c.bin": bytes(16_000_000)}, 1)
     assert digest(saved) == before and not list(saved.glob(".*"))
 
 
@@ -330,7 +333,7 @@ def test_a_rank_that_does_not_see_the_folder(saved, monkeypatch):
 @mark.parametrize("tag", ["", "a/b", "../one", ".hidden", "."])
 def test_names_of_checkpoints(tmp_path, tag):
     with raises(CheckpointError, match="cannot be named"):
-        Saver().save(tmp_path / "new", tag, {}, 1)
+        Saver(ALONE).save(tmp_path / "new", tag, {}, 1)
     assert not (tmp_path / "new").exists()
 
 
@@ -397,7 +400,7 @@ def test_foreign_content_of_our_files(saved):
         read_state(saved, "one", CONFIG, NAMES)
     torch.save({"python": 1}, saved / "one" / "mocte_random_rank0.pt")
     with raises(CheckpointError, match="mocte_random_rank0.pt has no numpy, torch"):
-        restore_random_states(saved, "one")
+        restore_random_states(saved, "one", 0)
 
 
 def test_random_states_are_restored(tmp_path):
@@ -407,8 +410,8 @@ def test_random_states_are_restored(tmp_path):
     drawn = [ranks.draw(), ranks.draw()]
     assert drawn[0] != drawn[1]
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    restore_random_states(tmp_path, "one")
+    restore_random_states(tmp_path, "one", 0)
     assert [ranks.draw(), ranks.draw()] == drawn
     (tmp_path / "one" / "mocte_random_rank0.pt").unlink()
     with raises(CheckpointError, match="mocte_random_rank0.pt is missing"):
-        restore_random_states(tmp_path, "one")
+        restore_random_states(tmp_path, "one", 0)

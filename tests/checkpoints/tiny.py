@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from mocte_ds.clusters import balanced_kmeans, linear_gate, subspace_without_mean
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import set_gate
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.context import Tokens
 
@@ -60,7 +61,7 @@ def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ..
         if number in warmup:
             continue
         block.mode = BlockMode.LOCKED if number % 2 else BlockMode.SPECIALISING
-        set_gate(block, config)
+        set_gate(block, config, mesh_of_processes())
         for bank_number, bank in enumerate(block.banks):
             for k, expert in enumerate(bank.local_experts):
                 randomise(expert, 1000 * bank_number + 100 * number + k + 10)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mocte_ds.clusters import agreement, detect
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.collect import FeatureCollector, SampleStream
+from mocte_ds.controller.samples import Samples
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.moe import attach
 from mocte_ds.spectrum import sampled_svd
 from tests.small_models import FFNS, loss_of, small_model
@@ -64,21 +65,20 @@ def coordinates(style: str, steps: int, seed: int, source: Source) -> list[tuple
         optimizer.zero_grad()
         loss_of(model, ids[:, :-1], ids[:, 1:]).backward()
         optimizer.step()
-    blocks = attach(model, MocteConfig.from_dict({"modules": FFNS[style], "eod_id": EOD}))
-    collectors, stream = [], SampleStream(64, DOCUMENTS, seed, EOD)
-    for block in blocks:
-        collectors.append(FeatureCollector(HIDDEN, stream))
-        block.observe = collectors[-1].see
+    spectrum = {"rows": 64, "documents": DOCUMENTS, "doublings": 0}
+    config = MocteConfig.from_dict({"modules": FFNS[style], "eod_id": EOD, "seed": seed, "spectrum": spectrum})
+    blocks = attach(model, config)
+    samples = Samples(config, blocks, ALONE)
     with torch.no_grad():
         for step in range(DOCUMENTS // BATCH):
             ids, domain = source.batch()
-            blocks[0].context.announce(first_sequence=step * BATCH, domain=domain, sampling=True)
+            blocks[0].context.announce(first_sequence=step * BATCH, domain=domain, observer=samples)
             model(ids[:, :-1])
     found = []
-    for collector in collectors:
+    for collector in samples.collectors:
         means, domain = collector.documents()
         assert len(means) == DOCUMENTS
-        space = sampled_svd(means, RANK)
+        space = sampled_svd(means, RANK, ALONE)
         found.append(((means - space.mean) @ space.directions, domain))
     return found
 

@@ -6,10 +6,13 @@ from torch import nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, inherit, redraw_units, set_gate
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.context import Tokens
 from tests.small_models import FFNS, OUTPUTS, small_model
+
+MESH = mesh_of_processes()
 
 V, D, F, E, N = 50, 32, 48, 4, 2000
 
@@ -121,7 +124,7 @@ def test_the_output_of_a_mixture_of_copies_has_the_dense_ones_scale_at_birth(
     features = nn.functional.normalize(torch.randn(N, D) + 0.2, dim=1) * D**0.5  # as a norm leaves them
     basis = torch.linalg.qr(torch.randn(D, 4))[0]
     rows = Rows(features, basis, features.mean(0))
-    set_gate(block, config, FeatureSample(rows, torch.randint(V, (N,))) if sampled else None)
+    set_gate(block, config, MESH, FeatureSample(rows, torch.randint(V, (N,))) if sampled else None)
     copy_dense_weights(block)
     block.mode = BlockMode.SPECIALISING
     with torch.no_grad():
@@ -134,7 +137,7 @@ def test_the_output_of_a_mixture_of_copies_has_the_dense_ones_scale_at_birth(
 
 def test_a_router_starts_with_the_given_spread() -> None:
     block, config = made(router={"kind": "random", "std": 0.02})
-    set_gate(block, config)
+    set_gate(block, config, MESH)
     assert block.banks[0].gate.key.cluster_weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
@@ -142,7 +145,7 @@ def test_numbers_in_the_choice_even_out_skewed_loads() -> None:
     router = {"kind": "random", "weight": "sigmoid", "learn": True, "aux": 0.0, "balance_rate": 0.002}
     block, config = made(router=router)
     gate = block.banks[0].gate
-    set_gate(block, config)
+    set_gate(block, config, MESH)
     generator = torch.Generator().manual_seed(1)
     shift = 4 * gate.key.cluster_weight[2] / gate.key.cluster_weight[2].norm()
 
@@ -187,7 +190,7 @@ def test_shuffled_clusters_have_the_found_sizes_and_other_members(kind: str) -> 
     routes = {}
     for shuffled in (False, True):
         block, config = made(router={"kind": kind, "shuffled": shuffled})
-        set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
+        set_gate(block, config, MESH, FeatureSample(Rows(features, basis, mean), ids))
         routes[shuffled] = block.banks[0].gate(features, Tokens(ids))[0].flatten()
         load = torch.bincount(routes[shuffled], minlength=E)
         assert load.max() < 1.2 * N / E and load.min() > 0.8 * N / E

@@ -6,9 +6,12 @@ from torch import nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, draw_bypasses, inherit, set_gate
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.moe import Block, attach
 from mocte_ds.moe.context import Tokens
 from tests.small_models import FFNS, OUTPUTS, small_llama, small_model
+
+MESH = mesh_of_processes()
 
 V, D, E, N = 50, 16, 4, 800
 
@@ -33,7 +36,7 @@ def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_linear_gate_is_even_on_its_sample(bias: bool, weight: str) -> None:
     block, config = born(kind="token", bias=bias, weight=weight)
     features, ids, basis, mean = sample()
-    set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
+    set_gate(block, config, MESH, FeatureSample(Rows(features, basis, mean), ids))
     gate = block.banks[0].gate
     chosen, given, _ = gate(features, Tokens(ids))
     index = chosen[:, 0]
@@ -47,7 +50,7 @@ def test_linear_gate_is_even_on_its_sample(bias: bool, weight: str) -> None:
     torch.testing.assert_close(given[:, 0], probability)
     assert 0.95 <= float(probability.mean()) < 1.0
     hard, config = born(kind="token", bias=bias)
-    set_gate(hard, config, FeatureSample(Rows(features, basis, mean), ids))
+    set_gate(hard, config, MESH, FeatureSample(Rows(features, basis, mean), ids))
     assert torch.equal(hard.banks[0].gate(features, Tokens(ids))[0], chosen), "sharper logits choose the same experts"
 
 
@@ -55,7 +58,7 @@ def test_linear_gate_is_even_on_its_sample(bias: bool, weight: str) -> None:
 def test_tables(kind: str) -> None:
     block, config = born(kind=kind)
     features, ids, basis, mean = sample()
-    set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
+    set_gate(block, config, MESH, FeatureSample(Rows(features, basis, mean), ids))
     index = block.banks[0].gate(features, Tokens(ids))[0][:, 0]
     assert torch.bincount(index, minlength=E).max() < 1.35 * N / E
     for token in range(V):
@@ -64,12 +67,12 @@ def test_tables(kind: str) -> None:
 
 def test_random_gate_uses_all_experts_and_is_the_same_everywhere() -> None:
     block, config = born(kind="token")
-    set_gate(block, config)
+    set_gate(block, config, MESH)
     features = torch.randn(500, D)
     index = block.banks[0].gate(features, Tokens())[0][:, 0]
     other, config = born(kind="token")
     torch.manual_seed(99)
-    set_gate(other, config)
+    set_gate(other, config, MESH)
     assert len(index.unique()) == E and torch.equal(other.banks[0].gate(features, Tokens())[0][:, 0], index)
 
 
@@ -80,7 +83,7 @@ def test_a_random_gate_knows_nothing_of_the_features(router: dict) -> None:
         block, config = born(kind="random", **router)
         torch.manual_seed(seed)
         features, ids, basis, mean = sample()
-        set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
+        set_gate(block, config, MESH, FeatureSample(Rows(features, basis, mean), ids))
         gates.append(block.banks[0].gate)
         index, weight, _ = gates[-1](features - mean, Tokens(ids))
         assert len(index.unique()) == E and (weight is None) is (not router)
@@ -91,7 +94,7 @@ def test_a_random_gate_knows_nothing_of_the_features(router: dict) -> None:
     # Variance 0.1 / d; of 64 numbers the sample's is within a factor of two.
     assert 0.5 < float(weights[0].var()) / (0.1 / D) < 2
     other = MocteConfig.from_dict({**config.to_dict(), "seed": 1})
-    set_gate(block, other, FeatureSample(Rows(features, basis, mean), ids))
+    set_gate(block, other, MESH, FeatureSample(Rows(features, basis, mean), ids))
     assert not torch.equal(block.banks[0].gate.key.cluster_weight, weights[0]), "another seed, other directions"
 
 
@@ -100,7 +103,7 @@ def test_banks_of_random_gates_differ() -> None:
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": E, "banks": banks})
     (block,) = attach(small_llama(V, D, 24, 1), config)
     features, ids, basis, mean = sample()
-    set_gate(block, config, FeatureSample(Rows(features, basis, mean), ids))
+    set_gate(block, config, MESH, FeatureSample(Rows(features, basis, mean), ids))
     first, second = (bank.gate.key.cluster_weight for bank in block.banks)
     assert not torch.equal(first, second)
 
@@ -155,7 +158,7 @@ def test_no_two_blocks_or_banks_share_what_chance_decides(kind: str) -> None:
     for layers in (2, 3):
         blocks = attach(small_llama(997, D, 24, layers), config)
         for block in blocks:
-            set_gate(block, config)
+            set_gate(block, config, MESH)
         found[layers] = {
             (block.name, number): next(bank.gate.key.buffers()).clone()
             for block in blocks
@@ -181,7 +184,12 @@ def test_the_gate_does_not_hang_on_who_had_which_row(kind: str) -> None:
     for rows, order in ((torch.arange(N), None), (given, given.argsort())):
         block, config = born(kind=kind)
         turn = torch.linalg.qr(torch.randn(5, 5))[0] if order is not None else torch.eye(5)
-        set_gate(block, config, FeatureSample(Rows(features[rows], basis @ turn, mean, order), ids[rows]))
+        set_gate(
+            block,
+            config,
+            MESH,
+            FeatureSample(Rows(features[rows], basis @ turn, mean, order), ids[rows]),
+        )
         gates.append(block.banks[0].gate(features, Tokens(ids))[0][:, 0])
     assert torch.equal(*gates)
 

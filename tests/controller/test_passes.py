@@ -1,19 +1,21 @@
 """Places of forward passes in an optimizer step, as they are counted."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from mocte_ds.controller.passes import Passes
+from mocte_ds.dist.mesh import Axis, mesh_of_processes
 from mocte_ds.moe.forward import BEYOND, sequence_numbers
 
 
 def begin(passes: Passes, texts: int = 4) -> list[int]:
     """Numbers of the sequences of a pass of rank 1 of 2 with micro-batches of 4."""
-    return sequence_numbers(passes.begin(1, 2, 4, texts), 4, texts).tolist()
+    return sequence_numbers(passes.begin(4, texts), 4, texts).tolist()
 
 
 def made() -> Passes:
-    run: Any = SimpleNamespace(blocks=[])
+    run: Any = SimpleNamespace(blocks=[], mesh=replace(mesh_of_processes(), data=Axis(None, 1, 2)))
     return Passes(run)
 
 

@@ -9,16 +9,20 @@ from torch.nn import functional as F
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.gradients import DENSE, block_conflict, read_conflict
+from mocte_ds.controller.look import Look
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.snapshots import Snapshots
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.moe import Block, BlockMode, ExpertMode, attach
 from mocte_ds.seeds import derived_seed
 from mocte_ds.spectrum.sample import Selection, hash_keys
 from mocte_ds.trainability import coherence, conflict
 from mocte_ds.zero import expert_unit
 from tests.small_models import small_llama
+
+MESH = mesh_of_processes()
 
 V, T, EOD, BATCH, N = 40, 24, 0, 16, 16
 IDS = torch.randint(1, V, (BATCH, T), generator=torch.Generator().manual_seed(1))
@@ -29,7 +33,7 @@ def collected(parts: list[list[tuple[int, int]]], wanted: int = 4 * T) -> torch.
     """What ranks keep together that get these (start, end) sequences, micro-batch after micro-batch."""
     kept = []
     for mine in parts:
-        probe = ProbeSet(wanted, EOD)
+        probe = ProbeSet(wanted, EOD, MESH)
         for start, end in mine:
             probe.offer((), {"input_ids": IDS[start:end], "labels": IDS[start:end]}, start, BATCH)
         probe.finish()
@@ -51,7 +55,7 @@ def test_the_set_does_not_depend_on_ranks_and_micro_batches() -> None:
 
 def padded_probe(parts: list[tuple[int, int]], lengths: torch.Tensor, left: bool) -> ProbeSet:
     """Of sequences of these lengths, each micro-batch padded to its own longest one."""
-    probe = ProbeSet(4 * T, EOD)
+    probe = ProbeSet(4 * T, EOD, MESH)
     for start, end in parts:
         longest = int(lengths[start:end].max())
         ids, mask = torch.full((end - start, longest), EOD), torch.zeros(end - start, longest, dtype=torch.long)
@@ -80,7 +84,7 @@ def test_the_set_does_not_depend_on_padding_to_each_micro_batch_s_length(left: b
 
 
 def test_given_sequences_are_shared_out_and_the_first_step_adds_none() -> None:
-    probe = ProbeSet(4 * T, EOD)
+    probe = ProbeSet(4 * T, EOD, MESH)
     probe.give(IDS, torch.arange(BATCH))
     assert probe.complete
     probe.offer((), {"input_ids": IDS[:8]}, 0, BATCH)
@@ -101,13 +105,13 @@ def model() -> tuple[torch.nn.Module, list[Block]]:
 
 def state(made: torch.nn.Module, blocks: list[Block], units: dict) -> RunState:
     config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "eod_id": EOD, "freeze": {"rows": N}})
-    run = RunState(config, blocks, SimpleNamespace(units=units), ep_rank=0, total_steps=10)
+    run = RunState(config, blocks, SimpleNamespace(units=units), mesh=MESH, total_steps=10)
     run.module = made
     return run
 
 
 def filled() -> ProbeSet:
-    probe = ProbeSet(3 * T, EOD)
+    probe = ProbeSet(3 * T, EOD, MESH)
     probe.offer((), {"input_ids": IDS, "labels": IDS}, 0, BATCH)
     probe.finish()
     return probe
@@ -126,7 +130,7 @@ def training() -> tuple[RunState, Progress]:
         for expert in handle.experts:
             expert.mode = ExpertMode.TRAINING
         handle.refresh_mode()
-    progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T))
+    progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T), MESH)
     progress.probe.offer((), {"input_ids": IDS}, 0, BATCH)
     progress.probe.finish()
     return run, progress
@@ -138,11 +142,11 @@ def test_losses_and_routes(bare: bool) -> None:
     made, blocks = model()
     if bare:
         made.register_forward_hook(lambda _module, _args, output: output.logits)
-    counts = [block.banks[0].deepspeed_moe.routed.clone() for block in blocks]
+    counts = [block.banks[0].loads.total.clone() for block in blocks]
     reading = filled().read(made, blocks, torch.device("cpu"))
     assert made.training and all(module.training for module in made.modules())
     for block, before in zip(blocks, counts, strict=True):
-        assert torch.equal(block.banks[0].deepspeed_moe.routed, before), "a look is not training"
+        assert torch.equal(block.banks[0].loads.total, before), "a look is not training"
     ids = IDS[[0, 4, 8]]
     with torch.no_grad():
         output = made.eval()(input_ids=ids)
@@ -162,7 +166,7 @@ def test_a_model_without_logits_has_routes_but_no_losses() -> None:
     reading = probe.read(made, blocks, torch.device("cpu"))
     wrapped.remove()
     assert reading.losses is None and reading.routes
-    assert ProbeSet(10, None).read(made, blocks, torch.device("cpu")) is None
+    assert ProbeSet(10, None, MESH).read(made, blocks, torch.device("cpu")) is None
 
 
 def test_snapshots_put_back_the_very_same_tensors() -> None:
@@ -262,7 +266,7 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
     for parameter in made.parameters():
         parameter.requires_grad_(True)  # for the reference; experts that do not train are measured as well
     run = state(made, blocks, {})
-    probe = ProbeSet(4 * T, EOD)
+    probe = ProbeSet(4 * T, EOD, MESH)
     probe.offer((), {"input_ids": IDS}, 0, BATCH, torch.arange(BATCH) // 8)
     probe.finish()
     basis, mean = torch.linalg.qr(torch.randn(16, 2))[0], torch.zeros(16)
@@ -344,6 +348,7 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
 
 
 def _routes(made: torch.nn.Module, block: Block, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), block.context.looking() as look:
+    look = Look()
+    with torch.no_grad(), block.context.watched_by(look):
         made(input_ids=ids)
     return look.routes[block.banks[0].deepspeed_moe]

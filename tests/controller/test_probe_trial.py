@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.probe_trial import needs_labels, require_callable
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import MocteError
 from mocte_ds.moe import Block, attach
 from tests.small_models import loss_of, small_llama
 from tests.spawn import spawn
+
+MESH = mesh_of_processes()
 
 V, T = 40, 12
 IDS = torch.randint(1, V, (8, T), generator=torch.Generator().manual_seed(1))
@@ -41,7 +44,7 @@ def made(model: nn.Module) -> tuple[nn.Module, list[Block]]:
 
 
 def collected(model: nn.Module) -> ProbeSet:
-    probe = ProbeSet(3 * T, None)
+    probe = ProbeSet(3 * T, None, MESH)
     probe.needs_labels = needs_labels(model)
     probe.offer((), {"input_ids": IDS, "labels": IDS}, 0, len(IDS))
     probe.finish()
@@ -51,11 +54,11 @@ def collected(model: nn.Module) -> ProbeSet:
 def test_a_model_that_needs_labels_gets_them() -> None:
     model, blocks = made(WithLabels())
     probe = collected(model)
-    require_callable(probe, model, blocks, CPU)
+    require_callable(probe, model, blocks, CPU, MESH)
     assert model.seen == [(1, T)], "one sequence is enough"
     reading = probe.read(model, blocks, CPU)
     assert reading.losses is None and model.seen[-1] == (3, T)
-    given = ProbeSet(3 * T, None)
+    given = ProbeSet(3 * T, None, MESH)
     given.needs_labels = True
     given.give(IDS, None)
     assert given.read(model, blocks, CPU) is not None
@@ -64,14 +67,14 @@ def test_a_model_that_needs_labels_gets_them() -> None:
 def test_a_model_that_cannot_be_called_is_refused() -> None:
     model, blocks = made(LabelsInSecret())
     with pytest.raises(MocteError, match="with input_ids of some sequences, and it fails: .*declare `labels`"):
-        require_callable(collected(model), model, blocks, CPU)
+        require_callable(collected(model), model, blocks, CPU, MESH)
     assert model.training
 
 
 def test_what_needs_labels() -> None:
     assert needs_labels(WithLabels())
     assert not needs_labels(LabelsInSecret()) and not needs_labels(nn.Linear(1, 1))
-    require_callable(ProbeSet(T, None), *made(WithLabels()), CPU)  # nothing was collected: nothing is tried
+    require_callable(ProbeSet(T, None, MESH), *made(WithLabels()), CPU, MESH)  # nothing was collected: nothing is tried
 
 
 class FussyRank(WithLabels):
@@ -85,14 +88,15 @@ class FussyRank(WithLabels):
 
 def _refusal() -> str:
     model, blocks = made(FussyRank())
-    probe = ProbeSet(3 * T, None)
+    mesh = mesh_of_processes()
+    probe = ProbeSet(3 * T, None, mesh)
     probe.needs_labels = True
     ids = IDS.clone()
     ids[:, 0] = 0 if dist.get_rank() == 1 else 1
     probe.offer((), {"input_ids": ids, "labels": ids}, 0, len(ids))
     probe.finish()
     with pytest.raises(MocteError) as caught:
-        require_callable(probe, model, blocks, CPU)
+        require_callable(probe, model, blocks, CPU, mesh)
     return str(caught.value)
 
 

@@ -7,6 +7,7 @@ from mocte_ds.clusters import detect, stability
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.handles import LastDetection
 from mocte_ds.controller.search import ClusterSearch, Documents, find_clusters
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import MocteError
 from tests.spawn import spawn
 
@@ -63,7 +64,7 @@ def test_stable_sources_are_stable_for_any_number_of_experts(experts: int) -> No
 
 def test_a_thread_finds_the_same() -> None:
     work = {block: documents(block, last=True) for block in range(3)}
-    one, other = (ClusterSearch(CONFIG, work, in_background=where).results() for where in (False, True))
+    one, other = (ClusterSearch(CONFIG, work, in_background=where, axis=ALONE).results() for where in (False, True))
     assert set(one) == set(other) == {0, 1, 2}
     for block in work:
         assert torch.equal(one[block].clusters.labels, other[block].clusters.labels)
@@ -77,7 +78,7 @@ def share_out(broken: int | None) -> object:
     if broken is not None:
         work[broken] = Documents(**{**vars(work[broken]), "coordinates": torch.full((120, 2), torch.nan)})
     try:
-        found = ClusterSearch(CONFIG, work, in_background=True).results()
+        found = ClusterSearch(CONFIG, work, in_background=True, axis=ALONE).results()
     except MocteError as error:
         return str(error)
     return {block: facts.clusters.labels.tolist() for block, facts in found.items()}

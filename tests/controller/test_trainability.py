@@ -10,10 +10,14 @@ import torch
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import search
 from mocte_ds.controller.birth import set_gate
+from mocte_ds.controller.expert_rows import ExpertRows
+from mocte_ds.controller.samples import Samples
+from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.moe import BlockMode, attach
-from mocte_ds.moe.expert_rows import ExpertRows
 from tests.small_models import loss_of, small_llama
 from tests.spawn import spawn
+
+MESH = mesh_of_processes()
 
 V, T, SEQUENCES, N = 64, 32, 16, 48
 STEPS = 5
@@ -156,7 +160,7 @@ def one_layer(rows: int) -> tuple[list[Any], Any]:
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "freeze": {"rows": rows}})
     blocks = attach(model, config)
     for block in blocks:
-        set_gate(block, config)
+        set_gate(block, config, MESH)
         block.mode = BlockMode.SPECIALISING
     return blocks, model
 
@@ -172,8 +176,8 @@ def test_the_rows_are_spread_over_the_whole_batch() -> None:
     for start in (24, 0, 8, 32, 16):  # sequences
         cut, of = slice(start * T, (start + 8) * T), slice(start, start + 8)
         parts.offer(features[cut], index[cut], sequence[of], place[of], counts[of])
-    assert whole.found() == [N] * 4
-    both = [rows.merged([0, 1, 2, 3], 3, torch.device("cpu")) for rows in (whole, parts)]
+    assert whole.found(ALONE) == [N] * 4
+    both = [rows.merged([0, 1, 2, 3], 3, torch.device("cpu"), ALONE) for rows in (whole, parts)]
     assert torch.equal(*both)
     chosen = both[0][..., 0].long().numpy()
     for expert in range(4):
@@ -188,15 +192,15 @@ def test_few_rows_are_no_sample_and_a_checkpoint_holds_them() -> None:
     rows, again = ExpertRows(2, 8, seed=0), ExpertRows(2, 8, seed=0)
     index = torch.tensor([[0, 1]] * 5 + [[1, 0]] * 2)  # two experts a token
     rows.offer(torch.randn(7, 4), index, torch.zeros(7, dtype=torch.int64), torch.arange(7))
-    assert rows.found() == [7, 7]
+    assert rows.found(ALONE) == [7, 7]
     again.load_state_dict(rows.state_dict(), torch.device("cpu"))
     for sample in (rows, again):
         sample.offer(torch.ones(3, 4), torch.tensor([[0], [0], [0]]), torch.ones(3, dtype=torch.int64), torch.arange(3))
-    assert rows.found() == again.found() == [8, 7]
-    expected = rows.merged([0], 4, torch.device("cpu"))
-    assert torch.equal(again.merged([0], 4, torch.device("cpu")), expected) and expected.shape == (1, 8, 4)
+    assert rows.found(ALONE) == again.found(ALONE) == [8, 7]
+    expected = rows.merged([0], 4, torch.device("cpu"), ALONE)
+    assert torch.equal(again.merged([0], 4, torch.device("cpu"), ALONE), expected) and expected.shape == (1, 8, 4)
     rows.clear()
-    assert rows.found() == [0, 0]
+    assert rows.found(ALONE) == [0, 0]
 
 
 def test_padding_and_recomputation_are_left_out() -> None:
@@ -207,17 +211,16 @@ def test_padding_and_recomputation_are_left_out() -> None:
     for ids, told in ((text, text), (padded, labels), (padded, None)):
         blocks, model = one_layer(16)
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for block in blocks:
-            for bank in block.banks:
-                bank.deepspeed_moe.expert_rows = ExpertRows(4, 16, seed=3)
-        blocks[0].context.announce(first_sequence=0, micro_batch=SEQUENCES, sampling=True)
+        config = MocteConfig.from_dict({"modules": "x", "num_experts": 4, "seed": 3, "freeze": {"rows": 16}})
+        samples = Samples(config, blocks, ALONE)
+        blocks[0].context.announce(first_sequence=0, micro_batch=SEQUENCES, observer=samples)
         out = model(ids, labels=told)
-        rows = [block.banks[0].deepspeed_moe.expert_rows for block in blocks]
-        before = [r.found() for r in rows]
+        rows = [samples.rows[block.banks[0].deepspeed_moe] for block in blocks]
+        before = [r.found(ALONE) for r in rows]
         (out.logits.square().mean() if told is None else out.loss).backward()
-        assert [r.found() for r in rows] == before
+        assert [r.found(ALONE) for r in rows] == before
         whole = [k for k, count in enumerate(before[1]) if count == 16]
-        found.append((before, whole, rows[1].merged(whole, 32, torch.device("cpu"))))
+        found.append((before, whole, rows[1].merged(whole, 32, torch.device("cpu"), ALONE)))
     alone, masked, counted = found
     assert alone[0] == masked[0] and min(map(sum, alone[0])) > 0 and alone[1]
     torch.testing.assert_close(masked[2], alone[2])
@@ -232,7 +235,7 @@ def test_what_a_hand_has_frozen_only_a_hand_thaws() -> None:
     from mocte_ds.trainability import Probe
 
     blocks, _ = one_layer(N)
-    run = RunState(MocteConfig.from_dict({"modules": "x", "num_experts": 4}), blocks, _Registry(), 0, 1000)
+    run = RunState(MocteConfig.from_dict({"modules": "x", "num_experts": 4}), blocks, _Registry(), MESH, 1000)
     handle = run.blocks[0]
     handle.born_share, values = 0.1, [100.0, 80.0, 60.0, 5.0, 4.0, 4.0, 4.0, 90.0, 90.0, 90.0, 90.0, 90.0]
     for expert, held in zip(handle.experts, (True, False, True, False), strict=True):

@@ -13,10 +13,11 @@ from mocte_ds.dist.collectives import (
     max_over_ranks,
     require_same,
     sum_over_ranks,
-    world,
+    wait_for_all,
 )
-from mocte_ds.errors import Disagreement
-from tests.spawn import spawn
+from mocte_ds.dist.mesh import ALONE, Axis, mesh_of_processes
+from mocte_ds.errors import Disagreement, MocteError
+from tests.spawn import SpawnError, spawn
 
 
 def _mine(rank: int, dtype: torch.dtype) -> torch.Tensor:
@@ -25,34 +26,41 @@ def _mine(rank: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _exercise() -> dict:
-    rank, size = world()
-    out = {"world": (rank, size), "env": (os.environ["RANK"], os.environ["WORLD_SIZE"], torch.get_num_threads())}
+    axis = mesh_of_processes().world
+    rank = axis.rank
+    out = {"world": (rank, axis.size), "env": (os.environ["RANK"], os.environ["WORLD_SIZE"], torch.get_num_threads())}
     half = torch.full((4,), 1.0 + rank, dtype=torch.bfloat16)
-    out["sum"], out["untouched"] = sum_over_ranks(half), half
-    out["max"] = max_over_ranks(torch.tensor([rank, -rank]))
-    out["max_bool"] = max_over_ranks(torch.tensor([rank == 1, False]))
+    out["sum"], out["untouched"] = sum_over_ranks(half, axis), half
+    out["max"] = max_over_ranks(torch.tensor([rank, -rank]), axis)
+    out["max_bool"] = max_over_ranks(torch.tensor([rank == 1, False]), axis)
     dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.float64)
-    out["rows"] = {dtype: gather_rows(_mine(rank, dtype)) for dtype in dtypes}
-    out["keys"] = gather_rows(torch.tensor([(1 << 62) + rank, -rank]))
-    out["bools"] = gather_rows(torch.tensor([rank == 0]))
-    out["nothing"] = gather_rows(torch.empty(0, 7)).shape
-    out["objects"] = gather_objects({"rank": rank})
-    out["zero"] = from_rank_zero(torch.arange(6.0).view(2, 3).bfloat16() if rank == 0 else None)
-    out["zero_empty"] = from_rank_zero(torch.empty(0, 2) if rank == 0 else 3)
-    out["zero_object"] = from_rank_zero("hello" if rank == 0 else 3)
-    require_same({"a": [1, torch.arange(3)]}, "equal things")
+    out["rows"] = {dtype: gather_rows(_mine(rank, dtype), axis) for dtype in dtypes}
+    out["keys"] = gather_rows(torch.tensor([(1 << 62) + rank, -rank]), axis)
+    out["bools"] = gather_rows(torch.tensor([rank == 0]), axis)
+    out["nothing"] = gather_rows(torch.empty(0, 7), axis).shape
+    out["objects"] = gather_objects({"rank": rank}, axis)
+    out["zero"] = from_rank_zero(torch.arange(6.0).view(2, 3).bfloat16() if rank == 0 else None, axis)
+    out["zero_empty"] = from_rank_zero(torch.empty(0, 2) if rank == 0 else 3, axis)
+    out["zero_object"] = from_rank_zero("hello" if rank == 0 else 3, axis)
+    require_same({"a": [1, torch.arange(3)]}, "equal things", axis)
     try:
-        require_same([1, 2, 3, rank if rank == 2 else 0], "the plan")
+        require_same([1, 2, 3, rank if rank == 2 else 0], "the plan", axis)
     except Disagreement as error:
         out["disagreement"] = str(error)
     try:
-        require_same(torch.zeros(100) + (rank == 1) * 1e-30, "weights")
+        require_same(torch.zeros(100) + (rank == 1) * 1e-30, "weights", axis)
     except Disagreement as error:
         out["tensors"] = str(error)
     pair = dist.new_group([1, 2])
     if rank in (1, 2):
-        out["pair"] = (world(pair), int(sum_over_ranks(torch.tensor(rank), pair)), from_rank_zero(rank, pair))
-        out["pair_tensor"] = from_rank_zero(torch.tensor(rank), pair)
+        two = Axis.of(pair)
+        summed = int(sum_over_ranks(torch.tensor(rank), two))
+        out["pair"] = ((two.rank, two.size), summed, from_rank_zero(rank, two))
+        out["pair_tensor"] = from_rank_zero(torch.tensor(rank), two)
+        wait_for_all(two)
+    else:
+        with pytest.raises(MocteError, match="belongs to"):
+            Axis.of(pair)
     return out
 
 
@@ -83,18 +91,22 @@ def test_three_ranks_agree_with_one_process() -> None:
 
 def test_without_a_group_nothing_happens() -> None:
     t = torch.randn(3, 2)
-    assert world() == (0, 1)
+    mesh = mesh_of_processes()
+    assert {mesh.world, mesh.data, mesh.expert, mesh.expert_data, mesh.tensor} == {ALONE}
     for function in (sum_over_ranks, max_over_ranks, gather_rows, from_rank_zero):
-        assert function(t) is t
-    assert gather_objects("x") == ["x"]
-    require_same(t, "anything")
+        assert function(t, mesh.data) is t
+    assert gather_objects("x", mesh.world) == ["x"]
+    require_same(t, "anything", mesh.world)
+    wait_for_all(mesh.world)
+    with pytest.raises(MocteError, match="needs a process group"):
+        Axis.of(None)
 
 
 def _through_deepspeed() -> float:
     import deepspeed.comm as comm
 
     assert comm.is_initialized()
-    return float(sum_over_ranks(torch.tensor(1.5)))
+    return float(sum_over_ranks(torch.tensor(1.5), mesh_of_processes().data))
 
 
 def test_deepspeed_can_make_the_group() -> None:

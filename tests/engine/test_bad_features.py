@@ -26,17 +26,18 @@ def run(value: float, tokens: slice) -> str:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=runs.VOCAB, use_cache=False, **sizes))
     engine, *_ = mocte_ds.initialize(model=model, config=settings)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    block = engine.mocte.blocks[1].block
-    see = block.observe
+    bad, samples = engine.mocte.blocks[1].block, engine.mocte.run.samples
+    see = samples.features
 
-    def see_bad(hidden: torch.Tensor, state: Any) -> None:
-        hidden = hidden.clone()
-        hidden[0, tokens, 5] = value
-        see(hidden, state)
+    def see_bad(block: Any, hidden: torch.Tensor, state: Any) -> None:
+        if block is bad:
+            hidden = hidden.clone()
+            hidden[0, tokens, 5] = value
+        see(block, hidden, state)
 
     if rank == 1:
         # Only what is sampled: in the model itself the loss would carry it to all ranks at once.
-        block.observe = see_bad
+        samples.features = see_bad
     try:
         for step in range(STEPS):
             for turn in range(2):

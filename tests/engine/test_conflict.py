@@ -29,7 +29,7 @@ def conflict_after_emergence(ep_size: int) -> dict[int, dict[int, dict[str, floa
         bank = handle.block.banks[0]
         generator = torch.Generator().manual_seed(handle.index)
         bank.gate.key.set(torch.randn(4, 32, generator=generator), torch.zeros(4))
-        first = bank.first_local(engine.mocte.run.ep_rank)
+        first = bank.first_local(engine.mesh.expert.rank)
         for local, expert in enumerate(bank.local_experts):
             generator.manual_seed(10 * handle.index + first + local)
             with torch.no_grad():

@@ -61,7 +61,7 @@ def run(how: str, micro: int, router: dict[str, Any], ragged: bool = False, stag
     for step in range(STEPS):
         ids_, mask = batch(step, ragged)
         if step == EMERGES:
-            keys = engine.mocte.run.samples.collectors[0]._tokens.merged_keys()
+            keys = engine.mocte.run.samples.collectors[0]._tokens.merged_keys(engine.mesh.data)
             rows = engine.mocte.run.samples.collectors[1].tokens()
             for number in range(2):
                 engine.mocte.emerge(block=number)
@@ -94,7 +94,7 @@ def run(how: str, micro: int, router: dict[str, Any], ragged: bool = False, stag
         "load": engine.mocte.expert_load(),
         "tokens": engine.tokens_seen,
         "sequences": engine.mocte.passes.sequences,
-        "shares": [handle.block.banks[0].deepspeed_moe.share for handle in engine.mocte.blocks],
+        "shares": [handle.block.banks[0].loads.share for handle in engine.mocte.blocks],
         "weights": {name: p.detach().clone() for name, p in engine.module.named_parameters() if "expert" not in name},
     }
     engine.destroy()

@@ -44,17 +44,20 @@ def run(recompute: bool, block: dict[str, Any]) -> dict[str, Any]:
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-    collectors = engine.mocte.run.samples.collectors
+    samples = engine.mocte.run.samples
+    collectors = samples.collectors
     layers = [bank.deepspeed_moe for bank in engine.mocte.blocks[1].block.banks]
     return {
         "calls": len(calls),
         "losses": losses,
         "tokens": [tensor for c in collectors for tensor in c.tokens()],  # features, ids and sources
         "documents": [tensor for c in collectors for tensor in c.documents()],
-        "hashes": [reservoir.merged_keys() for c in collectors for reservoir in (c._tokens, c._documents)],
-        "routed": [layer.routed for layer in layers],
-        "by_source": [layer.by_source for layer in layers],
-        "expert_rows": [rows for layer in layers for rows in layer.expert_rows.state_dict()["rows"]],
+        "hashes": [
+            reservoir.merged_keys(engine.mesh.data) for c in collectors for reservoir in (c._tokens, c._documents)
+        ],
+        "routed": [layer.loads.total for layer in layers],
+        "by_source": [samples.by_source[layer] for layer in layers],
+        "expert_rows": [rows for layer in layers for rows in samples.rows[layer].state_dict()["rows"]],
         "load": engine.mocte.expert_load(),
         "weights": [parameter.detach().clone() for parameter in engine.module.parameters()],
     }

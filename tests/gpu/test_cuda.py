@@ -7,11 +7,14 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.gradients import read_conflict
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.run_state import RunState
+from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.moe import BlockMode, attach
 from mocte_ds.spectrum import sampled_svd, split_half_angles
 from mocte_ds.spectrum.sample import Reservoir
 from mocte_ds.trainability import lambda_max
 from tests.small_models import small_llama
+
+MESH = mesh_of_processes()
 
 pytestmark = pytest.mark.gpu
 
@@ -19,14 +22,19 @@ pytestmark = pytest.mark.gpu
 def test_spectrum_is_that_of_the_cpu() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 2000, 16) @ torch.randn(3, 16, 256) + torch.randn(3, 1, 256) + 0.1 * torch.randn(3, 2000, 256)
-    here, there = sampled_svd(x, 8), sampled_svd(x.cuda(), 8)
+    here, there = sampled_svd(x, 8, ALONE), sampled_svd(x.cuda(), 8, ALONE)
     assert there.basis.is_cuda
     torch.testing.assert_close(there.singular_values.cpu(), here.singular_values, rtol=1e-3, atol=0)
     overlap = torch.linalg.svdvals(there.directions.cpu().mT @ here.directions)
     assert overlap.min() > 0.9999
-    warm = sampled_svd(x.cuda(), 8, basis=there.basis)
+    warm = sampled_svd(x.cuda(), 8, ALONE, basis=there.basis)
     torch.testing.assert_close(warm.singular_values, there.singular_values, rtol=1e-3, atol=0)
-    torch.testing.assert_close(split_half_angles(x.cuda(), 8).cpu(), split_half_angles(x, 8), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        split_half_angles(x.cuda(), 8, ALONE).cpu(),
+        split_half_angles(x, 8, ALONE),
+        rtol=1e-2,
+        atol=1e-3,
+    )
 
 
 def test_trainability_is_that_of_the_cpu() -> None:
@@ -63,12 +71,12 @@ def test_blocks_route_and_conflict_is_that_of_the_cpu(kind: str) -> None:
             parameter.requires_grad_(True)
         block.mode = BlockMode.SPECIALISING
     ids = torch.randint(0, 40, (6, 12))
-    run = RunState(config, blocks, None, ep_rank=0, total_steps=10)
+    run = RunState(config, blocks, None, mesh=MESH, total_steps=10)
     found, outputs = [], []
     for device in ("cpu", "cuda"):
         run.module = made.to(device).eval()
         outputs.append(made(input_ids=ids.to(device)).logits.float().cpu().detach())
-        probe = ProbeSet(10**6, 0)
+        probe = ProbeSet(10**6, 0, MESH)
         probe.give(ids, torch.arange(6) % 2)
         found.append(read_conflict(run, probe))
         reading = probe.read(made, blocks, torch.device(device))

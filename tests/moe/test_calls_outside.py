@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.moe.context import BatchContext
+from mocte_ds.moe.observer import Observer
 
 IDS = torch.zeros(2, 8, dtype=torch.long)
 
@@ -88,14 +89,17 @@ def test_a_copied_model_tells_its_own_context() -> None:
 def test_an_interrupted_pass_leaves_nothing(error: type[BaseException], part: bool) -> None:
     model, context = made()
     abandoned = []
-    context.on_abandoned = lambda: abandoned.append(True)
+
+    class Watching(Observer):
+        def abandoned(self) -> None:
+            abandoned.append(True)
 
     def stop(*_: object) -> None:
         raise error
 
     hook = model.model.second.register_forward_pre_hook(stop)
     if not part:
-        context.announce(sampling=True)
+        context.announce(observer=Watching())
     with pytest.raises(error):
         (model.model if part else model)(IDS)
     hook.remove()

@@ -79,7 +79,7 @@ def emerge(ep_size: int, bf16: bool, block: dict[str, Any]) -> dict[str, Any]:
         for number, bank in enumerate(handle.block.banks):
             used.append(int(bank.deepspeed_moe.exp_counts.count_nonzero()))
             for local, expert in enumerate(bank.local_experts):
-                k = number * EXPERTS + bank.first_local(engine.mocte.run.ep_rank) + local
+                k = number * EXPERTS + bank.first_local(engine.mesh.expert.rank) + local
                 experts[number, k] = unit_state(engine, expert_unit(handle.block, k), expert)
         born.append(experts)
     gates = [event["gate"] for event in events if event["event"] == "emergence"]

@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
+from mocte_ds.controller.samples import Samples
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import MocteError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.forward import ForwardState, documents_of
@@ -41,7 +43,7 @@ def made(router: dict[str, Any], **config: Any) -> tuple[LlamaForCausalLM, list[
             gate.key.set(torch.randint(E, (V,)))
         else:
             gate.key.set(torch.randn(E, D), torch.zeros(E))
-        layer.share = torch.tensor([0.7, 0.1, 0.1, 0.1])
+        layer.loads.share = torch.tensor([0.7, 0.1, 0.1, 0.1])
         block.banks.requires_grad_(True)
         for parameter in block.banks[0].local_experts.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -156,7 +158,7 @@ def test_each_pass_brings_its_own_balance_loss_once() -> None:
             key = block.banks[0].gate.key
             prior = key.logits(x.detach().flatten(0, 1), ForwardState(ids, EOD).tokens(x.shape))
             logits = prior + x.flatten(0, 1) @ block.banks[0].gate.cluster_residual.T
-            total = total + E * (block.banks[0].deepspeed_moe.share * logits.softmax(1).mean(0)).sum()
+            total = total + E * (block.banks[0].loads.share * logits.softmax(1).mean(0)).sum()
         return total
 
     auxiliary = lambda: sum(block.auxiliary_loss() for block in blocks)  # noqa: E731
@@ -186,7 +188,7 @@ def test_a_recomputation_that_could_be_of_two_passes_is_refused() -> None:
         blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
         model(input_ids=texts(1))
     assert not blocks[0].context._passes, "a failed pass is over too"
-    assert int(blocks[0].banks[0].deepspeed_moe.routed.sum()) == 0, "and counts nothing"
+    assert int(blocks[0].banks[0].loads.total.sum()) == 0, "and counts nothing"
 
 
 def test_states_go_with_their_graphs_and_copies_have_their_own() -> None:
@@ -217,15 +219,16 @@ def test_padding_changes_nothing_and_is_not_counted(name: str, side: str) -> Non
     results = []
     for given, known in ((ids, torch.ones_like(ids)), (padded, mask)):
         model, blocks = made(ROUTERS[name])
-        stream = SampleStream(16, 8, 0, EOD)
+        stream = SampleStream(16, 8, 0, EOD, ALONE)
         collector = FeatureCollector(D, stream)
-        blocks[1].observe = collector.see
-        blocks[0].context.announce(sampling=True, domain=torch.tensor([0, 1, 2]), sources=3)
+        samples = Samples(MocteConfig(modules="x", num_experts=E), blocks, ALONE)
+        samples.features = lambda block, *seen, own=blocks[1], see=collector.see: see(*seen) if block is own else None
+        blocks[0].context.announce(observer=samples, domain=torch.tensor([0, 1, 2]), sources=3)
         positions = (known.cumsum(1) - 1).clamp(min=0)
         output = model(input_ids=given, attention_mask=known, position_ids=positions, use_cache=False)
         (output.logits[:, known[0].bool()].square().mean()).backward()
         layer = blocks[1].banks[0].deepspeed_moe
-        facts = [output.logits[:, known[0].bool()], layer.routed, layer.by_source, layer.step_load]
+        facts = [output.logits[:, known[0].bool()], layer.loads.total, samples.by_source[layer], layer.loads.step]
         facts += [*collector.tokens(), stream.tokens.keys, *collector.documents()]
         facts += [block.banks[0].gate.cluster_residual.grad for block in blocks if name == "learned"]
         results.append([*facts, torch.tensor(int(blocks[0].context.step_tokens))])

@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.controller.birth import copy_dense_weights, inherit
+from mocte_ds.controller.look import Look
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.balance import Balance
@@ -75,7 +76,8 @@ def test_generation_with_a_cache_routes_like_one_pass(kind: str) -> None:
     layers = [block.banks[0].deepspeed_moe for block in blocks]
     ids = torch.randint(1, V, (3, 12))
     ids[0, 4], ids[1, 6] = EOD, EOD  # one document ends inside the prompt, one with its last token
-    with torch.no_grad(), blocks[0].context.looking() as look:
+    look = Look()
+    with torch.no_grad(), blocks[0].context.watched_by(look):
         whole = model(input_ids=ids, use_cache=False).logits
         expected = [look.routes[layer].view(3, 12) for layer in layers]
         output = model(input_ids=ids[:, :7], use_cache=True)
@@ -223,7 +225,7 @@ def test_the_loss_for_even_loads_keeps_its_gradient(reentrant: bool) -> None:
     gate = block.banks[0].gate
     gate.key.set(torch.randn(E, 32), torch.zeros(E))
     gate.cluster_residual.requires_grad_()
-    share = block.banks[0].deepspeed_moe.share = torch.rand(E)
+    share = block.banks[0].loads.share = torch.rand(E)
     x = torch.randn(2, 12, 32, requires_grad=True)
     logits = x.detach().view(24, 32) @ (gate.key.cluster_weight + gate.cluster_residual).T
     expected = 0.01 * E * (share * logits.softmax(1).mean(0)).sum()

@@ -5,7 +5,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights, set_gate
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.moe import BlockMode, attach
+
+MESH = mesh_of_processes()
 
 V, E = 64, 4
 
@@ -17,7 +20,7 @@ def test_a_learned_one_trains_its_residual_and_keeps_its_directions() -> None:
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": E, "router": router})
     blocks = attach(model, config)
     for block in blocks:
-        set_gate(block, config)
+        set_gate(block, config, MESH)
         copy_dense_weights(block)
         block.mode = BlockMode.SPECIALISING
         block.banks.requires_grad_(True)  # as at an emergence
@@ -45,6 +48,6 @@ def test_an_untrained_one_keeps_its_directions_too() -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes))
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "router": {"kind": "random"}})
     (block,) = attach(model, config)
-    set_gate(block, config)
+    set_gate(block, config, MESH)
     gate = block.banks[0].gate
     assert not list(gate.parameters()) and torch.equal(gate.linear()[0], gate.key.cluster_weight)

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.look import Look
+from mocte_ds.controller.samples import Samples
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe import Block, BlockMode, attach
 
@@ -58,8 +61,9 @@ def test_outputs_and_gradients(top_k: int, normalise: bool, weighing: str) -> No
     model, block = emerged(top_k=top_k, normalise=normalise, weight=weighing, scale=scale)
     bank, features = block.banks[0], torch.randn(2, T // 2, D, requires_grad=True)
     gate, parameters = bank.gate, list(bank.parameters())
-    share = bank.deepspeed_moe.share = torch.rand(E)
-    block.context.announce(domain=torch.tensor([0, 1]), sources=2, sampling=True)
+    share = bank.loads.share = torch.rand(E)
+    samples = Samples(MocteConfig(modules="mlp", num_experts=E), [block], ALONE)
+    block.context.announce(domain=torch.tensor([0, 1]), sources=2, observer=samples)
     output = model(features)
     auxiliary = block.auxiliary_loss()
     found = torch.autograd.grad(output.square().sum() + auxiliary, [features, *parameters])
@@ -82,16 +86,17 @@ def test_outputs_and_gradients(top_k: int, normalise: bool, weighing: str) -> No
     wanted = torch.autograd.grad(expected.square().sum() + even, [features, *parameters], allow_unused=True)
     for mine, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
-    layer = bank.deepspeed_moe
-    assert torch.equal(layer.routed, chosen.sum(0)) and int(layer.routed.sum()) == T * top_k
+    total = bank.loads.total
+    assert torch.equal(total, chosen.sum(0)) and int(total.sum()) == T * top_k
     by_source = torch.stack([part.sum(0) for part in chosen.view(2, T // 2, E)])
-    assert torch.equal(layer.by_source, by_source)
+    assert torch.equal(samples.by_source[bank.deepspeed_moe], by_source)
 
 
 def test_what_is_recorded_is_the_best_expert() -> None:
     model, block = emerged(top_k=2)
     features = torch.randn(2, T // 2, D)
-    with block.context.looking(torch.stack([torch.arange(T), 7 * torch.arange(T)], -1).view(2, -1, 2)) as look:
+    look = Look(torch.stack([torch.arange(T), 7 * torch.arange(T)], -1).view(2, -1, 2))
+    with block.context.watched_by(look):
         model.eval()(features)
     layer, gate = block.banks[0].deepspeed_moe, block.banks[0].gate
     weight, bias = gate.linear()

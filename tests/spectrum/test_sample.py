@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mocte_ds.dist.collectives import world
+from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.errors import MocteError
 from mocte_ds.spectrum.sample import Reservoir, hash_keys, mix
 from tests.spawn import spawn
@@ -87,17 +87,17 @@ def test_rows_are_copies_and_clear_forgets() -> None:
 
 
 def _part_of_the_rows(total: int, capacity: int) -> tuple:
-    rank, size = world()
+    axis = mesh_of_processes().data
     reservoir = Reservoir(capacity, 2, seed=5)
-    mine = torch.arange(total)[rank::size]
+    mine = torch.arange(total)[axis.rank :: axis.size]
     reservoir.add(_rows(mine), hash_keys(mine, mine, 2))
-    before = reservoir.merged_rows(), reservoir.merged_keys(), reservoir.gathered_rows()
+    before = reservoir.merged_rows(axis), reservoir.merged_keys(axis), reservoir.gathered_rows(axis)
     # One more batch, of which nothing enters on the first rank: its answer is not to come from memory.
-    more = torch.arange(total, total + 200) if rank == size - 1 else torch.arange(0)
+    more = torch.arange(total, total + 200) if axis.rank == axis.size - 1 else torch.arange(0)
     reservoir.add(_rows(more), hash_keys(more, more, 2))
-    choice = reservoir.selection.choose()
+    choice = reservoir.selection.choose(axis)
     place = torch.stack([choice.place, reservoir.chosen_rows(choice)[:, 0].long()], dim=1)
-    return *before, reservoir.gathered_rows(), place
+    return *before, reservoir.gathered_rows(axis), place
 
 
 @pytest.mark.parametrize("total", [500, 20])
@@ -109,7 +109,7 @@ def test_ranks_keep_together_what_one_would_keep(total: int) -> None:
     assert sorted(torch.cat([p[1] for p in parts]).tolist()) == sorted(alone.keys().tolist())
     for _, _, everywhere, *_ in parts:
         assert torch.equal(everywhere, alone.rows())
-    assert torch.equal(alone.merged_rows(), alone.rows())
+    assert torch.equal(alone.merged_rows(ALONE), alone.rows())
     more = torch.arange(total, total + 200)
     alone.add(_rows(more), hash_keys(more, more, 2))
     for _, _, _, everywhere, _ in parts:
@@ -129,12 +129,12 @@ def test_wrong_shapes_are_refused() -> None:
 
 def _shares(ranks: int) -> tuple[torch.Tensor, int]:
     """Rows of this rank's part of a sample of 512 of 20,000 rows, and how many it keeps."""
-    rank, _ = world()
-    indices = torch.arange(20_000)[rank::ranks]
+    axis = mesh_of_processes().data
+    indices = torch.arange(20_000)[axis.rank :: ranks]
     reservoir = Reservoir(512, 2, seed=5, ranks=ranks)
     reservoir.add(_rows(indices), hash_keys(indices, torch.zeros_like(indices), 1))
-    half = reservoir.merged_rows(count=256)
-    return torch.cat([reservoir.gathered_rows(), torch.full((1, 2), float(len(half)))]), len(reservoir.rows())
+    half = reservoir.merged_rows(axis, count=256)
+    return torch.cat([reservoir.gathered_rows(axis), torch.full((1, 2), float(len(half)))]), len(reservoir.rows())
 
 
 def test_many_ranks_keep_little_each_and_the_same_sample() -> None:
@@ -155,7 +155,7 @@ def test_a_rank_that_is_full_shrinks_the_sample_but_does_not_change_it() -> None
     whole, crowded = Reservoir(4096, 2, seed=5), Reservoir(4096, 2, seed=5, ranks=64)
     whole.add(_rows(indices), keys)
     crowded.add(_rows(indices), keys)
-    assert len(crowded.merged_rows()) == crowded.selection.room == 320
-    assert torch.equal(crowded.merged_rows(), whole.rows()[:320])
-    smaller = whole.merged_rows(count=100)
+    assert len(crowded.merged_rows(ALONE)) == crowded.selection.room == 320
+    assert torch.equal(crowded.merged_rows(ALONE), whole.rows()[:320])
+    smaller = whole.merged_rows(ALONE, count=100)
     assert torch.equal(smaller, whole.rows()[:100]), "a smaller sample is the beginning of the larger one"

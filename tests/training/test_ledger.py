@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.controller.birth import set_gate
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.moe import BlockMode, attach
 from mocte_ds.moe import rows as moved
 from mocte_ds.moe.context import Tokens
@@ -20,6 +21,8 @@ from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.training.ledger import Ledger
 from mocte_ds.training.model import TransformersModel, make_model
 from mocte_ds.training.model_sizes import config_sizes, model_sizes
+
+MESH = mesh_of_processes()
 
 TOKENS, CONTEXT = 128, 64
 SMALL = {
@@ -235,7 +238,7 @@ def hold_step(values: dict[str, Any], kind: str, recompute: bool = False, locked
     config = None if kind == "dense" else MocteConfig.from_dict(values)
     blocks = attach(model, config) if config else []
     for block in blocks if kind != "warmup" else []:
-        set_gate(block, config)
+        set_gate(block, config, MESH)
         block.mode = BlockMode.SPECIALISING
         block.banks.requires_grad_(not locked)
         block.context.micro_step = 1
@@ -243,7 +246,7 @@ def hold_step(values: dict[str, Any], kind: str, recompute: bool = False, locked
     model.train()
     with patch.object(moved, "filled_up", lambda count: max(1, count)):
         found = counted(model, backward=True)
-        loads = [[n for bank in block.banks for n in bank.deepspeed_moe.routed.tolist()] for block in blocks]
+        loads = [[n for bank in block.banks for n in bank.loads.total.tolist()] for block in blocks]
         model.eval()
         forward = counted(model, backward=False)
     # One without tokens would run on a row of padding, which the ledger leaves out.
@@ -273,7 +276,7 @@ def test_several_experts_a_token(top_k: int) -> None:
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "router": router})
     model = bf16(LLAMA)
     for block in attach(model, config):
-        set_gate(block, config)
+        set_gate(block, config, MESH)
         block.mode = BlockMode.SPECIALISING
         for parameter in block.banks.parameters():
             parameter.requires_grad_(True)

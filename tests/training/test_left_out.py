@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mocte_ds.data import BlendedLoader
+from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import CheckpointError, ConfigError, NonFiniteLoss
 from mocte_ds.training.left_out import FILE, LeftOut
 from mocte_ds.training.run_config import WatchSection
@@ -17,7 +18,13 @@ DATA = "the corpus, seed 1"
 
 
 def watch(out: Path, limit: int) -> Watch:
-    return Watch(WatchSection(leave_out=limit, stalled_after=0), out, 4, LeftOut(out, DATA))
+    return Watch(
+        WatchSection(leave_out=limit, stalled_after=0),
+        out,
+        4,
+        LeftOut(out, DATA, ALONE),
+        ALONE,
+    )
 
 
 def test_off_is_the_users_to_mend(tmp_path: Path) -> None:
@@ -32,24 +39,24 @@ def test_left_out_from_the_next_start_on(tmp_path: Path) -> None:
         with pytest.raises(NonFiniteLoss, match=rf"leaves these sequences out \({number} of 2 times") as found:
             watch(tmp_path, 2).require_finite("gradient norm", math.inf, 3, end)
         assert found.value.exit_code == 1, "launchers start again"
-    assert LeftOut(tmp_path, DATA).starts == [8, 36]
+    assert LeftOut(tmp_path, DATA, ALONE).starts == [8, 36]
     with pytest.raises(NonFiniteLoss, match="2 batches were left out already") as found:
         watch(tmp_path, 2).require_finite("loss", math.nan, 3, 20)
-    assert found.value.exit_code == 2 and LeftOut(tmp_path, DATA).starts == [8, 36]
+    assert found.value.exit_code == 2 and LeftOut(tmp_path, DATA, ALONE).starts == [8, 36]
 
 
 def test_of_other_data(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss):
         watch(tmp_path, 1).require_finite("loss", math.nan, 3, 12)
     with pytest.raises(ConfigError, match="left_out.json names batches of other data.*seed 1.*seed 2"):
-        LeftOut(tmp_path, "the corpus, seed 2")
+        LeftOut(tmp_path, "the corpus, seed 2", ALONE)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"batches": [1.5]}', '{"batches": [-4]}', '{"batches": 3}'])
 def test_a_damaged_list_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match="left_out.json is damaged"):
-        LeftOut(tmp_path, DATA)
+        LeftOut(tmp_path, DATA, ALONE)
 
 
 def test_the_loader_passes_over_them(prepared: Path) -> None:  # noqa: F811

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.training.model import Forward, TransformersModel, make_model
 from mocte_ds.training.validation import Validation
 from tests.spawn import spawn
@@ -56,7 +57,8 @@ def losses_on_a_rank(micro_batch: int) -> dict:
     engine = _Engine(make_model(CONFIG))
     for mode in (False, True):
         engine.train(mode)
-        found = Validation(batches(), micro_batch, Forward(engine.module, None)).losses(engine)
+        validation = Validation(batches(), micro_batch, Forward(engine.module, None), mesh_of_processes().data)
+        found = validation.losses(engine)
         assert engine.module.training is mode and not any(engine.modes)
     return found
 

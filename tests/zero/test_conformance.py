@@ -38,7 +38,7 @@ def test_unchecked_version_is_refused_unless_told_otherwise(monkeypatch: pytest.
         (DeepSpeedZeroOptimizer, "get_partition_info"),
         (DeepSpeedZeroOptimizer, "reduce_ipg_grads"),
         (DeepSpeedEngine, "_get_zero_frozen_param_attributes"),
-        (groups, "_get_expert_parallel_rank"),
+        (groups, "_get_expert_parallel_group"),
     ],
 )
 def test_what_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:

@@ -12,6 +12,7 @@ from mocte_ds.benchmark.measure.llama import llama_ffn
 from mocte_ds.benchmark.measure.memory import require_memory
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import set_gate
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.moe import Block, BlockMode, attach
 
 FORMULA = (
@@ -95,7 +96,7 @@ def _block(sizes: FreezeSizes, clock: Clock) -> Block:
     holder.to(clock.device, sizes.torch_dtype)
     (block,) = attach(holder, config)
     block.to(clock.device)
-    set_gate(block, config)
+    set_gate(block, config, mesh_of_processes())
     block.mode = BlockMode.SPECIALISING
     return block
 

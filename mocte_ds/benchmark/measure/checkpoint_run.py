@@ -18,7 +18,7 @@ from mocte_ds.benchmark.measure.peak import Peak
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.convert.hf.export import export
-from mocte_ds.dist.collectives import from_rank_zero, gather_objects
+from mocte_ds.dist.collectives import from_rank_zero, wait_for_all
 from mocte_ds.training.model import TransformersModel, make_model
 
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer.model"
@@ -115,35 +115,37 @@ def save(sizes: CheckpointSizes, folder: str, asynchronous: bool) -> dict[str, A
         the steps meanwhile; "step": seconds of steps without a save; memory beyond that of the training.
     """
     run, root = Run(sizes, asynchronous), Path(folder) / CHECKPOINTS
+    world = run.engine.mesh.world
     run.emerge()
     steps = [run.step() for _ in range(5)]
     saves: list[dict[str, Any]] = []
     peak = Peak()
     for number in range(sizes.repeats):
         tag = f"step{number}"
-        gather_objects(None)  # all start at once
+        wait_for_all(world)  # all start at once
         started = time.perf_counter()
         client = {"base": base_facts(run.engine.module), "tokenizer": str(Path(folder) / TOKENIZER), "tokens": 0}
         run.engine.save_checkpoint(str(root), tag, client_state=client)
         in_step = time.perf_counter() - started
         beside: list[float] = []
-        while len(beside) < _MOST_STEPS and not from_rank_zero((root / tag).is_dir()):
+        while len(beside) < _MOST_STEPS and not from_rank_zero((root / tag).is_dir(), world):
             beside.append(run.step())
         run.engine.wait_for_checkpoint()
         saves.append({"seconds": time.perf_counter() - started, "in_step": in_step, "beside": beside})
-        if from_rank_zero(number) and int(os.environ["RANK"]) == 0:
+        if from_rank_zero(number, world) and int(os.environ["RANK"]) == 0:
             shutil.rmtree(root / f"step{number - 1}")
-        gather_objects(None)
+        wait_for_all(world)
     return {"saves": saves, "step": statistics.median(steps), **peak.to_dict()}
 
 
 def load(sizes: CheckpointSizes, folder: str) -> dict[str, Any]:
     """Load into a fresh engine (collective): seconds, and memory beyond that of the engine."""
     run, root, times = Run(sizes), Path(folder) / CHECKPOINTS, []
+    world = run.engine.mesh.world
     peak = Peak()
     for _ in range(sizes.repeats):
         forget(find_tag(root))
-        gather_objects(None)  # all start at once
+        wait_for_all(world)  # all start at once
         started = time.perf_counter()
         run.engine.load_checkpoint(str(root))
         times.append(time.perf_counter() - started)

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.dist.collectives import gather_objects, world
+from mocte_ds.dist.collectives import wait_for_all
+from mocte_ds.dist.mesh import mesh_of_processes
 
 _PIECE = 1 << 22  # bytes
 
@@ -22,12 +23,12 @@ def measure_disk(folder: str, size: int, repeats: int) -> dict[str, Any]:
     Returns:
         Seconds: "write" (with the wait for the disk), "read" (not from memory), "sha256" (in memory).
     """
-    rank, ranks = world()
-    path, pieces = Path(folder) / f"plain {rank}", max(1, size // ranks // _PIECE)
+    world = mesh_of_processes().world
+    path, pieces = Path(folder) / f"plain {world.rank}", max(1, size // world.size // _PIECE)
     found: dict[str, list[float]] = {"write": [], "read": [], "sha256": []}
     for _ in range(repeats):
         piece = os.urandom(_PIECE)
-        gather_objects(None)  # all start at once
+        wait_for_all(world)  # all start at once
         started = time.perf_counter()
         with open(path, "wb") as file:
             for _piece in range(pieces):
@@ -36,13 +37,13 @@ def measure_disk(folder: str, size: int, repeats: int) -> dict[str, Any]:
             os.fsync(file.fileno())
         found["write"].append(time.perf_counter() - started)
         forget(path)
-        gather_objects(None)  # all start at once
+        wait_for_all(world)  # all start at once
         started = time.perf_counter()
         with open(path, "rb") as file:
             while file.read(_PIECE):
                 pass
         found["read"].append(time.perf_counter() - started)
-        gather_objects(None)  # all start at once
+        wait_for_all(world)  # all start at once
         started, digest = time.perf_counter(), hashlib.sha256()
         for _ in range(pieces):
             digest.update(piece)

@@ -18,7 +18,6 @@ from mocte_ds.benchmark.measure.freeze_plan import FreezeSizes
 from mocte_ds.benchmark.measure.llama import next_token_loss
 from mocte_ds.benchmark.measure.wire import Traffic, WireCounter
 from mocte_ds.training.model import make_model
-from mocte_ds.zero.process_groups import expert_process_groups
 
 _PHASES = ("forward", "backward", "step")
 
@@ -47,8 +46,8 @@ class _Rank:
         self.sizes, self.clock, self.wire = sizes, clock, wire
         torch.manual_seed(0)
         self.engine, *_ = mocte_ds.initialize(model=make_model(sizes.model), config=sizes.config())
-        for name, group in zip(("token", "expert"), expert_process_groups(sizes.ep), strict=True):
-            wire.name_group(group, name)
+        wire.name_group(self.engine.mesh.expert.group, "token")
+        wire.name_group(self.engine.mesh.expert_data.group, "expert")
         for handle in self.engine.mocte.blocks:
             self.engine.mocte.emerge(block=handle.index)
         self.data = torch.Generator().manual_seed(int(os.environ["RANK"]))

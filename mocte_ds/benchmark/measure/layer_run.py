@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.layer_arms import LayerSizes, make_arms, tokens_and_gate
+from mocte_ds.dist.collectives import wait_for_all
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import MocteError
 
 _WARM = 2
@@ -33,15 +35,16 @@ def run_rank(sizes: LayerSizes, device: str, repeats: int) -> dict[str, Any]:
     import deepspeed
 
     deepspeed.init_distributed(verbose=False)  # takes over the process group
+    world = mesh_of_processes().world
     torch.manual_seed(0)
     clock = Clock(device)
-    hidden, gate = tokens_and_gate(sizes, torch.distributed.get_rank(), clock.device)
+    hidden, gate = tokens_and_gate(sizes, world.rank, clock.device)
     arms = make_arms(sizes, gate, clock.device)
     gradient = torch.randn_like(hidden)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(_WARM + repeats):
         for name, arm in arms.items():
-            torch.distributed.barrier()
+            wait_for_all(world)
             taken, _ = clock.once(partial(_forward_and_backward, arm, hidden, gradient))
             if turn >= _WARM:
                 seconds[name].append(taken)

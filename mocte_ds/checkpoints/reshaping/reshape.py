@@ -14,7 +14,7 @@ from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.save import Saver
-from mocte_ds.checkpoints.values import only_plausible
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership import require_apart, require_outside_whole
 
@@ -56,7 +56,7 @@ def reshape(
         written.require_batch(world_size)
         files = {name: reshaped.file(name) for name in reshaped.names()}
     count, is_new = len(files), not root.exists()
-    saver = Saver()
+    saver = Saver(mesh_of_processes().world)
     saver.run = manifest.run
     try:
         # The thread takes each file out of the list when it writes it.

@@ -20,6 +20,7 @@ from mocte_ds.controller.run_state import RunState
 from mocte_ds.convert.hf.trained import trained_model
 from mocte_ds.data.corpus import read_corpus
 from mocte_ds.data.stored_tokenizer import AnyTokenizer
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import DataError
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
@@ -80,7 +81,8 @@ class Emerged:
                 # The only part that is in memory.
                 gate = ClusterGate(block.hidden_size, bank.num_experts, bank.gate.router, vocab_size)
                 bank.deepspeed_moe.gate = gate
-        run = RunState(config, list(self.blocks.values()), UnitRegistry(model, [], 0, None), 0, 1)
+        mesh = mesh_of_processes()
+        run = RunState(config, list(self.blocks.values()), UnitRegistry(model, [], 0, None), mesh, 1)
         ids, domain, run.domain_names = _sequences(tokenizer, corpus, wanted_sequences(config), context)
         self.tokens_seen = ids.numel()
         """Tokens that were looked at."""
@@ -93,7 +95,7 @@ class Emerged:
         modes = {"mode": BlockMode.SPECIALISING.value, "experts": experts}
         for handle in run.blocks:
             reading = readings[handle.index]
-            set_gate(handle.block, config, reading.sample())
+            set_gate(handle.block, config, mesh, reading.sample())
             handle.block.mode = BlockMode.SPECIALISING
             self.clusters[handle.name] = reading.found.detection.count if reading.found else None
         state = {**source.state, "mocte": config.to_dict(), "blocks": [{"name": name, **modes} for name in names]}

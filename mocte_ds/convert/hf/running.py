@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from mocte_ds.base_model import base_facts, require_base
-from mocte_ds.dist.collectives import from_rank_zero, world
+from mocte_ds.dist.collectives import from_rank_zero
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import CheckpointError, ConfigError, MocteError
 from mocte_ds.zero.gathered_weights import whole_weights
 
@@ -44,7 +45,7 @@ def export_run(
         from mocte_ds.convert.hf.trained import GatheredSource
     except ModuleNotFoundError as error:
         raise ConfigError(f"engine.mocte.export needs {error.name}: pip install 'mocte-ds[hf]'.") from error
-    base, rank = require_base(base_facts(engine.module), "the run"), world()[0]
+    base, rank = require_base(base_facts(engine.module), "the run"), engine.mesh.world.rank
     out = Path(folder)
     failure: Exception | None = None
     if rank == 0:
@@ -52,8 +53,8 @@ def export_run(
             out = require_free(out, None, TOOL)
         except Exception as error:
             failure = error
-    _agree(failure)
-    weights = whole_weights(engine.module, engine.zero_optimization_partition_weights())
+    _agree(failure, engine.mesh.world)
+    weights = whole_weights(engine.module, engine.mesh, engine.zero_optimization_partition_weights())
     facts: dict[str, Any] | None = None
     if weights is not None:
         try:
@@ -63,8 +64,8 @@ def export_run(
             facts = export_trained(source, out, dtype, goes_along, choice=choice)
         except Exception as error:  # the other ranks must not wait for ever
             failure = error
-    _agree(failure)
-    return from_rank_zero(facts)
+    _agree(failure, engine.mesh.world)
+    return from_rank_zero(facts, engine.mesh.world)
 
 
 def _require_as_made(model: nn.Module, made: nn.Module) -> None:
@@ -90,9 +91,9 @@ def _parts(model: nn.Module) -> dict[str, str]:
     return {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in parts}
 
 
-def _agree(failure: Exception | None) -> None:
+def _agree(failure: Exception | None, axis: Axis) -> None:
     """Raise on all ranks what rank zero has met (collective)."""
     told = isinstance(failure, MocteError) or failure is None
-    found = from_rank_zero(failure if told else CheckpointError(f"{type(failure).__name__}: {failure}"))
+    found = from_rank_zero(failure if told else CheckpointError(f"{type(failure).__name__}: {failure}"), axis)
     if found is not None:
         raise failure or found

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocte_ds.dist.collectives import gather_rows, sum_over_ranks, world
+from mocte_ds.dist.collectives import gather_rows, sum_over_ranks
+from mocte_ds.dist.mesh import Axis
 from mocte_ds.seeds import derived_seed
 from mocte_ds.spectrum.sample import Selection, hash_keys
 
@@ -67,35 +68,35 @@ class ExpertRows:
                 kept = self._kept[expert] = features.new_empty(self.count, features.shape[1])
             kept[update.slots] = features.detach()[place[update.take]].to(kept.dtype)
 
-    def found(self) -> list[int]:
-        """Rows of each expert over all ranks, at most n (collective)."""
+    def found(self, axis: Axis) -> list[int]:
+        """Rows of each expert over the ranks of an axis, n at the most (collective)."""
         own = torch.tensor([len(chosen.slots) for chosen in self._chosen])
-        return sum_over_ranks(own).clamp(max=self.count).tolist()
+        return sum_over_ranks(own, axis).clamp(max=self.count).tolist()
 
-    def merged(self, experts: list[int], width: int, device: torch.device) -> Tensor:
+    def merged(self, experts: list[int], width: int, device: torch.device, axis: Axis) -> Tensor:
         """The chosen rows of all ranks in the order of their hashes, on every rank (collective).
 
         Args:
             experts: that have n rows (see :meth:`found`); the same on all ranks.
             width: d.
             device: of the result.
+            axis: the ranks.
 
         Returns:
             (len(experts), n, d) fp32.
         """
-        rank = world()[0]
         rows = torch.zeros(len(experts), self.count, width, device=device)
         for number, expert in enumerate(experts):
             chosen, kept = self._chosen[expert], self._kept[expert]
             hashes = chosen.hashes.cpu()
-            everywhere, order = gather_rows(hashes).sort(stable=True)
-            owner = gather_rows(torch.full_like(hashes, rank))[order][: self.count]
+            everywhere, order = gather_rows(hashes, axis).sort(stable=True)
+            owner = gather_rows(torch.full_like(hashes, axis.rank), axis)[order][: self.count]
             # A rank's own hashes are in ascending order: its i-th row among the chosen ones is its i-th row.
-            mine = (owner == rank).nonzero()[:, 0]
+            mine = (owner == axis.rank).nonzero()[:, 0]
             if kept is not None and len(mine):
                 rows[number, mine.to(device)] = kept[chosen.slots[: len(mine)].to(kept.device)].to(device, rows.dtype)
         # Nobody else has anything but zeros where a rank has a row, so that the sum is that row, bit for bit.
-        return sum_over_ranks(rows)
+        return sum_over_ranks(rows, axis)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values of this rank, for a checkpoint between two checks."""

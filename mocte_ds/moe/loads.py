@@ -1,0 +1,46 @@
+"""How many tokens the experts of a bank have got: in all, in this optimizer step, and their shares of the last one."""
+
+import torch
+from torch import Tensor
+
+
+class Loads:
+    """Of one bank on this rank; on the CPU also where a model is made on the meta device."""
+
+    def __init__(self, experts: int) -> None:
+        """Nothing is counted yet, and the shares are even."""
+        self.total = torch.zeros(experts, dtype=torch.int64, device="cpu")
+        """(E,) tokens of each expert since its birth; kept on one rank when a run resumes, so that sums stay right."""
+        self.step = torch.zeros(experts, dtype=torch.int64, device="cpu")
+        """(E,) of these, what the optimizer step that goes on has added."""
+        self.weight = torch.zeros(1, dtype=torch.float64, device="cpu")
+        """(1,) sum of the weights that the tokens of this step had; for `unit_mean`."""
+        self.share = torch.full((experts,), 1.0 / experts, device="cpu")
+        """(E,) share of the tokens that each expert got in the last optimizer step, all ranks together."""
+
+    def add(self, counts: Tensor, weight: Tensor | None) -> None:
+        """Take what a complete pass has counted.
+
+        Args:
+            counts: (E,) tokens of each expert.
+            weight: () sum of their weights; None: nobody asks.
+        """
+        self.total += counts.to(self.total.device)
+        self.step += counts.to(self.step.device)
+        if weight is not None:
+            self.weight += weight.to(self.weight.device)
+
+    def end_step(self, load: Tensor) -> None:
+        """Begin the next optimizer step.
+
+        Args:
+            load: (E,) int64 tokens of each expert in the one that is over, all ranks together.
+        """
+        if int(load.sum()):
+            self.share = (load.double() / load.sum()).float()
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Count the step that goes on anew."""
+        self.step.zero_()
+        self.weight.zero_()
