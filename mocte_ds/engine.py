@@ -40,7 +40,6 @@ from mocte_ds.zero.engine import UnitEngine
 from mocte_ds.zero.gathered_weights import converters_notice
 from mocte_ds.zero.partitioned_files import require_same_partition
 from mocte_ds.zero.process_groups import make_mesh
-from mocte_ds.zero.whole_weights import converters_notice
 
 DEFAULT_TOTAL_STEPS = 10_000
 

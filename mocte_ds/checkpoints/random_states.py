@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mocte_ds.checkpoints.plain import only_plausible, read_plain, require_keys
+from mocte_ds.checkpoints.values import only_plausible, read_plain, require_keys
 
 RANDOM_FILE = "mocte_random_rank{rank}.pt"
 RANDOM_NAME = re.compile(r"mocte_random_rank(\d+)\.pt")

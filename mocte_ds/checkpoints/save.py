@@ -18,7 +18,7 @@ import torch
 
 from mocte_ds.checkpoints.files import write_file
 from mocte_ds.checkpoints.place import Place, last_good
-from mocte_ds.checkpoints.plain import size_in_bytes
+from mocte_ds.checkpoints.values import size_in_bytes
 from mocte_ds.dist.collectives import from_rank_zero, gather_objects, max_over_ranks
 from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import CheckpointError

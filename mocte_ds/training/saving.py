@@ -19,7 +19,7 @@ def prepare(engine: Any, identity: dict[str, Any]) -> None:
         engine: of mocte_ds.initialize or deepspeed.initialize.
         identity: what a run that goes on from its checkpoints must agree with.
     """
-    files = engine.checkpoint_engine if hasattr(engine, "mocte") else use_plain_files(engine, engine.mesh)
+    files = engine.checkpoint_engine if hasattr(engine, "mocte") else use_checkpoint_files(engine, engine.mesh)
     files.always[IDENTITY_FILE] = json.dumps(identity, indent=1).encode()
 
 

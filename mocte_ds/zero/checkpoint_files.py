@@ -19,6 +19,7 @@ from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.save import Saver
+from mocte_ds.checkpoints.values import from_plain, only_plausible, read_plain, to_plain
 from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.dist.mesh import Axis, Mesh
 from mocte_ds.errors import CheckpointError, ConfigError
@@ -221,7 +222,7 @@ def own_files(world: Axis, rank_state: dict[str, Any] | None = None) -> dict[str
     return {RANDOM_FILE.format(rank=world.rank): states}
 
 
-def use_plain_files(engine: Any, mesh: Mesh) -> PlainFiles:
+def use_checkpoint_files(engine: Any, mesh: Mesh) -> CheckpointFiles:
     """Let a DeepSpeed engine save and load through plain files.
 
     Args:
@@ -243,7 +244,7 @@ def use_plain_files(engine: Any, mesh: Mesh) -> PlainFiles:
         )
     if engine.load_universal_checkpoint():
         raise ConfigError("checkpoint.load_universal is not supported: DeepSpeed unpickles such files; remove it.")
-    files = PlainFiles(mesh, engine)
+    files = CheckpointFiles(mesh, engine)
     engine.checkpoint_engine = files
     # It would be code that nobody verifies; `python -m deepspeed.utils.zero_to_fp32` is the same script.
     engine._copy_recovery_script = lambda save_path: None

@@ -40,7 +40,7 @@ class UnitEngine(DeepSpeedEngine):
 
     def _configure_checkpointing(self) -> None:
         super()._configure_checkpointing()
-        use_plain_files(self, self.mesh)
+        use_checkpoint_files(self, self.mesh)
 
     def _validate_zero3_moe_compatibility(self) -> None:
         # DeepSpeed refuses its expert layers here, because stage 3 would overwrite experts by those of rank 0.

@@ -115,7 +115,7 @@ def test_settings_of_deepspeed_that_go_round_it(changes, message):
         load_universal_checkpoint=lambda: "universal" in changes,
     )
     with raises(ConfigError, match=message):
-        use_plain_files(engine, MESH)
+        use_checkpoint_files(engine, MESH)
 
 
 def test_what_was_saved_comes_back(saved):

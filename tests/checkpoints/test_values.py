@@ -13,8 +13,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from pytest import mark, raises
 
-from mocte_ds.checkpoints.outline import read_outline
-from mocte_ds.checkpoints.plain import read_plain, size_in_bytes, to_plain
+from mocte_ds.checkpoints.disk_tensors import read_disk_tensors
+from mocte_ds.checkpoints.values import read_plain, size_in_bytes, to_plain
 from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.errors import CheckpointError
 from mocte_ds.zero.checkpoint_files import CheckpointFiles, own_files
@@ -109,7 +109,7 @@ def test_state_dicts_keep_their_versions():
 def test_objects_of_deepspeed_come_back(tmp_path):
     scaler = DynamicLossScaler(2.0**16, 1000, 1.0, 2, False, True, torch.half)
     scaler.cur_iter, scaler.cur_scale, scaler.cur_hysteresis = 7, 2.0**15, 1
-    files, state = PlainFiles(MESH), {"loss_scaler": scaler, "static": LossScaler(8.0)}
+    files, state = CheckpointFiles(MESH), {"loss_scaler": scaler, "static": LossScaler(8.0)}
     state["param_slice_mappings"] = [OrderedDict(weight=fragment_address(3, 4))]
     files._collected = {}  # as within a save
     files.save({"optimizer_state_dict": state}, str(tmp_path / "zero.pt"))
@@ -126,7 +126,7 @@ def test_objects_of_deepspeed_come_back(tmp_path):
 def test_objects_of_other_classes_are_not_made(tmp_path):
     content = {"object of class": "Exploit", "fields": {"path": "x"}}
     torch.save({"loss_scaler": dict(content)}, tmp_path / "zero.pt")
-    assert PlainFiles(MESH).load(str(tmp_path / "zero.pt")) == {"loss_scaler": content}
+    assert CheckpointFiles(MESH).load(str(tmp_path / "zero.pt")) == {"loss_scaler": content}
 
 
 def test_states_of_a_rank_that_are_not_plain_are_left_out_with_a_warning(recwarn):
@@ -140,7 +140,7 @@ def test_states_of_a_rank_that_are_not_plain_are_left_out_with_a_warning(recwarn
 def test_code_is_not_executed(tmp_path, as_zip):
     path, made = tmp_path / "file.pt", tmp_path / "made"
     plant(path, made, as_zip)
-    for read in (read_plain, lambda path: PlainFiles(MESH).load(str(path))):
+    for read in (read_plain, lambda path: CheckpointFiles(MESH).load(str(path))):
         with raises(CheckpointError, match="file.pt cannot be read: UnpicklingError"):
             read(path)
     assert not made.exists()

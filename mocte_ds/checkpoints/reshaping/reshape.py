@@ -14,6 +14,7 @@ from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.save import Saver
+from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import CheckpointError
 from mocte_ds.ownership import require_apart, require_outside_whole
