@@ -26,6 +26,8 @@ EXTRAS = {
     "report": ["matplotlib>=3.8", "pyyaml>=6"],
 }
 APPLICATION = ["train", "hf", "megatron", "eval", "report"]
+# They measure and compare this project; command.py says so where their tools are asked for.
+CHECKOUT_ONLY = ["mocte_ds.benchmark", "mocte_ds.benchmark.*", "mocte_ds.sweep", "mocte_ds.sweep.*"]
 DEV = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.5",
@@ -47,7 +49,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
-    packages=[*find_namespace_packages(include=["mocte_ds", "mocte_ds.*"]), "mocte_ds.tools"],
+    packages=[*find_namespace_packages(include=["mocte_ds", "mocte_ds.*"], exclude=CHECKOUT_ONLY), "mocte_ds.tools"],
     package_dir={"mocte_ds.tools": "tools"},
     entry_points={"console_scripts": ["mocte-ds = mocte_ds.command:main"]},
     package_data={"mocte_ds": ["corpus/*.jsonl.gz", "evaluation/tasks/*", "plan/hardware.yaml"]},

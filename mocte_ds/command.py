@@ -9,6 +9,9 @@ from pathlib import Path
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import ConfigError
 
+CHECKOUT_ONLY = ("benchmark", "sweep")
+"""Tools that measure and compare this project; what they need is not in the wheel."""
+
 
 def tools() -> dict[str, str]:
     """Names of the tools and the first sentence of each."""
@@ -16,7 +19,8 @@ def tools() -> dict[str, str]:
     folders = list(found.submodule_search_locations or []) if found else []
     paths = sorted(path for folder in folders for path in Path(folder).glob("*.py") if not path.stem.startswith("_"))
     docstrings = {path.stem: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in paths}
-    return {name: text.partition("\n")[0] for name, text in docstrings.items()}
+    absent = [name for name in CHECKOUT_ONLY if importlib.util.find_spec(f"mocte_ds.{name}") is None]
+    return {name: text.partition("\n")[0] for name, text in docstrings.items() if name not in absent}
 
 
 def main() -> None:
@@ -31,6 +35,8 @@ def _run() -> int | None:
         print("\n".join(f"  {name:<18} {text}" for name, text in known.items()))
         return 0
     name = sys.argv[1].replace("-", "_")
+    if name in CHECKOUT_ONLY and name not in known:
+        raise ConfigError(f"'{name}' needs a checkout of the project: python tools/{name}.py there.")
     if name not in known:
         raise ConfigError(f"there is no tool '{sys.argv[1]}'; tools: {', '.join(known)}.")
     sys.argv = [f"mocte-ds {name}", *sys.argv[2:]]

@@ -1,11 +1,19 @@
 """setup.py declares what is imported, and the plugin does without the extras."""
 
 import ast
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+
+import pytest
+
+from mocte_ds import command as command_line
+from mocte_ds.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ("clusters", "controller", "dist", "moe", "spectrum", "trainability", "zero", "engine.py", "config.py")
@@ -20,7 +28,7 @@ def declared() -> tuple[set[str], dict[str, set[str]]]:
     names = {
         "__file__": str(ROOT / "setup.py"),
         "setup": lambda **given: found.update(given),
-        "find_namespace_packages": lambda include: [],
+        "find_namespace_packages": lambda include, exclude: [],
     }
     exec(compile(code, "setup.py", "exec"), names)
 
@@ -97,3 +105,23 @@ def test_the_plugin_does_without_the_extras() -> None:
 def test_a_tool_without_its_package_says_which_extra_to_install() -> None:
     done = run("sys.argv = ['mocte-ds', 'sweep', 'x.yaml']\nfrom mocte_ds.command import main\nmain()")
     assert done.returncode == 2 and "pip install 'mocte-ds[train]'" in done.stderr, done.stderr
+
+
+def test_the_wheel_has_no_benchmarks_and_no_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built as pip builds it, and looked into."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", ".cache", "runs", "site", "build"))
+    command = [sys.executable, "-c", "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next((source / "dist").glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    assert {"mocte_ds/engine.py", "mocte_ds/plan/hardware.yaml", "mocte_ds/tools/plan.py"} <= set(names)
+    assert not [name for name in names if re.match(r"mocte_ds/(benchmark|sweep)/|tests/", name)]
+    found = importlib.util.find_spec
+    gone = ("mocte_ds.benchmark", "mocte_ds.sweep")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in gone else found(name, *more))
+    assert "plan" in command_line.tools() and not set(command_line.CHECKOUT_ONLY) & command_line.tools().keys()
+    monkeypatch.setattr(sys, "argv", ["mocte-ds", "benchmark", "step"])
+    with pytest.raises(ConfigError, match="needs a checkout"):
+        command_line._run()
