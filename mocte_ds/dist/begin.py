@@ -12,8 +12,8 @@ from deepspeed.constants import default_pg_timeout
 def begin_group(**options: Any) -> None:
     """Make the default process group by the environment of the launcher (collective).
 
-    When torchrun starts the ranks again it keeps its store, if its rendezvous is the static one: then a rank may read the
-    address of one that has ended (torch 2.13). So every start after the first has keys of its own there.
+    When torchrun starts the ranks again it keeps its store, if its rendezvous is the static one: then a rank may read
+    the address of one that has ended (torch 2.13). So every start after the first has keys of its own there.
 
     Args:
         **options: of deepspeed.init_distributed.
@@ -23,7 +23,5 @@ def begin_group(**options: Any) -> None:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.PrefixStore(f"restart_{start}", dist.TCPStore(address, port, timeout=default_pg_timeout))
-        dist.init_process_group(
-            backend, timeout=default_pg_timeout, world_size=world_size, rank=rank, store=store
-        )
+        dist.init_process_group(backend, timeout=default_pg_timeout, world_size=world_size, rank=rank, store=store)
     deepspeed.init_distributed(backend, **options)

@@ -69,8 +69,8 @@ def run_ranks(
         function: importable (defined at the top level of a module), so that a fresh process finds it.
         ranks: number of processes; on CUDA each takes the device of its number.
         *args: pickled; the same for all ranks. The rank is ``torch.distributed.get_rank()``.
-        timeout: seconds for start, work and end together. The clock starts when DeepSpeed's op is built and the server has
-            imported what it preloads.
+        timeout: seconds for start, work and end together. The clock starts when DeepSpeed's op is built and the server
+            has imported what it preloads.
         device: `cpu` or `cuda`.
         deepspeed: let DeepSpeed take over the process group at once, not when an engine is made.
         preload: see :func:`run_processes`.
@@ -250,9 +250,7 @@ def _write(path: str, content: bytes) -> None:
     os.rename(f"{path}.partial", path)
 
 
-def _wait(
-    processes: Sequence[BaseProcess], deadline: float, timeout: float, grace: float
-) -> tuple[str | None, bool]:
+def _wait(processes: Sequence[BaseProcess], deadline: float, timeout: float, grace: float) -> tuple[str | None, bool]:
     """Wait for all; what is wrong, if anything, and whether the time ran out."""
     problem, give_up, before = None, deadline, list(range(len(processes)))
     while True:

@@ -17,7 +17,7 @@ from mocte_ds.dist.collectives import (
 )
 from mocte_ds.dist.mesh import ALONE, Axis, mesh_of_processes
 from mocte_ds.errors import Disagreement, MocteError
-from tests.spawn import SpawnError, spawn
+from tests.spawn import spawn
 
 
 def _mine(rank: int, dtype: torch.dtype) -> torch.Tensor:

@@ -141,7 +141,9 @@ def test_names_of_tensor_parallel_parts_come_from_one_place() -> None:
         for path in SOURCES
         if "mp_rank" in path.read_text("utf-8")
     }
-    assert {name: len(texts) for name, texts in found.items() if texts} == {os.path.join("mocte_ds", "checkpoints", "names.py"): 1}
+    assert {name: len(texts) for name, texts in found.items() if texts} == {
+        os.path.join("mocte_ds", "checkpoints", "names.py"): 1
+    }
 
 
 @pytest.mark.parametrize(
