@@ -243,8 +243,8 @@ def initialize(
     block.check(mesh_of_processes().world.size)
     resolved = parsed_by_deepspeed(settings, mpu)
     total_steps = block.total_steps or _scheduled_steps(settings) or DEFAULT_TOTAL_STEPS
-    blocks = attach(model, block)
     mesh = make_mesh(block.ep_size, resolved.use_data_before_expert_parallel_, mpu)
+    blocks = attach(model, block)
     front = find_front(model, blocks, block.freeze.prefix.layers)
     registry = UnitRegistry(model, blocks, mesh.expert.rank, model_parameters, front)
     controller = Controller(block, blocks, registry, mesh, total_steps)

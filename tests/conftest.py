@@ -25,7 +25,9 @@ from mocte_ds.dist.cpu_op import build_cpu_op  # noqa: E402
 TESTS = Path(__file__).resolve().parent
 LONGEST = ("e2e", "launch", "zero", "engine", "megatron", "hf", "benchmark", "checkpoints", "report")
 """Folders of tests that take long, the longest first."""
-_PROCESSES = re.compile(r"\bspawn\(|\bsubprocess\b|\bmultiprocessing\b|\bLauncher\b|conftest import")
+_PROCESSES = re.compile(
+    r"\bspawn\(|\bsubprocess\b|\bmultiprocessing\b|\bLauncher\b|conftest import|\brun_(processes|ranks|script)\("
+)
 """In the text of a test module: it starts processes, or may."""
 
 

@@ -138,7 +138,7 @@ def run_processes(
             processes.append(context.Process(target=_enter, args=entry, daemon=False))
             processes[-1].start()
         problem, late = _wait(processes, deadline, timeout, grace)
-        if late:
+        if problem:
             _dump_stacks(processes)
         return Ended([process.exitcode for process in processes], problem, late)
     finally:
@@ -266,17 +266,21 @@ def _wait(processes: Sequence[BaseProcess], deadline: float, timeout: float, gra
         if not running:
             return problem, False
         if now > give_up:
-            return problem or f"ranks {running} did not end within {timeout:g} s", problem is None
+            return (
+                problem or f"ranks {running} did not end within {timeout:g} s; give them a longer time limit",
+                problem is None,
+            )
         time.sleep(0.02)
 
 
 def _dump_stacks(processes: Sequence[BaseProcess]) -> None:
     """Ask every living process for the stacks of its threads, into its log."""
-    for process in processes:
-        if process.is_alive() and process.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(1.0)
+    alive = [process for process in processes if process.is_alive() and process.pid is not None]
+    for process in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)
+    if alive:
+        time.sleep(0.5)
 
 
 def _kill(processes: Sequence[BaseProcess]) -> None:

@@ -129,7 +129,8 @@ class BatchContext:
 
     def _push(self, state: ForwardState, task: int = -1, again: bool = False, module: nn.Module | None = None) -> None:
         if not again:
-            state.usual_tokens, state.observer = self.usual_tokens, self._observer
+            state.usual_tokens = self.usual_tokens
+            state.observer = self._observer if state.observer is None else state.observer
             self._alive.add(state)
         self._passes.append(_Running(state, task, again, module))
 
@@ -187,8 +188,9 @@ class BatchContext:
             try:
                 yield state, False
                 state.commit()
+                state.observer = None
             finally:
-                self._passes.pop()
+                self._passes.pop().tell_abandoned()
 
     def current(self) -> ForwardState:
         """The state of the current pass; outside of any, that of a pass of which nothing is known."""
@@ -220,8 +222,9 @@ class BatchContext:
         try:
             yield state
             self._commit(state)
+            state.observer = None
         finally:
-            self._passes.pop()
+            self._passes.pop().tell_abandoned()
 
     @contextmanager
     def watched_by(self, observer: Observer) -> Iterator[None]:

@@ -7,7 +7,7 @@ from mocte_ds.clusters import detect, stability
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.handles import LastDetection
 from mocte_ds.controller.search import ClusterSearch, Documents, find_clusters
-from mocte_ds.dist.mesh import ALONE
+from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.errors import MocteError
 from tests.spawn import spawn
 
@@ -78,7 +78,7 @@ def share_out(broken: int | None) -> object:
     if broken is not None:
         work[broken] = Documents(**{**vars(work[broken]), "coordinates": torch.full((120, 2), torch.nan)})
     try:
-        found = ClusterSearch(CONFIG, work, in_background=True, axis=ALONE).results()
+        found = ClusterSearch(CONFIG, work, in_background=True, axis=mesh_of_processes().world).results()
     except MocteError as error:
         return str(error)
     return {block: facts.clusters.labels.tolist() for block, facts in found.items()}
