@@ -266,19 +266,17 @@ def _wait(processes: Sequence[BaseProcess], deadline: float, timeout: float, gra
         if not running:
             return problem, False
         if now > give_up:
-            return (
-                problem or f"ranks {running} did not end within {timeout:g} s; give them a longer time limit",
-                problem is None,
-            )
+            late = f"ranks {running} did not end within {timeout:g} s; give them a longer time limit"
+            return problem or late, problem is None
         time.sleep(0.02)
 
 
 def _dump_stacks(processes: Sequence[BaseProcess]) -> None:
     """Ask every living process for the stacks of its threads, into its log."""
-    alive = [process for process in processes if process.is_alive() and process.pid is not None]
-    for process in alive:
+    alive = [process.pid for process in processes if process.is_alive() and process.pid is not None]
+    for pid in alive:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGUSR1)
     if alive:
         time.sleep(0.5)
 

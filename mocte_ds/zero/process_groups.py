@@ -35,8 +35,8 @@ def make_mesh(ep_size: int, data_before_expert: bool = False, mpu: Any = None) -
     wanted, found = _expert_ranks(world, ep_size, data_before_expert), dist.get_process_group_ranks(expert.group)
     if found != wanted:
         raise MocteError(
-            f"the ranks that share this rank's experts would be {wanted} by this config, and another engine in this process "
-            f"has made groups of {found}; start this run in a process of its own."
+            f"the ranks that share this rank's experts would be {wanted} by this config, and another engine in this "
+            f"process has made groups of {found}; start this run in a process of its own."
         )
     # All ranks read different data; their own group has the time-out that the caller gave it.
     return Mesh(world, world, expert, Axis.of(groups._get_expert_data_parallel_group(name)), tensor=ALONE)
