@@ -41,7 +41,7 @@ class Rows:
     """(rows of all ranks,) order of the gathered rows by their hashes; None: they stay in the order of the ranks."""
 
     def coordinates(self, axis: Axis, basis: Tensor | None = None) -> Tensor:
-        """(rows of all ranks, k) coordinates in ``basis``, or in the own one (collective)."""
+        """(rows of all ranks, k) coordinates in ``basis``; None: in its own (collective)."""
         return self.gathered((self.features - self.mean) @ (self.basis if basis is None else basis), axis)
 
     def gathered(self, rows: Tensor, axis: Axis) -> Tensor:
@@ -152,7 +152,7 @@ class Birth:
 
 
 def set_gate(block: Block, config: MocteConfig, mesh: Mesh, sample: FeatureSample | None = None) -> None:
-    """Fix the routing of a block by the clusters of its sampled features, without a sample by chance (collective)."""
+    """Fix a block's routing by the clusters of its sampled features, or at random without a sample (collective)."""
     for number, bank in enumerate(block.banks):
         birth = Birth(block, number, config, mesh, sample)
         bank.gate.key.fit(birth)

@@ -51,7 +51,7 @@ class SampleStream:
             seed: seed of the sampling hash.
             eod_id: token that ends a document.
             axis: the ranks that sample together.
-            doublings: how often the sample may be doubled; so many more rows are kept.
+            doublings: how often the sample may be doubled; rows are kept for that.
         """
         self.sample_rows, self._axis = rows, axis
         self.tokens = Selection(rows << doublings, seed, axis.size)

@@ -69,7 +69,7 @@ class ExpertRows:
             kept[update.slots] = features.detach()[place[update.take]].to(kept.dtype)
 
     def found(self, axis: Axis) -> list[int]:
-        """Rows of each expert over the ranks of an axis, n at the most (collective)."""
+        """Rows of each expert over all ranks, at most n (collective)."""
         own = torch.tensor([len(chosen.slots) for chosen in self._chosen])
         return sum_over_ranks(own, axis).clamp(max=self.count).tolist()
 

@@ -98,7 +98,7 @@ def _offer(kept: ExpertRows, k: int, rows: Tensor, gradient: Tensor, places: Ten
 def _measured(
     run: RunState, modules: dict[Key, nn.Module], kept: list[ExpertRows], groups: _Groups
 ) -> dict[int, dict[int, dict[str, float]]]:
-    """The numbers of all modules of which there are enough rows; those that have one take turns (collective)."""
+    """The numbers of all modules with enough rows; the ranks that hold a module take turns (collective)."""
     mesh = run.mesh
     own: dict[Key, dict[str, float]] = {}
     turn = 0

@@ -108,7 +108,7 @@ def _subspaces(
 def _half_sample_angles(
     features: list[Tensor], rank: int, names: list[str], place: Tensor, axis: Axis
 ) -> list[list[float]]:
-    """For each block the sines of the angles between two half-samples' leading directions.
+    """For each block, the sines of the angles between the leading directions of two half-samples.
 
     The halves are taken by the rows' hashes: ranks and micro-batches are not to change what a gate is made of.
     """

@@ -81,7 +81,7 @@ class Passes:
         self._parts, self._texts, self._brought_in = 0, 0, True
 
     def _move_gates(self, loads: Mapping[Bank, Tensor]) -> None:
-        """Even the loads out, and follow the weights' mean; in blocks whose experts are all frozen nothing moves."""
+        """Update the biases for even loads and the running mean of the weights, except where all experts are frozen."""
         moving = {
             bank for handle in self._run.blocks for bank in handle.block.banks if handle.mode is BlockMode.SPECIALISING
         }

@@ -67,7 +67,7 @@ class ProbeSet:
 
         Args:
             tokens: wanted over all ranks.
-            eod_id: token that ends a document; the one after it is not counted.
+            eod_id: token that ends a document; the loss of the one after it does not count.
             mesh: the ranks that share the sequences out.
         """
         self._wanted, self._eod_id, self._mesh = tokens, eod_id, mesh

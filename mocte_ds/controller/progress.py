@@ -175,7 +175,7 @@ class Progress:
     def _credit(
         run: RunState, handle: BlockHandle, now: ProbeReading, before: ProbeReading, facts: ProgressFacts
     ) -> None:
-        """Share what a block's rollback costs out to the experts that the tokens go to today."""
+        """Attribute the cost of a block's rollback to the experts that its tokens go to now."""
         assert before.losses is not None and now.losses is not None
         gain = before.losses - now.losses
         counted = torch.isfinite(gain) & now.valid

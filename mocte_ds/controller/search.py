@@ -39,7 +39,7 @@ class ClusterSearch:
     """Block i is worked on by rank i mod their number; :meth:`results` brings everybody's together."""
 
     def __init__(self, config: MocteConfig, work: Mapping[int, Documents], in_background: bool, axis: Axis) -> None:
-        """Start.
+        """Start the search.
 
         Args:
             config: the "mocte" block.

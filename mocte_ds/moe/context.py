@@ -52,7 +52,7 @@ class BatchContext:
         self.step_passes = 0
         """The number of those passes, whoever called the model."""
         self.loss_scale: Tensor | float | None = None
-        """Gradient of the model's loss in the backward pass that runs; None: 1."""
+        """Gradient of the model's loss in the current backward pass; None: 1."""
         self._next: dict[str, Any] = {}
         self._observer: Observer | None = None
         self._passes: list[_Running] = []

@@ -138,7 +138,7 @@ class Selection:
         return Update(take[entering], slots)
 
     def choose(self, axis: Axis, count: int | None = None) -> Choice:
-        """Which rows of all ranks have the smallest hashes (collective, always: no rank answers from memory).
+        """Which rows of all ranks have the smallest hashes (always collective: no rank answers from memory).
 
         Sharers of the selection can use one answer as long as nothing has been offered since.
 

@@ -205,7 +205,7 @@ class CheckpointFiles(CheckpointEngine):
 
 
 def own_files(world: Axis, rank_state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The file of this rank's random states, with what only this rank's controller has.
+    """Content of this rank's file of random states, with the part of the controller's state that only this rank has.
 
     Args:
         world: all ranks, each of which has a file.
@@ -223,7 +223,7 @@ def own_files(world: Axis, rank_state: dict[str, Any] | None = None) -> dict[str
 
 
 def use_checkpoint_files(engine: Any, mesh: Mesh) -> CheckpointFiles:
-    """Let a DeepSpeed engine save and load through plain files.
+    """Let a DeepSpeed engine save and load through files that hold values only.
 
     Args:
         engine: of DeepSpeed, or ours.

@@ -55,7 +55,7 @@ def without_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str
 
 
 def require_same_partition(folder: Path, stage: int, mesh: Mesh) -> None:
-    """Refuse a checkpoint of another way to share weights out.
+    """Refuse a checkpoint whose weights are partitioned in another way.
 
     Args:
         folder: of one tag.

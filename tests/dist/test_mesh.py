@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -27,15 +28,25 @@ def _axes_of_four(data_before_expert: bool) -> dict:
     assert make_mesh(2, data_before_expert) == mesh, "DeepSpeed's groups are made once"
     pair = dist.new_group([0, 1])
     refusals = []
+
+    def engine(gradients: object, tokens: object) -> SimpleNamespace:
+        model = torch.nn.Sequential(torch.nn.Identity())
+        model[0].ep_group = tokens
+        return SimpleNamespace(seq_data_parallel_group=gradients, module=model)
+
+    data, expert = mesh.data.group, mesh.expert.group
     if mesh.world.rank < 2:
         for call in (
             lambda: make_mesh(2, data_before_expert, SimpleNamespace(get_data_parallel_group=lambda: pair)),
-            lambda: require_axes_of(SimpleNamespace(data_parallel_group=pair), mesh),
+            lambda: require_axes_of(engine(pair, expert), mesh),
+            lambda: require_axes_of(engine(None, expert), mesh),
+            lambda: require_axes_of(engine(data, data), mesh),
+            lambda: make_mesh(2, not data_before_expert),
         ):
             with pytest.raises(MocteError) as caught:
                 call()
             refusals.append((type(caught.value), str(caught.value)))
-    require_axes_of(SimpleNamespace(data_parallel_group=mesh.data.group), mesh)
+    require_axes_of(engine(data, expert), mesh)
     axes = {name: getattr(mesh, name) for name in ("world", "data", "expert", "expert_data", "tensor")}
     ranks = {name: axis.group and dist.get_process_group_ranks(axis.group) for name, axis in axes.items()}
     return {"ranks": ranks, "places": {name: (axis.rank, axis.size) for name, axis in axes.items()}, "no": refusals}
@@ -51,9 +62,17 @@ def test_axes_of_four_ranks(data_before_expert: bool) -> None:
         places = {name: (ranks.index(rank), len(ranks)) for name, ranks in expected.items()}
         assert found["places"] == {**places, "tensor": (0, 1)}
         if rank < 2:
-            (kind, why), (_, other) = found["no"]
+            (kind, why), *others = found["no"]
             assert kind is ConfigError and "mpu has 2 data-parallel ranks of 4" in why
-            assert "DeepSpeed's data-parallel ranks are [0, 1], the mesh's are [0, 1, 2, 3]" in other
+            told = (
+                "DeepSpeed sends gradients over the ranks [0, 1], the mesh has [0, 1, 2, 3]",
+                "DeepSpeed sends gradients over the ranks None",
+                f"DeepSpeed sends tokens of 0 over the ranks [0, 1, 2, 3], the mesh has {expert}",
+                "another engine in this process has made groups of",
+            )
+            assert len(others) == len(told) and all(
+                text in other for text, (_, other) in zip(told, others, strict=True)
+            )
 
 
 @pytest.mark.parametrize("rank", [0, 3])
