@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mocte_ds.base_model import make_config
+from mocte_ds.base_model import make_config, require_base
 from mocte_ds.checkpoints.source import Source
 from mocte_ds.convert.megatron.base_config import arguments_of
 from mocte_ds.errors import CheckpointError
@@ -45,8 +45,7 @@ def settings_of(source: Source, where: object) -> Settings:
     Raises:
         CheckpointError: there is none; says which key or setting stands in the way.
     """
-    base = source.base
-    assert base is not None
+    base = require_base(source.base, where)
     config = make_config(base, where).get_text_config()
     try:
         transformer, model = arguments_of(base["architecture"], config)
