@@ -12,6 +12,7 @@ from mocte_ds.checkpoints.files import to_json
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import Source, empty_model
+from mocte_ds.checkpoints.stored_model import refuse_decoder
 from mocte_ds.convert.hf.shards import Entry, Shards, write_shards
 from mocte_ds.convert.megatron.settings import Settings, settings_of
 from mocte_ds.convert.megatron.tensor_map import Pair, all_pairs, unused
@@ -95,6 +96,7 @@ class MegatronSource(Source):
     def _read(self, values: dict[str, Any], folder: Path, path: Path, dtype: str) -> None:
         """The structure, nothing of which is built if it claims more than the folder holds."""
         state = values["state"]
+        refuse_decoder(state, path)
         base, experts, mocte = require_base(state.get("base"), path), 0, None
         if state["mocte"] is not None:
             mocte = {"config": state["mocte"], "blocks": state["blocks"]}
