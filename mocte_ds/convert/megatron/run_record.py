@@ -102,8 +102,9 @@ class MegatronSource(Source):
             mocte = {"config": state["mocte"], "blocks": state["blocks"]}
             experts = state["mocte"]["num_experts"] * len(state["mocte"].get("banks") or [None]) * len(state["blocks"])
         there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        layers = base["config"]["num_hidden_layers"]
-        model = empty_model(base, mocte, path) if max(layers, experts) <= there else None
+        # The least that lies there of so many layers and experts: a vector of features each.
+        least = max(base["config"]["num_hidden_layers"], experts) * base["config"]["hidden_size"]
+        model = empty_model(base, mocte, path) if least <= there else None
         if model is None or sum(tensor.numel() for tensor in model.state_dict().values()) > there:
             raise CheckpointError(
                 f"{folder} has {there:,} bytes, fewer than the parameters of the model that its {path.name} describes: "
