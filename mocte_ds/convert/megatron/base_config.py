@@ -26,12 +26,19 @@ _CLASSES = {
     "MistralForCausalLM": _Architecture("all"),
     "Qwen2ForCausalLM": _Architecture("layer_types", {"add_qkv_bias": True}),
     "Qwen3ForCausalLM": _Architecture("layer_types", {"qk_layernorm": True}, {"attention_bias": False}),
+    # Of runs that started from such a folder: blocks stand in the place of their own experts.
+    "MixtralForCausalLM": _Architecture("all"),
+    "Qwen2MoeForCausalLM": _Architecture("layer_types"),
+    "Qwen3MoeForCausalLM": _Architecture("all", {"qk_layernorm": True}, {"attention_bias": False}),
 }
 _READ = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
 _READ |= {"num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act", "tie_word_embeddings"}
-_READ |= {"attention_dropout", "rope_parameters", "sliding_window", "layer_types"}
+_READ |= {"attention_dropout", "rope_parameters", "sliding_window", "layer_types", "qkv_bias"}
 _WITHOUT_EFFECT = {"initializer_range", "use_cache", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id"}
 _WITHOUT_EFFECT |= {"use_sliding_window", "max_window_layers"}  # their effect stands in sliding_window and layer_types
+_WITHOUT_EFFECT |= {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"}  # the run has
+_WITHOUT_EFFECT |= {"shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}  # blocks of its own
+_WITHOUT_EFFECT |= {"norm_topk_prob", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}
 # The only such values that megatron-core's GPTModel has (RotaryEmbedding._apply_scaling).
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -68,7 +75,7 @@ def arguments_of(architecture: str, config: Any) -> tuple[dict[str, Any], dict[s
         "layernorm_epsilon": config.rms_norm_eps,
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_qkv_bias": getattr(config, "qkv_bias", False),
         "attention_dropout": config.attention_dropout,
         "hidden_dropout": 0.0,
     }

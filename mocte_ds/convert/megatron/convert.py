@@ -39,7 +39,7 @@ def to_megatron(
         tell: called with a line for each stage.
 
     Returns:
-        Facts: parameters, dtype, step, and what was compared (see mocte_ds.convert.megatron.compare).
+        Facts: dtype, step, parameters, and what was compared (see mocte_ds.convert.megatron.compare).
 
     Raises:
         CheckpointError: the checkpoint is none, damaged, or not convertible (says what to change); the written model
@@ -61,11 +61,8 @@ def to_megatron(
         del weights  # the next model needs the memory
         write_record(pending, source, settings, pairs, manifest)
         tell("comparing with the trained model")
-        tensors = files.read(build(settings), pending)
-        model = fill(build(settings), tensors)
-        facts = compare(source, pairs, model, tensors)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": parameters, "dtype": dtype, "step": source.state["step"], **facts}
+        facts = compare(source, settings, pairs, pending)
+    return {"dtype": dtype, "step": source.state["step"], **facts}
 
 
 def from_megatron(

@@ -12,6 +12,7 @@ from mocte_ds.checkpoints.files import to_json
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import Source, empty_model
+from mocte_ds.checkpoints.stored_model import refuse_decoder
 from mocte_ds.convert.hf.shards import Entry, Shards, write_shards
 from mocte_ds.convert.megatron.settings import Settings, settings_of
 from mocte_ds.convert.megatron.tensor_map import Pair, all_pairs, unused
@@ -95,13 +96,15 @@ class MegatronSource(Source):
     def _read(self, values: dict[str, Any], folder: Path, path: Path, dtype: str) -> None:
         """The structure, nothing of which is built if it claims more than the folder holds."""
         state = values["state"]
+        refuse_decoder(state, path)
         base, experts, mocte = require_base(state.get("base"), path), 0, None
         if state["mocte"] is not None:
             mocte = {"config": state["mocte"], "blocks": state["blocks"]}
             experts = state["mocte"]["num_experts"] * len(state["mocte"].get("banks") or [None]) * len(state["blocks"])
         there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        layers = base["config"]["num_hidden_layers"]
-        model = empty_model(base, mocte, path) if max(layers, experts) <= there else None
+        # The least that lies there of so many layers and experts: a vector of features each.
+        least = max(base["config"]["num_hidden_layers"], experts) * base["config"]["hidden_size"]
+        model = empty_model(base, mocte, path) if least <= there else None
         if model is None or sum(tensor.numel() for tensor in model.state_dict().values()) > there:
             raise CheckpointError(
                 f"{folder} has {there:,} bytes, fewer than the parameters of the model that its {path.name} describes: "

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mocte_ds.base_model import make_config
+from mocte_ds.base_model import make_config, require_base
+from mocte_ds.checkpoints.names import expert_parameter
 from mocte_ds.checkpoints.source import Source
 from mocte_ds.convert.megatron.base_config import arguments_of
 from mocte_ds.errors import CheckpointError
@@ -45,8 +46,7 @@ def settings_of(source: Source, where: object) -> Settings:
     Raises:
         CheckpointError: there is none; says which key or setting stands in the way.
     """
-    base = source.base
-    assert base is not None
+    base = require_base(source.base, where)
     config = make_config(base, where).get_text_config()
     try:
         transformer, model = arguments_of(base["architecture"], config)
@@ -62,7 +62,7 @@ def settings_of(source: Source, where: object) -> Settings:
         scale = _HARD if router.weight == "hard" else 1.0
         transformer |= {
             "num_moe_experts": first.num_experts,
-            "moe_ffn_hidden_size": config.intermediate_size,
+            "moe_ffn_hidden_size": source.shapes[expert_parameter(first.name, 0, 0, "gate_proj.weight")][0],
             "moe_router_topk": router.top_k,
             # A softmax over the chosen alone is that over all, divided by the sum of the chosen.
             "moe_router_pre_softmax": not router.normalise,

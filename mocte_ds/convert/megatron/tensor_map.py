@@ -86,13 +86,15 @@ def unused(source: Source, pairs: list[Pair]) -> list[str]:
     """Names of ours that take no part in what the model computes: FFNs and experts that do not run, equal biases.
 
     Raises:
-        CheckpointError: another tensor has no place in GPTModel.
+        CheckpointError: another tensor has no place in GPTModel, or one that it has is missing.
     """
     idle: tuple[str, ...] = ()
     for block in blocks_by_layer(source).values():
         warm = block.mode is BlockMode.WARMUP
         idle += (f"{block.name}.banks.",) if warm else (f"{block.name}.dense.", GATE.format(block=block.name))
     used = {name for pair in pairs for name in pair.sources}
+    if missing := used - source.shapes.keys():
+        raise CheckpointError(f"megatron-core's GPTModel needs {min(missing)}, which the model does not have.")
     rest = [name for name in source.shapes if name not in used]
     if lost := [name for name in rest if not name.startswith(idle)]:
         raise CheckpointError(f"megatron-core's GPTModel has no place for {lost[0]} ({len(lost)} such tensors).")

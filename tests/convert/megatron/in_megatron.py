@@ -31,22 +31,24 @@ def look(folders: dict[str, str], ids: Tensor, doubled: str) -> dict[str, dict[s
             for name, folder in folders.items():
                 if name == "dense" and ep_size == 2:
                     continue
-                model = _load(folder, layout)
-                found.setdefault(name, {})[f"ep {ep_size}"] = _run(model, ids)
+                model = load(folder, layout)
+                found.setdefault(name, {})[f"ep {ep_size}"] = logits_of(model, ids)
                 if ep_size == 2 and name == "softmax":
                     found[name]["experts a rank"] = len(model.decoder.layers[0].mlp.experts.local_experts)
                     _save_doubled(model, doubled)
             if ep_size == 1:
-                found["dense"]["padded"] = _run(_load(folders["dense"], layout, vocab_size=PADDED), ids)
-                found["softmax"]["engine"] = _run(_load(folders["softmax"], layout, engine_names=True), ids)
+                found["dense"]["padded"] = logits_of(load(folders["dense"], layout, vocab_size=PADDED), ids)
+                found["softmax"]["engine"] = logits_of(load(folders["softmax"], layout, engine_names=True), ids)
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
-        found["dense"]["half of the vocabulary"] = _run(_load(folders["dense"], {"tensor_model_parallel_size": 2}), ids)
+        found["dense"]["half of the vocabulary"] = logits_of(
+            load(folders["dense"], {"tensor_model_parallel_size": 2}), ids
+        )
         parallel_state.destroy_model_parallel()
     return found
 
 
-def _load(folder: str, layout: dict[str, int], engine_names: bool = False, **changes: Any) -> nn.Module:
+def load(folder: str, layout: dict[str, int], engine_names: bool = False, **changes: Any) -> nn.Module:
     from megatron.core import dist_checkpointing
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -74,7 +76,7 @@ def _load(folder: str, layout: dict[str, int], engine_names: bool = False, **cha
 
 
 @torch.no_grad()
-def _run(model: nn.Module, ids: Tensor) -> Any:
+def logits_of(model: nn.Module, ids: Tensor) -> Any:
     length = ids.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     return model(ids, torch.arange(length)[None].expand_as(ids), mask).numpy()
@@ -97,7 +99,7 @@ def save_surplus(folder: str, out: str) -> None:
 
     with on_cpu():
         parallel_state.initialize_model_parallel()
-        model = _load(folder, {})
+        model = load(folder, {})
         weights = model.sharded_state_dict()
         like = weights["decoder.final_layernorm.weight"]
         surplus = {name: replace(like, key=name) for name in ("decoder.layers.mlp.surplus", "optimizer.state.exp_avg")}

@@ -374,15 +374,25 @@ def test_folders_that_are_damaged_are_refused(converted, tmp_path):
     (folder / "mocte_ds" / "model.safetensors").unlink()
     refused("model.safetensors is missing")
     state = json.loads((folder / "mocte_ds" / "state.json").read_text())
-    (folder / "mocte_ds" / "state.json").write_text(json.dumps({**state, "format": 2}))
-    sign(folder / "mocte_ds")
+
+    def rewritten(values: dict) -> None:
+        (folder / "mocte_ds" / "state.json").write_text(json.dumps(values))
+        sign(folder / "mocte_ds")
+
+    rewritten({**state, "format": 2})
     refused("state.json has format 2; this version reads format 1")
+    rewritten({**state, "state": {**state["state"], "base": None, "model": {"style": "llama"}}})
+    refused("state.json holds a decoder of an earlier version")
+    rewritten({**state, "transformer_config": {**state["transformer_config"], "layernorm_epsilon": 0.1}})
+    refused("the settings of megatron-core's model are not those of the run's model")
+    larger = {**state["state"]["base"], "config": {**state["state"]["base"]["config"], "num_hidden_layers": 10**9}}
+    rewritten({**state, "state": {**state["state"], "base": larger}})
+    refused("fewer than the parameters of the model that its state.json describes")
     shutil.rmtree(folder / "mocte_ds")
     shutil.copytree(converted.folders["a block in warm-up, all kv heads"] / "mocte_ds", folder / "mocte_ds")
     refused(r"holds decoder.layers.mlp.experts.experts.linear_fc1.weight, for which .* no place \(8 such")
     state["state"]["base"]["config"]["vocab_size"], state["gpt_model"]["vocab_size"] = VOCAB + 1, VOCAB + 1
-    (folder / "mocte_ds" / "state.json").write_text(json.dumps(state))
-    sign(folder / "mocte_ds")
+    rewritten(state)
     refused(f"has {VOCAB} tokens in its vocabulary, the run {VOCAB + 1}")
 
 
