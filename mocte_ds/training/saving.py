@@ -6,6 +6,7 @@ from typing import Any
 
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.random_states import restore_random_states
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import CheckpointError, MocteError, peer_is_lost
 from mocte_ds.shown import one_line
 from mocte_ds.training.changes import IDENTITY_FILE
@@ -19,6 +20,8 @@ def prepare(engine: Any, identity: dict[str, Any]) -> None:
         engine: of mocte_ds.initialize or deepspeed.initialize.
         identity: what a run that goes on from its checkpoints must agree with.
     """
+    if not hasattr(engine, "mesh"):
+        engine.mesh = mesh_of_processes()
     files = engine.checkpoint_engine if hasattr(engine, "mocte") else use_checkpoint_files(engine, engine.mesh)
     files.always[IDENTITY_FILE] = json.dumps(identity, indent=1).encode()
 

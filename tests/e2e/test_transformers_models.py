@@ -67,7 +67,8 @@ def test_a_model_from_its_config(
     assert [row["step"] for row in log] == list(range(1, STEPS + 1)) and log[-1]["loss"] < log[0]["loss"]
     assert {"emergence", "freeze", *(["resume"] if resumes else [])} <= {event["event"] for event in events}
     facts = export(out / "checkpoints", tmp_path / "export")
-    assert facts["architecture"] == "MocteBlocksForCausalLM" and facts["logit_difference"] < 1e-5
+    wanted = "Qwen3MoeForCausalLM" if kind == "qwen3" else "MocteBlocksForCausalLM"
+    assert facts["architecture"] == wanted and facts["logit_difference"] < 1e-5
     found = validation(tmp_path / "export", prepared)
     assert found == {domain: pytest.approx(log[-1]["validation"][domain], abs=1e-4) for domain in found}
     # Texts end as the tokenizer says, though the class has other defaults.

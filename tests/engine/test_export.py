@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import mocte_ds.convert.hf.register  # noqa: F401
 from mocte_ds.checkpoints.load import read_state
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.convert.hf.export import export
