@@ -284,7 +284,7 @@ class MocteConfig:
         if self.num_experts % self.ep_size:
             raise ConfigError(
                 f"ep_size = {self.ep_size} does not divide mocte.num_experts = {self.num_experts}; "
-                f"allowed: {shown(_divisors(self.num_experts))}."
+                f"allowed: {shown(divisors(self.num_experts))}."
             )
         if self.num_experts > self.spectrum.rows // 16:
             raise ConfigError(
@@ -319,10 +319,10 @@ class MocteConfig:
     def check(self, world_size: int) -> None:
         """Raise ConfigError where ep_size does not divide the data-parallel ranks."""
         if world_size % self.ep_size:
-            divisors = shown(_divisors(math.gcd(world_size, self.num_experts)))
+            allowed = shown(divisors(math.gcd(world_size, self.num_experts)))
             raise ConfigError(
                 f"mocte.ep_size = {self.ep_size} does not divide the {world_size} data-parallel ranks; "
-                f"allowed with {self.num_experts} experts: {divisors}."
+                f"allowed with {self.num_experts} experts: {allowed}."
             )
 
     @property
@@ -335,7 +335,7 @@ class MocteConfig:
         return dataclasses.asdict(self)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
     """All divisors, in order."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})

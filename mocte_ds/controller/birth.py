@@ -197,7 +197,7 @@ def copy_dense_weights(block: Block) -> None:
 
 @torch.no_grad()
 def redraw_units(block: Block, config: MocteConfig, ep_rank: int) -> dict[nn.Parameter, Drawn]:
-    """Draw anew the share of each local expert that `expert.redraw` names, the same whatever the number of ranks.
+    """Redraw the share `expert.redraw` of each local expert; the result does not depend on the number of ranks.
 
     Args:
         block: whose experts have the weights that they are born with.

@@ -69,7 +69,7 @@ class Samples(Observer):
         self.by_source[layer] = table
 
     def abandoned(self) -> None:
-        """Begin anew: what some blocks have seen of a pass, others have not."""
+        """Begin a new sample: only some of the blocks have seen the pass that ended."""
         self.clear()
 
     # ---- what checks ask -------------------------------------------------------------------------------------------

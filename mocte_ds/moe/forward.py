@@ -38,7 +38,7 @@ class ForwardState(Call):
     micro_batch: int | None = None
     """Sequences that have numbers of their own in a row; None: all."""
     observer: Observer | None = None
-    """Who is told of it until it is complete; None: nobody asks."""
+    """Told of the pass until it is complete; None: no observer."""
     counting: bool = False
     """Whether this pass trains: its tokens count."""
     shares: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)

@@ -3,10 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mocte_ds.config import divisors
 from mocte_ds.errors import ConfigError
 from mocte_ds.plan.memory import PHASES, Layout, Task, checkpoint, host_memory, memory
 from mocte_ds.plan.parameters import count_parameters
-from mocte_ds.plan.speed import Hardware, divisors, save_seconds, speed
+from mocte_ds.plan.speed import Hardware, save_seconds, speed
 from mocte_ds.training.run_config import RunConfig
 
 ROOM = 0.95

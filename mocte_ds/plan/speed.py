@@ -1,6 +1,5 @@
 """FLOPs, bytes on the wire and seconds of a step, from the rates of a machine."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,9 +123,3 @@ def _ring(ranks: int) -> float:
 def save_seconds(size: float, hardware: Hardware) -> float:
     """Seconds that a checkpoint takes on the shared file system."""
     return size / hardware.disk
-
-
-def divisors(number: int) -> list[int]:
-    """Whole numbers that divide another one, ascending; few for what is asked here."""
-    small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
-    return sorted({*small, *(number // i for i in small)})

@@ -17,13 +17,14 @@ from mocte_ds.controller.birth import bypass_seed, set_gate
 from mocte_ds.controller.collect import FeatureCollector
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.run_state import RunState
+from mocte_ds.convert.hf.imported_folder import start_state
 from mocte_ds.convert.hf.trained import trained_model
 from mocte_ds.data.corpus import read_corpus
 from mocte_ds.data.stored_tokenizer import AnyTokenizer
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import DataError
 from mocte_ds.moe.attach import matching_modules
-from mocte_ds.moe.block import Block, BlockMode, ExpertMode
+from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.moe.experts import draw_bypass, make_expert
 from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.forward import ForwardState
@@ -35,13 +36,6 @@ ROWS_A_SEQUENCE = 16
 _TOGETHER = 8  # sequences per forward pass
 
 # Shapes: S sequences of T tokens, d features.
-
-
-class EmergedSource(Source):
-    """An imported model with experts, of which nothing but the gates exists yet."""
-
-    def _stored(self, name: str) -> Tensor:
-        raise NotImplementedError("weights of a start are made while it is written")
 
 
 class Emerged:
@@ -91,16 +85,13 @@ class Emerged:
         finish_readings(run, readings, search)
         self.clusters = {}
         """By block: how many clusters were found in its documents, as a check of a run would report them."""
-        experts = [ExpertMode.TRAINING.value] * (config.num_experts * len(config.routers))
-        modes = {"mode": BlockMode.SPECIALISING.value, "experts": experts}
         for handle in run.blocks:
             reading = readings[handle.index]
             set_gate(handle.block, config, mesh, reading.sample())
             handle.block.mode = BlockMode.SPECIALISING
             self.clusters[handle.name] = reading.found.detection.count if reading.found else None
-        state = {**source.state, "mocte": config.to_dict(), "blocks": [{"name": name, **modes} for name in names]}
-        self.source = EmergedSource(model, state)
-        """Its structure and its state."""
+        self.model, self.state = model, {**source.state, **start_state(config, names)}
+        """Its structure, and its state as of :class:`mocte_ds.checkpoints.source.Source`."""
         self._newest: tuple[tuple[str, int, int], dict[str, Tensor]] = (("", -1, -1), {})
 
     def tensors(self, dense: Tensors) -> Tensors:
@@ -110,7 +101,7 @@ class Emerged:
             dense: those of the dense model.
         """
         found: Tensors = {}
-        for name, like in self.source.model.state_dict().items():
+        for name, like in self.model.state_dict().items():
             block = next((block for block in self.blocks if name.startswith(f"{block}.")), None)
             expert = EXPERT_PARAMETER.fullmatch(name)
             if block is None:

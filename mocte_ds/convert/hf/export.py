@@ -128,11 +128,14 @@ def export_trained(
             if choice == "stock":
                 raise
             reason = str(error)
-    target = replace(choose_target(source, choice), special=special, reason=reason)
-    written = sum(tensor_of(source, name).nbytes for name in target.names.values())
-    require_room(out, mixture.nbytes if mixture else written)
+    if mixture:
+        architecture, needed = mixture.architecture, mixture.nbytes
+    else:
+        target = replace(choose_target(source, choice), special=special, reason=reason)
+        architecture = target.architecture
+        needed = sum(tensor_of(source, name).nbytes for name in target.names.values())
+    require_room(out, needed)
     with finished_folder(out, TOOL) as pending:
-        architecture = mixture.architecture if mixture else target.architecture
         tell(f"writing {architecture}")
         if mixture:
             parameters, checksums = mixture.write(special, pending, shard_bytes)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.convert.hf.families import FAMILIES, Family, Mixture
@@ -59,11 +60,16 @@ class StockMixture:
                     setattr(settings, name, number)
         config.save_pretrained(folder)
         generation.to_json_file(folder / "generation_config.json")
-        made = {pair.theirs: pair for pair in self.pairs}
-        write_shards(folder, self._entries, lambda name: made[name].tensor(source), shard_bytes)
-        written, sums = Shards(folder), {}
-        for name, pair in made.items():
-            sums[name] = checksum(pair.tensor(source))
+        pairs, sums = {pair.theirs: pair for pair in self.pairs}, {}
+
+        def make(name: str) -> Tensor:
+            tensor = pairs[name].tensor(source)
+            sums[name] = checksum(tensor)
+            return tensor
+
+        write_shards(folder, self._entries, make, shard_bytes)
+        written = Shards(folder)
+        for name in sums:
             if name not in written.files or checksum(written.read(name)) != sums[name]:
                 raise CheckpointError(f"{folder}: the weight {name} was lost or changed on its way through the file.")
         return sum(torch.Size(pair.shape).numel() for pair in self.pairs if not pair.buffer), sums

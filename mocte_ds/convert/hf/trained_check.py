@@ -69,12 +69,7 @@ def compare_logits(source: Source, folder: Path) -> float:
         raise CheckpointError(f"transformers load {folder} but cannot run it: {one_line(error, 500)}") from error
     del model
     gc.collect()
-    ours, decided = _decided_logits(trained_model(source), ids)
-    if decided.float().mean() < 0.25:
-        raise CheckpointError(
-            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared. "
-            "Rows that training has not told apart yet are the usual reason: take a checkpoint of a later step."
-        )
+    ours, decided = decided_logits(trained_model(source), ids)
     return require_close(theirs[decided], ours[decided], "logits")
 
 
@@ -109,19 +104,37 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def _decided_logits(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V), and (B, T) whether a position and all before it are clear of every gate's boundaries."""
-    decided = torch.ones(ids.shape, dtype=torch.bool)
+def decided_logits(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of a trained model, and where they can be compared with those of another program.
+
+    Args:
+        model: with its blocks.
+        ids: (B, T) token ids.
+
+    Returns:
+        Logits (B, T, V), and (B, T) whether a position and all before it are clear of every gate's boundaries.
+
+    Raises:
+        CheckpointError: so few are that a gate leaves the choice to rounding.
+    """
+    clear = torch.ones(ids.shape, dtype=torch.bool)
 
     def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
-        hidden = inputs[0].reshape(*ids.shape, -1)
-        decided.logical_and_(margins(block, hidden) > MARGIN)
+        clear.logical_and_(margins(block, inputs[0].reshape(*ids.shape, -1)) > MARGIN)
 
     emerged = [m for m in model.modules() if isinstance(m, Block) and m.mode is not BlockMode.WARMUP]
     # After the model's own hook has told the blocks which pass they are in.
     hooks = [block.register_forward_pre_hook(look) for block in emerged]
     try:
-        return _logits(model, ids), decided.long().cummin(dim=1).values.bool()
+        logits = _logits(model, ids)
     finally:
         for hook in hooks:
             hook.remove()
+    # Attention carries a token's other expert to all later positions.
+    decided = clear.long().cummin(dim=1).values.bool()
+    if decided.float().mean() < 0.25:
+        raise CheckpointError(
+            "some gate has experts with the same row, between which rounding decides; such a model cannot be compared. "
+            "Rows that training has not told apart yet are the usual reason: take a checkpoint of a later step."
+        )
+    return logits, decided

@@ -15,6 +15,7 @@ from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe import Block
 from tests.checkpoints import tiny
 from tests.checkpoints.held import HeldSource, write
+from tests.convert.hf.test_import import LLAMA3
 
 ROOT = Path(__file__).resolve().parents[3]
 ALL, BACK = "model.layers.*.mlp", ["model.layers.1.mlp", "model.layers.2.mlp"]
@@ -80,16 +81,7 @@ CASES = {
     "qwen3moe, heads as wide as usual": ("Qwen3Moe", {"model_type": "qwen3", "head_dim": 8}, {"modules": ALL}),
     "glm4moe, positions of llama 3": (
         "Glm4Moe",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        },
+        {"rope_parameters": LLAMA3},
         {"modules": ALL, "expert": LORA},
     ),
     "qwen3moe": ("Qwen3Moe", {"model_type": "qwen3", "head_dim": 12}, {"modules": BACK}),

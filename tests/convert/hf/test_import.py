@@ -35,6 +35,15 @@ from tools.import_hf import main
 VOCAB = 320
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+"""Stretched positions."""
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **HEADS, eos_token_id=0),
     "tied": LlamaConfig(**SIZES, **HEADS, eos_token_id=0, tie_word_embeddings=True, rms_norm_eps=1e-5),
@@ -43,14 +52,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **SIZES,
         **HEADS,
         eos_token_id=0,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
+        rope_parameters=LLAMA3,
     ),
     "linear positions": LlamaConfig(
         **SIZES, **HEADS, eos_token_id=0, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}

@@ -5,30 +5,27 @@ A new class is one file: a :class:`Family` with its names and three methods, and
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mocte_ds.base_model import make_config
 from mocte_ds.checkpoints.names import expert_parameter
-from mocte_ds.checkpoints.source import NARROW, Source
-from mocte_ds.config import RouterConfig
+from mocte_ds.convert.hf.families.run import Mixture
+from mocte_ds.convert.hf.families.tensors import (
+    HEAD,
+    LAYER,
+    MATRICES,
+    Pair,
+    gate_tensor,
+    is_finer,
+    padded_pair,
+    total,
+)
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.ffn_shape import ffn_shape
-from mocte_ds.remote_code.experts_mocte import in_out
-
-# transformers' grouped matrix product wants rows of a multiple of 16 bytes; units of zeros fill them up.
-UNITS = {"fp32": 4, "bf16": 8, "fp16": 8}
-HEAD = "lm_head.weight"
-LAYER = "model.layers.{layer}."
-"""What the tensors of a layer begin with, in all families and in the dense classes that become one."""
-MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 FAMILIES: dict[str, "Family"] = {}
 """By the name of the class; an export takes the first one that fits."""
@@ -40,104 +37,6 @@ def register(family: type["Family"]) -> type["Family"]:
     """Add a family to :data:`FAMILIES`."""
     FAMILIES[family.architecture] = family()
     return family
-
-
-class Mixture:
-    """A model with blocks, as families look at it."""
-
-    def __init__(self, source: Source) -> None:
-        """Look at it.
-
-        Args:
-            source: of the model.
-
-        Raises:
-            CheckpointError: a block stands elsewhere than for the FFN of a layer.
-        """
-        self.source, self.architecture = source, source.base["architecture"]
-        self.config: Any = make_config(source.base, Path("the base model")).get_text_config()
-        """Of the base model."""
-        layers = getattr(getattr(source.model, "model", None), "layers", ())
-        self.blocks = {i: layer.mlp for i, layer in enumerate(layers) if isinstance(getattr(layer, "mlp", None), Block)}
-        """By the number of their layer."""
-        strange = [block.name for block in source.blocks if block not in self.blocks.values()]
-        if strange:
-            raise CheckpointError(
-                f"the block {strange[0]} is not the FFN of a layer (model.layers.N.mlp); no stock class has experts "
-                "there."
-            )
-        self.count = len(layers)
-        """Layers."""
-        self.emerged = {i: block for i, block in self.blocks.items() if block in source.emerged}
-
-    @property
-    def some(self) -> Block:
-        """One of the blocks that have emerged; they have one config."""
-        return next(iter(self.emerged.values()))
-
-    @property
-    def router(self) -> RouterConfig:
-        """Of all blocks."""
-        return self.some.banks[0].gate.router
-
-    @property
-    def normalised(self) -> bool:
-        """Whether the weights of a token's experts add up to 1."""
-        return self.router.weight == "hard" or self.router.normalise
-
-    @cached_property
-    def width(self) -> int:
-        """Hidden units f of an expert in the export, filled up to what transformers can compute.
-
-        Raises:
-            CheckpointError: blocks have experts of other widths.
-        """
-        shapes = [ffn_shape(block.banks[0].local_experts[0]) for block in self.emerged.values()]
-        widths = sorted({shape.width for shape in shapes if shape})
-        if len(widths) != 1:
-            raise CheckpointError(f"stock classes have experts of one width, the run of {widths}; use --class own.")
-        units = UNITS[self.source.dtype]
-        return math.ceil(widths[0] / units) * units
-
-    def ffn_width(self, layers: Iterable[int]) -> int:
-        """Hidden units of the dense FFNs of some layers' blocks.
-
-        Raises:
-            CheckpointError: they differ.
-        """
-        widths = sorted({in_out(self.blocks[layer].dense.gate_proj)[1] for layer in layers})
-        if len(widths) != 1:
-            raise CheckpointError(f"stock classes have FFNs of one width, the run of {widths}; use --class own.")
-        return widths[0]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A tensor in the files of a class, and where its numbers are in a model with blocks.
-
-    Read from the left it is an import: the first of ``ours`` takes the tensor as it is, the others are zeros. Read from
-    the right it is an export.
-    """
-
-    theirs: str
-    shape: tuple[int, ...]
-    """In the files."""
-    ours: tuple[str, ...] = ()
-    """None: only zeros fit."""
-    make: Callable[..., Tensor] = lambda tensor: tensor
-    """Theirs, from ours in fp32."""
-    exact: bool = False
-    """Stored in fp32 always: a rounded boundary sends tokens elsewhere."""
-    buffer: bool = False
-    """It is not a parameter."""
-
-    def dtype(self, kind: str) -> torch.dtype:
-        """In the files of an export as `fp32`, `bf16` or `fp16`."""
-        return torch.float32 if self.exact else NARROW.get(kind, torch.float32)
-
-    def tensor(self, source: Source) -> Tensor:
-        """As it is to be stored."""
-        return self.make(*(source.read(name) for name in self.ours)).to(self.dtype(source.dtype))
 
 
 @dataclass(frozen=True)
@@ -259,26 +158,26 @@ class Family:
         gate = self.gate_pair(run, layer, block)
         yield gate
         if self.correction:
-            added = (_gate(block, "cluster_correction"),) if run.router.weight == "sigmoid" else ()
+            added = (gate_tensor(block, "cluster_correction"),) if run.router.weight == "sigmoid" else ()
             make = (lambda tensor: tensor) if added else partial(torch.zeros, gate.shape[0])
             yield Pair(
                 prefix + self.correction,
                 gate.shape[:1],
                 added,
                 make,
-                exact=_is_finer(run.source, added) or not added,
+                exact=is_finer(run.source, added) or not added,
                 buffer=True,
             )
         for k in range(block.num_experts):
             for matrix in MATRICES:
                 ours = expert_parameter(block.name, 0, k, f"{matrix}.weight")
                 name = prefix + self.experts.format(k=k, matrix=self.names[matrix])
-                yield _padded_pair(name, ours, matrix, width, d)
+                yield padded_pair(name, ours, matrix, width, d)
         if self.shared:
             filled = math.ceil(run.ffn_width(self.sparse(run)) / width) * width
             for matrix in MATRICES:
                 name = prefix + self.shared.format(matrix=matrix)
-                yield _padded_pair(name, f"{block.name}.dense.{matrix}.weight", matrix, filled, d)
+                yield padded_pair(name, f"{block.name}.dense.{matrix}.weight", matrix, filled, d)
         for name, form in self.empty:
             shape = (1, d) if form == "1d" else (d, 1)
             yield Pair(prefix + name, shape, (), partial(torch.zeros, shape))
@@ -288,12 +187,12 @@ class Family:
 
         It is stored in fp32, unless it came out of a model in the export's dtype.
         """
-        ours = [_gate(block, "key.cluster_weight")]
+        ours = [gate_tensor(block, "key.cluster_weight")]
         if run.router.learn:
-            ours.append(_gate(block, "cluster_residual"))
-        exact = _is_finer(run.source, ours)
+            ours.append(gate_tensor(block, "cluster_residual"))
+        exact = is_finer(run.source, ours)
         shape = (block.num_experts, block.hidden_size)
-        return Pair(LAYER.format(layer=layer) + self.gate, shape, tuple(ours), _total, exact=exact)
+        return Pair(LAYER.format(layer=layer) + self.gate, shape, tuple(ours), total, exact=exact)
 
 
 class Refusal(CheckpointError):
@@ -380,7 +279,7 @@ def _routing_refusal(run: Mixture, block: Block) -> str | None:
     if gate.unit_mean:
         return "no stock class divides weights by their mean; for one, train with router.unit_mean false"
     # The same bias for all experts changes neither the choice nor the softmax.
-    bias = run.source.read(_gate(block, "key.cluster_bias"))
+    bias = run.source.read(gate_tensor(block, "key.cluster_bias"))
     if (bias != bias[0]).any():
         return (
             f"stock gates have no bias, that of {block.name} has one; for a stock class, train with router.bias false"
@@ -405,34 +304,3 @@ def _attention_refusal(run: Mixture, family: Family) -> str | None:
         if getattr(config, key, False):
             return f"no stock class with experts has {key} in the layers of a {run.architecture}"
     return None
-
-
-def _gate(block: Block, name: str) -> str:
-    return f"{block.name}.banks.0.deepspeed_moe.gate.{name}"
-
-
-def _is_finer(source: Source, names: Sequence[str]) -> bool:
-    """Whether the sum of some tensors has digits that the dtype of an export does not hold; True for one in fp32."""
-    if source.dtype not in NARROW or not names:
-        return True
-    total = _total(*(source.read(name) for name in names))
-    return not torch.equal(total.to(NARROW[source.dtype]).float(), total)
-
-
-def _total(first: Tensor, *others: Tensor) -> Tensor:
-    return sum(others, first)
-
-
-def _padded_pair(theirs: str, ours: str, matrix: str, width: int, d: int) -> Pair:
-    """A matrix of an FFN; hidden units of zeros fill it up to a width."""
-    axis, shape = (1, (d, width)) if matrix == "down_proj" else (0, (width, d))
-    return Pair(theirs, shape, (ours,), partial(_padded, axis=axis, size=width))
-
-
-def _padded(matrix: Tensor, axis: int, size: int) -> Tensor:
-    """A matrix with zeros added along an axis."""
-    if matrix.shape[axis] == size:
-        return matrix
-    shape = list(matrix.shape)
-    shape[axis] = size - matrix.shape[axis]
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim=axis)

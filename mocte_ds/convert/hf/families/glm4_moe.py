@@ -6,17 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mocte_ds.convert.hf.families.family import (
-    LAYER,
-    Family,
-    Mixture,
-    Pair,
-    Refusal,
-    Start,
-    kept_block,
-    register,
-    require_value,
-)
+from mocte_ds.convert.hf.families.family import Family, Refusal, Start, kept_block, register, require_value
+from mocte_ds.convert.hf.families.run import Mixture
+from mocte_ds.convert.hf.families.tensors import LAYER, Pair
 from mocte_ds.moe.block import Block
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from mocte_ds.convert.hf.families.family import Family, Mixture, Refusal, Start, kept_block, register
+from mocte_ds.convert.hf.families.family import Family, Refusal, Start, kept_block, register
+from mocte_ds.convert.hf.families.run import Mixture
 
 
 class QwenMoe(Family):
