@@ -235,7 +235,7 @@ def empty_model(base: dict[str, Any], mocte: dict[str, Any] | None, path: Path) 
 
 
 def with_blocks(model: nn.Module, mocte: dict[str, Any], path: Path) -> nn.Module:
-    """Put the blocks of a run into a model in their modes, all experts local.
+    """Put the blocks of a run into a model in their modes, all experts local; what is new in them has no weights.
 
     Args:
         model: dense; changed in place.
@@ -246,7 +246,7 @@ def with_blocks(model: nn.Module, mocte: dict[str, Any], path: Path) -> nn.Modul
         CheckpointError: the blocks are not those that the config gives, or a mode is unknown.
         ConfigError: settings that this version does not know.
     """
-    with torch.device(next(model.parameters()).device):
+    with torch.device("meta"):
         blocks = attach(model, MocteConfig.from_dict({**mocte["config"], "ep_size": 1}))
     entries = mocte["blocks"]
     names = [entry.get("name") for entry in entries]

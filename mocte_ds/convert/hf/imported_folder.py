@@ -116,7 +116,9 @@ def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bo
 
 def _dense(folder: Path, name: Any, max_positions: int | None) -> ImportedSource:
     """A folder of any other class of transformers."""
-    model = load_model(folder, torch.float32)
+    require_small(folder, CheckpointError)
+    usual = _usual_dtype(folder)
+    model = load_model(folder, usual)
     if name is not None and name != type(model).__name__:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} names the architecture {str(name)[:80]}, and transformers load its model_type as "
@@ -125,15 +127,16 @@ def _dense(folder: Path, name: Any, max_positions: int | None) -> ImportedSource
     _shorten(model.config, max_positions, folder)
     base = require_base(base_facts(model), folder / CONFIG_FILE)
     source, shards = ImportedSource(base, start_state(), folder / CONFIG_FILE), Shards(folder)
-    kinds = {name: FLOATS[shards.outline(name)[0]] for name in shards.files if shards.outline(name)[0] in FLOATS}
-    usual = next(iter(kinds.values())) if len(set(kinds.values())) == 1 else torch.float32
     state = model.state_dict()
     del model
     for name in source.shapes:
         tensor = state.pop(name)
-        # As it lies in the files, whatever the config says of the dtype.
-        tensor = tensor.to(kinds.get(name, usual)) if tensor.is_floating_point() else tensor
-        source.take(name, tensor.dtype, partial(_same, tensor))
+        if name in shards.files and _same(stored := shards.read(name), tensor):
+            # As it lies in the files, whatever the config says of the dtype; and it need not stay in memory.
+            source.take(name, stored.dtype, partial(shards.read, name))
+        else:
+            tensor = tensor.to(usual) if tensor.is_floating_point() else tensor
+            source.take(name, tensor.dtype, partial(_given, tensor))
     numbers = [source.made[name] for name, _ in source.model.named_parameters()]  # tied ones once
     source.parameters = sum(made.numel for made in numbers)
     source.weight_bytes = sum(made.nbytes for made in numbers)
@@ -222,7 +225,19 @@ def _take(source: ImportedSource, files: Folder, name: str) -> None:
             source.take(ours, dtype, partial(torch.zeros, tuple(like.shape), dtype=dtype))
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _usual_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the weights in a folder's files; fp32 where they differ, which holds all of them."""
+    shards = Shards(folder)
+    kinds = {FLOATS[kind] for kind in (shards.outline(name)[0] for name in shards.files) if kind in FLOATS}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
+
+
+def _same(stored: Tensor, loaded: Tensor) -> bool:
+    """Whether transformers have loaded a tensor of the files as it is."""
+    return stored.shape == loaded.shape and torch.equal(stored.to(loaded.dtype), loaded)
+
+
+def _given(tensor: Tensor) -> Tensor:
     return tensor
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocte_ds.base_model import make_config, make_dense, with_floats
 from mocte_ds.checkpoints.names import is_gate
@@ -158,11 +158,12 @@ def trained_model(source: Source) -> Any:
         model: Any = make_dense(
             lambda few: type(source.model).from_pretrained(None, config=few, **how), config, source.base, STATE
         )
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         if source.state["mocte"] is not None:
             with_blocks(model, {"config": source.state["mocte"], "blocks": source.state["blocks"]}, STATE)
-        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-        for name in source.shapes:
-            held[name].data = source.read(name)  # one at a time: memory holds the model once
+        model.load_state_dict({name: source.read(name) for name in source.shapes}, assign=True)
         model.tie_weights()
         return model.eval()
 

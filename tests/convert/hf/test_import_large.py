@@ -81,13 +81,14 @@ def test_memory_is_that_of_one_model_in_fp32(kind: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # glibc keeps freed blocks of less than 32 MB, as all of these are, unless it is told not to.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     counted, stored, start, peak = map(int, done.stdout.split()[-4:])
     assert counted == parameters and stored == 2 * parameters > 200e6
     added = peak - start
     print(f"{kind}: {added / 1e6:.0f} MB added for {stored / 1e6:.0f} MB of bf16")
-    # In fp32 it is 2 * stored; in memory are one side at a time, the files as they are mapped, and what is imported.
-    assert added < 2.6 * 2 * stored
+    # In memory are one side at a time, in fp32, which is 2 * stored, and the files as they are mapped.
+    assert added < 1.8 * 2 * stored
     assert json.loads((tmp_path / "large start" / "import.json").read_text())["parameters"] == parameters

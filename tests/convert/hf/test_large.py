@@ -50,7 +50,13 @@ def test_memory_is_that_of_one_model_in_fp32(written, tmp_path, dtype, settings,
         (tmp_path / folder / "latest").write_text("step7")
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(written.tokenizer), dtype]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        # glibc keeps freed blocks of less than 32 MB, as all of these are, unless it is told not to.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     architecture, checkpoint, start, peak = done.stdout.split()
@@ -61,7 +67,7 @@ def test_memory_is_that_of_one_model_in_fp32(written, tmp_path, dtype, settings,
     added = int(peak) - int(start)
     print(f"{name}: {added / 1e6:.0f} MB added for {in_fp32 / 1e6:.0f} MB of fp32")
     # One side at a time is in memory, in fp32, beside the files as they are mapped.
-    assert added < 2.3 * in_fp32
+    assert added < 1.6 * in_fp32
     index = json.loads((tmp_path / "large out" / INDEX_FILE).read_text())
     files = {path.name: path.stat().st_size for path in (tmp_path / "large out").glob("*.safetensors")}
     assert len(files) > 3 and set(index["weight_map"].values()) == files.keys()
