@@ -22,12 +22,12 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.16,<0.17"],
     # launch/evaluate.py
     "eval": [*HUGGING_FACE, "lm-eval==0.4.13", "accelerate>=1.0", "datasets>=4.0", "pyyaml>=6"],
-    # tools/report.py, tools/sweep.py
+    # tools/report.py, tools/study.py
     "report": ["matplotlib>=3.8", "pyyaml>=6"],
 }
 APPLICATION = ["train", "hf", "megatron", "eval", "report"]
 # They measure and compare this project; command.py says so where their tools are asked for.
-CHECKOUT_ONLY = ["mocte_ds.benchmark", "mocte_ds.benchmark.*", "mocte_ds.sweep", "mocte_ds.sweep.*"]
+CHECKOUT_ONLY = ["mocte_ds.benchmark", "mocte_ds.benchmark.*", "mocte_ds.study", "mocte_ds.study.*"]
 DEV = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.5",

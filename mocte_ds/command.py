@@ -9,7 +9,7 @@ from pathlib import Path
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import ConfigError
 
-CHECKOUT_ONLY = ("benchmark", "sweep")
+CHECKOUT_ONLY = ("benchmark", "study")
 """Tools that measure and compare this project; what they need is not in the wheel."""
 
 

@@ -1,4 +1,4 @@
-"""Whatever stands in a config, a run file or a sweep file: a config whose values are all good, or one message."""
+"""Whatever stands in a config, a run file or a study file: a config whose values are all good, or one message."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ import yaml
 from mocte_ds.config import MocteConfig
 from mocte_ds.deepspeed_settings import checked_settings
 from mocte_ds.errors import MocteError
-from mocte_ds.sweep import read_sweep
+from mocte_ds.study import PlannedRun, read_study
 from mocte_ds.training.run_config import read_run
 
 NUMBERS = [0, 1, -1, 2, 7, 2**31, 2**63, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, -0.5, 1e308, 5e-324]
@@ -177,14 +177,17 @@ def test_deepspeed_configs() -> None:
             outcome(lambda values=values: checked_settings(values))
 
 
-def test_sweep_files(tmp_path: Path) -> None:
+def test_study_files(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN), encoding="utf-8")
-    path = tmp_path / "sweep.yaml"
+    path = tmp_path / "study.yaml"
     base: dict[str, Any] = {
         "run": "run.yaml",
         "processes": 1,
         "seeds": [0],
         "baseline": "a",
+        "longer": [2],
+        "trial_budget": 0.5,
+        "learning_rates": [],
         "set": {"training.steps": 5},
         "arms": {"a": None, "b": {"training.learning_rate": 1e-4}},
         "grid": {"deepspeed.mocte.num_experts": [2, 4]},
@@ -197,6 +200,6 @@ def test_sweep_files(tmp_path: Path) -> None:
         values = copy.deepcopy(base)
         put(values, place, odd)
         path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
-        sweep = outcome(lambda: read_sweep(path))
-        if sweep is not None:
-            outcome(lambda sweep=sweep: sweep.config(sweep.arms[-1], 0))
+        study = outcome(lambda: read_study(path))
+        if study is not None:
+            outcome(lambda study=study: study.config((*study.trials(), PlannedRun(study.arms[-1], 0))[0]))

@@ -103,11 +103,11 @@ def test_the_plugin_does_without_the_extras() -> None:
 
 
 def test_a_tool_without_its_package_says_which_extra_to_install() -> None:
-    done = run("sys.argv = ['mocte-ds', 'sweep', 'x.yaml']\nfrom mocte_ds.command import main\nmain()")
+    done = run("sys.argv = ['mocte-ds', 'study', 'x.yaml']\nfrom mocte_ds.command import main\nmain()")
     assert done.returncode == 2 and "pip install 'mocte-ds[train]'" in done.stderr, done.stderr
 
 
-def test_the_wheel_has_no_benchmarks_and_no_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheel_has_no_benchmarks_and_no_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Built as pip builds it, and looked into."""
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", ".cache", "runs", "site", "build"))
@@ -117,9 +117,9 @@ def test_the_wheel_has_no_benchmarks_and_no_sweeps(tmp_path: Path, monkeypatch: 
     with zipfile.ZipFile(next((source / "dist").glob("*.whl"))) as wheel:
         names = wheel.namelist()
     assert {"mocte_ds/engine.py", "mocte_ds/plan/hardware.yaml", "mocte_ds/tools/plan.py"} <= set(names)
-    assert not [name for name in names if re.match(r"mocte_ds/(benchmark|sweep)/|tests/", name)]
+    assert not [name for name in names if re.match(r"mocte_ds/(benchmark|study)/|tests/", name)]
     found = importlib.util.find_spec
-    gone = ("mocte_ds.benchmark", "mocte_ds.sweep")
+    gone = ("mocte_ds.benchmark", "mocte_ds.study")
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in gone else found(name, *more))
     assert "plan" in command_line.tools() and not set(command_line.CHECKOUT_ONLY) & command_line.tools().keys()
     monkeypatch.setattr(sys, "argv", ["mocte-ds", "benchmark", "step"])

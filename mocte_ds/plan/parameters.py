@@ -33,6 +33,8 @@ class Parameters:
     """Whether the dense FFN runs on beside its experts (`expert.kind: lora`)."""
     per_token: int
     """Experts that a token visits in each block, over all banks."""
+    embedding: int = 0
+    """Of the trunk, in the input embedding; 0 where the output matrix shares it."""
 
     @property
     def in_experts(self) -> int:
@@ -66,8 +68,10 @@ def count_parameters(run: RunConfig) -> tuple[Parameters, ModelSizes, MocteConfi
         warnings.simplefilter("ignore", FutureWarning)  # transformers', of a name that changes
         model = make_model(run.model, weights=False)
         whole = sum(parameter.numel() for parameter in model.parameters())
+        inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings()
+        embedding = 0 if outputs is None or outputs.weight is inputs else inputs.numel()
         if config is None:
-            return Parameters(whole, 0, 0, 0, 0, 0, 0, True, 0), model_sizes(model), None
+            return Parameters(whole, 0, 0, 0, 0, 0, 0, True, 0, embedding), model_sizes(model), None
         sizes = model_sizes(model)
         blocks = attach(model, config)
     first = blocks[0]
@@ -85,6 +89,7 @@ def count_parameters(run: RunConfig) -> tuple[Parameters, ModelSizes, MocteConfi
             router=router,
             keeps_dense=first.kind == "lora",
             per_token=sum(router.top_k for router in config.routers),
+            embedding=embedding,
         ),
         sizes,
         config,

@@ -1,11 +1,11 @@
-"""tools/sweep.py with a stand-in for the launcher: what is run, what is kept, what is refused, what is printed."""
+"""tools/study.py with a stand-in for the launcher: what is run, what is kept, what is refused, what is printed."""
 
 import json
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import pytest
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError, DataError, MocteError
-from mocte_ds.sweep import launch
+from mocte_ds.study import launch
+from mocte_ds.study.child import Job
 from mocte_ds.training.model import model_facts
 from mocte_ds.training.run_config import read_run
 from tests.report.synthetic import write_dense_run, write_run
-from tools.sweep import main
+from tools.study import main
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[..., Path]
@@ -29,9 +30,19 @@ class Launcher:
 
     def __init__(self) -> None:
         self.started: list[str] = []
+        self.commands: list[list[str]] = []
         self.broken, self.last_words = "", ""
+        self.losses: dict[str, float] = {}
+        """What a part of a run's name adds to its last loss."""
 
-    def __call__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+    def __call__(self, jobs: Iterable[Job], at_once: int, finished: Callable[[Job, int], None]) -> None:
+        for number, job in enumerate(jobs):
+            command, environment = job.start(number % at_once)
+            self.commands.append(list(command))
+            finished(job, self.run(command, job.log, environment))
+
+    def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+        """What the launcher would do; returns its exit code."""
         words = dict(zip(command, command[1:], strict=False))
         folder = Path(words["--out"])
         self.started.append(folder.name)
@@ -45,8 +56,14 @@ class Launcher:
         run = read_run(words["--run"], changes)
         steps = run.training.steps
         write = write_run if "mocte" in run.deepspeed else write_dense_run
-        facts = write(folder, steps=steps, budget=steps)["facts"]
-        settings = run.resolve(int(words["--num_accelerators"]), 2, 2048)
+        written = write(folder, steps=steps, budget=steps)
+        facts, rows = written["facts"], written["metrics"]
+        rows[-1]["validation"]["mean"] += next((gap for name, gap in self.losses.items() if name in folder.name), 0.0)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        save = {"event": "save", "step": steps, "tokens": rows[-1]["tokens"]}
+        with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(save) + "\n")
+        settings = run.resolve(2, 2, 2048)
         if "mocte" in settings:
             settings["mocte"] = MocteConfig.from_dict(settings["mocte"]).to_dict()
         sections = {name: asdict(getattr(run, name)) for name in ("training", "evaluation")}
@@ -60,17 +77,17 @@ class Launcher:
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     stand_in = Launcher()
-    monkeypatch.setattr(launch, "run_to_end", stand_in)
+    monkeypatch.setattr(launch, "run_jobs", stand_in)
     return stand_in
 
 
 @pytest.fixture
-def tool(sweep_file: Write, tmp_path: Path) -> Callable[..., None]:
-    """Calls the tool on the sweep file that is there."""
+def tool(study_file: Write, tmp_path: Path) -> Callable[..., None]:
+    """Calls the tool on the study file that is there."""
 
     def call(*options: str) -> None:
-        path = tmp_path / "sweeps" / "some.yaml"
-        assert main([str(path if path.exists() else sweep_file()), "--out", str(tmp_path / "out"), *options]) == 0
+        path = tmp_path / "studies" / "some.yaml"
+        assert main([str(path if path.exists() else study_file()), "--out", str(tmp_path / "out"), *options]) == 0
 
     return call
 
@@ -78,15 +95,16 @@ def tool(sweep_file: Write, tmp_path: Path) -> Callable[..., None]:
 def kept(tmp_path: Path) -> list[str]:
     """Runs in results.json; results.md has the same arms."""
     runs = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["runs"]
-    table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8").split("\n\n")[0]
-    assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == {run["arm"] for run in runs}
-    return [f"{run['arm']}-seed{run['seed']}" for run in runs]
+    tables = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    table = [line for line in tables.partition("\n## ")[0].splitlines() if line.startswith("|")] if runs else []
+    assert {line.split("|")[1].strip() for line in table[2:]} == {run["arm"] for run in runs if not run["trial"]}
+    return [f"{run['arm']}-seed{run['seed']}" for run in runs if not run["trial"]]
 
 
 def test_list_shows_options_and_runs_nothing(
-    sweep_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep_file(
+    study_file(
         seeds=[0, 5],
         set={"training.steps": 200},
         arms={"dense": {"deepspeed.mocte": None}, "hash": {"deepspeed.mocte.router": {"kind": "hash"}}},
@@ -94,10 +112,10 @@ def test_list_shows_options_and_runs_nothing(
     tool("--list", "--set", "deepspeed.mocte.freeze.rows=32")
     shared = "--set training.steps=200 --set deepspeed.mocte.freeze.rows=32"
     assert capsys.readouterr().out.splitlines() == [
-        f"dense seed 0: --set training.seed=0 {shared} --set deepspeed.mocte=null",
-        f'hash seed 0: --set training.seed=0 {shared} --set \'deepspeed.mocte.router={{"kind": "hash"}}\'',
-        f"dense seed 5: --set training.seed=5 {shared} --set deepspeed.mocte=null",
-        f'hash seed 5: --set training.seed=5 {shared} --set \'deepspeed.mocte.router={{"kind": "hash"}}\'',
+        f"dense-seed0: --set training.seed=0 {shared} --set deepspeed.mocte=null",
+        f'hash-seed0: --set training.seed=0 {shared} --set \'deepspeed.mocte.router={{"kind": "hash"}}\'',
+        f"dense-seed5: --set training.seed=5 {shared} --set deepspeed.mocte=null",
+        f'hash-seed5: --set training.seed=5 {shared} --set \'deepspeed.mocte.router={{"kind": "hash"}}\'',
     ]
     tool("--list", "--only", "hash", "--seeds", "9")
     (line,) = capsys.readouterr().out.splitlines()
@@ -110,24 +128,24 @@ def test_list_shows_options_and_runs_nothing(
     assert not launcher.started and not (tmp_path / "out").exists()
 
 
-def test_list_refuses_what_a_run_would_refuse(sweep_file: Write, tool: Callable) -> None:
-    sweep_file(arms={"typo": {"deepspeed.mocte.rooter": {"kind": "hash"}}})
+def test_list_refuses_what_a_run_would_refuse(study_file: Write, tool: Callable) -> None:
+    study_file(arms={"typo": {"deepspeed.mocte.rooter": {"kind": "hash"}}})
     with pytest.raises(ConfigError, match="arm typo, seed 0: unknown key mocte.rooter .*'router'"):
         tool("--list")
 
 
 def test_only_and_seeds_choose_runs_and_results_of_the_others_stay(
-    sweep_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hashed = {"deepspeed.mocte.router": {"kind": "hash"}}
-    sweep_file(baseline="dense", arms={"dense": {"deepspeed.mocte": None}, "blocks": None, "hash": hashed})
+    study_file(baseline="dense", arms={"dense": {"deepspeed.mocte": None}, "blocks": None, "hash": hashed})
     tool("--only", "blocks")
     # The baseline comes along, or there would be nothing to compare with.
     assert launcher.started == ["dense-seed0", "blocks-seed0"] == kept(tmp_path)
     output = capsys.readouterr().out
     out = tmp_path / "out"
-    assert f"[1/2] dense seed 0: started, its output goes to {out / 'dense-seed0.log'}" in output
-    assert "[2/2] blocks seed 0: done, loss 3.0629, 225 s" in output and "| vs dense |" in output
+    assert f"[1/2] dense-seed0: started, its output goes to {out / 'dense-seed0.log'}" in output
+    assert "[2/2] blocks-seed0: done, loss 3.0629, 225 s" in output and "| vs dense |" in output
     tool("--only", "hash", "--seeds", "4")
     assert launcher.started[2:] == ["dense-seed4", "hash-seed4"]
     assert kept(tmp_path) == ["dense-seed0", "blocks-seed0", "dense-seed4", "hash-seed4"]
@@ -138,25 +156,25 @@ def test_only_and_seeds_choose_runs_and_results_of_the_others_stay(
     assert [(run["arm"], run["seed"]) for run in shown] == [("dense", 0), ("blocks", 0), ("hash", 0)]
     assert kept(tmp_path) == ["dense-seed0", "blocks-seed0", "hash-seed0"], "seed 4 is not in the file"
     tool()
-    assert len(launcher.started) == 5 and "[3/3] hash seed 0: found" in capsys.readouterr().out
+    assert len(launcher.started) == 5 and "[3/3] hash-seed0: found" in capsys.readouterr().out
 
 
 def test_a_failed_run_says_why_and_goes_again_at_the_next_call(
-    sweep_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path
+    study_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path
 ) -> None:
     launcher.broken, launcher.last_words = "blocks", "error: no room\nerror: no room\n[launch.py] killed\n"
-    sweep_file(seeds=[1, 2])
+    study_file(seeds=[1, 2])
     log = tmp_path / "out" / "blocks-seed1.log"
     with pytest.raises(MocteError) as caught:
         tool()
-    assert str(caught.value) == f"blocks seed 1 ended with exit code 1: no room. Its output is in {log}."
+    assert str(caught.value) == f"blocks-seed1 ended with exit code 1: no room. Its output is in {log}."
     assert launcher.started == ["dense-seed1", "blocks-seed1"] and kept(tmp_path) == ["dense-seed1"]
     # Another reason, which is no message of ours: the end of what this start wrote, and of this start only.
     launcher.last_words = "Killed\n\n"
     with pytest.raises(MocteError) as caught:
         tool()
     end = "\n".join([*(f"line {number}" for number in range(13, 20)), "Killed"])
-    assert str(caught.value) == f"blocks seed 1 ended with exit code 1: the end of {log}:\n{end}"
+    assert str(caught.value) == f"blocks-seed1 ended with exit code 1: the end of {log}:\n{end}"
     assert log.read_text(encoding="utf-8").count("no room") == 2, "the log of the start before is still there"
     assert launcher.started == ["dense-seed1", "blocks-seed1", "blocks-seed1"] and kept(tmp_path) == ["dense-seed1"]
     launcher.broken = ""
@@ -182,23 +200,23 @@ def test_a_failed_run_says_why_and_goes_again_at_the_next_call(
     ],
 )
 def test_a_run_of_other_settings_is_not_taken_for_this_one(
-    sweep_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path, keys: dict[str, Any], message: str
+    study_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path, keys: dict[str, Any], message: str
 ) -> None:
     plain = {"arms": {"a": None, "b": None}}
-    sweep_file(**plain)
+    study_file(**plain)
     tool()
-    sweep_file(**{**plain, **keys})
+    study_file(**{**plain, **keys})
     with pytest.raises(ConfigError, match=message):
         tool()
     assert len(launcher.started) == 2, "nothing may run before everything is looked at"
     # How often it is saved, and what fits into memory, makes no other run of it.
-    sweep_file(**plain, set={"training.checkpoint_every": 3, "training.micro_batch": 4})
+    study_file(**plain, set={"training.checkpoint_every": 3, "training.micro_batch": 4})
     tool()
     assert len(launcher.started) == 2 and len(kept(tmp_path)) == 2
 
 
 def test_everything_is_checked_before_the_first_run(
-    sweep_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path
+    study_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path
 ) -> None:
     for arms, message in (
         (
@@ -208,13 +226,13 @@ def test_everything_is_checked_before_the_first_run(
         ({"a": None, "b": {"deepspeed.mocte.ep_size": 4}}, "arm b, seed 0: mocte.ep_size = 4 does not divide"),
         ({"a": None, "b": {"model.vocab_size": 1000}}, "arm b, seed 0: the tokenizer has 2048 pieces"),
     ):
-        sweep_file(arms=arms)
+        study_file(arms=arms)
         with pytest.raises(ConfigError, match=message):
             tool()
-    sweep_file(set={"data.prepared": str(tmp_path / "none")})
+    study_file(set={"data.prepared": str(tmp_path / "none")})
     with pytest.raises(DataError, match="none holds no prepared data"):
         tool()
-    sweep_file()
+    study_file()
     with pytest.raises(ConfigError, match="--only block: .*some.yaml has no such arm; arms: dense, blocks"):
         tool("--only", "block")
     assert not launcher.started and not (tmp_path / "out").exists()
@@ -223,7 +241,7 @@ def test_everything_is_checked_before_the_first_run(
 def test_a_run_that_ends_early_is_no_result(
     tool: Callable, launcher: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launch, "run_to_end", lambda *_: 0)
+    monkeypatch.setattr(launcher, "run", lambda *_: 0)
     with pytest.raises(MocteError, match="dense-seed0 did not reach its last step; see .*dense-seed0.log"):
         tool()
     assert kept(tmp_path) == []
@@ -241,8 +259,64 @@ def test_installed_without_the_repository(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "mocte_ds", tmp_path / "mocte_ds", ignore=shutil.ignore_patterns("__pycache__", "*.gz"))
     shutil.copytree(ROOT / "tools", tmp_path / "mocte_ds" / "tools")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mocte_ds.command import main; main()"
-    command = [sys.executable, "-c", code, "sweep", "sweep.yaml"]
+    command = [sys.executable, "-c", code, "study", "study.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: sweeps start launch/pretrain.py") and done.stderr.count("\n") == 1
-    assert "run tools/sweep.py in a checkout" in done.stderr and str(tmp_path / "launch") in done.stderr
+    assert done.stderr.startswith("error: studies start launch/pretrain.py") and done.stderr.count("\n") == 1
+    assert "run tools/study.py in a checkout" in done.stderr and str(tmp_path / "launch") in done.stderr
+
+
+def test_trials_choose_the_rate_of_what_is_compared(
+    study_file: Write, tool: Callable, launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study_file(
+        seeds=[1, 2],
+        learning_rates=[1e-3, 2e-3, 4e-3],
+        baseline="dense",
+        longer=[2],
+        arms={"dense": {"deepspeed.mocte": None}, "blocks": None},
+    )
+    # The middle rate is the best one for dense, the largest one for blocks.
+    launcher.losses = {"dense,lr=0.002": -0.5, "blocks,lr=0.004": -0.5}
+    tool("--list")
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 6 + 2 * 3 and sum("best learning rate of its trials" in line for line in listed) == 6
+    tool()
+    trials, compared = launcher.started[:6], launcher.started[6:]
+    assert trials == [f"trial-{arm},lr={rate}-seed1" for arm in ("dense", "blocks") for rate in (0.001, 0.002, 0.004)]
+    assert compared == [f"{name}-seed{seed}" for seed in (1, 2) for name in ("dense", "dense,x2", "blocks")]
+    rates = {
+        name: [word for word in command if word.startswith("training.learning_rate=")]
+        for name, command in zip(launcher.started, launcher.commands, strict=True)
+    }
+    assert {tuple(rates[name]) for name in compared if "dense" in name} == {("training.learning_rate=0.002",)}
+    assert {tuple(rates[name]) for name in compared if "blocks" in name} == {("training.learning_rate=0.004",)}
+    output = capsys.readouterr().out
+    assert "blocks: the best learning rate, 0.004, is at the edge of those that were tried" in output
+    assert "dense: the best" not in output and "| 0.004 (edge) |" in output
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "12 of 12 runs are done" in page and 'id="table-trials"' in page and 'id="figure-trials"' in page
+    launcher.started.clear()
+    tool("--seeds", "2")
+    assert not launcher.started, "the trials keep the file's first seed"
+
+
+def test_arms_wait_for_their_own_trials_only(study_file: Write, tool: Callable, launcher: Launcher) -> None:
+    study_file(learning_rates=[1e-3, 2e-3], baseline="dense", arms={"dense": {"deepspeed.mocte": None}, "blocks": None})
+    tool("--only", "dense")
+    assert [name.partition(",")[0] for name in launcher.started] == ["trial-dense", "trial-dense", "dense-seed0"]
+    tool("--only", "blocks")
+    assert [name.partition(",")[0] for name in launcher.started[3:]] == ["trial-blocks", "trial-blocks", "blocks-seed0"]
+
+
+def test_runs_side_by_side_have_devices_of_their_own(
+    study_file: Write, tool: Callable, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_file(seeds=[0, 1])
+    tool("--at-once", "2")
+    assert all("--num_accelerators" in command for command in launcher.commands), "without GPUs there are none to share"
+    study_file(seeds=[2, 3])
+    monkeypatch.setattr(launch, "_has_gpus", lambda: True)
+    tool("--at-once", "2")
+    places = [command[command.index("--include") + 1] for command in launcher.commands[4:]]
+    assert places == ["localhost:0,1", "localhost:2,3", "localhost:0,1", "localhost:2,3"]

@@ -1,4 +1,4 @@
-"""A sweep through the real launcher: a dense arm and one with blocks, one that fails, and what a second call finds."""
+"""A study through the real launcher: a dense arm and one with blocks, one that fails, and what a second call finds."""
 
 import json
 import os
@@ -11,17 +11,17 @@ import pytest
 import torch
 import yaml
 
-from mocte_ds.sweep import markdown_table, read_result, read_sweep
+from mocte_ds.study import RunResult, all_tables, read_study
 from tests.e2e.conftest import LIMIT, ROOT, read_log
-from tools.sweep import main
+from tools.study import main
 
 Write = Callable[[bool], Path]
 
 
-def sweep(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and errors of tools/sweep.py."""
+def study(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of tools/study.py."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "tools" / "sweep.py", *map(str, arguments)]
+    command = [sys.executable, ROOT / "tools" / "study.py", *map(str, arguments)]
     tool = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -52,18 +52,18 @@ def test_two_arms_and_one_that_fails(
             "broken": None,
         },
     }
-    file, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     # Its folder has a checkpoint that is not there.
     (out / "broken-seed5" / "checkpoints").mkdir(parents=True)
     (out / "broken-seed5" / "checkpoints" / "latest").write_text("step3", encoding="utf-8")
 
-    code, output, errors = sweep(file, "--out", out)
+    code, output, errors = study(file, "--out", out)
     assert code == 2 and "Traceback" not in errors, errors
     log = out / "broken-seed5.log"
-    assert errors.startswith("error: broken seed 5 ended with exit code 2: ") and errors.count("\n") == 1
+    assert errors.startswith("error: broken-seed5 ended with exit code 2: ") and errors.count("\n") == 1
     assert "names the checkpoint 'step3', which is not there" in errors and f"Its output is in {log}." in errors
-    assert "[2/3] switch seed 5: done, loss " in output
+    assert "[2/3] switch-seed5: done, loss " in output
     (dense, switch) = json.loads((out / "results.json").read_text(encoding="utf-8"))["runs"]
     for result in (dense, switch):
         rows = read_log(out / f"{result['arm']}-seed5")
@@ -84,9 +84,19 @@ def test_two_arms_and_one_that_fails(
     table = (out / "results.md").read_text(encoding="utf-8")
     assert main([str(file), "--out", str(out), "--only", "switch"]) == 0
     output = capsys.readouterr().out
-    assert "[1/2] dense seed 5: found" in output and "[2/2] switch seed 5: found" in output
+    assert "[1/2] dense-seed5: found" in output and "[2/2] switch-seed5: found" in output
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert (out / "results.md").read_text(encoding="utf-8") == table
-    plan = read_sweep(file)
-    results = [read_result(out / f"{name}-seed5", name, 5) for name in ("dense", "switch")]
-    assert table.startswith(markdown_table(plan, results)) and "| vs dense |" in table
+    plan, runs = read_study(file), json.loads((out / "results.json").read_text(encoding="utf-8"))["runs"]
+    results = [RunResult(**run) for run in runs]
+    assert [result.arm for result in results] == ["dense", "switch"]
+    # The switch of four experts in two blocks, counted on the checkpoint: less the FFNs of which they were born.
+    shared = sum(
+        value.numel() for name, value in saved["module"].items() if ".dense." not in name and "cluster_" not in name
+    )
+    routers = sum(value.numel() for value in residuals)
+    files = (out / "switch-seed5" / "checkpoints" / "step6").glob("layer_*_expert_*_model_states.pt")
+    experts = sum(v.numel() for file in files for v in torch.load(file, weights_only=False).values())
+    assert results[1].parameters == shared + routers + experts
+    assert table == "\n\n".join(found.markdown() for found in all_tables(plan, results)) + "\n"
+    assert "| vs dense |" in table and 'id="figure-losses"' in (out / "index.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A run file with data that is only named, and a way to write sweep files beside it."""
+"""A run file with data that is only named, and a way to write study files beside it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +35,11 @@ def run_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sweep_file(run_file: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a sweep file from its text, or from keys in place of two plain arms."""
+def study_file(run_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a study file from its text, or from keys in place of two plain arms."""
 
     def write(text: str | None = None, **keys: Any) -> Path:
-        path = tmp_path / "sweeps" / "some.yaml"
+        path = tmp_path / "studies" / "some.yaml"
         path.parent.mkdir(exist_ok=True)
         values = {
             "run": "../runs/small.yaml",

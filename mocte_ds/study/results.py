@@ -1,4 +1,4 @@
-"""What one finished run of a sweep came to."""
+"""What one finished run of a study came to."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from mocte_ds.report.facts import MOCTE, budget, fact
 from mocte_ds.report.reader import read_run
 from mocte_ds.report.run import Row, Run
 from mocte_ds.report.summary import emerged_blocks, frozen_experts
+from mocte_ds.study.plan import PlannedRun
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,22 @@ class RunResult:
 
     arm: str
     seed: int
+    rate: float
+    """Largest learning rate."""
+    budget: float
+    """Steps, as a multiple of those that are compared."""
+    trial: bool
+    """Whether it only served to choose the learning rate."""
     steps: int
     tokens: int
     loss: float
-    """Mean validation loss over domains behind the last step, nats a token."""
+    """Mean validation loss over domains after the last step, nats per token."""
+    domains: dict[str, float]
+    """The same by domain."""
+    parameters: int
+    """All that a model has at the end of the run."""
+    active: int
+    """Those that a token is computed with."""
     flops: float
     """Everything that training spent, MO-CTE's own work with it."""
     own_flops: float
@@ -48,13 +61,23 @@ class RunResult:
     curve: tuple[tuple[float, float, float, float], ...] = ()
     """Of each validation the tokens, FLOPs and seconds spent until then, and the loss."""
 
+    @property
+    def clocks(self) -> tuple[float, float, float]:
+        """Tokens, FLOPs and seconds that were spent."""
+        return float(self.tokens), self.flops, self.seconds
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
 
 
-def read_result(folder: Path, arm: str, seed: int) -> RunResult | None:
+def read_result(folder: Path, planned: PlannedRun, parameters: tuple[int, int]) -> RunResult | None:
     """Read a run's logs; None if the run is not there or not done.
+
+    Args:
+        folder: of the run.
+        planned: what it was made for.
+        parameters: all, and active ones.
 
     Raises:
         MocteError: the run is done, but its logs lack numbers.
@@ -78,11 +101,17 @@ def read_result(folder: Path, arm: str, seed: int) -> RunResult | None:
         )
     born, imbalance = emerged_blocks(run), _last_mean(run.checks, "imbalance")
     return RunResult(
-        arm=arm,
-        seed=seed,
+        arm=planned.arm.name,
+        seed=planned.seed,
+        rate=float(fact(run, "training", "learning_rate") or planned.rate or 0.0),
+        budget=planned.budget,
+        trial=planned.trial,
         steps=last["step"],
         tokens=run.tokens,
         loss=loss,
+        domains={name: value for name, value in last["validation"].items() if name != "mean" and value is not None},
+        parameters=parameters[0],
+        active=parameters[1],
         flops=ledger.total(run),
         own_flops=sum(run.ledger.get(name, 0.0) for name in ledger.OWN_WORK),
         wgrad_saved=run.ledger.get("wgrad_saved", 0.0),

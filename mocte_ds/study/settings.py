@@ -1,4 +1,4 @@
-"""Whether a folder holds a run of the settings that a sweep asks for: results of others must not enter its table."""
+"""Whether a folder holds a run of the settings that a study asks for: results of others must not enter its table."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.data import Manifest
 from mocte_ds.errors import ConfigError
 from mocte_ds.json_files import read_json
-from mocte_ds.sweep.plan import Arm, Sweep
+from mocte_ds.study.plan import PlannedRun, Study
 from mocte_ds.training.model import model_facts
 from mocte_ds.training.run_config import FREE_TRAINING_KEYS
 
@@ -25,23 +25,23 @@ _FREE = (
 )
 
 
-def wanted_settings(sweep: Sweep, arm: Arm, seed: int) -> dict[str, Any]:
+def wanted_settings(study: Study, planned: PlannedRun) -> dict[str, Any]:
     """All settings of a run, flat, under the names that run.json has for them.
 
     Raises:
         ConfigError: settings that are refused; names the arm.
         DataError: the data is not there.
     """
-    run = sweep.config(arm, seed)
+    run = study.config(planned)
     manifest = Manifest.read(run.data.prepared)
     try:
-        settings = run.resolve(sweep.processes, manifest.eod_id, manifest.vocab_size)
+        settings = run.resolve(study.processes, manifest.eod_id, manifest.vocab_size)
     except ConfigError as error:
-        raise ConfigError(f"arm {arm.name}, seed {seed}: {error}") from error
+        raise ConfigError(f"arm {planned.arm.name}, seed {planned.seed}: {error}") from error
     if "mocte" in settings:
         settings["mocte"] = MocteConfig.from_dict(settings["mocte"]).to_dict()
     facts = {
-        "world_size": sweep.processes,
+        "world_size": study.processes,
         "model": model_facts(run.model),
         "data": {"weights": run.data.weights, "manifest_sha256": manifest.sha256},
         "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
