@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow-data-change", action="store_true", help="go on with other data, another mix or another seed"
     )
+    parser.add_argument("--no-preflight", action="store_true", help="do not look at hosts and links before the start")
+    parser.add_argument("--preflight-only", action="store_true", help="look at hosts and links, and end")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -79,6 +81,7 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
+    from torch import device as torch_device
 
     from mocte_ds.dist.begin import begin_group
     from mocte_ds.dist.collectives import wait_for_all
@@ -98,7 +101,17 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
     end_process_groups_at_exit()  # a run that is refused ends by an error
     if rank == 0:
         forget_cause(start.out)
-    start.require_agreed(mesh_of_processes().world)
+    world = mesh_of_processes().world
+    start.require_agreed(world)
+    if not args.no_preflight or args.preflight_only:
+        from mocte_ds.plan.preflight import preflight
+
+        line = preflight(start.run, start.out, world, torch_device(get_accelerator().current_device_name()))
+        if rank == 0 and (args.preflight_only or ";" in line):
+            print(line, file=sys.stderr)
+        if args.preflight_only:
+            end_process_groups()
+            return 0
     trainer = Trainer(start, lock)
     finished = trainer.train(args.stop_after)
     if rank == 0:

@@ -1,0 +1,157 @@
+"""What is said of hosts that are not ready: each fault put into real ranks that believe to be on hosts of their own."""
+
+import shutil
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from mocte_ds.dist.mesh import mesh_of_processes
+from mocte_ds.plan import preflight as module
+from mocte_ds.plan.preflight import PreflightError, available_memory, needs_of, preflight, source_checksum
+from mocte_ds.training.run_config import read_run
+from tests.spawn import spawn
+
+RANKS = 4
+Usage = namedtuple("Usage", "total used free")
+
+
+def _look(run_file: str, out: str, fault: str) -> tuple[str, list[str]]:
+    """On two hosts of two ranks, of which the second one has a fault: what every rank is told, and what is left."""
+    rank, world = dist.get_rank(), mesh_of_processes().world
+    host, second = f"host{rank // 2}", rank >= 2
+    module.platform.node = lambda: host
+    folder = Path(out)
+    if second and fault == "code":
+        module.source_checksum = lambda: "0123"
+    if second and fault == "version":
+        found = module._version
+        module._version = lambda name: "1.0" if name == "deepspeed" else found(name)
+    if second and fault == "clock":
+        now = time.time
+        module.time.time = lambda: now() - 90.0
+    if second and fault == "memory":
+        module.available_memory = lambda: 1000
+    if second and fault == "not shared":
+        folder = folder / "elsewhere"
+        folder.mkdir(exist_ok=True)
+        module._SEEN_WITHIN = 0.5
+    if second and fault == "not there":
+        folder = folder / "missing"
+    if rank == 0 and fault in ("disk", "little disk"):
+        needs = needs_of(read_run(Path(run_file), []), RANKS)
+        free = int(needs.disk) - 1 if fault == "disk" else int(needs.disk) + 1
+        module.shutil.disk_usage = lambda _folder: Usage(free, 0, free)
+    if second and fault in ("sum", "exchange"):
+        name = "all_reduce" if fault == "sum" else "all_to_all_single"
+        right = getattr(dist, name)
+
+        def wrong(tensor: torch.Tensor, *arguments: Any, **options: Any) -> None:
+            right(tensor, *arguments, **options)
+            if tensor.numel() > 1000:  # not those that ranks agree with
+                tensor[4097 if fault == "exchange" else 0] += 1
+
+        setattr(dist, name, wrong)
+    try:
+        said = preflight(read_run(Path(run_file), []), folder, world, torch.device("cpu"))
+    except PreflightError as error:
+        said = str(error)
+    dist.barrier()
+    return said, [path.name for path in Path(out).rglob(".preflight*")]
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "run.yaml"
+    values = {
+        "model": {"preset": "quickstart"},
+        "data": {"prepared": "data"},
+        "training": {"steps": 300, "batch_tokens": 8192},
+        "deepspeed": {
+            "bf16": {"enabled": True},
+            "mocte": {"modules": "model.layers.*.mlp", "num_experts": 4, "ep_size": 2},
+        },
+    }
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+FAULTS = {
+    "code": "host1: has other code of mocte_ds (0123) than host0 (",
+    "version": "host1: has deepspeed 1.0, host0 has ",
+    "memory": "host1: 1e-06 GB of memory are available, and its 2 ranks want ",
+    "not there": "host1: cannot write to ",
+    "disk": "host0: 0.0415 GB are free in the run's folder, and a checkpoint has 0.0415 GB; make room",
+    "sum": "host1: a sum over all ranks is wrong",
+    "exchange": "host1: gets wrong numbers from host0; look at the link between them.",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_rank_is_told_which_host_has_which_fault(run_file: Path, tmp_path: Path, fault: str) -> None:
+    found = spawn(_look, RANKS, str(run_file), str(tmp_path), fault, timeout=90)
+    (said,) = {text for text, _ in found}
+    first, *lines = said.splitlines()
+    assert first == "the hosts are not ready; nothing was started:" and len(lines) == 1, said
+    assert lines[0].startswith(FAULTS[fault]) and lines[0].endswith(".")
+    assert [left for _, left in found] == [[]] * RANKS, "nothing stays in the folder"
+
+
+def test_a_folder_that_is_not_shared(run_file: Path, tmp_path: Path) -> None:
+    found = spawn(_look, RANKS, str(run_file), str(tmp_path), "not shared", timeout=90)
+    (said,) = {text for text, _ in found}
+    _, first, second = said.splitlines()
+    assert first.startswith("host0: does not see in ") and "what host1 has written there." in first
+    assert second.startswith("host1: does not see in ") and "what host0 has written there." in second
+    assert [left for _, left in found] == [[]] * RANKS
+
+
+def test_clocks_that_differ(run_file: Path, tmp_path: Path) -> None:
+    """Two of two hosts: the median lies between them, and neither can be told to be the right one."""
+    (said,) = {text for text, _ in spawn(_look, RANKS, str(run_file), str(tmp_path), "clock", timeout=90)}
+    assert "host0: its clock is +45 s off; set it by NTP." in said and "host1: its clock is -45 s off" in said
+
+
+@pytest.mark.parametrize("fault", ["none", "little disk"])
+def test_hosts_that_are_ready(run_file: Path, tmp_path: Path, fault: str) -> None:
+    found = spawn(_look, RANKS, str(run_file), str(tmp_path), fault, timeout=90)
+    (said,) = {text for text, _ in found}
+    assert said.startswith("preflight: 4 ranks on 2 hosts, ") and [left for _, left in found] == [[]] * RANKS
+    assert ("2 checkpoints and a new one have 0.124 GB" in said) is (fault == "little disk"), said
+
+
+def test_needs_are_those_of_the_plan(run_file: Path) -> None:
+    """By hand: what the quickstart's model, and four experts for each FFN, take."""
+    d, f, layers, vocab = 128, 352, 4, 2048
+    ffn = layers * 3 * d * f
+    trunk = 2 * vocab * d + layers * (3 * d * d + 2 * d) + d  # keys and values have half of the heads
+    needs = needs_of(read_run(run_file, []), RANKS)
+    assert needs.memory == 4 * (trunk + ffn + 2 * ffn), "fp32, and two of four experts on each rank"
+    assert needs.disk == 2 * (trunk + ffn + 4 * ffn) + 12 * (trunk + 4 * ffn) and needs.kept == 2
+
+
+def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CGROUP", tmp_path)
+    free = available_memory()
+    assert free > 1e8, "no control group: the host's own number"
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    assert available_memory() == 3_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory() > 1e8
+
+
+def test_other_code_has_another_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(module.__file__).parents[1]
+    copy = tmp_path / "mocte_ds"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "*.gz"))
+    monkeypatch.setattr(module, "__file__", str(copy / "plan" / "preflight.py"))
+    assert source_checksum() == (same := source_checksum()) and len(same) == 12
+    with (copy / "moe" / "gate.py").open("a") as file:
+        file.write("# changed\n")
+    assert source_checksum() != same
