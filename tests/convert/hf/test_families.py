@@ -289,7 +289,10 @@ def test_scale_is_a_power_of_two_and_bounds_the_logits():
 def test_every_family_is_a_class_of_transformers_and_in_the_docs():
     """The tables in the README and in docs/huggingface.md are those of the registry."""
     text = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("ForCausalLM |") == len(FAMILIES)
     for name, family in FAMILIES.items():
         assert hasattr(transformers, name) and family.model_type in transformers.CONFIG_MAPPING
         bases = ", ".join(base.removesuffix("ForCausalLM") for base in family.bases) or "itself alone"
         assert f"| {name} | {family.kind} | {family.routing} | {bases} |" in text
+        assert f"| {name} | {bases} |" in readme
