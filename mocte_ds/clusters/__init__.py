@@ -1,18 +1,22 @@
 """Clusters in the features: whether there are any, groups of equal mass, and what a gate stores of them."""
 
-from mocte_ds.clusters.balance import BalancedClusters, balanced_kmeans
+from mocte_ds.clusters.balance import BalancedClusters, balanced_kmeans, even_directions
 from mocte_ds.clusters.compare import agreement, stability
-from mocte_ds.clusters.detect import Detection, detect, published_line
+from mocte_ds.clusters.detect import PUBLISHED_POINTS, Detection, detect, published_line
+from mocte_ds.clusters.pairs import pair_tables
 from mocte_ds.clusters.table import hash_table, linear_gate, subspace_without_mean, type_table
 
 __all__ = [
+    "PUBLISHED_POINTS",
     "BalancedClusters",
     "Detection",
     "agreement",
     "balanced_kmeans",
     "detect",
+    "even_directions",
     "hash_table",
     "linear_gate",
+    "pair_tables",
     "published_line",
     "stability",
     "subspace_without_mean",

@@ -101,6 +101,22 @@ def balanced_kmeans(
     return BalancedClusters(best.centroids[order].float(), best.prices[order].float(), labels, directions)
 
 
+def even_directions(clusters: BalancedClusters, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Centroids of length one and what to add to 2 cos(point, centroid) so that all win as many points.
+
+    Args:
+        clusters: by direction.
+        points: (n, r) of length one.
+
+    Returns:
+        (E, r) and (E,), on the CPU.
+    """
+    z = points.detach().double().cpu()
+    centroids = torch.nn.functional.normalize(clusters.centroids.double(), dim=1)
+    mass, none = torch.ones(len(z), dtype=torch.float64), torch.zeros(len(centroids), dtype=torch.float64)
+    return centroids.float(), even_prices(z, mass, centroids, none, False, _EVEN, _SWEEPS).float()
+
+
 @dataclass(frozen=True)
 class _Start:
     cost: float

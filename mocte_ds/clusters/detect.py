@@ -24,7 +24,7 @@ MIN_POINTS = 40
 MOST_POINTS = 2048
 METHODS = ("dbscan", "hdbscan")
 # With one giant cluster in the radius of every point DBSCAN's time grows with the square of their number.
-_PUBLISHED_POINTS = 1024
+PUBLISHED_POINTS = 1024
 
 # Shapes: n points, u different ones, r coordinates.
 
@@ -210,7 +210,7 @@ def published_line(z: Tensor) -> dict[str, float]:
     points = _points(z)
     if len(points) < MIN_POINTS:
         return {"clusters": 0, "noise": 1.0, "largest": 0.0}
-    points = points[:: math.ceil(len(points) / _PUBLISHED_POINTS)]
+    points = points[:: math.ceil(len(points) / PUBLISHED_POINTS)]
     low, high = points.min(axis=0), points.max(axis=0)
     scaled = 2 * (points - low) / np.where(high > low, high - low, 1.0) - 1
     from sklearn.cluster import DBSCAN

@@ -73,7 +73,7 @@ def apply_changes(
             change_of_output = _relative_change(
                 outputs_before[change.block], _output(run, handle, reading), run.mesh.world
             )
-            hard = all(router.weight == "hard" for router in run.config.routers)
+            hard = all(router.weight in ("hard", "gain") for router in run.config.routers)
             if hard and not run.config.expert.redraw:
                 _require_no_jump(handle.name, change_of_output)
             fact["output_change"] = change_of_output
@@ -116,7 +116,7 @@ def _rebuild_partition(run: RunState, born: UnitState) -> None:
 @torch.no_grad()
 def _output(run: RunState, handle: BlockHandle, reading: BlockReading) -> torch.Tensor | None:
     """The block's output on this rank's sampled features."""
-    features, ids, _ = reading.tokens
+    features, ids, _, _ = reading.tokens
     if reading.rows < 2 or reading.mean is None:
         return None
     block, training = handle.block, handle.block.training

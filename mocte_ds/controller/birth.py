@@ -1,12 +1,20 @@
 """How a block's experts are born: the gate from the sampled features, the weights and moments from the dense FFN."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mocte_ds.clusters import balanced_kmeans, hash_table, linear_gate, subspace_without_mean, type_table
+from mocte_ds.clusters import (
+    balanced_kmeans,
+    even_directions,
+    hash_table,
+    linear_gate,
+    pair_tables,
+    subspace_without_mean,
+    type_table,
+)
 from mocte_ds.clusters.control import random_clusters, shuffled_table
 from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.dist.collectives import from_rank_zero, gather_rows, sum_over_ranks
@@ -16,6 +24,7 @@ from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import copy_slice, draw_bypass
 from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.redraw import Drawn, redraw
+from mocte_ds.remote_code.online_key_mocte import TEMPERATURE
 from mocte_ds.remote_code.tokens_mocte import Tokens
 from mocte_ds.seeds import derived_seed
 from mocte_ds.zero import whole
@@ -60,6 +69,8 @@ class FeatureSample:
     """(n,) their ids; -1 where unknown."""
     documents: Rows | None = None
     """Means of documents; None where none was sampled."""
+    ids_before: Tensor | None = None
+    """(n,) ids of the tokens before, in their documents; None: unknown."""
 
 
 def gate_seed(seed: int, block: Block, bank: int) -> int:
@@ -101,6 +112,8 @@ class Birth:
         bank = block.banks[number]
         self.router: RouterConfig = bank.gate.router
         self.num_experts, self.hidden_size = bank.num_experts, block.hidden_size
+        self.groups = self.router.groups or bank.num_experts
+        """Numbers that tables deal out: groups of experts, one for each expert unless the router says otherwise."""
         self.seed = gate_seed(config.seed, block, number)
         """Seed of the random choices of this bank alone."""
         self.tokens = sample.tokens if sample else None
@@ -108,6 +121,7 @@ class Birth:
         self.documents = sample.documents if sample else None
         """Mean features of documents; None where none was sampled."""
         self._token_ids = sample.token_ids if sample else None
+        self._ids_before = sample.ids_before if sample else None
         self.mesh = mesh
         """The ranks that have parts of the sample, and make the same key of it."""
 
@@ -130,14 +144,84 @@ class Birth:
         assert self.tokens is not None and self._token_ids is not None
         coordinates = self.tokens.coordinates(self.mesh.data).cpu()
         ids = self.tokens.gathered(self._token_ids[:, None], self.mesh.data)[:, 0].cpu()
-        table = type_table(ids, coordinates, vocab_size, self.num_experts, self.seed)
+        table = type_table(ids, coordinates, vocab_size, self.groups, self.seed)
         if self.router.shuffled:
-            table = shuffled_table(table, ids, self.num_experts, derived_seed(self.seed, "shuffled"))
+            table = shuffled_table(table, ids, self.groups, derived_seed(self.seed, "shuffled"))
         return from_rank_zero(table, self.mesh.world)
+
+    def tables_of_pairs(
+        self, row: Callable[[Tensor, Tensor], Tensor], vocab_size: int, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Clusters of the mean features of pairs of tokens, and of single ones (collective).
+
+        Args:
+            row: row of each pair, from the ids before and the ids.
+            vocab_size: V.
+            rows: R.
+
+        Returns:
+            (V,) int64 cluster of each token id, and (R,) int64 that of each row, -1 where nothing was sampled.
+        """
+        assert self.tokens is not None and self._token_ids is not None and self._ids_before is not None
+        coordinates = self.tokens.coordinates(self.mesh.data).cpu()
+        both = torch.stack([self._ids_before, self._token_ids], dim=1)
+        before, ids = self.tokens.gathered(both, self.mesh.data).cpu().unbind(1)
+        pairs = row(before, ids)
+        tables = pair_tables(ids, pairs, coordinates, vocab_size, rows, self.groups, self.seed)
+        if self.router.shuffled:
+            tables = tuple(
+                shuffled_table(table, sampled, self.groups, derived_seed(self.seed, "shuffled", name))
+                for table, sampled, name in zip(tables, (ids, pairs), ("ids", "pairs"), strict=True)
+            )
+        of_ids, of_pairs = (from_rank_zero(table, self.mesh.world) for table in tables)
+        return of_ids, of_pairs
+
+    def whitened_clusters(self, directions: int, dropped: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clusters by direction of the whitened features without the leading directions (collective).
+
+        Without a sample the map and the centroids are random.
+
+        Args:
+            directions: r.
+            dropped: leading directions that are left out.
+
+        Returns:
+            (r, d) whitening map W and (r,) offset W mu; (E, r) centroids of length one, and (E,) numbers beside
+            cos / .1 under which the loads of the sample are even.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.tokens is None:
+            whitening = torch.randn(directions, self.hidden_size, generator=generator)
+            centroids = torch.nn.functional.normalize(torch.randn(self.num_experts, directions, generator=generator))
+            return whitening, torch.zeros(directions), centroids, torch.zeros(self.num_experts)
+        data, world = self.mesh.data, self.mesh.world
+        centred = (self.tokens.features.float() - self.tokens.mean).double()
+        moments = sum_over_ranks(centred.T @ centred, data).cpu()
+        count = float(sum_over_ranks(torch.tensor([len(centred)]), data)[0])
+        values, vectors = torch.linalg.eigh(moments / max(count - 1, 1.0))
+        kept = slice(len(values) - dropped - directions, len(values) - dropped)
+        # A direction in which the sample does not differ says nothing.
+        inverse = torch.where(values[kept] > 1e-9 * values[-1], values[kept].clamp(min=1e-300).rsqrt(), 0.0)
+        whitening = from_rank_zero((vectors[:, kept] * inverse).T.float().to(self.tokens.mean), world)
+        offset = whitening @ self.tokens.mean.to(whitening)
+        points = torch.nn.functional.normalize(self.tokens.features.float() @ whitening.T - offset, dim=1)
+        make = random_clusters if self.router.shuffled else balanced_kmeans
+        centroids, bias = even_directions(
+            make(self.tokens.gathered(points, data), self.num_experts, self.seed, directions=True),
+            self.tokens.gathered(points, data),
+        )
+        found = (whitening, offset, centroids.to(whitening), bias.to(whitening) / (2 * TEMPERATURE))
+        first, second, third, fourth = (from_rank_zero(part, world) for part in found)
+        return first, second, third, fourth
 
     def random_table(self, vocab_size: int) -> Tensor:
         """(V,) int64 expert of each token id, drawn at random, all experts equally often."""
-        return hash_table(vocab_size, self.num_experts, self.seed)
+        return hash_table(vocab_size, self.groups, self.seed)
+
+    def random_integers(self, count: int, low: int, high: int) -> Tensor:
+        """(count,) int64 numbers from low to high - 1."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "integers"))
+        return torch.randint(low, high, (count,), generator=generator)
 
     def directions(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """(E, d) normal random directions and (E,) zeros.
@@ -167,7 +251,9 @@ def _mean_weight(bank: Bank, birth: Birth, sample: FeatureSample | None) -> floa
     Before any feature was seen, over normal rows of the size that a norm before the FFN gives.
     """
     if sample is not None:
-        total, count = bank.gate.begin_mean(sample.tokens.features, Tokens(sample.token_ids))
+        total, count = bank.gate.begin_mean(
+            sample.tokens.features, Tokens(sample.token_ids, previous=sample.ids_before)
+        )
         own = torch.stack([total.cpu(), torch.tensor(float(count))]).double()
         sums = from_rank_zero(sum_over_ranks(own, birth.mesh.data), birth.mesh.world)
         return float(sums[0] / sums[1])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import MocteError
@@ -56,8 +57,8 @@ class SampleStream:
         self.sample_rows, self._axis = rows, axis
         self.tokens = Selection(rows << doublings, seed, axis.size)
         self.documents = Selection(documents, seed, axis.size)
-        self.token_facts = Reservoir(1, 2, seed, torch.int64, selection=self.tokens)
-        """Id and source of each sampled token, -1 where unknown."""
+        self.token_facts = Reservoir(1, 3, seed, torch.int64, selection=self.tokens)
+        """Id and source of each sampled token, and the id before it in its document; -1 where unknown."""
         self.document_facts = Reservoir(1, 1, seed, torch.int64, selection=self.documents)
         """Source of each sampled document."""
         self.version = 0
@@ -104,16 +105,18 @@ class SampleStream:
     def _choose(self, state: ForwardState, batch: int, length: int, device: torch.device) -> _Batch:
         known = state.tokens((batch, length, 1))
         sequence, place, real = state.places((batch, length, 1), device)
-        ids = known.ids.to(device) if known.ids is not None else torch.full((batch, length), -1, device=device)
+        ids = before = torch.full((batch, length), -1, device=device)
+        if known.ids is not None:
+            ids, before = known.ids.to(device), known.before(keep=False).to(device)
         domain = state.domain.to(device) if state.domain is not None else torch.full((batch,), -1, device=device)
         source = domain[:, None].expand(batch, length)
         document = documents_of(known, real, device)
         within = document - document[:, :1]
-        flat = [sequence, place, ids, source, document, within]
+        flat = [sequence, place, ids, before, source, document, within]
         rows = [t.reshape(-1) for t in flat] if real is None else [t[real] for t in flat]
-        sequence, place, ids, source, document, within = rows
+        sequence, place, ids, before, source, document, within = rows
         tokens = self.tokens.offer(hash_keys(sequence, place, self._seed))
-        self.token_facts.apply(torch.stack([ids, source], dim=1), tokens)
+        self.token_facts.apply(torch.stack([ids, source, before], dim=1), tokens)
 
         # Some numbers may have no token: those of sequences that are padding alone.
         number, row, lengths = _first_of_each(document)
@@ -140,6 +143,9 @@ class SampleStream:
         self.version, self._batch = state["version"], None
         for name in ("tokens", "documents", "token_facts", "document_facts"):
             getattr(self, name).load_state_dict(state[name])
+        # Checkpoints of older versions do not know the ids before.
+        rows = self.token_facts.state_dict()["rows"]
+        self.token_facts.load_state_dict({"rows": F.pad(rows, (0, 3 - rows.shape[1]), value=-1)})
 
 
 def _first_of_each(document: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,15 +198,15 @@ class FeatureCollector:
             sums.index_add_(0, wanted.document, flat.float())
             self._documents.apply(sums / wanted.lengths[:, None], wanted.documents)
 
-    def tokens(self, choice: Choice | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's share of the token sample: features (n, d), token ids (n,), sources (n,); -1 where unknown.
+    def tokens(self, choice: Choice | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This rank's share of the token sample: features (n, d), ids (n,), sources (n,), ids before (n,), or -1.
 
         Args:
             choice: of the stream's tokens, made since the last forward pass; None: made here (collective).
         """
         choice = self._stream.choose_tokens() if choice is None else choice
         facts = self._stream.token_facts.chosen_rows(choice)
-        return self._tokens.chosen_rows(choice), facts[:, 0], facts[:, 1]
+        return self._tokens.chosen_rows(choice), facts[:, 0], facts[:, 1], facts[:, 2]
 
     def documents(self, choice: Choice | None = None) -> tuple[Tensor, Tensor]:
         """This rank's share of the document sample: means (m, d) and their sources (m,), -1 where unknown.

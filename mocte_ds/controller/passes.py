@@ -1,7 +1,7 @@
 """Counts what forward passes did in each optimizer step: sequences, tokens, and the loads of the experts."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from mocte_ds.dist.collectives import sum_over_ranks
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import BlockMode
 from mocte_ds.moe.forward import BEYOND
+from mocte_ds.moe.keys import OnlineKey
 
 
 class Passes:
@@ -81,7 +82,7 @@ class Passes:
         self._parts, self._texts, self._brought_in = 0, 0, True
 
     def _move_gates(self, loads: Mapping[Bank, Tensor]) -> None:
-        """Update the biases for even loads and the running mean of the weights, except where all experts are frozen."""
+        """Update biases for even loads, running means and moving clusters, except where all experts are frozen."""
         moving = {
             bank for handle in self._run.blocks for bank in handle.block.banks if handle.mode is BlockMode.SPECIALISING
         }
@@ -93,9 +94,23 @@ class Passes:
             tokens = int(loads[bank].sum()) / bank.gate.router.top_k
             if tokens and bank in moving:
                 bank.gate.follow_mean(total / tokens)
+        self._follow_tokens({bank: load for bank, load in loads.items() if bank.gate.key.moves}, moving)
         for bank, load in loads.items():
             if bank in moving:
                 bank.gate.balance(load)
+
+    def _follow_tokens(self, loads: Mapping[Bank, Tensor], moving: Collection[Bank]) -> None:
+        """Move the clusters that follow their tokens; all ranks get the same sums."""
+        if not loads:
+            return
+        keys = {bank: cast(OnlineKey, bank.gate.key) for bank in loads}
+        none = {bank: torch.zeros(key.cluster_centroids.shape, dtype=torch.float64) for bank, key in keys.items()}
+        own = [none[bank] if bank.loads.sums is None else bank.loads.sums for bank in loads]
+        summed = sum_over_ranks(torch.cat([part.flatten() for part in own]), self._run.mesh.data)
+        parts = summed.split([part.numel() for part in own])
+        for (bank, load), part in zip(loads.items(), parts, strict=True):
+            if bank in moving:
+                keys[bank].follow(part.view(none[bank].shape), load)
 
     def routed(self) -> list[Tensor]:
         """(E,) tokens routed to the experts of each block since the start, all ranks together (collective)."""

@@ -39,8 +39,8 @@ class ClusterFacts:
 class BlockReading:
     """The same on all ranks but for ``tokens`` and ``documents``."""
 
-    tokens: tuple[Tensor, Tensor, Tensor]
-    """This rank's sampled features (n, d), token ids and sources."""
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor]
+    """This rank's sampled features (n, d), token ids, sources, and the ids of the tokens before."""
     rows: int
     """Number of sampled token features, all ranks; 0: nothing was seen, and everything below is empty."""
     order: Tensor | None = None
@@ -71,8 +71,8 @@ class BlockReading:
 
     def sample(self) -> FeatureSample:
         """What a gate is made of."""
-        features, ids, _ = self.tokens
-        return FeatureSample(Rows(features, self.basis, self.mean, self.order), ids, self.documents)
+        features, ids, _, before = self.tokens
+        return FeatureSample(Rows(features, self.basis, self.mean, self.order), ids, self.documents, before)
 
     def facts(self, names: list[str]) -> dict[str, Any]:
         """The numbers of the check's event; ``names`` are the sources."""
@@ -115,8 +115,8 @@ class BlockReading:
 
     def drop_rows(self) -> None:
         """Forget this rank's own rows, which only a gate would be made of."""
-        features, ids, source = self.tokens
-        self.tokens = (features[:0], ids[:0], source[:0])
+        features, ids, source, before = self.tokens
+        self.tokens = (features[:0], ids[:0], source[:0], before[:0])
         if self.documents:
             self.documents = Rows(self.documents.features[:0], self.documents.basis, self.documents.mean)
         self.order = None
@@ -145,6 +145,8 @@ class BlockReading:
             name: value.to(device) for name in ("mean", "basis", "order") if (value := state.get(name)) is not None
         }
         tokens = tuple(value.to(device) for value in own["tokens"])
+        if len(tokens) == 3:  # checkpoints of older versions do not know the ids before
+            tokens = (*tokens, torch.full_like(tokens[1], -1))
         return cls(**{**state, **moved, "found": found, "tokens": tokens, "documents": rows})
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
+from mocte_ds.clusters import PUBLISHED_POINTS, agreement, balanced_kmeans, detect, published_line, stability
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.flops import FlopCount
 from mocte_ds.controller.handles import LastDetection
@@ -92,7 +92,8 @@ def _distance_flops(documents: Documents, facts: ClusterFacts) -> int:
     """
     tokens, (m, r) = documents.tokens, documents.coordinates.shape
     passes = len(facts.detection.sensitivity) + 2
-    return 3 * (passes * m * m * r + len(tokens) * len(tokens) * tokens.shape[1])
+    looked = min(len(tokens), PUBLISHED_POINTS)
+    return 3 * (passes * m * m * r + looked * looked * tokens.shape[1])
 
 
 def find_clusters(config: MocteConfig, documents: Documents) -> ClusterFacts:

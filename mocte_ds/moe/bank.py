@@ -11,6 +11,7 @@ from mocte_ds.moe.balance import Balance, with_loss
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.dispatch import route_through
 from mocte_ds.moe.gate import ClusterGate
+from mocte_ds.moe.keys import OnlineKey
 from mocte_ds.moe.loads import Loads
 
 
@@ -71,7 +72,9 @@ class ClusterMOELayer(MOELayer):
         if weight is not None and self.gate.router.unit_mean:
             given = weight.detach().double()
             total = (given if real is None else torch.where(real, given, 0.0)).sum() / self.gate.router.scale
-        state.count(self, counts, total)
+        key = self.gate.key
+        sums = key.take_sums(index, None if real is None else real[:, 0]) if isinstance(key, OnlineKey) else None
+        state.count(self, counts, total, sums)
 
     def rows_of_experts(self, index: Tensor, facts: Tensor) -> dict[int, Tensor]:
         """Send integers of each token the way that its features took (collective over the ranks that share the bank).

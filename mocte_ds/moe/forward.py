@@ -51,6 +51,7 @@ class ForwardState(Call):
     """Tokens of this pass that count; None before the first block."""
     _counts: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _weights: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
+    _sums: dict["ClusterMOELayer", Tensor] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
 
     @classmethod
@@ -128,23 +129,26 @@ class ForwardState(Call):
             counted = self.counted(features.shape)
             self.token_count = features.numel() // features.shape[-1] if counted is None else counted.sum()
 
-    def count(self, layer: "ClusterMOELayer", counts: Tensor, weight: Tensor | None) -> None:
+    def count(
+        self, layer: "ClusterMOELayer", counts: Tensor, weight: Tensor | None, sums: Tensor | None = None
+    ) -> None:
         """Remember what a layer of experts has counted until the pass is complete.
 
         Args:
             layer: which.
             counts: (E,) tokens of each expert.
             weight: () fp64 sum of the weights, or None.
+            sums: (E, r) fp64 of what a key that moves has read, or None.
         """
-        for kept, value in ((self._counts, counts), (self._weights, weight)):
+        for kept, value in ((self._counts, counts), (self._weights, weight), (self._sums, sums)):
             if value is not None:
                 kept[layer] = value if layer not in kept else kept[layer] + value
 
     def commit(self) -> None:
         """The pass is complete: its tokens count."""
         for layer, counts in self._counts.items():
-            layer.loads.add(counts, self._weights.get(layer))
-        self._counts, self._weights = {}, {}
+            layer.loads.add(counts, self._weights.get(layer), self._sums.get(layer))
+        self._counts, self._weights, self._sums = {}, {}, {}
 
 
 def sequence_numbers(first: int, micro: int | None, batch: int, device: torch.device | str = "cpu") -> Tensor:

@@ -1,13 +1,13 @@
 """The gate of a bank in training: the choice of a token's experts, and the loss for even loads.
 
-The choice itself travels with exported models (mocte_ds/remote_code/gates_mocte.py and keys_mocte.py).
+The choice itself travels with exported models (mocte_ds/remote_code/).
 """
 
 import torch
 from torch import Tensor
 
 from mocte_ds.config import RouterConfig
-from mocte_ds.errors import MocteError
+from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.moe.balance import Balance, balance_loss
 from mocte_ds.moe.keys import LinearKey, key_class
 from mocte_ds.remote_code.gates_mocte import Gate
@@ -31,17 +31,22 @@ class ClusterGate(Gate):
             router: kind of key, weight, and whether it learns.
             vocab_size: entries of a table.
         """
-        super().__init__(key_class(router.kind)(hidden_size, num_experts, vocab_size), router)
+        if router.kind == "online" and router.directions + router.dropped > hidden_size:
+            raise ConfigError(
+                f"router.directions = {router.directions} and router.dropped = {router.dropped} are more than the "
+                f"{hidden_size} features of a token; lower one of them."
+            )
+        super().__init__(key_class(router.kind).of(router, hidden_size, num_experts, vocab_size), router)
 
     @property
     def balanced(self) -> bool:
-        """Whether the gate learns and has a loss for even loads."""
-        return self.router.learn and self.router.aux > 0
+        """Whether the gate learns to choose and has a loss for even loads."""
+        return self.router.learn and self.router.aux > 0 and self.router.weight != "gain"
 
     @property
     def reads_loads(self) -> bool:
         """Whether the loads of each optimizer step change how the next one is routed."""
-        return self.balanced or self.router.balance_rate > 0 or self.router.unit_mean
+        return self.balanced or self.router.balance_rate > 0 or self.router.unit_mean or self.key.moves
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
@@ -52,7 +57,8 @@ class ClusterGate(Gate):
         """
         if self.router.balance_rate:
             missing = load.sum() - len(load) * load
-            self.cluster_correction += self.router.balance_rate * missing.sign().to(self.cluster_correction)
+            added = self.cluster_correction if self.router.weight == "sigmoid" else self.key.cluster_bias
+            added += self.router.balance_rate * missing.sign().to(added)
 
     @torch.no_grad()
     def follow_mean(self, mean: float) -> None:

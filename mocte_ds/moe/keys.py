@@ -1,13 +1,10 @@
 """Routing keys by their names in a config; a new one is a class like those, here or in a user's script.
 
 docs/extending.md shows how. The classes of this package travel with exported models, and so lie in
-mocte_ds/remote_code/keys_mocte.py. The config, the birth of experts, the FLOPs ledger and the export ask the class.
+mocte_ds/remote_code/. The config, the birth of experts, the FLOPs ledger and the export ask the class.
 """
 
 from mocte_ds.registry import KEYS
-from mocte_ds.remote_code.keys_mocte import (
-    KEYS as BUILT_IN,
-)
 from mocte_ds.remote_code.keys_mocte import (
     HashKey,
     Key,
@@ -17,12 +14,18 @@ from mocte_ds.remote_code.keys_mocte import (
     RandomKey,
     TypeKey,
 )
+from mocte_ds.remote_code.known_keys_mocte import KEYS as BUILT_IN
+from mocte_ds.remote_code.online_key_mocte import OnlineKey
+from mocte_ds.remote_code.pair_keys_mocte import PairHashKey, PairKey
 
 __all__ = [
     "KEYS",
     "HashKey",
     "Key",
     "LinearKey",
+    "OnlineKey",
+    "PairHashKey",
+    "PairKey",
     "PrefixKey",
     "PreviousKey",
     "RandomKey",

@@ -15,20 +15,25 @@ class Loads:
         """(E,) of these, what the optimizer step that goes on has added."""
         self.weight = torch.zeros(1, dtype=torch.float64, device="cpu")
         """(1,) sum of the weights that the tokens of this step had; for `unit_mean`."""
+        self.sums: Tensor | None = None
+        """(E, r) fp64 sums of what a key that moves has read of this step's tokens; None: nothing yet."""
         self.share = torch.full((experts,), 1.0 / experts, device="cpu")
         """(E,) share of the tokens that each expert got in the last optimizer step, all ranks together."""
 
-    def add(self, counts: Tensor, weight: Tensor | None) -> None:
+    def add(self, counts: Tensor, weight: Tensor | None, sums: Tensor | None = None) -> None:
         """Take what a complete pass has counted.
 
         Args:
             counts: (E,) tokens of each expert.
             weight: () sum of their weights; None: nobody asks.
+            sums: (E, r) of what the key has read of them; None: it does not move.
         """
         self.total += counts.to(self.total.device)
         self.step += counts.to(self.step.device)
         if weight is not None:
             self.weight += weight.to(self.weight.device)
+        if sums is not None:
+            self.sums = sums.cpu() if self.sums is None else self.sums + sums.cpu()
 
     def end_step(self, load: Tensor) -> None:
         """Begin the next optimizer step.
@@ -44,3 +49,4 @@ class Loads:
         """Count the step that goes on anew."""
         self.step.zero_()
         self.weight.zero_()
+        self.sums = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .calls_mocte import Call
 from .experts_mocte import expert_like
 from .gates_mocte import Gate
-from .keys_mocte import KEYS
+from .known_keys_mocte import KEYS
 from .tokens_mocte import RoutingError
 
 # Shapes: B sequences of T tokens, n = B T rows, d features, E experts, k experts a token.
@@ -51,9 +51,10 @@ class MocteBank(nn.Module):
         """
         super().__init__()
         bank = block["banks"][number]
-        key = KEYS[bank["kind"]](block["hidden_size"], block["num_experts"], block["vocab_size"])
+        router = SimpleNamespace(**bank)
+        key = KEYS[router.kind].of(router, block["hidden_size"], block["num_experts"], block["vocab_size"])
         key.name = f"{block['module']}.{number}"
-        self.gate = Gate(key, SimpleNamespace(**bank))
+        self.gate = Gate(key, router)
         sizes = block["expert_sizes"]
         self.experts = nn.ModuleList([expert_like(ffn, sizes) for _ in range(block["num_experts"])])
 

@@ -95,13 +95,13 @@ class Call:
     def _remembered(self) -> RoutingState | None:
         if getattr(self.cache, "is_compileable", False):
             raise RoutingError(
-                "routers of the kinds 'previous' and 'prefix' cannot keep their state in a static cache; generate with "
+                "routers that remember earlier tokens cannot keep their state in a static cache; generate with "
                 "cache_implementation 'dynamic'."
             )
         try:
             return state_in(self.cache, self.cached)
         except RoutingError as error:
-            raise RoutingError(f"generation with routers of the kinds 'previous' and 'prefix': {error}") from None
+            raise RoutingError(f"generation with routers that remember earlier tokens: {error}") from None
 
     def leave(self, cache: Any) -> None:
         """Put what routers remember into the cache that the call has used, if there is one."""

@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-KINDS = ("token", "type", "prefix", "previous", "hash", "random")
-WEIGHTS = ("hard", "softmax", "sigmoid")
+KINDS = ("token", "online", "type", "pair", "prefix", "previous", "hash", "pair-hash", "random")
+WEIGHTS = ("hard", "softmax", "sigmoid", "gain")
 
 
 class MocteBlocksConfig(PretrainedConfig):
@@ -32,7 +32,9 @@ class MocteBlocksConfig(PretrainedConfig):
                 "vocab_size": entries of tables by token ids or None, "banks": one for each bank of experts: {"kind":
                 one of KINDS, "weight": one of WEIGHTS, "learn": bool, "top_k": experts a token, "normalise": whether
                 their weights are divided by their sum, "scale": factor of the weights, "unit_mean": whether they are
-                divided by their mean in training}}.
+                divided by their mean in training, "rows": of tables of hashed pairs, "prior": logit of a table in a
+                trained router, "learn_prior": whether it is trained, "groups": of experts, or None, "std": of the
+                directions that such a router starts with, or None, "directions" and "dropped": of the kind online}}.
             dense_ffns: hidden units of the gated FFNs that stand where the base model's class has experts of its own,
                 by their paths.
             document_end_id: token that ends a document; routing starts over after it.
@@ -96,5 +98,9 @@ def _require_possible(block: dict[str, Any]) -> None:
             raise ValueError(f"a router of {name} is not one of the kinds {KINDS} with a weight of {WEIGHTS}: {bank}.")
         if (bank["learn"] or bank["top_k"] > 1) and bank["weight"] == "hard":
             raise ValueError(f"a router of {name} learns or chooses several, which needs weight 'softmax': {bank}.")
+        if bank["kind"] in ("pair", "pair-hash") and not bank["rows"] > 0:
+            raise ValueError(f"a router of {name} has a table without rows: {bank}.")
+        if bank["weight"] == "gain" and not (bank["learn"] and bank["top_k"] == 1):
+            raise ValueError(f"a router of {name} weighs one expert by a factor that it does not learn: {bank}.")
         if not 1 <= bank["top_k"] <= block["num_experts"]:
             raise ValueError(f"a router of {name} cannot choose among {block['num_experts']} experts: {bank}.")

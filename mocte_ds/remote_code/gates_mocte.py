@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .keys_mocte import Key
 from .tokens_mocte import Tokens
@@ -26,8 +27,8 @@ class Gate(nn.Module):
 
         Args:
             key: the prior.
-            router: `weight` ("hard", "softmax" or "sigmoid"), `learn`, `top_k`, `normalise`, `scale` and `unit_mean` of
-                its config.
+            router: `weight` ("hard", "softmax", "sigmoid" or "gain"), `learn`, `top_k`, `normalise`, `scale`,
+                `unit_mean`, `prior` and `learn_prior` of its config.
         """
         super().__init__()
         self.router, self.key = router, key
@@ -40,6 +41,10 @@ class Gate(nn.Module):
         if router.learn:
             # DeepSpeed takes names with "expert" in them for expert parameters and drops them from checkpoints.
             self.cluster_residual = nn.Parameter(torch.zeros(key.num_experts, key.hidden_size))
+        self.learns_prior = bool(getattr(router, "learn_prior", False))
+        if self.learns_prior:
+            # A matrix: sets of optimizer options are found by the number of dimensions.
+            self.cluster_prior = nn.Parameter(torch.full((1, 1), router.prior))
 
     @property
     def soft(self) -> bool:
@@ -64,13 +69,24 @@ class Gate(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             if not self.soft:
                 return self.key.choose(features.detach().float(), tokens)[:, None], None, None
+            if self.router.weight == "gain":
+                return (*self._gain(features.float(), tokens), None)
             return self._weigh(features.float(), tokens)
 
+    def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
+        """(n, E) fp32 of the key, and of what is learned beside it."""
+        if not self.router.learn:
+            return self.key.logits(features.detach(), tokens)
+        prior = {"prior": self.cluster_prior.float()} if self.learns_prior else {}
+        return self.key.learned_logits(features, tokens, self.cluster_residual.float(), **prior)
+
+    def _gain(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The key's choice, and the factor 2 sigmoid(w_e h), which is 1 at birth."""
+        index = self.key.choose(features.detach(), tokens)[:, None]
+        return index, 2 * F.linear(features, self.cluster_residual.float()).gather(1, index).sigmoid()
+
     def _weigh(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        if self.router.learn:
-            logits = self.key.learned_logits(features, tokens, self.cluster_residual.float())
-        else:
-            logits = self.key.logits(features.detach(), tokens)
+        logits = self.logits(features, tokens)
         k, sigmoid = self.router.top_k, self.router.weight == "sigmoid"
         scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
         order = self.order(logits)

@@ -4,7 +4,7 @@ A key says what it reads, how it is made from the clusters that a check has foun
 (:meth:`Key.flops`) and whether stock classes can hold it (`stock`).
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from torch.nn import functional as F
 from .tokens_mocte import RoutingError, Tokens
 
 # Shapes: B sequences of T tokens, n = B T rows, d features, E experts, V token ids.
-
-# A table as a prior of a learned router: the logit of its expert over the others. science: +4 ties with a fixed table.
-TABLE_LOGIT = 4.0
 
 
 class Key(nn.Module):
@@ -37,6 +34,11 @@ class Key(nn.Module):
     """Whether a trained router's gradient goes through it into the features. Clusters' logits are sharp: through them
     the features would get gradients many times those of the loss."""
 
+    moves: ClassVar[bool] = False
+    """Whether each optimizer step moves it by the tokens that its experts had."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Names of the router's settings that its constructor and :meth:`flops` take, by name."""
+
     of_sample: ClassVar[bool] = True
     """Whether :meth:`fit` needs sampled features; a key without them can be born before the first step."""
 
@@ -53,6 +55,11 @@ class Key(nn.Module):
         """
         super().__init__()
         self.hidden_size, self.num_experts, self.vocab_size = hidden_size, num_experts, vocab_size or 0
+
+    @classmethod
+    def of(cls, router: Any, hidden_size: int, num_experts: int, vocab_size: int | None) -> Self:
+        """An empty key with the settings of its router; other arguments as of the class."""
+        return cls(hidden_size, num_experts, vocab_size, **{name: getattr(router, name) for name in cls.settings})
 
     def fit(self, birth: Any) -> None:
         """Store what decides, from the clusters of the sampled features (collective).
@@ -76,18 +83,19 @@ class Key(nn.Module):
         """(n, E) fp32; the largest one is the choice."""
         raise NotImplementedError(f"{type(self).__name__}.logits")
 
-    def learned_logits(self, features: Tensor, tokens: Tokens, residual: Tensor) -> Tensor:
+    def learned_logits(self, features: Tensor, tokens: Tokens, residual: Tensor, **learned: Tensor) -> Tensor:
         """(n, E) logits of a trained router.
 
         Args:
             features: (n, d) fp32.
             tokens: what else is known of them.
             residual: (E, d) fp32 linear map that is learned beside the key.
+            **learned: what else is, for keys that have such settings.
         """
         return self.logits(features if self.by_chance else features.detach(), tokens) + F.linear(features, residual)
 
     @classmethod
-    def flops(cls, hidden_size: int, num_experts: int) -> float:
+    def flops(cls, hidden_size: int, num_experts: int, **settings: Any) -> float:
         """FLOPs per token of one choice, products of matrices only."""
         return 0.0
 
@@ -119,20 +127,83 @@ class LinearKey(Key):
             return F.linear(features.float(), self.cluster_weight, self.cluster_bias)
 
     @classmethod
-    def flops(cls, hidden_size: int, num_experts: int) -> float:
+    def flops(cls, hidden_size: int, num_experts: int, **settings: Any) -> float:
         return 2.0 * num_experts * hidden_size
 
 
-class TypeKey(Key):
-    """`type`: a fixed table from the token's id to the cluster of the id's mean feature."""
+class TableKey(Key):
+    """A fixed table of what token ids tell; as the prior of a trained router it can name groups of experts."""
 
     reads_ids, has_logits = True, False
+    settings: ClassVar[tuple[str, ...]] = ("prior", "groups", "std")
 
-    def __init__(self, hidden_size: int, num_experts: int, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        vocab_size: int | None = None,
+        prior: float = 4.0,
+        groups: int | None = None,
+        std: float | None = None,
+    ) -> None:
+        """An empty table.
+
+        Args:
+            hidden_size: d.
+            num_experts: E.
+            vocab_size: V.
+            prior: logit of the table's experts over the others.
+            groups: entries go up to this; experts are dealt out to them in order. None: one for each expert.
+            std: standard deviation of random directions that a trained router starts with; None: it starts at zero.
+        """
         super().__init__(hidden_size, num_experts, vocab_size)
-        self.register_buffer("cluster_table", torch.zeros(self.vocab_size, dtype=torch.int64))
+        self.prior, self.groups = prior, groups or num_experts
+        self.has_start = std is not None
+        if self.has_start:
+            self.register_buffer("cluster_start", torch.zeros(num_experts, hidden_size))
 
     def fit(self, birth: Any) -> None:
+        self.fit_table(birth)
+        if self.has_start:
+            self.cluster_start.copy_(birth.directions(birth.router.std)[0])
+
+    def fit_table(self, birth: Any) -> None:
+        """Store the table; see :meth:`fit`."""
+        raise NotImplementedError(f"{type(self).__name__}.fit_table")
+
+    def ids(self, features: Tensor, tokens: Tokens) -> Tensor:
+        """(n,) int64 ids of the tokens.
+
+        Raises:
+            RoutingError: there are none.
+        """
+        ids = tokens.ids
+        if ids is None or ids.numel() != features.shape[0]:
+            raise RoutingError("a router by token ids needs them: call the model with input_ids=(batch, length).")
+        return ids.reshape(-1)
+
+    def marks(self, features: Tensor, tokens: Tokens) -> Tensor:
+        """(n, E) fp32: 1 for the experts of the token's group, 0 for others."""
+        group = torch.arange(self.num_experts, device=features.device) * self.groups // self.num_experts
+        return (self.choose(features, tokens).to(features.device)[:, None] == group).float()
+
+    def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
+        return self.prior * self.marks(features, tokens)
+
+    def learned_logits(self, features: Tensor, tokens: Tokens, residual: Tensor, **learned: Tensor) -> Tensor:
+        matrix = self.cluster_start + residual if self.has_start else residual
+        prior = learned.get("prior", self.prior)
+        return prior * self.marks(features, tokens) + F.linear(features, matrix)
+
+
+class TypeKey(TableKey):
+    """`type`: a fixed table from the token's id to the cluster of the id's mean feature."""
+
+    def __init__(self, hidden_size: int, num_experts: int, vocab_size: int | None = None, **settings: Any) -> None:
+        super().__init__(hidden_size, num_experts, vocab_size, **settings)
+        self.register_buffer("cluster_table", torch.zeros(self.vocab_size, dtype=torch.int64))
+
+    def fit_table(self, birth: Any) -> None:
         self.set(birth.table_of_clusters(self.vocab_size) if birth.tokens else birth.random_table(self.vocab_size))
 
     def set(self, table: Tensor) -> None:
@@ -140,13 +211,7 @@ class TypeKey(Key):
         self.cluster_table.copy_(table)
 
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
-        ids = tokens.ids
-        if ids is None or ids.numel() != features.shape[0]:
-            raise RoutingError("a router by token ids needs them: call the model with input_ids=(batch, length).")
-        return self.cluster_table[ids.reshape(-1).to(self.cluster_table.device)]
-
-    def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
-        return TABLE_LOGIT * F.one_hot(self.choose(features, tokens), self.num_experts).float()
+        return self.cluster_table[self.ids(features, tokens).to(self.cluster_table.device)]
 
 
 class PrefixKey(LinearKey):
@@ -174,12 +239,11 @@ class PreviousKey(TypeKey):
 
     remembers, of_sample = True, False
 
-    def fit(self, birth: Any) -> None:
+    def fit_table(self, birth: Any) -> None:
         self.set(birth.random_table(self.vocab_size))
 
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
-        if tokens.ids is None or tokens.ids.numel() != features.shape[0]:
-            return super().choose(features, tokens)
+        self.ids(features, tokens)  # refuses where there are none
         return self.cluster_table[tokens.before().reshape(-1).to(self.cluster_table.device)]
 
 
@@ -188,7 +252,7 @@ class HashKey(TypeKey):
 
     of_sample = False
 
-    def fit(self, birth: Any) -> None:
+    def fit_table(self, birth: Any) -> None:
         self.set(birth.random_table(self.vocab_size))
 
 
@@ -200,20 +264,9 @@ class RandomKey(LinearKey):
 
     by_chance, of_sample = True, False
 
-    def learned_logits(self, features: Tensor, tokens: Tokens, residual: Tensor) -> Tensor:
+    def learned_logits(self, features: Tensor, tokens: Tokens, residual: Tensor, **learned: Tensor) -> Tensor:
         # One product in place of two.
         return F.linear(features, self.cluster_weight + residual, self.cluster_bias)
 
     def fit(self, birth: Any) -> None:
         self.set(*birth.directions(birth.router.std or (0.1 / self.hidden_size) ** 0.5))
-
-
-KEYS: dict[str, type[Key]] = {
-    "token": LinearKey,
-    "type": TypeKey,
-    "prefix": PrefixKey,
-    "previous": PreviousKey,
-    "hash": HashKey,
-    "random": RandomKey,
-}
-"""The keys by their names in configs."""

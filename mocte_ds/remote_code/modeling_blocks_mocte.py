@@ -27,6 +27,11 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
         "cluster_correction",
         "cluster_mean",
         "cluster_residual",
+        "cluster_prior",
+        "cluster_whitening",
+        "cluster_offset",
+        "cluster_centroids",
+        "cluster_start",
     ]  # noqa: RUF012
     supports_gradient_checkpointing = False
 

@@ -198,6 +198,8 @@ class Tokens:
     """(B, T) bool: the token ends its document; None: none does."""
     state: RoutingState | None = None
     """Of the tokens before; None: there are none."""
+    previous: Tensor | None = None
+    """(n,) what :meth:`before` gives for rows that stand alone; None: their own ids."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """States after each of these tokens."""
     _carried: dict[str, Tensor | None] = field(default_factory=dict)
@@ -244,12 +246,16 @@ class Tokens:
         self.state.append(self.kept)
         self.kept = {}
 
-    def before(self) -> Tensor:
-        """(B, T) id of the token before in the same document; its own id for a document's first token."""
+    def before(self, keep: bool = True) -> Tensor:
+        """(B, T) id of the token before in the same document; its own id for a document's first token.
+
+        Args:
+            keep: whether the last id is kept for the next pass.
+        """
         ids = self.ids
         assert ids is not None
         if self.begins is None:
-            return ids  # single rows: there is no token before
+            return ids if self.previous is None else self.previous
         carried = self._last("id")
         first = torch.full_like(ids[:, :1], NO_TOKEN) if carried is None else carried[:, None].to(ids.device)
         own = ids if self.ends is None else torch.where(self.ends.to(ids.device), NO_TOKEN, ids)
@@ -259,7 +265,8 @@ class Tokens:
         else:  # padding is skipped
             place = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand_as(ids)
             after = after.gather(1, torch.where(self.real.to(ids.device), place, 0).cummax(dim=1).values)
-        self.kept["id"] = after
+        if keep:
+            self.kept["id"] = after
         before = torch.cat([first, after[:, :-1]], dim=1)
         return torch.where((before < 0) | self.begins.to(ids.device), ids, before)
 

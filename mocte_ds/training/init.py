@@ -1,5 +1,6 @@
 """Starts a run from an imported model or from another run (`model.init`): its weights and modes, no moments."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,14 @@ from torch import nn
 
 from mocte_ds.checkpoints.names import expert_parameter
 from mocte_ds.checkpoints.source import StoredSource
-from mocte_ds.config import MocteConfig
+from mocte_ds.config import MocteConfig, RouterConfig
 from mocte_ds.controller import Controller
 from mocte_ds.controller.apply import apply_changes
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 
-_OF_TRAINING = ("aux", "balance_rate", "rate", "std", "redraw", "shuffled")
+_OF_TRAINING = ("aux", "balance_rate", "rate", "redraw", "shuffled")
 """Keys of routers and experts that are about how they are born or trained."""
 _STRUCTURE = ("num_experts", "expert", "router", "banks")
 
@@ -113,11 +114,17 @@ def _structure(settings: dict[str, Any]) -> dict[str, Any]:
     """What of a "mocte" block decides which experts and gates there are, and what they compute."""
     found = {key: settings.get(key) for key in _STRUCTURE}
     routers = found["banks"] if found["banks"] is not None else [found["router"] or {}]
-    kept = [{key: value for key, value in router.items() if key not in _OF_TRAINING} for router in routers]
+    kept = [_kept({**asdict(RouterConfig()), **router}) for router in routers]
     if found["banks"] is not None:
         found["banks"] = kept
-    elif found["router"]:
+    else:
         found["router"] = kept[0]
     if found["expert"]:
         found["expert"] = {key: value for key, value in found["expert"].items() if key not in _OF_TRAINING}
     return found
+
+
+def _kept(router: dict[str, Any]) -> dict[str, Any]:
+    """Of a router; a start of an older version has the defaults of what is new."""
+    born = (*_OF_TRAINING, "std") if router["kind"] == "random" else _OF_TRAINING
+    return {key: value for key, value in router.items() if key not in born}

@@ -76,9 +76,9 @@ class UnitRegistry:
                 for local, expert in enumerate(bank.local_experts):
                     k = number * bank.num_experts + bank.first_local(ep_rank) + local
                     self._add(expert_unit(block, k), _but(expert, of_experts), bank.expert_group_name)
-            residuals = [bank.gate.cluster_residual for bank in block.banks if bank.gate.router.learn]
-            if residuals:
-                self._add(router_unit(block), residuals, None)
+            routers = [parameter for bank in block.banks for parameter in bank.gate.parameters()]
+            if routers:
+                self._add(router_unit(block), routers, None)
             placed.update(id(p) for p in block.parameters())
         if front is not None:
             for name, parameters in [(EMBEDDINGS, front.embeddings)] + [
@@ -136,13 +136,13 @@ def _give_routers_their_own(blocks: list[Block], options: list[dict[str, Any]], 
         option_of: by id of a parameter; changed.
     """
     for bank in (bank for block in blocks for bank in block.banks if bank.gate.router.learn):
-        router = bank.gate.cluster_residual
-        if id(router) in option_of:
-            usual = option_of[id(router)]
-            own = {**options[usual], "weight_decay": 0.0, "rate": bank.gate.router.rate, "like": usual}
-            if own not in options:
-                options.append(own)
-            option_of[id(router)] = options.index(own)
+        for parameter in bank.gate.parameters():
+            if id(parameter) in option_of:
+                usual = option_of[id(parameter)]
+                own = {**options[usual], "weight_decay": 0.0, "rate": bank.gate.router.rate, "like": usual}
+                if own not in options:
+                    options.append(own)
+                option_of[id(parameter)] = options.index(own)
 
 
 def _but(module: nn.Module, names: set[str]) -> list[nn.Parameter]:

@@ -150,7 +150,7 @@ def test_lora_experts_are_the_same_whoever_holds_them() -> None:
     assert not any(torch.equal(value, other[key]) for key, value in whole.items() if "down" not in key[-1])
 
 
-@pytest.mark.parametrize("kind", ["hash", "previous", "random", "type"])
+@pytest.mark.parametrize("kind", ["hash", "pair-hash", "previous", "random", "type"])
 def test_no_two_blocks_or_banks_share_what_chance_decides(kind: str) -> None:
     banks = [{"kind": kind}, {"kind": kind}]
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": E, "banks": banks})

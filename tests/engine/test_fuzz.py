@@ -10,7 +10,7 @@ import torch
 from tests.engine import runs
 from tests.spawn import spawn
 
-KINDS = ("token", "type", "prefix", "previous", "hash", "random")
+KINDS = ("token", "online", "type", "pair", "prefix", "previous", "hash", "pair-hash", "random")
 POLICIES = ("trainability", "progress", "paper", "grad-norm", "inverted", "random", "off")
 STEPS = 8
 
@@ -18,7 +18,7 @@ STEPS = 8
 def router(rng: random.Random) -> dict[str, Any]:
     choices: dict[str, list[Any]] = {
         "kind": list(KINDS),
-        "weight": ["hard", "softmax", "sigmoid"],
+        "weight": ["hard", "softmax", "sigmoid", "gain"],
         "learn": [True, False],
         "top_k": [1, 1, 2],
         "normalise": [False, False, True],
@@ -26,6 +26,9 @@ def router(rng: random.Random) -> dict[str, Any]:
         "balance_rate": [0.0, 0.01],
         "aux": [0.0, 0.01, 10.0],
         "bias": [True, False],
+        "directions": [8, 40],
+        "learn_prior": [False, True],
+        "groups": [None, 2],
     }
     return {key: rng.choice(values) for key, values in choices.items() if rng.random() < 0.5}
 

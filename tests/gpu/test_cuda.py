@@ -12,6 +12,7 @@ from mocte_ds.moe import BlockMode, attach
 from mocte_ds.spectrum import sampled_svd, split_half_angles
 from mocte_ds.spectrum.sample import Reservoir
 from mocte_ds.trainability import lambda_max
+from tests.moe.random_keys import randomise_key
 from tests.small_models import small_llama
 
 MESH = mesh_of_processes()
@@ -53,7 +54,7 @@ def test_the_reservoir_keeps_the_same_rows() -> None:
     assert there.rows().is_cuda and torch.equal(there.rows().cpu(), here.rows())
 
 
-@pytest.mark.parametrize("kind", ["token", "prefix", "type", "previous", "hash", "random"])
+@pytest.mark.parametrize("kind", ["token", "prefix", "type", "pair", "previous", "hash", "pair-hash", "random"])
 def test_blocks_route_and_conflict_is_that_of_the_cpu(kind: str) -> None:
     torch.manual_seed(0)
     made = small_llama(40, 16, 24, positions=12)
@@ -62,11 +63,7 @@ def test_blocks_route_and_conflict_is_that_of_the_cpu(kind: str) -> None:
     )
     blocks = attach(made, config)
     for block in blocks:
-        key = block.banks[0].gate.key
-        if kind in ("type", "previous", "hash"):
-            key.set(torch.randint(4, (40,)))
-        else:
-            key.set(torch.randn(4, 16), torch.zeros(4))
+        randomise_key(block.banks[0].gate.key)
         for parameter in block.banks.parameters():
             parameter.requires_grad_(True)
         block.mode = BlockMode.SPECIALISING

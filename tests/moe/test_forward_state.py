@@ -19,6 +19,7 @@ from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import MocteError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.forward import ForwardState, documents_of
+from tests.moe.random_keys import randomise_key
 
 V, E, EOD, D = 64, 4, 0, 32
 LEARNED = {"kind": "prefix", "weight": "softmax", "learn": True, "aux": 1.0}
@@ -26,6 +27,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "previous": {"kind": "previous"},
     "prefix": {"kind": "prefix"},
     "type": {"kind": "type"},
+    "pair": {"kind": "pair"},
     "learned": LEARNED,
 }
 
@@ -39,10 +41,7 @@ def made(router: dict[str, Any], **config: Any) -> tuple[LlamaForCausalLM, list[
     blocks = attach(model, MocteConfig.from_dict(settings))
     for block in blocks:
         gate, layer = block.banks[0].gate, block.banks[0].deepspeed_moe
-        if router["kind"] in ("type", "previous"):
-            gate.key.set(torch.randint(E, (V,)))
-        else:
-            gate.key.set(torch.randn(E, D), torch.zeros(E))
+        randomise_key(gate.key)
         layer.loads.share = torch.tensor([0.7, 0.1, 0.1, 0.1])
         block.banks.requires_grad_(True)
         for parameter in block.banks[0].local_experts.parameters():
@@ -208,7 +207,7 @@ def test_states_go_with_their_graphs_and_copies_have_their_own() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["previous", "prefix", "learned"])
+@pytest.mark.parametrize("name", ["previous", "prefix", "pair", "learned"])
 def test_padding_changes_nothing_and_is_not_counted(name: str, side: str) -> None:
     """Padding is the very token that ends documents."""
     ids, more = texts(1), 6

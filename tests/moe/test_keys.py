@@ -15,6 +15,7 @@ from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.moe.keys import PrefixKey, PreviousKey
+from tests.moe.random_keys import randomise_key
 
 D, E, EOD, V = 8, 4, 0, 64
 
@@ -57,18 +58,14 @@ def test_prefix_knows_neither_the_future_nor_other_documents() -> None:
     assert not torch.allclose(before[0, :4], after[0, :4])
 
 
-@pytest.mark.parametrize("kind", ["prefix", "previous", "token", "type"])
+@pytest.mark.parametrize("kind", ["prefix", "previous", "token", "type", "pair", "pair-hash"])
 def test_generation_with_a_cache_routes_like_one_pass(kind: str) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes)).eval()
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "router": {"kind": kind}, "eod_id": EOD})
     blocks = attach(model, config)
     for block in blocks:
-        key = block.banks[0].gate.key
-        if kind in ("type", "previous"):
-            key.set(torch.randint(E, (V,)))
-        else:
-            key.set(torch.randn(E, 32), torch.zeros(E))
+        randomise_key(block.banks[0].gate.key)
         for expert in block.banks[0].local_experts:
             for parameter in expert.parameters():
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -146,16 +143,12 @@ def gpt2() -> GPT2LMHeadModel:
     return model
 
 
-@pytest.mark.parametrize("kind", ["prefix", "previous"])
+@pytest.mark.parametrize("kind", ["prefix", "previous", "pair", "pair-hash"])
 def test_generate_of_transformers_hands_the_cache_over(kind: str) -> None:
     model = llama()
     blocks = attach(model, MocteConfig.from_dict({"modules": "model.layers.*.mlp", "router": {"kind": kind}}))
     for block in blocks:
-        key = block.banks[0].gate.key
-        if kind == "prefix":
-            key.set(torch.randn(E, 32), torch.zeros(E))
-        else:
-            key.set(torch.randint(E, (V,)))
+        randomise_key(block.banks[0].gate.key)
         for parameter in block.banks[0].local_experts.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
         block.mode = BlockMode.SPECIALISING
@@ -208,6 +201,7 @@ def test_banks_keep_the_function_and_slice_the_moments(make, pattern: str, count
         ({"router": {"learn": True}}, "learn needs weight 'softmax'"),
         ({"router": {"kind": "previous", "weight": "softmax"}}, "needs logits"),
         ({"banks": [{"kind": "token"}, {"kind": "token", "learn": True}]}, r"mocte.banks\[1\].learn needs"),
+        ({"router": {"kind": "type", "rows": 64}}, "rows = 64 is for the kinds 'pair'"),
         ({"router": {"aux": -1}}, "aux = -1.0 must not be negative"),
     ],
 )

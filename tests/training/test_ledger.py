@@ -189,6 +189,8 @@ ROUTERS = {
     "chance, learned": {"kind": "random", "weight": "softmax", "learn": True},
     "two of them": {"kind": "random", "weight": "softmax", "learn": True, "top_k": 2, "normalise": True},
     "prefix": {"kind": "prefix"},
+    "online": {"kind": "online", "directions": 12},
+    "gain": {"kind": "random", "weight": "gain", "learn": True},
     "previous": {"kind": "previous"},
 }
 SEED = 1

@@ -93,7 +93,9 @@ FREEZING = {"policy": "random", "checks": 1, "after_checks": 2, "rows": 32, "ite
 ROUTERS = [
     {"kind": "token", "weight": "softmax", "learn": True},
     {"kind": "random", "weight": "softmax", "learn": True},
-    *[{"kind": kind} for kind in ("prefix", "type", "previous", "hash")],
+    {"kind": "online", "directions": 8},
+    {"kind": "type", "weight": "softmax", "learn": True, "learn_prior": True, "std": 0.02},
+    *[{"kind": kind} for kind in ("prefix", "type", "pair", "previous", "hash", "pair-hash")],
 ]
 # Every freeze is decided by what experts have learned since the last check, and prepared by a slower rate.
 PROGRESS = {**FREEZING, "policy": "progress", "gamma": 1.0, "beta": 1.0, "anneal": 0.05}

@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
-from mocte_ds.moe.keys import LinearKey
+from mocte_ds.moe.keys import LinearKey, OnlineKey
 
 # Largest accepted difference in fp32, relative to the largest value; sums are taken in another order.
 TOLERANCE = 1e-4
@@ -30,13 +29,15 @@ def margins(block: Block, features: Tensor) -> Tensor:
     for bank in block.banks:
         gate = bank.gate
         linear = isinstance(gate.key, LinearKey)
-        if not linear and not gate.router.learn:
+        learned = gate.router.learn and gate.router.weight != "gain"
+        online = isinstance(gate.key, OnlineKey)
+        if not linear and not online and not learned:
             continue
-        logits = gate.key.logits(rows, block.context.current().tokens(features.shape))
-        matrix = gate.key.cluster_weight if linear else torch.zeros(1)
-        if gate.router.learn:
-            logits = logits + F.linear(rows, gate.cluster_residual.float())
-            matrix = matrix + gate.cluster_residual.float()
+        tokens = block.context.current().tokens(features.shape)
+        logits = gate.logits(rows, tokens) if learned else gate.key.logits(rows, tokens)
+        matrix = gate.key.cluster_weight if linear else torch.zeros(logits.shape[1], 1)
+        if learned:
+            matrix = matrix + gate.cluster_residual.float() + getattr(gate.key, "cluster_start", 0.0)
         k = gate.router.top_k
         if k == logits.shape[1]:
             continue  # every token goes to all of them
@@ -45,6 +46,8 @@ def margins(block: Block, features: Tensor) -> Tensor:
         # Each logit is rounded relative to its own row, and rows of one gate may differ by orders of magnitude.
         norms = matrix.norm(dim=1).expand(logits.shape[1])
         scale = torch.maximum(norms[chosen][:, :, None], norms) * rows.norm(dim=-1)[:, None, None]
+        if isinstance(gate.key, OnlineKey):
+            scale = scale + gate.key.spread(rows)[:, None, None]
         if gate.router.weight == "sigmoid":
             scale = scale.clamp(min=1.0)  # sigmoids are rounded themselves
         apart = (best[:, :, None] - ordered[:, None, :]) / scale.clamp(min=1e-30)

@@ -22,7 +22,22 @@ from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.remote_code.experts_mocte import sizes_of
 from mocte_ds.shown import one_line
 
-_ROUTER = ("kind", "weight", "learn", "top_k", "normalise", "scale", "unit_mean")
+_ROUTER = (
+    "kind",
+    "weight",
+    "learn",
+    "top_k",
+    "normalise",
+    "scale",
+    "unit_mean",
+    "rows",
+    "prior",
+    "learn_prior",
+    "groups",
+    "std",
+    "directions",
+    "dropped",
+)
 _GATE = ".gate."
 _BASE = "base."
 _RENAMED = (

@@ -104,8 +104,8 @@ def _require_convertible(source: Source, block: Block) -> None:
     router = block.banks[0].gate.router
     if not block.banks[0].gate.key.stock:
         raise refuse(f"the router.kind '{router.kind}'")
-    if router.weight == "sigmoid":
-        raise refuse("the router.weight 'sigmoid'")
+    if router.weight in ("sigmoid", "gain"):
+        raise refuse(f"the router.weight '{router.weight}'")
     if router.unit_mean:
         raise refuse("router.unit_mean")
     # The same bias for all experts changes neither the choice nor the softmax.

@@ -36,6 +36,19 @@ CASES = {
     "previous": ({}, {"modules": ALL, "router": {"kind": "previous"}}),
     "previous, documents": ({}, {"modules": ALL, "router": {"kind": "previous"}, "eod_id": EOD}),
     "previous, learned": ({}, {"modules": ALL, "router": {"kind": "previous", **LEARNED}, "eod_id": EOD}),
+    "pair": ({}, {"modules": ALL, "router": {"kind": "pair", "rows": 512}, "eod_id": EOD}),
+    "pair, learned": ({}, {"modules": ALL, "router": {"kind": "pair", **LEARNED}}),
+    "pair-hash": ({}, {"modules": ALL, "router": {"kind": "pair-hash"}, "eod_id": EOD}),
+    "online": ({}, {"modules": ALL, "router": {"kind": "online", "directions": 12}}),
+    "type, gain": ({}, {"modules": ALL, "router": {"kind": "type", "weight": "gain", "learn": True}}),
+    "type, a prior over groups": (
+        {},
+        {
+            "modules": ALL,
+            "expert": LORA,
+            "router": {**SIGMOID, "kind": "type", "groups": 2, "std": 0.02, "learn_prior": True},
+        },
+    ),
     "prefix": ({}, {"modules": ALL, "router": {"kind": "prefix"}}),
     "prefix, documents": ({}, {"modules": ALL, "router": {"kind": "prefix"}, "eod_id": EOD}),
     "prefix, softmax, no bias": ({}, {"modules": ALL, "router": {"kind": "prefix", "bias": False, **SOFT}}),
@@ -63,7 +76,7 @@ CASES = {
     "dense": ({"model_type": "gpt2"}, None),
 }
 # Those whose routers remember something.
-STATEFUL = ["previous, documents", "prefix, documents", "prefix, learned", "gpt2, banks"]
+STATEFUL = ["previous, documents", "pair", "prefix, documents", "prefix, learned", "gpt2, banks"]
 
 
 def trained(name: str) -> Any:

@@ -276,6 +276,8 @@ def _routing_refusal(run: Mixture, block: Block) -> str | None:
             f"no stock class routes by router.kind '{gate.router.kind}'; for one, train with router.kind 'token' and "
             "router.bias false"
         )
+    if gate.router.weight == "gain":
+        return "no stock class multiplies an expert's output by a learned factor; for one, train with weight 'hard'"
     if gate.unit_mean:
         return "no stock class divides weights by their mean; for one, train with router.unit_mean false"
     # The same bias for all experts changes neither the choice nor the softmax.

@@ -1,0 +1,114 @@
+"""A routing key whose clusters follow the features, in training and in an exported model; needs torch alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .keys_mocte import Key
+from .tokens_mocte import Tokens
+
+# Shapes: n tokens, d features, E experts, r whitened directions.
+
+TEMPERATURE = 0.1
+"""By which cosines are divided."""
+KEPT = 0.99
+"""Weight of a centroid in the next one."""
+
+
+class OnlineKey(Key):
+    """`online`: the centroid with the nearest direction, moved a little toward its tokens after each optimizer step.
+
+    x = (W h - o) / |W h - o|, with W whitening the features in some directions but the leading ones; chosen is the
+    largest cos(x, m_e) / .1 + b_e. In training m_e <- .99 m_e + .01 (mean x of its tokens in the global batch). No
+    gradient. (arXiv 2605.12476)
+    """
+
+    has_logits, moves = False, True
+    settings = ("directions", "dropped")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        vocab_size: int | None = None,
+        directions: int = 32,
+        dropped: int = 2,
+    ) -> None:
+        """An empty key.
+
+        Args:
+            hidden_size: d.
+            num_experts: E.
+            vocab_size: unused.
+            directions: r.
+            dropped: leading directions that are left out.
+        """
+        super().__init__(hidden_size, num_experts, vocab_size)
+        self.directions, self.dropped = directions, dropped
+        self.register_buffer("cluster_whitening", torch.zeros(directions, hidden_size))
+        self.register_buffer("cluster_offset", torch.zeros(directions))
+        self.register_buffer("cluster_centroids", torch.zeros(num_experts, directions))
+        self.register_buffer("cluster_bias", torch.zeros(num_experts))
+        self._seen: Tensor | None = None
+
+    def fit(self, birth: Any) -> None:
+        self.set(*birth.whitened_clusters(self.directions, self.dropped))
+
+    def set(self, whitening: Tensor, offset: Tensor, centroids: Tensor, bias: Tensor) -> None:
+        """Store (r, d), (r,), (E, r) and (E,)."""
+        self.cluster_whitening.copy_(whitening)
+        self.cluster_offset.copy_(offset)
+        self.cluster_centroids.copy_(centroids)
+        self.cluster_bias.copy_(bias)
+
+    def points(self, features: Tensor) -> Tensor:
+        """(n, r) fp32 unit vectors x."""
+        # Never in autocast: logits that are rounded to bf16 send tokens elsewhere.
+        with torch.autocast(features.device.type, enabled=False):
+            return F.normalize(F.linear(features.float(), self.cluster_whitening) - self.cluster_offset, dim=1)
+
+    def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
+        self._seen = x = self.points(features)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, F.normalize(self.cluster_centroids, dim=1)) / TEMPERATURE + self.cluster_bias
+
+    def take_sums(self, index: Tensor, real: Tensor | None) -> Tensor:
+        """(E, r) fp64 sums of x over the tokens of each expert in the choice that was just made.
+
+        Args:
+            index: (n, k) experts of each token.
+            real: (n,) bool, False for padding; None: every token counts.
+        """
+        x, self._seen = self._seen, None
+        assert x is not None  # a choice has been made
+        x = x.detach().double() if real is None else torch.where(real[:, None], x.detach().double(), 0.0)
+        sums = torch.zeros(self.num_experts, x.shape[1], dtype=torch.float64, device=x.device)
+        for column in index.unbind(1):
+            # Sorted on CUDA, so that the order of the additions is always the same.
+            sums.index_put_((column,), x, accumulate=True)
+        return sums
+
+    @torch.no_grad()
+    def follow(self, sums: Tensor, load: Tensor) -> None:
+        """Move the centroids of experts that had tokens.
+
+        Args:
+            sums: (E, r) of :meth:`take_sums` over an optimizer step, all ranks together.
+            load: (E,) int64 tokens of each expert.
+        """
+        sums, load = (t.to(self.cluster_centroids.device) for t in (sums, load))
+        mean = (sums / load.clamp(min=1)[:, None]).float()
+        moved = KEPT * self.cluster_centroids + (1 - KEPT) * mean
+        self.cluster_centroids.copy_(torch.where((load > 0)[:, None], moved, self.cluster_centroids))
+
+    def spread(self, features: Tensor) -> Tensor:
+        """(n,) by how much rounding of the features is larger in the logits, relative to their size."""
+        z = F.linear(features, self.cluster_whitening) - self.cluster_offset
+        size = self.cluster_whitening.norm() * features.norm(dim=1) + self.cluster_offset.norm()
+        return size / z.norm(dim=1).clamp(min=1e-12) / TEMPERATURE
+
+    @classmethod
+    def flops(cls, hidden_size: int, num_experts: int, **settings: Any) -> float:
+        return 2.0 * settings["directions"] * (hidden_size + num_experts)
