@@ -37,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow-data-change", action="store_true", help="go on with other data, another mix or another seed"
     )
-    parser.add_argument("--no-preflight", action="store_true", help="do not look at hosts and links before the start")
-    parser.add_argument("--preflight-only", action="store_true", help="look at hosts and links, and end")
+    looks = parser.add_mutually_exclusive_group()
+    looks.add_argument("--no-preflight", action="store_true", help="do not look at hosts and links before the start")
+    looks.add_argument("--preflight-only", action="store_true", help="look at hosts and links, and end")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -103,7 +104,7 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
         forget_cause(start.out)
     world = mesh_of_processes().world
     start.require_agreed(world)
-    if not args.no_preflight or args.preflight_only:
+    if not args.no_preflight:
         from mocte_ds.plan.preflight import preflight
 
         line = preflight(start.run, start.out, world, torch_device(get_accelerator().current_device_name()))

@@ -1,12 +1,15 @@
 """The process group of a run, whichever launcher has started it."""
 
 import os
+import platform
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
+
+from mocte_ds.errors import ConfigError
 
 
 def begin_group(**options: Any) -> None:
@@ -17,7 +20,12 @@ def begin_group(**options: Any) -> None:
 
     Args:
         **options: of deepspeed.init_distributed.
+
+    Raises:
+        ConfigError: the host has fewer GPUs than local ranks.
     """
+    if not dist.is_initialized():
+        _take_device()
     backend, start = get_accelerator().communication_backend_name(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if start != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -25,3 +33,16 @@ def begin_group(**options: Any) -> None:
         store = dist.PrefixStore(f"restart_{start}", dist.TCPStore(address, port, timeout=default_pg_timeout))
         dist.init_process_group(backend, timeout=default_pg_timeout, world_size=world_size, rank=rank, store=store)
     deepspeed.init_distributed(backend, **options)
+
+
+def _take_device() -> None:
+    """Make the GPU of this local rank the current one: what collectives of NCCL and allocations go to."""
+    accelerator, local = get_accelerator(), os.environ.get("LOCAL_RANK")
+    if accelerator.device_name() == "cpu" or local is None:
+        return
+    if int(local) >= accelerator.device_count():
+        raise ConfigError(
+            f"{platform.node()} has {accelerator.device_count()} devices, and a rank wants number {local}; start fewer "
+            "ranks there, or look at CUDA_VISIBLE_DEVICES."
+        )
+    accelerator.set_device(int(local))

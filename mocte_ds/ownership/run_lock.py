@@ -39,7 +39,7 @@ class RunLock:
 
     def begin(self) -> None:
         """Say who holds it, and give signs of life from now on."""
-        facts = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "since": time.time()}
+        facts = {"host": socket.gethostname(), "boot": boot(), "pid": os.getpid(), "since": time.time()}
         os.ftruncate(self._number, 0)
         os.pwrite(self._number, json.dumps(facts).encode(), 0)
         os.fsync(self._number)
@@ -169,7 +169,7 @@ def _require_silent(number: int, folder: Path) -> None:
 
 def _may_live(holder: dict[str, Any]) -> bool:
     """Whether a holder may run although the lock was free."""
-    if holder.get("boot") != _boot():
+    if holder.get("boot") != boot():
         return True
     if holder.get("pid") == os.getpid():
         return False
@@ -210,7 +210,7 @@ def _holder(number: int) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _boot() -> str | None:
+def boot() -> str:
     """What tells hosts of one name apart."""
     try:
         return _BOOT.read_text().strip()

@@ -32,7 +32,8 @@ def task_of(run: RunConfig) -> Task:
     parameters, sizes, config = count_parameters(run)
     half = any((run.deepspeed.get(kind) or {}).get("enabled") for kind in ("bf16", "fp16"))
     zero = run.deepspeed.get("zero_optimization") or {}
-    bucket = int(zero.get("reduce_bucket_size", 500_000_000))
+    asked = zero.get("reduce_bucket_size")
+    bucket = int(asked) if isinstance(asked, int | float) else 500_000_000  # DeepSpeed's own
     return Task(parameters, sizes, config, run.context, run.model.vocab_size, 2 if half else 4, bucket)
 
 

@@ -58,8 +58,10 @@ def run_jobs(jobs: Iterable[Job], at_once: int, finished: Callable[[Job, int], N
                 for place, (job, child) in list(running.items()):
                     code = child.poll()
                     if code is not None:
+                        _end([child])  # what a launcher that was killed has left behind
                         del running[place]
                         finished(job, code)
+            signals.let_through()
         except BaseException:
             signals.hold_back()
             _end([child for _, child in running.values()])
@@ -128,4 +130,5 @@ class _StopSignals:
     def _stop(self, _number: int, _frame: Any) -> None:
         self._asked = True
         if self._through:
+            self._through = False  # another signal must not come in between while programs are ended
             raise KeyboardInterrupt

@@ -34,17 +34,24 @@ def times(own: Sequence[RunResult], baseline: Sequence[RunResult], clock: int) -
         clock: place in :data:`CLOCKS`.
 
     Returns:
-        The ratio of the means over seeds; None without runs, or where a log lacks the clock.
+        The ratio of the means over the seeds that all of them have; None without any, or where a log lacks the clock.
     """
-    budgets = sorted({result.budget for result in baseline})
-    points = []
-    for budget in budgets:
-        runs = [result for result in baseline if result.budget == budget]
-        points.append((mean(run.clocks[clock] for run in runs), mean(run.loss for run in runs)))
-    if not own or not points or not all(spent > 0 for spent, _ in points):
+    seeds = {result.seed for result in own if not result.diverged}
+    budgets: dict[float, dict[int, RunResult]] = {}
+    for result in baseline:
+        if result.seed in seeds and not result.diverged:
+            budgets.setdefault(result.budget, {})[result.seed] = result
+    if not budgets:
         return None
-    spent, loss = mean(run.clocks[clock] for run in own), mean(run.loss for run in own)
-    if not spent:
+    # The same seeds on all sides: a hard one must not count on one side alone.
+    common = seeds.intersection(*budgets.values())
+    if not common:
+        return None
+    runs = [[by_seed[seed] for seed in common] for by_seed in budgets.values()]
+    points = sorted((mean(r.clocks[clock] for r in found), mean(r.loss for r in found)) for found in runs)
+    mine = [result for result in own if result.seed in common]
+    spent, loss = mean(result.clocks[clock] for result in mine), mean(result.loss for result in mine)
+    if not spent or not points[0][0]:
         return None
     if loss > points[0][1]:
         return Times(points[0][0] / spent, "<")
@@ -58,12 +65,12 @@ def times(own: Sequence[RunResult], baseline: Sequence[RunResult], clock: int) -
 
 
 def best_rates(results: Sequence[RunResult]) -> dict[str, float]:
-    """Learning rate of the best trial of each arm; a loss that is no number is worse than any."""
+    """Learning rate of the best trial of each arm; none for an arm of which all have diverged."""
     found: dict[str, RunResult] = {}
     for result in results:
-        best = found.get(result.arm)
-        if result.trial and (best is None or result.loss < best.loss):
-            found[result.arm] = result
+        if result.trial and not result.diverged:
+            best = found.setdefault(result.arm, result)
+            found[result.arm] = min(best, result, key=lambda one: one.loss)
     return {arm: result.rate for arm, result in found.items()}
 
 

@@ -19,13 +19,15 @@ Draw = Callable[[Results], Figure | None]
 
 def final_losses(results: Results) -> Figure | None:
     """Every arm's losses after the last step, a dot for each seed, the best arm on top."""
-    order = sorted(results.by_arm, key=lambda arm: -mean(run.loss for run in results.by_arm[arm]))
+    finite = {arm: [run for run in own if not run.diverged] for arm, own in results.by_arm.items()}
+    finite = {arm: own for arm, own in finite.items() if own}
+    order = sorted(finite, key=lambda arm: -mean(run.loss for run in finite[arm]))
     if not order:
         return None
     figure = sheet(False, 0.9 + 0.27 * len(order), f"n = {len(results.study.seeds)} seeds at most")
     axis = figure.subplots()
     for place, arm in enumerate(order):
-        losses = [run.loss for run in results.by_arm[arm]]
+        losses = [run.loss for run in finite[arm]]
         color = INK if arm == results.study.baseline else category_color(0)
         axis.plot(losses, [place] * len(losses), "o", color=color, ms=4, alpha=0.6)
         axis.plot(mean(losses), place, "|", color=color, ms=14, mew=2)
@@ -106,10 +108,10 @@ def trials(results: Results) -> Figure | None:
     """Losses of the trials by learning rate."""
     if not results.trials:
         return None
-    figure = sheet(False, 3.4, "one seed; arms of one line each")
+    figure = sheet(False, 3.4, "one seed; one line per arm")
     axis = figure.subplots()
     for number, arm in enumerate(results.study.arms):
-        points = sorted((run.rate, run.loss) for run in results.trials if run.arm == arm.name)
+        points = sorted((run.rate, run.loss) for run in results.trials if run.arm == arm.name and not run.diverged)
         if points:
             look = (
                 {"color": INK, "lw": 2.2} if arm.name == results.study.baseline else {"color": category_color(number)}
@@ -129,7 +131,7 @@ FIGURES: dict[str, tuple[str, str, Draw]] = {
     "losses": (
         "Losses at the end",
         "A dot is a seed, a bar the mean. Lines: the baseline run to several budgets, each with a schedule of its own. "
-        "An arm left of the line x 2 has saved half of the baseline's tokens.",
+        "An arm left of a line x 2 has saved half of the baseline's tokens.",
         final_losses,
     ),
     "curves": (

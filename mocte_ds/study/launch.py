@@ -46,7 +46,7 @@ class StudyRunner:
         at_once: int = 1,
         chosen: Study | None = None,
     ) -> None:
-        """Check everything before anything runs.
+        """Check the study before anything runs; what is compared at a tuned rate is looked at when the rate is known.
 
         Args:
             study: what is compared.
@@ -62,6 +62,9 @@ class StudyRunner:
         require_checkout()
         self.study, self.out, self._report, self._at_once = study, out, report, at_once
         self._chosen = chosen or study
+        wanted = at_once * study.processes
+        if at_once > 1 and _gpus() and wanted > _gpus():
+            raise ConfigError(f"--at-once {at_once} wants {wanted} GPUs, and there are {_gpus()}.")
         self._wanted: dict[str, dict[str, Any]] = {}
         self._parameters: dict[str, tuple[int, int]] = {}
         trials = self._chosen.trials()
@@ -70,7 +73,7 @@ class StudyRunner:
             wanted_settings(study, planned)
         for planned in trials or runs:
             self._require_same_settings(planned)
-        require_ours(out, [*_FILES, *(f"{planned.name}.log" for planned in [*trials, *runs])], _TOOL)
+        require_ours(out, [*_FILES, *(f"{planned.name}.log" for planned in trials or runs)], _TOOL)
 
     def run(self) -> list[RunResult]:
         """Make every run that is not done yet, and write `results.json`, `results.md` and `index.html` after each.
@@ -88,19 +91,24 @@ class StudyRunner:
         for arm, rate in rates.items():
             if rate is not None and at_edge(arm, rate, self.results()):
                 self._report(f"{arm}: the best learning rate, {rate:g}, is at the edge of those that were tried")
+        if diverged := [arm.name for arm in self._chosen.arms if arm.name not in rates]:
+            self._report(f"{', '.join(diverged)}: all trials diverged; try smaller learning rates")
         runs = self._chosen.runs(rates)
         for planned in runs:
             self._require_same_settings(planned)
+        require_ours(self.out, [f"{planned.name}.log" for planned in runs], _TOOL)
         self._make(runs)
         return self._keep_results()
 
     def results(self) -> list[RunResult]:
         """What all runs that are done came to, whichever call made them."""
+        return [found for run in self._planned() if (found := self._result(run)) is not None]
+
+    def _planned(self) -> list[PlannedRun]:
+        """All runs that are known by now: of the file, and of this call's seeds."""
         rates = self._rates()
-        planned = [*self.study.trials(), *self.study.runs(rates)]
-        known = {run.name for run in planned}
-        planned += [run for run in self._chosen.runs(rates) if run.name not in known]
-        return [found for run in planned if (found := self._result(run)) is not None]
+        planned = [*self.study.trials(), *self.study.runs(rates), *self._chosen.runs(rates)]
+        return list({run.name: run for run in planned}.values())
 
     def _first_rate(self) -> float | None:
         return self.study.rates[0] if self.study.rates else None
@@ -123,6 +131,13 @@ class StudyRunner:
             found = count_parameters(self.study.config(planned))[0]
             self._parameters[planned.arm.name] = found.total, found.active - found.embedding
         return read_result(folder, planned, self._parameters[planned.arm.name])
+
+    def _wanted_count(self) -> int:
+        """Runs that there will be."""
+        open_rates = {arm.name: None for arm in self.study.arms}
+        more = {run.seed for run in self._chosen.runs(open_rates)} - set(self.study.seeds)
+        runs = [*self.study.runs(open_rates), *(r for r in self._chosen.runs(open_rates) if r.seed in more)]
+        return len(self.study.trials()) + len(runs)
 
     def _settings(self, planned: PlannedRun) -> dict[str, Any]:
         key = f"{planned.name} {planned.rate}"
@@ -149,21 +164,21 @@ class StudyRunner:
             for run in runs:
                 found, log = self._result(run), Path(f"{self.out / run.name}.log")
                 if found is not None:
-                    self._report(f"{labels[run.name]}: found, loss {found.loss:.4f}, {found.seconds:.0f} s")
+                    self._report(f"{labels[run.name]}: found, {_said(found)}")
                     continue
                 self._report(f"{labels[run.name]}: started, its output goes to {log}")
-                append(log, json.dumps(self._command(run, 0)) + "\n", _TOOL)
+                append(log, "", _TOOL)
                 seen[run.name] = log.stat().st_size  # an earlier start may have failed for another reason
-                yield Job(run.name, partial(self._start, run), log)
+                yield Job(run.name, partial(self._start, run, log), log)
 
         def finished(job: Job, code: int) -> None:
-            if code:
+            found = self._result(of[job.name])
+            if code and (found is None or not found.diverged):
                 output = job.log.read_bytes()[seen[job.name] :].decode("utf-8", errors="replace")
                 raise MocteError(f"{job.name} ended with exit code {code}: {_reason(output, job.log)}")
-            found = self._result(of[job.name])
             if found is None:
                 raise MocteError(f"{self.out / job.name} did not reach its last step; see {job.log}.")
-            self._report(f"{labels[job.name]}: done, loss {found.loss:.4f}, {found.seconds:.0f} s")
+            self._report(f"{labels[job.name]}: done, {_said(found)}")
             self._keep_results()
 
         run_jobs(missing(), self._at_once, finished)
@@ -174,7 +189,7 @@ class StudyRunner:
         files = {
             "results.json": json.dumps({"runs": [result.to_dict() for result in results]}, indent=1),
             "results.md": "\n\n".join(table.markdown() for table in tables) + "\n",
-            "index.html": study_page(self.study, results, tables, self.out.resolve().name),
+            "index.html": study_page(self.study, results, tables, self.out.resolve().name, self._wanted_count()),
         }
         try:
             put(self.out, {name: content.encode() for name, content in files.items()}, _TOOL)
@@ -183,13 +198,15 @@ class StudyRunner:
             raise MocteError(f"could not write the results to {self.out}: {text}; make room.") from error
         return results
 
-    def _start(self, planned: PlannedRun, place: int) -> tuple[list[str], dict[str, str]]:
-        return self._command(planned, place), _environment(self.study.processes * self._at_once)
+    def _start(self, planned: PlannedRun, log: Path, place: int) -> tuple[list[str], dict[str, str]]:
+        command = self._command(planned, place)
+        append(log, json.dumps(command) + "\n", _TOOL)
+        return command, _environment(self.study.processes * self._at_once)
 
     def _command(self, planned: PlannedRun, place: int) -> list[str]:
         count = self.study.processes
         command = [_deepspeed(), "--log_level", "error", "--master_port", str(_port())]
-        if self._at_once > 1 and _has_gpus():
+        if self._at_once > 1 and _gpus():
             devices = range(place * count, (place + 1) * count)
             command += ["--include", "localhost:" + ",".join(map(str, devices))]
         else:
@@ -220,16 +237,20 @@ def _deepspeed() -> str:
     return found
 
 
-def _has_gpus() -> bool:
+def _said(found: RunResult) -> str:
+    return "diverged" if found.diverged else f"loss {found.loss:.4f}, {found.seconds:.0f} s"
+
+
+def _gpus() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
 
 
 def _environment(processes: int) -> dict[str, str]:
     """Without a GPU processes share the cores: more threads than cores make all of them slow."""
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
-    if not _has_gpus():
+    if not _gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     return environment

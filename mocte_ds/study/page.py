@@ -11,7 +11,7 @@ from mocte_ds.study.results import RunResult
 from mocte_ds.study.tables import Results, Table
 
 
-def study_page(study: Study, runs: Sequence[RunResult], tables: Sequence[Table], name: str) -> str:
+def study_page(study: Study, runs: Sequence[RunResult], tables: Sequence[Table], name: str, wanted: int) -> str:
     """The study as one self-contained HTML document.
 
     Args:
@@ -19,9 +19,9 @@ def study_page(study: Study, runs: Sequence[RunResult], tables: Sequence[Table],
         runs: those that are done.
         tables: of :func:`mocte_ds.study.tables.all_tables`.
         name: of the study.
+        wanted: how many runs there will be.
     """
     results = Results(study, runs)
-    wanted = len(study.trials()) + len(study.runs({arm.name: None for arm in study.arms}))
     parts = [
         f"<h1>{text(f'Study: {name}')}</h1>",
         paragraph(

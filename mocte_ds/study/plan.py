@@ -44,14 +44,14 @@ class PlannedRun:
     rate: float | None = None
     """Learning rate; None: the run file's."""
     budget: float = 1.0
-    """Steps, as a multiple of those of the run file; everything that is counted in steps goes along."""
+    """Steps, as a multiple of those of the run file; warm-up, validations and checkpoints go along."""
     trial: bool = False
     """Whether it only serves to choose the learning rate."""
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        rate = f",lr={self.rate:g}" if self.trial else ""
+        rate = f",lr={self.rate:g}" if self.rate is not None else ""
         budget = f",x{self.budget:g}" if self.budget != 1 and not self.trial else ""
         return f"{'trial-' if self.trial else ''}{self.arm.name}{rate}{budget}-seed{self.seed}"
 
@@ -125,6 +125,11 @@ class Study:
             changes.append(f"{RATE}={run.rate:g}")
         if run.budget != 1:
             config = self._read(run, changes)
+            if config.deepspeed.get("scheduler") or (config.deepspeed.get("mocte") or {}).get("apply_after", 1) != 1:
+                raise ConfigError(
+                    f"arm {run.arm.name}: deepspeed.scheduler and mocte.apply_after count steps, which a run of "
+                    "another length would keep; leave them out, or learning_rates and longer."
+                )
             training, every = config.training, config.evaluation.every
             changes.append(f"training.steps={_scaled(training.steps, run.budget)}")
             for key, count in (

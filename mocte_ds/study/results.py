@@ -1,10 +1,13 @@
 """What one finished run of a study came to."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mocte_ds.errors import MocteError
+from mocte_ds.errors import ConfigError, MocteError, NonFiniteLoss
+from mocte_ds.json_files import read_object
+from mocte_ds.ownership.run_lock import CAUSE_FILE
 from mocte_ds.report import ledger
 from mocte_ds.report.facts import MOCTE, budget, fact
 from mocte_ds.report.reader import read_run
@@ -28,7 +31,7 @@ class RunResult:
     steps: int
     tokens: int
     loss: float
-    """Mean validation loss over domains after the last step, nats per token."""
+    """Mean validation loss over domains after the last step, nats per token; infinite where the run diverged."""
     domains: dict[str, float]
     """The same by domain."""
     parameters: int
@@ -66,9 +69,14 @@ class RunResult:
         """Tokens, FLOPs and seconds that were spent."""
         return float(self.tokens), self.flops, self.seconds
 
+    @property
+    def diverged(self) -> bool:
+        """Whether its loss became NaN or infinite."""
+        return not math.isfinite(self.loss)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values; no loss where it diverged, since JSON has no infinite numbers."""
+        return {**asdict(self), "loss": None if self.diverged else self.loss}
 
 
 def read_result(folder: Path, planned: PlannedRun, parameters: tuple[int, int]) -> RunResult | None:
@@ -82,6 +90,8 @@ def read_result(folder: Path, planned: PlannedRun, parameters: tuple[int, int]) 
     Raises:
         MocteError: the run is done, but its logs lack numbers.
     """
+    if _diverged(folder):
+        return _without_loss(planned, parameters)
     if not all((folder / name).is_file() for name in ("ledger.json", "metrics.jsonl", "run.json")):
         return None
     run = read_run(folder)
@@ -92,7 +102,9 @@ def read_result(folder: Path, planned: PlannedRun, parameters: tuple[int, int]) 
         return None
     loss: Any = (last.get("validation") or {}).get("mean")
     sizes: list[Any] = [_sum(row.get("optimizer_bytes_by_rank")) for row in run.metrics]
-    found = {"finite validation loss": loss is not None, "FLOPs": ledger.total(run) > 0, "bytes": None not in sizes}
+    if loss is None and last.get("validation"):
+        return _without_loss(planned, parameters)  # what is not finite is None here
+    found = {"validation loss": loss is not None, "FLOPs": ledger.total(run) > 0, "bytes": None not in sizes}
     missing = [name for name, there in found.items() if not there]
     if missing:
         raise MocteError(
@@ -127,6 +139,26 @@ def read_result(folder: Path, planned: PlannedRun, parameters: tuple[int, int]) 
         check_seconds=sum(ledger.check_seconds(run).values(), 0.0),
         curve=_curve(run),
     )
+
+
+def _diverged(folder: Path) -> bool:
+    """Whether the last start of a run ended because a loss was not finite."""
+    try:
+        return read_object(folder / CAUSE_FILE).get("kind") == NonFiniteLoss.__name__
+    except ConfigError:
+        return False
+
+
+def _without_loss(planned: PlannedRun, parameters: tuple[int, int]) -> RunResult:
+    """A run that diverged: worse than any other, and nothing else of it is compared."""
+    numbers = [entry.name for entry in fields(RunResult) if entry.type in (int, float)]
+    known: dict[str, Any] = {
+        **dict.fromkeys(numbers, 0),
+        **{"arm": planned.arm.name, "seed": planned.seed, "rate": planned.rate or 0.0, "budget": planned.budget},
+        **{"trial": planned.trial, "loss": math.inf, "domains": {}, "churn": None, "imbalance": None},
+        **{"parameters": parameters[0], "active": parameters[1]},
+    }
+    return RunResult(**known)
 
 
 def _curve(run: Run) -> tuple[tuple[float, float, float, float], ...]:

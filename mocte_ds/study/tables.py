@@ -1,5 +1,6 @@
 """The results of a study as tables, with the spread between seeds and differences taken seed by seed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -22,7 +23,8 @@ _AGAINST = """
   two-sided
 - **x tokens, x FLOPs, x seconds**: what the baseline, run to several budgets with a schedule of its own each, needs for
   the arm's final loss, over what the arm spent (above 1 the arm is faster). *>*: more than its longest run; *<*: less
-  than its shortest. FLOPs hold MO-CTE's own work. Seconds are of one machine, which may have had other work"""
+  than its shortest. All by the seeds that both have; the baseline keeps its learning rate in longer runs. FLOPs hold
+  MO-CTE's own work. Seconds are of one machine, which may have had other work"""
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,14 @@ class Results:
         compared = [run for run in runs if not run.trial]
         self.by_arm = {arm.name: [r for r in compared if r.arm == arm.name and r.budget == 1] for arm in study.arms}
         self.by_arm = {name: own for name, own in self.by_arm.items() if own}
-        self.baseline = [run for run in compared if run.arm == study.baseline]
+        self.baseline = [run for run in compared if run.arm == study.baseline and not run.diverged]
         """Of all budgets."""
         self.beside = {run.seed: run for run in self.baseline if run.budget == 1}
         """The baseline's run by seed."""
 
     def gaps(self, own: Sequence[RunResult]) -> list[float]:
         """Losses less the baseline's of the same seed."""
-        return [run.loss - self.beside[run.seed].loss for run in own if run.seed in self.beside]
+        return [run.loss - self.beside[run.seed].loss for run in own if run.seed in self.beside and not run.diverged]
 
     def domain_gaps(self, own: Sequence[RunResult], domain: str) -> list[float]:
         """The same on one domain."""
@@ -130,7 +132,10 @@ def _domains(results: Results) -> Table:
 
 def _costs(results: Results) -> Table:
     rows = []
-    for name, own in results.by_arm.items():
+    for name, runs in results.by_arm.items():
+        own = [run for run in runs if not run.diverged]
+        if not own:
+            continue
         rows.append(
             [
                 name,
@@ -165,6 +170,7 @@ def _costs(results: Results) -> Table:
 def _freezing(results: Results) -> Table:
     rows = []
     for name, own in results.by_arm.items():
+        own = [run for run in own if not run.diverged]
         pairs = [(run, results.beside[run.seed]) for run in own if run.seed in results.beside]
         if not any(run.frozen or run.freezes for run in own):
             continue
@@ -198,8 +204,8 @@ def _trials(results: Results) -> Table:
     for arm in results.study.arms:
         own = {run.rate: run.loss for run in results.trials if run.arm == arm.name}
         if own:
-            cells = [f"{own[rate]:.4f}" if rate in own else "-" for rate in rates]
-            rows.append([arm.name, *cells, f"{best[arm.name]:g}"])
+            cells = [_number([own[rate]] if rate in own else [], ".4f") for rate in rates]
+            rows.append([arm.name, *cells, f"{best[arm.name]:g}" if arm.name in best else "-"])
     steps = next((run.steps for run in results.trials), 0)
     legend = (
         f"Validation loss after {steps} steps, with a schedule of that length, first seed. Every arm has equal trials."
@@ -222,6 +228,8 @@ def _number(values: Sequence[float], form: str) -> str:
     """Mean, and half of the range where there are several."""
     if not values:
         return "-"
+    if not math.isfinite(sum(values)):
+        return "diverged"
     text = f"{mean(values):{form}}"
     if len(values) < 2:
         return text

@@ -84,7 +84,8 @@ def write_cause(folder: Path, rank: int, error: BaseException) -> None:
             forget_cause(folder)
         require_ours(folder, [CAUSE_FILE], _TOOL)
         with open(path, "x", encoding="utf-8") as file:
-            json.dump({"rank": rank, "error": text, "code": getattr(error, "exit_code", 1)}, file)
+            kind = type(error).__name__
+            json.dump({"rank": rank, "error": text, "kind": kind, "code": getattr(error, "exit_code", 1)}, file)
         note_built(folder, [CAUSE_FILE], _TOOL)
     except (OSError, MocteError):  # a full disk, or a damaged marker: this rank has its own error to tell
         return

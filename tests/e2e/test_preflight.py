@@ -13,7 +13,7 @@ def test_alone_it_leaves_no_run_and_too_large_a_model_is_refused(
     code, output = launch.pretrain(run, out, "--preflight-only")
     assert code == 0 and "preflight: 2 ranks on 1 host, " in output, output
     assert not (out / "metrics.jsonl").exists() and not (out / "checkpoints").exists()
-    # Half a million hidden units: some 10 TB in fp32, of which nothing may be allocated.
+    # Four million hidden units: terabytes in fp32, of which nothing may be allocated.
     large = ("--set", "model.hidden_size=16384", "--set", "model.intermediate_size=4194304")
     code, output = launch.pretrain(run, out, *large)
     assert code == 2 and "the hosts are not ready; nothing was started:" in output and "Traceback" not in output, output

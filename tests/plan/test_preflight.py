@@ -1,5 +1,7 @@
 """What is said of hosts that are not ready: each fault put into real ranks that believe to be on hosts of their own."""
 
+import errno
+import os
 import shutil
 import time
 from collections import namedtuple
@@ -13,7 +15,7 @@ import yaml
 
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.plan import preflight as module
-from mocte_ds.plan.preflight import PreflightError, available_memory, needs_of, preflight, source_checksum
+from mocte_ds.plan.preflight import PreflightError, needs_of, preflight, source_checksum
 from mocte_ds.training.run_config import read_run
 from tests.spawn import spawn
 
@@ -34,13 +36,23 @@ def _look(run_file: str, out: str, fault: str) -> tuple[str, list[str]]:
         module._version = lambda name: "1.0" if name == "deepspeed" else found(name)
     if second and fault == "clock":
         now = time.time
-        module.time.time = lambda: now() - 90.0
+        module.time.time = lambda: now() - 40.0
     if second and fault == "memory":
         module.available_memory = lambda: 1000
     if second and fault == "not shared":
         folder = folder / "elsewhere"
         folder.mkdir(exist_ok=True)
         module._SEEN_WITHIN = 0.5
+    if fault == "one name":
+        module.platform.node = lambda: "host"
+        module.boot = lambda: f"boot{rank // 2}"
+        module.available_memory = lambda: int(needs_of(read_run(Path(run_file), []), RANKS).memory * 2.5)
+    if second and fault == "stale":
+
+        def stale(_folder: Path) -> list[str]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        module.os.listdir = stale
     if second and fault == "not there":
         folder = folder / "missing"
     if rank == 0 and fault in ("disk", "little disk"):
@@ -87,6 +99,7 @@ FAULTS = {
     "memory": "host1: 1e-06 GB of memory are available, and its 2 ranks want ",
     "not there": "host1: cannot write to ",
     "disk": "host0: 0.0415 GB are free in the run's folder, and a checkpoint has 0.0415 GB; make room",
+    "clock": "host0: its clock is 40 s ahead of that of host1; set both by NTP.",
     "sum": "host1: a sum over all ranks is wrong",
     "exchange": "host1: gets wrong numbers from host0; look at the link between them.",
 }
@@ -111,10 +124,17 @@ def test_a_folder_that_is_not_shared(run_file: Path, tmp_path: Path) -> None:
     assert [left for _, left in found] == [[]] * RANKS
 
 
-def test_clocks_that_differ(run_file: Path, tmp_path: Path) -> None:
-    """Two of two hosts: the median lies between them, and neither can be told to be the right one."""
-    (said,) = {text for text, _ in spawn(_look, RANKS, str(run_file), str(tmp_path), "clock", timeout=90)}
-    assert "host0: its clock is +45 s off; set it by NTP." in said and "host1: its clock is -45 s off" in said
+def test_a_name_alone_makes_no_host(run_file: Path, tmp_path: Path) -> None:
+    """Two machines of one name, neither with memory for the ranks of both, which do not share the folder."""
+    found = spawn(_look, RANKS, str(run_file), str(tmp_path), "one name", timeout=90)
+    (said,) = {text for text, _ in found}
+    assert said.startswith("preflight: 4 ranks on 2 hosts, "), said
+
+
+def test_a_rank_that_cannot_read_does_not_leave_the_others_waiting(run_file: Path, tmp_path: Path) -> None:
+    found = spawn(_look, RANKS, str(run_file), str(tmp_path), "stale", timeout=90)
+    (said,) = {text for text, _ in found}
+    assert said.splitlines()[1:] == [f"host1: cannot read {tmp_path}: Stale file handle."]
 
 
 @pytest.mark.parametrize("fault", ["none", "little disk"])
@@ -122,7 +142,7 @@ def test_hosts_that_are_ready(run_file: Path, tmp_path: Path, fault: str) -> Non
     found = spawn(_look, RANKS, str(run_file), str(tmp_path), fault, timeout=90)
     (said,) = {text for text, _ in found}
     assert said.startswith("preflight: 4 ranks on 2 hosts, ") and [left for _, left in found] == [[]] * RANKS
-    assert ("2 checkpoints and a new one have 0.124 GB" in said) is (fault == "little disk"), said
+    assert ("2 checkpoints and a new one will take up to 0.124 GB more" in said) is (fault == "little disk"), said
 
 
 def test_needs_are_those_of_the_plan(run_file: Path) -> None:
@@ -135,15 +155,23 @@ def test_needs_are_those_of_the_plan(run_file: Path) -> None:
     assert needs.disk == 2 * (trunk + ffn + 4 * ffn) + 12 * (trunk + 4 * ffn) and needs.kept == 2
 
 
-def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CGROUP", tmp_path)
-    free = available_memory()
-    assert free > 1e8, "no control group: the host's own number"
-    (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("2000000\n")
-    assert available_memory() == 3_000_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory() > 1e8
+def test_a_run_that_has_saved_knows_what_a_checkpoint_takes(run_file: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "checkpoints" / f"step{number}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step{number}" / "weights.pt").write_bytes(bytes(1000 * number))
+    needs, problems = needs_of(read_run(run_file, []), RANKS), list[str]()
+    whole = int(needs.disk) * 3 - 3000
+    for free, refused, noted in (
+        (1999, True, True),
+        (2000, False, True),
+        (whole - 1, False, True),
+        (whole, False, False),
+    ):
+        problems.clear()
+        usage = pytest.MonkeyPatch()
+        usage.setattr(module.shutil, "disk_usage", lambda _folder, free=free: Usage(free, 0, free))
+        assert (bool(module._disk(problems, "host", tmp_path, needs)), bool(problems)) == (noted, refused), free
+        usage.undo()
 
 
 def test_other_code_has_another_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

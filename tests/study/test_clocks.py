@@ -31,11 +31,19 @@ def test_what_the_baseline_needs_for_an_arms_loss(loss: float, tokens: str, flop
     assert [str(times(arm, BASE, clock)) for clock in range(3)] == [tokens, flops, seconds]
 
 
-def test_means_over_seeds() -> None:
+def test_means_over_the_seeds_that_all_have() -> None:
     more = [replace(run, seed=1, loss=run.loss + 0.2) for run in BASE]  # 2.3, 2.1, 2.0 on average
     arm = [replace(PLAIN, arm="moe", seed=seed, tokens=1000, loss=loss) for seed, loss in ((0, 2.0), (1, 2.4))]
     # 2.2 lies half way between the budgets 0.5 and 1.
-    assert times(arm, [*BASE, *more], 0).value == pytest.approx(0.5**0.5)
+    found = times(arm, [*BASE, *more], 0)
+    assert found is not None and found.value == pytest.approx(0.5**0.5)
+    # A hard seed of the baseline, or of the arm, alone says nothing; nor does a budget that has only such.
+    hard = replace(BASE[1], seed=2, loss=9.0)
+    alone = replace(PLAIN, arm="moe", seed=3, loss=0.1)
+    assert times([*arm, alone], [*BASE, *more, hard, replace(hard, budget=3.0)], 0) == found
+    # With one budget of seed 0 alone everything is compared by seed 0: 2.0 is the baseline's own loss there.
+    assert str(times(arm, [*BASE, *more[:2]], 0)) == "1.00"
+    assert times([alone], BASE, 0) is None and times([replace(arm[0], loss=float("inf"))], BASE, 0) is None
 
 
 def test_nothing_to_compare_with() -> None:
@@ -56,5 +64,6 @@ def test_best_of_equal_trials() -> None:
     ]
     compared = replace(PLAIN, arm="a", rate=4.0, loss=0.0)
     assert best_rates([*trials, compared]) == {"a": 2.0, "b": 1.0}, "what is compared chooses nothing"
+    assert best_rates([trials[2], trials[1]]) == {"a": 2.0} and best_rates([trials[2]]) == {}, "diverged ones come last"
     assert not at_edge("a", 2.0, trials) and at_edge("b", 1.0, trials) and at_edge("a", 4.0, trials)
     assert not at_edge("c", 1.0, [replace(PLAIN, arm="c", trial=True, rate=1.0)]), "a single trial has no range"

@@ -205,16 +205,16 @@ def test_every_arm_has_equal_trials_and_then_its_own_rate(study_file: Write) -> 
     assert {study.config(trial).evaluation.every for trial in study.trials()} == {5}
     compared = {run.name: study.config(run).training for run in study.runs({"dense": 0.002, "short": 0.001})}
     assert {name: (found.learning_rate, found.steps) for name, found in compared.items()} == {
-        "dense-seed4": (0.002, 300),
-        "dense,x0.5-seed4": (0.002, 150),
-        "dense,x2-seed4": (0.002, 600),
-        "short-seed4": (0.001, 100),
-        "dense-seed5": (0.002, 300),
-        "dense,x0.5-seed5": (0.002, 150),
-        "dense,x2-seed5": (0.002, 600),
-        "short-seed5": (0.001, 100),
+        "dense,lr=0.002-seed4": (0.002, 300),
+        "dense,lr=0.002,x0.5-seed4": (0.002, 150),
+        "dense,lr=0.002,x2-seed4": (0.002, 600),
+        "short,lr=0.001-seed4": (0.001, 100),
+        "dense,lr=0.002-seed5": (0.002, 300),
+        "dense,lr=0.002,x0.5-seed5": (0.002, 150),
+        "dense,lr=0.002,x2-seed5": (0.002, 600),
+        "short,lr=0.001-seed5": (0.001, 100),
     }
-    assert [run.name for run in study.runs({"short": 0.001})] == ["short-seed4", "short-seed5"], (
+    assert [run.name for run in study.runs({"short": 0.001})] == ["short,lr=0.001-seed4", "short,lr=0.001-seed5"], (
         "dense is not tuned yet"
     )
 
@@ -235,3 +235,14 @@ def test_every_arm_has_equal_trials_and_then_its_own_rate(study_file: Write) -> 
 def test_learning_rates_that_say_nothing_are_refused(study_file: Write, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_study(study_file(**keys))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"deepspeed.scheduler": {"type": "WarmupLR", "params": {}}}, {"deepspeed.mocte.apply_after": 3}],
+)
+def test_what_counts_steps_by_itself_is_refused_beside_other_budgets(study_file: Write, change: dict[str, Any]) -> None:
+    study = read_study(study_file(learning_rates=[1e-3, 2e-3], arms={"mine": change}))
+    with pytest.raises(ConfigError, match="arm mine: deepspeed.scheduler and mocte.apply_after count steps"):
+        study.changes(study.trials()[0])
+    study.config(PlannedRun(study.arms[0], 0))

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.errors import ConfigError, DataError, MocteError
+from mocte_ds.errors import ConfigError, DataError, MocteError, NonFiniteLoss
 from mocte_ds.study import launch
 from mocte_ds.study.child import Job
+from mocte_ds.training.lost import write_cause
 from mocte_ds.training.model import model_facts
 from mocte_ds.training.run_config import read_run
 from tests.report.synthetic import write_dense_run, write_run
@@ -34,6 +35,8 @@ class Launcher:
         self.broken, self.last_words = "", ""
         self.losses: dict[str, float] = {}
         """What a part of a run's name adds to its last loss."""
+        self.diverging: tuple[str, ...] = ()
+        """Beginnings of names of runs that diverge."""
 
     def __call__(self, jobs: Iterable[Job], at_once: int, finished: Callable[[Job, int], None]) -> None:
         for number, job in enumerate(jobs):
@@ -71,6 +74,9 @@ class Launcher:
         sections["training"].update(context=run.context, warmup_steps=run.warmup_steps)
         facts.update(world_size=2, deepspeed=settings, data={"weights": None}, **sections)
         (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+        if folder.name.startswith(self.diverging):
+            write_cause(folder, 0, NonFiniteLoss("the loss of step 3 is nan"))
+            return 2
         return 0
 
 
@@ -284,7 +290,8 @@ def test_trials_choose_the_rate_of_what_is_compared(
     tool()
     trials, compared = launcher.started[:6], launcher.started[6:]
     assert trials == [f"trial-{arm},lr={rate}-seed1" for arm in ("dense", "blocks") for rate in (0.001, 0.002, 0.004)]
-    assert compared == [f"{name}-seed{seed}" for seed in (1, 2) for name in ("dense", "dense,x2", "blocks")]
+    names = ("dense,lr=0.002", "dense,lr=0.002,x2", "blocks,lr=0.004")
+    assert compared == [f"{name}-seed{seed}" for seed in (1, 2) for name in names]
     rates = {
         name: [word for word in command if word.startswith("training.learning_rate=")]
         for name, command in zip(launcher.started, launcher.commands, strict=True)
@@ -304,19 +311,37 @@ def test_trials_choose_the_rate_of_what_is_compared(
 def test_arms_wait_for_their_own_trials_only(study_file: Write, tool: Callable, launcher: Launcher) -> None:
     study_file(learning_rates=[1e-3, 2e-3], baseline="dense", arms={"dense": {"deepspeed.mocte": None}, "blocks": None})
     tool("--only", "dense")
-    assert [name.partition(",")[0] for name in launcher.started] == ["trial-dense", "trial-dense", "dense-seed0"]
+    assert [name.partition(",")[0] for name in launcher.started] == ["trial-dense", "trial-dense", "dense"]
     tool("--only", "blocks")
-    assert [name.partition(",")[0] for name in launcher.started[3:]] == ["trial-blocks", "trial-blocks", "blocks-seed0"]
+    assert [name.partition(",")[0] for name in launcher.started[3:]] == ["trial-blocks", "trial-blocks", "blocks"]
 
 
 def test_runs_side_by_side_have_devices_of_their_own(
-    study_file: Write, tool: Callable, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+    study_file: Write, tool: Callable, launcher: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     study_file(seeds=[0, 1])
     tool("--at-once", "2")
     assert all("--num_accelerators" in command for command in launcher.commands), "without GPUs there are none to share"
     study_file(seeds=[2, 3])
-    monkeypatch.setattr(launch, "_has_gpus", lambda: True)
+    monkeypatch.setattr(launch, "_gpus", lambda: 4)
     tool("--at-once", "2")
     places = [command[command.index("--include") + 1] for command in launcher.commands[4:]]
     assert places == ["localhost:0,1", "localhost:2,3", "localhost:0,1", "localhost:2,3"]
+    logged = (tmp_path / "out" / "blocks-seed2.log").read_text(encoding="utf-8").splitlines()[0]
+    assert "localhost:2,3" in json.loads(logged), "the log has the command that was started"
+    with pytest.raises(ConfigError, match="--at-once 3 wants 6 GPUs, and there are 4"):
+        tool("--at-once", "3")
+
+
+def test_a_trial_that_diverges_is_one_that_lost(
+    study_file: Write, tool: Callable, launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study_file(learning_rates=[1e-3, 2e-3], arms={"blocks": None, "hash": {"deepspeed.mocte.router": {"kind": "hash"}}})
+    launcher.diverging = ("trial-blocks,lr=0.002", "trial-hash")
+    tool()
+    assert launcher.started[4:] == ["blocks,lr=0.001-seed0"], "hash has no learning rate to run with"
+    output = capsys.readouterr().out
+    assert "[2/4] trial-blocks,lr=0.002-seed0: done, diverged" in output and "hash: all trials diverged" in output
+    launcher.started.clear()
+    tool()
+    assert not launcher.started, "it is not tried again"

@@ -116,7 +116,6 @@ def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bo
 
 def _dense(folder: Path, name: Any, max_positions: int | None) -> ImportedSource:
     """A folder of any other class of transformers."""
-    require_small(folder, CheckpointError)
     usual = _usual_dtype(folder)
     model = load_model(folder, usual)
     if name is not None and name != type(model).__name__:
