@@ -22,10 +22,12 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.16,<0.17"],
     # launch/evaluate.py
     "eval": [*HUGGING_FACE, "lm-eval==0.4.13", "accelerate>=1.0", "datasets>=4.0", "pyyaml>=6"],
+    # mocte_ds.integrations.transformers
+    "trainer": [*HUGGING_FACE, "accelerate>=1.0"],
     # tools/report.py, tools/study.py
     "report": ["matplotlib>=3.8", "pyyaml>=6"],
 }
-APPLICATION = ["train", "hf", "megatron", "eval", "report"]
+APPLICATION = ["train", "hf", "megatron", "eval", "trainer", "report"]
 # They measure and compare this project; command.py says so where their tools are asked for.
 CHECKOUT_ONLY = ["mocte_ds.benchmark", "mocte_ds.benchmark.*", "mocte_ds.study", "mocte_ds.study.*"]
 DEV = [
@@ -59,6 +61,7 @@ setup(
         # mocte_ds/zero relies on private parts of DeepSpeed; conformance.py names the checked versions.
         "deepspeed==0.19.8",
         "torch>=2.8",
+        "hjson>=3",  # DeepSpeed's configs are Hjson
         "scikit-learn>=1.5",
         "numpy>=1.26",
         "scipy>=1.11",

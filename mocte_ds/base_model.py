@@ -55,6 +55,21 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
     return {**facts, _DENSE: dict(getattr(model, _DENSE, {}))}
 
 
+def refuse_saving_alone(model: nn.Module) -> None:
+    """Let ``model.save_pretrained`` of a model with blocks raise: it would write the experts of one rank, under names
+    that transformers pass over when they load the folder, and nothing of what ZeRO stage 3 has partitioned.
+    """
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise CheckpointError(
+        "save_pretrained of a model with blocks would write a part of it: its experts lie on all ranks. Call "
+        "engine.mocte.export(FOLDER) on all ranks, or save_model of mocte_ds.integrations.transformers.MocteTrainer."
+    )
+
+
 def require_base(facts: Any, where: object) -> dict[str, Any]:
     """What :func:`base_facts` has returned, if a model can be made of it.
 

@@ -149,6 +149,20 @@ def require_scheduler(settings: Mapping[str, Any], where: str = "the DeepSpeed c
         raise ConfigError(f"{where}: scheduler.params.{missing[0]} is missing; {kind} needs it.")
 
 
+def scheduled_steps(settings: Mapping[str, Any]) -> int | None:
+    """`total_num_steps` of the scheduler, None where it has none.
+
+    Raises:
+        ConfigError: it is no number of steps.
+    """
+    steps = settings.get("scheduler", {}).get("params", {}).get("total_num_steps")
+    if steps is None:
+        return None
+    if isinstance(steps, bool) or not isinstance(steps, int | float) or steps < 1 or steps != int(steps):
+        raise ConfigError(f"scheduler.params.total_num_steps = {shown(steps)} must be a whole number of 1 or more.")
+    return int(steps)
+
+
 def parsed_by_deepspeed(settings: dict[str, Any], mpu: Any = None) -> Any:
     """DeepSpeed's own object of a config.
 

@@ -11,7 +11,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from mocte_ds.base_model import base_facts
+from mocte_ds.base_model import base_facts, refuse_saving_alone
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.names import CONVERTERS_FILE
@@ -21,7 +21,7 @@ from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.convert.hf.running import export_run
-from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, require_scheduler
+from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, require_scheduler, scheduled_steps
 from mocte_ds.dist.begin import begin_group
 from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.dist.end import end_process_groups_at_exit
@@ -32,7 +32,6 @@ from mocte_ds.json_files import read_json
 from mocte_ds.moe.attach import attach
 from mocte_ds.moe.balance import watched
 from mocte_ds.rotary_tables import kept_in_fp32
-from mocte_ds.shown import shown
 from mocte_ds.vocabulary import Vocabulary
 from mocte_ds.zero import UnitRegistry, find_front, require_conformance, require_stage3_settings
 from mocte_ds.zero.checkpoint_files import own_files
@@ -242,7 +241,10 @@ def initialize(
         end_process_groups_at_exit()
     block.check(mesh_of_processes().world.size)
     resolved = parsed_by_deepspeed(settings, mpu)
-    total_steps = block.total_steps or _scheduled_steps(settings) or DEFAULT_TOTAL_STEPS
+    total_steps = block.total_steps or scheduled_steps(settings)
+    if total_steps is None:
+        total_steps = DEFAULT_TOTAL_STEPS
+        warnings.warn(f"mocte.total_steps is missing: it is taken to be {total_steps}.", stacklevel=2)
     mesh = make_mesh(block.ep_size, resolved.use_data_before_expert_parallel_, mpu)
     blocks = attach(model, block)
     front = find_front(model, blocks, block.freeze.prefix.layers)
@@ -269,6 +271,7 @@ def initialize(
     engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval, mesh.world)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, engine.train_batch_size())
     controller.exporter = lambda **how: export_run(engine, **how)
+    refuse_saving_alone(engine.module)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
@@ -287,16 +290,6 @@ def _read_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any
             "a run without blocks is deepspeed.initialize."
         )
     return checked_settings(values)
-
-
-def _scheduled_steps(settings: dict[str, Any]) -> int | None:
-    """`total_num_steps` of the scheduler, None where it has none."""
-    steps = settings.get("scheduler", {}).get("params", {}).get("total_num_steps")
-    if steps is None:
-        return None
-    if isinstance(steps, bool) or not isinstance(steps, int | float) or steps < 1 or steps != int(steps):
-        raise ConfigError(f"scheduler.params.total_num_steps = {shown(steps)} must be a whole number of 1 or more.")
-    return int(steps)
 
 
 def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, optimizer: Any, mpu: Any) -> None:
