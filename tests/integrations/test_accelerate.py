@@ -1,0 +1,65 @@
+"""accelerate by itself: with its own accumulation every sequence is numbered once, and can be sampled."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import mocte_ds
+from mocte_ds.spectrum.sample import hash_keys
+from tests.engine import runs
+from tests.integrations import trainer_runs
+from tests.spawn import spawn
+
+RANKS, STEPS = 2, 3
+SEQUENCES = RANKS * trainer_runs.MICRO * trainer_runs.TURNS * STEPS
+
+
+def accumulate(stage: int) -> dict[str, Any]:
+    """Three optimizer steps of two micro-batches under Accelerator.accumulate; what the blocks knew of each."""
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+    from accelerate.utils import DummyOptim
+
+    mocte_ds.install()
+    PartialState(cpu=True)
+    config = trainer_runs.config(stage, trainer_runs.OPTIMIZER, total_steps=100)  # the first check is after step 10
+    # Room for every document, so that whether one was sampled is no matter of chance.
+    config["mocte"]["spectrum"] = {"rank": 4, "rows": 4096, "documents": SEQUENCES, "doublings": 0}
+    config["gradient_clipping"] = 1.0
+    plugin = DeepSpeedPlugin(hf_ds_config=config, gradient_accumulation_steps=trainer_runs.TURNS)
+    accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=trainer_runs.TURNS)
+    model, data = runs.model(), [row["input_ids"] for row in trainer_runs.rows(SEQUENCES)]
+    loader = torch.utils.data.DataLoader(data, batch_size=trainer_runs.MICRO)
+    optimizer = DummyOptim(model.parameters(), lr=1e-3)
+    engine, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for ids in loader:
+        with accelerator.accumulate(engine):
+            accelerator.backward(engine(input_ids=ids, labels=ids).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    mocte_ds.uninstall()
+    stream = engine.mocte.run.samples.stream
+    return {
+        "steps": engine.global_steps,
+        "sequences": engine.mocte.passes.sequences,
+        "tokens": engine.tokens_seen,
+        "documents": stream.documents.keys,
+        "sampled": dict(zip(stream.tokens.keys.tolist(), stream.token_facts.rows()[:, 0].tolist(), strict=True)),
+        "seed": engine.mocte.config.seed,
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_token_is_sampled_in_its_place(stage: int) -> None:
+    ranks = spawn(accumulate, RANKS, stage, timeout=240, deepspeed=True)
+    for found in ranks:
+        assert found["steps"] == STEPS and found["sequences"] == SEQUENCES
+        assert found["tokens"] == SEQUENCES * runs.LENGTH
+        assert len(found["sampled"]) == SEQUENCES * runs.LENGTH // RANKS
+    expected = {}
+    places = torch.arange(runs.LENGTH)
+    for number, row in enumerate(trainer_runs.rows(SEQUENCES)):
+        keys = hash_keys(torch.tensor(number), places, ranks[0]["seed"])
+        expected |= dict(zip(keys.tolist(), row["input_ids"].tolist(), strict=True))
+    assert ranks[0]["sampled"] | ranks[1]["sampled"] == expected
+    assert len(torch.cat([found["documents"] for found in ranks]).unique()) == SEQUENCES
