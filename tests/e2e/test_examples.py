@@ -25,3 +25,16 @@ def test_routing_key(launch: Launcher, tmp_path: Path) -> None:
     assert code == 0 and re.search(r"step 80: loss \d", output) and "step 60" not in output, output
     code, output = launch("examples/plain_loop.py", "--out", tmp_path)
     assert code != 0 and "kind-of-byte" in output, output
+
+
+def test_trainer(launch: Launcher, tmp_path: Path) -> None:
+    """MocteTrainer goes on in the middle, its experts emerge and freeze, and what it saves is what was trained."""
+    code, output = launch("examples/trainer.py", "--out", tmp_path, "--steps", 40, "--stop-after", 16)
+    assert code == 0 and len(re.findall(r"^\d+ emergence ", output, re.MULTILINE)) == 2, output
+    assert (tmp_path / "checkpoint-16").is_dir() and not (tmp_path / "model").exists()
+    code, output = launch("examples/trainer.py", "--out", tmp_path, "--steps", 40)
+    assert code == 0 and not re.search(r"^\d+ emergence ", output, re.MULTILINE), output
+    steps = [int(step) for step in re.findall(r"^(\d+) freeze ", output, re.MULTILINE)]
+    assert steps and min(steps) > 16 and "'frozen'" in output, output
+    (difference,) = re.findall(r"MocteBlocksForCausalLM from .*: logits differ by at most (\S+)", output)
+    assert float(difference) < 1e-4, output
