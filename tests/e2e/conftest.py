@@ -21,6 +21,12 @@ from tests.spawn import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 150.0
+LAUNCHERS = {
+    "deepspeed": "deepspeed --log_level error --master_port {port} --num_accelerators {processes}",
+    "torchrun": "torchrun --master_port {port} --nproc-per-node {processes}",
+    "accelerate": "accelerate launch --use_deepspeed --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "--main_process_port {port} --num_processes {processes}",
+}
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +103,12 @@ def run_file(prepared: Path, tmp_path: Path) -> Callable[[bool], Path]:
 class Launcher:
     """Starts scripts on two processes: through `deepspeed`, or forked where the start is not what is tested."""
 
-    def start(self, *arguments: object, before: str = "", processes: int = 2) -> subprocess.Popen:
+    def start(
+        self, *arguments: object, before: str = "", processes: int = 2, through: str = "deepspeed"
+    ) -> subprocess.Popen:
         """Start in the repository's root; ``before`` is a shell command in front, e.g. a limit."""
-        command = [Path(sys.executable).parent / "deepspeed", "--log_level", "error", "--master_port", free_port()]
-        command += ["--num_accelerators", processes, *arguments]
+        program, *options = LAUNCHERS[through].format(port=free_port(), processes=processes).split()
+        command = [Path(sys.executable).parent / program, *options, *arguments]
         shell = ["bash", "-c", f'{before or ":"}; exec "$@"', "bash", *map(str, command)]
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -122,14 +130,15 @@ class Launcher:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             pytest.fail(f"no end within {LIMIT:.0f} s:\n{output[-3000:]}")
-        port = process.args[process.args.index("--master_port") + 1]
+        place = next(n for n, word in enumerate(process.args) if word in ("--master_port", "--main_process_port"))
+        port = process.args[place + 1]
         left = list(SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
         assert not left, f"the run left {left} in memory:\n{output[-3000:]}"
         return process.returncode, output
 
-    def __call__(self, *arguments: object, before: str = "") -> tuple[int, str]:
+    def __call__(self, *arguments: object, before: str = "", through: str = "deepspeed") -> tuple[int, str]:
         """Start and wait."""
-        return self.finish(self.start(*arguments, before=before))
+        return self.finish(self.start(*arguments, before=before, through=through))
 
     def pretrain(self, run: Path, out: Path, *more: object, **options: Any) -> tuple[int, str]:
         """launch/pretrain.py on two ranks without the launcher's own start; see :func:`tests.scripts.run_script`."""

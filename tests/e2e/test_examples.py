@@ -28,11 +28,15 @@ def test_routing_key(launch: Launcher, tmp_path: Path) -> None:
 
 
 def test_trainer(launch: Launcher, tmp_path: Path) -> None:
-    """MocteTrainer goes on in the middle, its experts emerge and freeze, and what it saves is what was trained."""
+    """MocteTrainer goes on, under each launcher; experts emerge and freeze, and what it saves is what was trained."""
     code, output = launch("examples/trainer.py", "--out", tmp_path, "--steps", 40, "--stop-after", 16)
     assert code == 0 and len(re.findall(r"^\d+ emergence ", output, re.MULTILINE)) == 2, output
     assert (tmp_path / "checkpoint-16").is_dir() and not (tmp_path / "model").exists()
-    code, output = launch("examples/trainer.py", "--out", tmp_path, "--steps", 40)
+    code, output = launch(
+        "examples/trainer.py", "--out", tmp_path, "--steps", 40, "--stop-after", 18, through="torchrun"
+    )
+    assert code == 0 and (tmp_path / "checkpoint-18").is_dir() and "emergence" not in output, output
+    code, output = launch("examples/trainer.py", "--out", tmp_path, "--steps", 40, through="accelerate")
     assert code == 0 and not re.search(r"^\d+ emergence ", output, re.MULTILINE), output
     steps = [int(step) for step in re.findall(r"^(\d+) freeze ", output, re.MULTILINE)]
     assert steps and min(steps) > 16 and "'frozen'" in output, output
