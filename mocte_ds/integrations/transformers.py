@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.integrations.given_optimizer import refilled
@@ -132,7 +131,7 @@ class TrainsBlocks:
                 "save_model needs the engine that train() makes; before it, model.save_pretrained(FOLDER)."
             )
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        of_checkpoint = _internal_call and folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        of_checkpoint = _internal_call and output_dir is not None  # push_to_hub names none
         if not of_checkpoint or self.args.save_only_model:
             export_into(self.engine, folder)
         if self.args.should_save:
