@@ -1,5 +1,6 @@
 """accelerate by itself: with its own accumulation every sequence is numbered once, and can be sampled."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ RANKS, STEPS = 2, 3
 SEQUENCES = RANKS * trainer_runs.MICRO * trainer_runs.TURNS * STEPS
 
 
-def accumulate(stage: int) -> dict[str, Any]:
-    """Three optimizer steps of two micro-batches under Accelerator.accumulate; what the blocks knew of each."""
+def accumulate(stage: int, folder: str) -> dict[str, Any]:
+    """Three optimizer steps of two micro-batches under Accelerator.accumulate, what the blocks knew of each; then
+    three more, twice from the same saved state."""
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
     from accelerate.utils import DummyOptim
 
@@ -32,14 +34,22 @@ def accumulate(stage: int) -> dict[str, Any]:
     loader = torch.utils.data.DataLoader(data, batch_size=trainer_runs.MICRO)
     optimizer = DummyOptim(model.parameters(), lr=1e-3)
     engine, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    for ids in loader:
-        with accelerator.accumulate(engine):
-            accelerator.backward(engine(input_ids=ids, labels=ids).loss)
-            optimizer.step()
-            optimizer.zero_grad()
+
+    def epoch() -> list[float]:
+        losses = []
+        for ids in loader:
+            with accelerator.accumulate(engine):
+                loss = engine(input_ids=ids, labels=ids).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    epoch()
     mocte_ds.uninstall()
     stream = engine.mocte.run.samples.stream
-    return {
+    found = {
         "steps": engine.global_steps,
         "sequences": engine.mocte.passes.sequences,
         "tokens": engine.tokens_seen,
@@ -47,15 +57,23 @@ def accumulate(stage: int) -> dict[str, Any]:
         "sampled": dict(zip(stream.tokens.keys.tolist(), stream.token_facts.rows()[:, 0].tolist(), strict=True)),
         "seed": engine.mocte.config.seed,
     }
+    accelerator.save_state(folder)
+    engine.mocte.emerge(0)
+    found["once"] = epoch()
+    accelerator.load_state(folder)
+    found["modes"] = [str(block.mode) for block in engine.mocte.blocks]
+    engine.mocte.emerge(0)
+    return {**found, "again": epoch()}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_every_token_is_sampled_in_its_place(stage: int) -> None:
-    ranks = spawn(accumulate, RANKS, stage, timeout=240, deepspeed=True)
+def test_every_token_is_sampled_in_its_place(tmp_path: Path, stage: int) -> None:
+    ranks = spawn(accumulate, RANKS, stage, str(tmp_path / "state"), timeout=240, deepspeed=True)
     for found in ranks:
         assert found["steps"] == STEPS and found["sequences"] == SEQUENCES
         assert found["tokens"] == SEQUENCES * runs.LENGTH
         assert len(found["sampled"]) == SEQUENCES * runs.LENGTH // RANKS
+        assert found["modes"] == ["warmup"] * 2 and found["again"] == found["once"]
     expected = {}
     places = torch.arange(runs.LENGTH)
     for number, row in enumerate(trainer_runs.rows(SEQUENCES)):
