@@ -205,7 +205,8 @@ def _trials(results: Results) -> Table:
         own = {run.rate: run.loss for run in results.trials if run.arm == arm.name}
         if own:
             cells = [_number([own[rate]] if rate in own else [], ".4f") for rate in rates]
-            rows.append([arm.name, *cells, f"{best[arm.name]:g}" if arm.name in best else "-"])
+            known = arm.name in best and len(own) >= len(results.study.rates)
+            rows.append([arm.name, *cells, f"{best[arm.name]:g}" if known else "-"])
     steps = next((run.steps for run in results.trials), 0)
     legend = (
         f"Validation loss after {steps} steps, with a schedule of that length, first seed. Every arm has equal trials."
