@@ -9,13 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.registry import KEYS, OFF, POLICIES
-from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
+from mocte_ds.registry import OFF, POLICIES
+from mocte_ds.router_config import RouterConfig
+from mocte_ds.sections import Count, CountOrZero, NotNegative, Seed, Share, parse_section, section
 from mocte_ds.shown import shown
-
-TABLE_LOGIT = 4.0
-"""science: +4 ties with a fixed table."""
-_PRIOR, _PAIR_ROWS, _DIRECTIONS, _DROPPED = 4.0, 1 << 16, 32, 2
 
 
 @section("mocte.expert")
@@ -36,116 +33,6 @@ class ExpertConfig:
     def __post_init__(self) -> None:
         if self.width is not None and self.kind == "ffn":
             raise ConfigError("width is for kind 'lora'; 'ffn' experts keep the FFN's width. Remove one of the two.")
-
-
-@section("mocte.router")
-class RouterConfig:
-    """How a token finds its expert."""
-
-    kind: str = "token"
-    """Routing key, which decides a token's expert. `token`: the nearest cluster of its feature. `online`: the
-    same by direction, of whitened features, with clusters that follow their tokens after each step. `prefix`: the
-    nearest cluster of the mean feature of its document so far. `type`: a table from token ids to clusters. `previous`:
-    a random table, looked up with the id of the token before. `pair`: a table from the token before and the token,
-    hashed, to clusters; pairs that were not sampled at emergence take the token's own cluster. Baselines: `hash`, a
-    random table of the token's own id, `pair-hash`, one of the hashed pair, and `random`, random directions of its
-    feature (with `learn`, the router of Switch and of sparse upcycling). Or the name of a key that you have registered
-    (docs/extending.md)."""
-    directions: Count = _DIRECTIONS
-    """Whitened directions of the features that kind `online` reads; with `dropped` at most the features' number."""
-    dropped: CountOrZero = _DROPPED
-    """Leading directions that kind `online` leaves out: they carry what all tokens share."""
-    rows: Annotated[int, Field(ge=1, le=1 << 24)] = _PAIR_ROWS
-    """Rows of the table of the kinds `pair` and `pair-hash`. Pairs that share a row share its expert."""
-    bias: bool = True
-    """Whether the gate made from clusters has a bias. Stock Mixtral has none: false lets a run export to it."""
-    weight: Literal["hard", "softmax", "sigmoid", "gain"] = "hard"
-    """Factor of an expert's output. `hard`: 1. `softmax`: the expert's probability; for the kinds `token`, `prefix` and
-    `random`, or with `learn`. `sigmoid`: the sigmoid of its logit, as in DeepSeek-V3 and Glm4Moe, for kind `random`
-    or a table with `learn`; experts are then chosen by the sigmoids plus a fixed number per expert that does not enter
-    the weights. `gain`: `kind` chooses as for `hard`, and the factor 2 sigmoid(w h), with a w of the chosen expert that
-    is learned and starts at zero, weighs; needs `learn`."""
-    learn: bool = False
-    """Whether the router is trained. Its logits are then those of `kind` plus W h, where h is the token's feature and W
-    starts at zero. Not for `hard`."""
-    prior: NotNegative = _PRIOR
-    """Logit of the table's expert over the others in a learned router over a table. 0: the table says nothing."""
-    learn_prior: bool = False
-    """Whether `prior` is where one number per bank starts that is trained with the router."""
-    groups: Count | None = None
-    """Clusters of a table in a learned router, at most num_experts. Experts are dealt out to them in order, and all
-    experts of a token's cluster have the `prior`. Null: a cluster for each expert."""
-    top_k: Count = 1
-    """Experts per token, at most num_experts. More than one needs `softmax` or `sigmoid`."""
-    normalise: bool = False
-    """Whether the weights of a token's experts are divided by their sum, as in Mixtral. Needs top_k > 1 or
-    `sigmoid`."""
-    scale: Positive = 1.0
-    """Factor of all weights. Only with `sigmoid`."""
-    unit_mean: bool = False
-    """Whether weights are divided by their running mean over the global batch (of a token's experts together), so that
-    the block's output keeps its scale where a router is not sure. Not for `hard` and not with `normalise`."""
-    std: Positive | None = None
-    """Standard deviation of the directions of kind `random`, 0.02 for instance. Null: that of Switch, (0.1 / d)^0.5
-    with d features. In a learned router over a table: of what W h starts with. Null: it starts at zero."""
-    shuffled: bool = False
-    """Control for the clusters, with the same loads. For the kinds `type` and `pair` token ids and pairs are reassigned
-    at random; for `token` and `prefix` the centroids are random points in the same directions, with prices that
-    balance the loads."""
-    aux: NotNegative = 0.01
-    """Weight of Switch's loss for even loads of a trained router. The engine adds it to the model's loss."""
-    balance_rate: NotNegative = 0.0
-    """Loss-free balance: what each expert's number in the choice moves by after each optimizer step, up where the
-    expert had fewer tokens of the global batch than the mean and down where it had more. Only with `sigmoid` or kind
-    `online`; DeepSeek used 0.001, short runs need 0.01. Give aux = 0 with it."""
-    rate: Positive = 1.0
-    """Factor of the learning rate of a trained router, which has no weight decay. Switch and mixtures from scratch are
-    steadier with 0.1 to 0.3."""
-
-    def __post_init__(self) -> None:
-        key = KEYS.get(self.kind, "kind")
-        if not key.has_logits and self.weight == "softmax" and not self.learn:
-            raise ConfigError(
-                f"weight 'softmax' needs logits, which kind '{self.kind}' does not have; use kind 'token', 'prefix' or "
-                "'random', weight 'hard', or learn true."
-            )
-        over_table = self.learn and self.weight != "gain" and "prior" in key.settings
-        if self.weight == "sigmoid" and not key.by_chance and not over_table:
-            raise ConfigError(
-                f"weight 'sigmoid' is for kind 'random' and for tables with learn, not for '{self.kind}'."
-            )
-        if self.weight == "gain" and (not self.learn or self.top_k > 1 or self.unit_mean):
-            raise ConfigError("weight 'gain' is a learned factor of one expert: it needs learn, top_k 1, no unit_mean.")
-        if (self.prior != _PRIOR or self.learn_prior or self.groups is not None) and not over_table:
-            raise ConfigError("prior, learn_prior and groups are for a table in a router that learns to choose.")
-        if self.scale != 1.0 and self.weight != "sigmoid":
-            raise ConfigError(f"scale = {self.scale} must be positive, and 1 without weight 'sigmoid'.")
-        if self.learn and self.weight == "hard":
-            raise ConfigError("learn needs weight 'softmax' or 'sigmoid': a weight of 1 gives the router no gradient.")
-        if self.top_k > 1 and self.weight == "hard":
-            raise ConfigError(f"top_k = {self.top_k} needs weight 'softmax' or 'sigmoid': experts share a token.")
-        if self.normalise and self.top_k == 1 and self.weight != "sigmoid":
-            raise ConfigError("normalise is for top_k > 1; for one expert it is the weight 'hard'.")
-        if self.unit_mean and (self.weight == "hard" or self.normalise):
-            raise ConfigError(
-                "unit_mean is for weights that differ from token to token in sum: not for weight 'hard', "
-                "not with normalise."
-            )
-        if self.shuffled and not key.of_sample:
-            raise ConfigError(f"shuffled is for clusters, and kind '{self.kind}' has none.")
-        if (self.directions, self.dropped) != (_DIRECTIONS, _DROPPED) and "dropped" not in key.settings:
-            raise ConfigError(f"directions and dropped are for kind 'online', not for '{self.kind}'.")
-        if self.rows != _PAIR_ROWS and "rows" not in key.settings:
-            raise ConfigError(f"rows = {self.rows} is for the kinds 'pair' and 'pair-hash', not for '{self.kind}'.")
-        if self.std is not None and self.kind != "random" and not over_table:
-            raise ConfigError(f"std = {self.std} is for kind 'random' and learned tables, not for '{self.kind}'.")
-        if self.balance_rate and self.weight != "sigmoid" and not key.moves:
-            raise ConfigError(
-                f"balance_rate = {self.balance_rate} needs weight 'sigmoid' or kind 'online', whose choice has a "
-                "number for each expert; for 'softmax' use aux."
-            )
-        if self.rate != 1.0 and not self.learn:
-            raise ConfigError(f"rate = {self.rate} is for a router that learns; set learn true or remove it.")
 
 
 MOST_ROWS = 1 << 24

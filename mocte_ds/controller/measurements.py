@@ -6,7 +6,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from mocte_ds.controller.birth import Rows
+from mocte_ds.controller.feature_sample import Rows
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.reading import BlockReading
 from mocte_ds.controller.run_state import RunState

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mocte_ds.clusters import BalancedClusters, Detection
-from mocte_ds.controller.birth import FeatureSample, Rows
+from mocte_ds.controller.feature_sample import FeatureSample, Rows
 
 PROJECTED_DOCUMENTS = 400
 # What only one rank has: rows that it sampled.

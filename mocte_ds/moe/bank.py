@@ -6,13 +6,14 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
 
-from mocte_ds.config import MocteConfig, RouterConfig
+from mocte_ds.config import MocteConfig
 from mocte_ds.moe.balance import Balance, with_loss
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.dispatch import route_through
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.moe.keys import OnlineKey
 from mocte_ds.moe.loads import Loads
+from mocte_ds.router_config import RouterConfig
 
 
 class ClusterMOELayer(MOELayer):

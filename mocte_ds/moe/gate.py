@@ -6,12 +6,12 @@ The choice itself travels with exported models (mocte_ds/remote_code/).
 import torch
 from torch import Tensor
 
-from mocte_ds.config import RouterConfig
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.moe.balance import Balance, balance_loss
 from mocte_ds.moe.keys import LinearKey, key_class
 from mocte_ds.remote_code.gates_mocte import Gate
 from mocte_ds.remote_code.tokens_mocte import RoutingError, Tokens
+from mocte_ds.router_config import RouterConfig
 
 _KEPT = 0.95
 """Weight of the old value in the running mean of the weights, per step."""

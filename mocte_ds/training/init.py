@@ -9,12 +9,13 @@ from torch import nn
 
 from mocte_ds.checkpoints.names import expert_parameter
 from mocte_ds.checkpoints.source import StoredSource
-from mocte_ds.config import MocteConfig, RouterConfig
+from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.controller.apply import apply_changes
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
+from mocte_ds.router_config import RouterConfig
 
 _OF_TRAINING = ("aux", "balance_rate", "rate", "redraw", "shuffled")
 """Keys of routers and experts that are about how they are born or trained."""

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, inherit, redraw_units, set_gate
+from mocte_ds.controller.birth import copy_dense_weights, inherit, redraw_units, set_gate
+from mocte_ds.controller.feature_sample import FeatureSample, Rows
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe import Block, BlockMode, attach

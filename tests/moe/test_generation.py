@@ -128,8 +128,8 @@ def test_caches_that_cannot_carry_the_state_are_refused() -> None:
     ids=str,
 )
 def test_the_gate_runs_without_autocast(router: dict[str, Any]) -> None:
-    from mocte_ds.config import RouterConfig
     from mocte_ds.moe.forward import ForwardState
+    from mocte_ds.router_config import RouterConfig
 
     gate = ClusterGate(D, E, RouterConfig(**router), None)
     assert isinstance(gate.key, LinearKey)

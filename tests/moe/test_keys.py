@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mocte_ds.config import MocteConfig, RouterConfig
+from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights, inherit
 from mocte_ds.controller.look import Look
 from mocte_ds.errors import ConfigError
@@ -15,6 +15,7 @@ from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.moe.keys import PrefixKey, PreviousKey
+from mocte_ds.router_config import RouterConfig
 from tests.moe.random_keys import randomise_key
 
 D, E, EOD, V = 8, 4, 0, 64

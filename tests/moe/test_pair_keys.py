@@ -8,8 +8,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from mocte_ds.clusters import pair_tables
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.birth import FeatureSample, Rows, set_gate
+from mocte_ds.controller.birth import set_gate
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
+from mocte_ds.controller.feature_sample import FeatureSample, Rows
 from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.moe import Block, attach
 from mocte_ds.moe.context import Tokens

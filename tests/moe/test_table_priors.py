@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from mocte_ds.config import MocteConfig, RouterConfig
-from mocte_ds.controller.birth import FeatureSample, Rows, copy_dense_weights, draw_bypasses, set_gate
+from mocte_ds.config import MocteConfig
+from mocte_ds.controller.birth import copy_dense_weights, draw_bypasses, set_gate
+from mocte_ds.controller.feature_sample import FeatureSample, Rows
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
+from mocte_ds.router_config import RouterConfig
 from tests.moe.random_keys import randomise_key
 from tests.small_models import small_llama
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from mocte_ds.base_model import make_config
 from mocte_ds.checkpoints.source import Source
-from mocte_ds.config import RouterConfig
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.ffn_shape import ffn_shape
 from mocte_ds.remote_code.experts_mocte import in_out
+from mocte_ds.router_config import RouterConfig
 
 # transformers' grouped matrix product wants rows of a multiple of 16 bytes; units of zeros fill them up.
 UNITS = {"fp32": 4, "bf16": 8, "fp16": 8}
