@@ -221,6 +221,11 @@ class MocteConfig:
                     raise ConfigError(
                         f"{where}.{name} = {value} must lie between 1 and mocte.num_experts = {self.num_experts}."
                     )
+            if (router.groups or self.num_experts) < self.num_experts and router.std is None:
+                raise ConfigError(
+                    f"router.groups = {router.groups} without router.std: the experts of a group would have the same "
+                    "logit at birth, and its first ones get every token; give std, e.g. 0.02."
+                )
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any], world_size: int | None = None) -> "MocteConfig":

@@ -6,9 +6,9 @@ from pydantic import Field
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.registry import KEYS
-from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, section
+from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Share, section
 
-_PRIOR, _PAIR_ROWS, _DIRECTIONS, _DROPPED = 4.0, 1 << 16, 32, 2
+_PRIOR, _PAIR_ROWS, _DIRECTIONS, _DROPPED, _CENTROID_RATE, _AUX = 4.0, 1 << 16, 32, 2, 0.01, 0.01
 
 
 @section("mocte.router")
@@ -20,7 +20,7 @@ class RouterConfig:
     same by direction, of whitened features, with clusters that follow their tokens after each step. `prefix`: the
     nearest cluster of the mean feature of its document so far. `type`: a table from token ids to clusters. `previous`:
     a random table, looked up with the id of the token before. `pair`: a table from the token before and the token,
-    hashed, to clusters; pairs that were not sampled at emergence take the token's own cluster. Baselines: `hash`, a
+    hashed, to clusters; where nothing was sampled of a pair's row, the token's own cluster. Baselines: `hash`, a
     random table of the token's own id, `pair-hash`, one of the hashed pair, and `random`, random directions of its
     feature (with `learn`, the router of Switch and of sparse upcycling). Or the name of a key that you have registered
     (docs/extending.md)."""
@@ -29,7 +29,11 @@ class RouterConfig:
     dropped: CountOrZero = _DROPPED
     """Leading directions that kind `online` leaves out: they carry what all tokens share."""
     rows: Annotated[int, Field(ge=1, le=1 << 24)] = _PAIR_ROWS
-    """Rows of the table of the kinds `pair` and `pair-hash`. Pairs that share a row share its expert."""
+    """Rows of the table of the kinds `pair` and `pair-hash`. Pairs that share a row share its expert: with many times
+    the rows of the sample's pairs few pairs that were not sampled fall on one that was."""
+    centroid_rate: Share = _CENTROID_RATE
+    """Part of the way to the mean of their tokens that the centroids of kind `online` go in an optimizer step. 0: they
+    stand."""
     bias: bool = True
     """Whether the gate made from clusters has a bias. Stock Mixtral has none: false lets a run export to it."""
     weight: Literal["hard", "softmax", "sigmoid", "gain"] = "hard"
@@ -42,12 +46,14 @@ class RouterConfig:
     """Whether the router is trained. Its logits are then those of `kind` plus W h, where h is the token's feature and W
     starts at zero. Not for `hard`."""
     prior: NotNegative = _PRIOR
-    """Logit of the table's expert over the others in a learned router over a table. 0: the table says nothing."""
+    """Logit of the table's expert over the others in a learned router over a table. 0 says
+    nothing of them and needs `std`."""
     learn_prior: bool = False
     """Whether `prior` is where one number per bank starts that is trained with the router."""
     groups: Count | None = None
     """Clusters of a table in a learned router, at most num_experts. Experts are dealt out to them in order, and all
-    experts of a token's cluster have the `prior`. Null: a cluster for each expert."""
+    experts of a token's cluster have the `prior`; fewer groups than experts need `std`. Null: a cluster for each
+    expert."""
     top_k: Count = 1
     """Experts per token, at most num_experts. More than one needs `softmax` or `sigmoid`."""
     normalise: bool = False
@@ -60,13 +66,15 @@ class RouterConfig:
     the block's output keeps its scale where a router is not sure. Not for `hard` and not with `normalise`."""
     std: Positive | None = None
     """Standard deviation of the directions of kind `random`, 0.02 for instance. Null: that of Switch, (0.1 / d)^0.5
-    with d features. In a learned router over a table: of what W h starts with. Null: it starts at zero."""
+    with d features. In a learned router over a table: of what W h starts with, which tells experts apart where the
+    prior does not. Null: it starts at zero."""
     shuffled: bool = False
     """Control for the clusters, with the same loads. For the kinds `type` and `pair` token ids and pairs are reassigned
     at random; for `token` and `prefix` the centroids are random points in the same directions, with prices that
     balance the loads."""
-    aux: NotNegative = 0.01
-    """Weight of Switch's loss for even loads of a trained router. The engine adds it to the model's loss."""
+    aux: NotNegative = _AUX
+    """Weight of Switch's loss for even loads of a trained router. The engine adds it to the model's loss.
+    Weight `gain` has none."""
     balance_rate: NotNegative = 0.0
     """Loss-free balance: what each expert's number in the choice moves by after each optimizer step, up where the
     expert had fewer tokens of the global batch than the mean and down where it had more. Only with `sigmoid` or kind
@@ -82,7 +90,15 @@ class RouterConfig:
                 f"weight 'softmax' needs logits, which kind '{self.kind}' does not have; use kind 'token', 'prefix' or "
                 "'random', weight 'hard', or learn true."
             )
-        over_table = self.learn and self.weight != "gain" and "prior" in key.settings
+        if key.moves and self.weight not in ("hard", "gain"):
+            raise ConfigError(
+                f"weight '{self.weight}' is not for kind '{self.kind}': its logits are moved by loads, not by the "
+                "loss. Use 'hard' or 'gain'."
+            )
+        if key.moves and not self.bias:
+            raise ConfigError(f"bias = false is not for kind '{self.kind}', which always has one; remove it.")
+        taken = key.taken()
+        over_table = self.learn and self.weight != "gain" and "prior" in taken
         if self.weight == "sigmoid" and not key.by_chance and not over_table:
             raise ConfigError(
                 f"weight 'sigmoid' is for kind 'random' and for tables with learn, not for '{self.kind}'."
@@ -91,6 +107,15 @@ class RouterConfig:
             raise ConfigError("weight 'gain' is a learned factor of one expert: it needs learn, top_k 1, no unit_mean.")
         if (self.prior != _PRIOR or self.learn_prior or self.groups is not None) and not over_table:
             raise ConfigError("prior, learn_prior and groups are for a table in a router that learns to choose.")
+        if over_table and self.prior == 0 and self.std is None:
+            raise ConfigError(
+                "prior = 0 without std: all experts would have the same logit at birth, and the first ones get every "
+                "token; give std, e.g. 0.02."
+            )
+        if over_table and self.shuffled and self.prior == 0 and not self.learn_prior:
+            raise ConfigError("shuffled changes a table, of which prior = 0 without learn_prior uses nothing.")
+        if self.weight == "gain" and self.aux not in (0, _AUX):
+            raise ConfigError(f"aux = {self.aux} is for routers that learn to choose; weight 'gain' has no such loss.")
         if self.scale != 1.0 and self.weight != "sigmoid":
             raise ConfigError(f"scale = {self.scale} must be positive, and 1 without weight 'sigmoid'.")
         if self.learn and self.weight == "hard":
@@ -106,9 +131,11 @@ class RouterConfig:
             )
         if self.shuffled and not key.of_sample:
             raise ConfigError(f"shuffled is for clusters, and kind '{self.kind}' has none.")
-        if (self.directions, self.dropped) != (_DIRECTIONS, _DROPPED) and "dropped" not in key.settings:
+        if (self.directions, self.dropped) != (_DIRECTIONS, _DROPPED) and "dropped" not in taken:
             raise ConfigError(f"directions and dropped are for kind 'online', not for '{self.kind}'.")
-        if self.rows != _PAIR_ROWS and "rows" not in key.settings:
+        if self.centroid_rate != _CENTROID_RATE and "centroid_rate" not in taken:
+            raise ConfigError(f"centroid_rate is for kind 'online', not for '{self.kind}'.")
+        if self.rows != _PAIR_ROWS and "rows" not in taken:
             raise ConfigError(f"rows = {self.rows} is for the kinds 'pair' and 'pair-hash', not for '{self.kind}'.")
         if self.std is not None and self.kind != "random" and not over_table:
             raise ConfigError(f"std = {self.std} is for kind 'random' and learned tables, not for '{self.kind}'.")

@@ -3,7 +3,7 @@
 from mocte_ds.clusters.balance import BalancedClusters, balanced_kmeans, even_directions
 from mocte_ds.clusters.compare import agreement, stability
 from mocte_ds.clusters.detect import PUBLISHED_POINTS, Detection, detect, published_line
-from mocte_ds.clusters.pairs import pair_tables
+from mocte_ds.clusters.pairs import pair_tables, sampled_once
 from mocte_ds.clusters.table import hash_table, linear_gate, subspace_without_mean, type_table
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "linear_gate",
     "pair_tables",
     "published_line",
+    "sampled_once",
     "stability",
     "subspace_without_mean",
     "type_table",

@@ -32,28 +32,32 @@ def random_clusters(points: Tensor, count: int, seed: int, directions: bool = Fa
     return BalancedClusters(centroids.float(), prices.float(), labels, directions)
 
 
-def shuffled_table(table: Tensor, token_ids: Tensor, count: int, seed: int) -> Tensor:
+def shuffled_table(table: Tensor, entries: Tensor, count: int, seed: int, mass: Tensor | None = None) -> Tensor:
     """A random table with the loads of another table.
 
-    The sampled ids are dealt out one after the other, the most frequent first, each to a cluster drawn in proportion to
-    the load that it still lacks; ids that were not sampled keep their random clusters.
+    The sampled entries are dealt out one after the other, the heaviest first, each to a cluster drawn in proportion to
+    the load that it still lacks; entries that were not sampled keep what they have.
 
     Args:
-        table: (V,) int64 cluster of each token id.
-        token_ids: (n,) int64 ids of the sampled tokens.
+        table: (V,) int64 cluster of each entry, a token id for instance; -1: none, and it stays so.
+        entries: (n,) int64 entry of each sampled token; -1: unknown.
         count: E.
         seed: of the draw.
+        mass: (n,) fp64 by which each sampled token counts; None: 1.
 
     Returns:
         (V,) int64.
     """
     generator, result = torch.Generator().manual_seed(seed), table.clone()
-    seen, mass = token_ids[token_ids >= 0].unique(return_counts=True)
-    missing = torch.bincount(table[seen], weights=mass.double(), minlength=count)
-    for place in mass.argsort(descending=True, stable=True).tolist():
+    known = (entries >= 0) & (table[entries] >= 0)
+    each = torch.ones(len(entries), dtype=torch.float64) if mass is None else mass
+    seen, where = entries[known].unique(return_inverse=True)
+    weight = torch.zeros(len(seen), dtype=torch.float64).index_add_(0, where, each[known])
+    missing = torch.bincount(table[seen], weights=weight, minlength=count)
+    for place in weight.argsort(descending=True, stable=True).tolist():
         open_ = missing.clamp(min=0.0)
         odds = open_ if float(open_.sum()) > 0 else torch.ones_like(open_)
         cluster = int(torch.multinomial(odds, 1, generator=generator))
         result[seen[place]] = cluster
-        missing[cluster] -= float(mass[place])
+        missing[cluster] -= float(weight[place])
     return result

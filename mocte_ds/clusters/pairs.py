@@ -42,12 +42,17 @@ def pair_tables(
     seen_pairs, pair_place, pair_count = pairs.unique(return_inverse=True, return_counts=True)
     if len(seen_ids) + len(seen_pairs) < count:
         return of_ids, of_pairs
-    once = (pair_count[pair_place] == 1).double()
-    new = torch.zeros(len(seen_ids), dtype=torch.float64).index_add_(0, id_place, once)
+    new = torch.zeros(len(seen_ids), dtype=torch.float64).index_add_(0, id_place, sampled_once(pairs))
     points = torch.cat([_means(coordinates, pair_place), _means(coordinates, id_place)])
     labels = balanced_kmeans(points, count, seed, mass=torch.cat([pair_count.double(), new])).labels
     of_pairs[seen_pairs], of_ids[seen_ids] = labels.split([len(seen_pairs), len(seen_ids)])
     return of_ids, of_pairs
+
+
+def sampled_once(pairs: Tensor) -> Tensor:
+    """(n,) fp64: 1 for each token (n,) whose pair no other one has, and 0 for others."""
+    _, place, count = pairs.unique(return_inverse=True, return_counts=True)
+    return (count[place] == 1).double()
 
 
 def _means(coordinates: Tensor, place: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def _mean_weight(bank: Bank, birth: Birth, sample: FeatureSample | None) -> floa
         return float(sums[0] / sums[1])
     generator = torch.Generator().manual_seed(derived_seed(birth.seed, "mean weight"))
     rows = torch.randn(_ROWS, birth.hidden_size, generator=generator)
-    total, count = bank.gate.begin_mean(rows, Tokens(torch.zeros(_ROWS, dtype=torch.int64)))
+    ids = torch.zeros(_ROWS, dtype=torch.int64)
+    total, count = bank.gate.begin_mean(rows, Tokens(ids, previous=ids))
     return float(from_rank_zero(total.cpu(), birth.mesh.world)) / count
 
 

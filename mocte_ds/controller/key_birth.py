@@ -11,6 +11,7 @@ from mocte_ds.clusters import (
     hash_table,
     linear_gate,
     pair_tables,
+    sampled_once,
     subspace_without_mean,
     type_table,
 )
@@ -19,6 +20,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.feature_sample import FeatureSample, Rows
 from mocte_ds.dist.collectives import from_rank_zero, sum_over_ranks
 from mocte_ds.dist.mesh import Mesh
+from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
 from mocte_ds.remote_code.online_key_mocte import TEMPERATURE
 from mocte_ds.router_config import RouterConfig
@@ -110,8 +112,10 @@ class Birth:
         tables = pair_tables(ids, pairs, coordinates, vocab_size, rows, self.groups, self.seed)
         if self.router.shuffled:
             tables = tuple(
-                shuffled_table(table, sampled, self.groups, derived_seed(self.seed, "shuffled", name))
-                for table, sampled, name in zip(tables, (ids, pairs), ("ids", "pairs"), strict=True)
+                shuffled_table(table, sampled, self.groups, derived_seed(self.seed, "shuffled", name), mass)
+                for table, sampled, name, mass in zip(
+                    tables, (ids, pairs), ("ids", "pairs"), (sampled_once(pairs), None), strict=True
+                )
             )
         of_ids, of_pairs = (from_rank_zero(table, self.mesh.world) for table in tables)
         return of_ids, of_pairs
@@ -128,6 +132,9 @@ class Birth:
         Returns:
             (r, d) whitening map W and (r,) offset W mu; (E, r) centroids of length one, and (E,) numbers beside
             cos / .1 under which the loads of the sample are even.
+
+        Raises:
+            MocteError: features are not finite; on all ranks.
         """
         generator = torch.Generator().manual_seed(self.seed)
         if self.tokens is None:
@@ -138,18 +145,17 @@ class Birth:
         centred = (self.tokens.features.float() - self.tokens.mean).double()
         moments = sum_over_ranks(centred.T @ centred, data).cpu()
         count = float(sum_over_ranks(torch.tensor([len(centred)]), data)[0])
-        values, vectors = torch.linalg.eigh(moments / max(count - 1, 1.0))
-        kept = slice(len(values) - dropped - directions, len(values) - dropped)
-        # A direction in which the sample does not differ says nothing.
-        inverse = torch.where(values[kept] > 1e-9 * values[-1], values[kept].clamp(min=1e-300).rsqrt(), 0.0)
-        whitening = from_rank_zero((vectors[:, kept] * inverse).T.float().to(self.tokens.mean), world)
+        if not bool(torch.isfinite(moments).all()):
+            raise MocteError("features to cluster are NaN or infinite; they have overflowed.")
+        whitening = self.tokens.mean  # of other ranks than the first only the device counts
+        if world.rank == 0:
+            whitening = _whitening(moments / max(count - 1, 1.0), directions, dropped).to(whitening)
+        whitening = from_rank_zero(whitening, world)
         offset = whitening @ self.tokens.mean.to(whitening)
         points = torch.nn.functional.normalize(self.tokens.features.float() @ whitening.T - offset, dim=1)
+        points = self.tokens.gathered(points, data)
         make = random_clusters if self.router.shuffled else balanced_kmeans
-        centroids, bias = even_directions(
-            make(self.tokens.gathered(points, data), self.num_experts, self.seed, directions=True),
-            self.tokens.gathered(points, data),
-        )
+        centroids, bias = even_directions(make(points, self.num_experts, self.seed, directions=True), points)
         found = (whitening, offset, centroids.to(whitening), bias.to(whitening) / (2 * TEMPERATURE))
         first, second, third, fourth = (from_rank_zero(part, world) for part in found)
         return first, second, third, fourth
@@ -173,6 +179,15 @@ class Birth:
         generator = torch.Generator().manual_seed(self.seed)
         weight = scale * torch.randn(self.num_experts, self.hidden_size, generator=generator)
         return weight, torch.zeros(self.num_experts)
+
+
+def _whitening(covariance: Tensor, directions: int, dropped: int) -> Tensor:
+    """(r, d) fp32 map of the features (d, d) fp64 to coordinates of variance one, without the leading directions."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = slice(len(values) - dropped - directions, len(values) - dropped)
+    # A direction in which the sample does not differ says nothing.
+    inverse = torch.where(values[kept] > 1e-9 * values[-1], values[kept].clamp(min=1e-300).rsqrt(), 0.0)
+    return (vectors[:, kept] * inverse).T.float()
 
 
 def _sharpness(logits: Tensor) -> float:

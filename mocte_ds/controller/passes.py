@@ -1,17 +1,18 @@
 """Counts what forward passes did in each optimizer step: sequences, tokens, and the loads of the experts."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import BlockMode
 from mocte_ds.moe.forward import BEYOND
-from mocte_ds.moe.keys import OnlineKey
+from mocte_ds.remote_code.tokens_mocte import RoutingError
 
 
 class Passes:
@@ -75,9 +76,14 @@ class Passes:
         if tokens and passes:
             context.usual_tokens = tokens / passes
         loads = dict(zip(banks, summed[1:], strict=True))
-        self._move_gates(loads)
+        # Where fp16 has overflowed, the step is skipped, and what routers have read may be infinite.
+        if not run.optimizer.overflow:
+            self._move_gates(loads)
         for bank, load in loads.items():
-            bank.loads.end_step(load)
+            if run.optimizer.overflow:
+                bank.loads.forget_step()
+            else:
+                bank.loads.end_step(load)
         context.step_tokens, context.step_passes, context.loss_scale = 0, 0, None
         self._parts, self._texts, self._brought_in = 0, 0, True
 
@@ -100,17 +106,26 @@ class Passes:
                 bank.gate.balance(load)
 
     def _follow_tokens(self, loads: Mapping[Bank, Tensor], moving: Collection[Bank]) -> None:
-        """Move the clusters that follow their tokens; all ranks get the same sums."""
+        """Move the keys that follow their tokens; all ranks get the same sums.
+
+        Raises:
+            MocteError: features are not finite; on all ranks.
+        """
         if not loads:
             return
-        keys = {bank: cast(OnlineKey, bank.gate.key) for bank in loads}
-        none = {bank: torch.zeros(key.cluster_centroids.shape, dtype=torch.float64) for bank, key in keys.items()}
-        own = [none[bank] if bank.loads.sums is None else bank.loads.sums for bank in loads]
+        own = [bank.gate.key.no_sums() if bank.loads.sums is None else bank.loads.sums for bank in loads]
         summed = sum_over_ranks(torch.cat([part.flatten() for part in own]), self._run.mesh.data)
         parts = summed.split([part.numel() for part in own])
-        for (bank, load), part in zip(loads.items(), parts, strict=True):
-            if bank in moving:
-                keys[bank].follow(part.view(none[bank].shape), load)
+        for (bank, load), mine, part in zip(loads.items(), own, parts, strict=True):
+            if bank not in moving:
+                continue
+            try:
+                bank.gate.key.follow(part.view(mine.shape), load)
+            except RoutingError as error:
+                raise MocteError(
+                    f"step {self._run.step}, router {bank.gate.key.name}: {error} Start again from the last "
+                    "checkpoint, with a lower learning rate."
+                ) from None
 
     def routed(self) -> list[Tensor]:
         """(E,) tokens routed to the experts of each block since the start, all ranks together (collective)."""

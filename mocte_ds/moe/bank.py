@@ -11,7 +11,6 @@ from mocte_ds.moe.balance import Balance, with_loss
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.dispatch import route_through
 from mocte_ds.moe.gate import ClusterGate
-from mocte_ds.moe.keys import OnlineKey
 from mocte_ds.moe.loads import Loads
 from mocte_ds.router_config import RouterConfig
 
@@ -52,6 +51,8 @@ class ClusterMOELayer(MOELayer):
         )
         if state.counting and not again:
             self._count(index, weight, counts, counted, state)
+        else:
+            self.gate.key.forget()
         if state.observer is not None and not again:
             state.observer.routed(self, hidden, index, state)
         self.exp_counts = counts
@@ -74,7 +75,7 @@ class ClusterMOELayer(MOELayer):
             given = weight.detach().double()
             total = (given if real is None else torch.where(real, given, 0.0)).sum() / self.gate.router.scale
         key = self.gate.key
-        sums = key.take_sums(index, None if real is None else real[:, 0]) if isinstance(key, OnlineKey) else None
+        sums = key.take_sums(index, None if real is None else real[:, 0]) if key.moves else None
         state.count(self, counts, total, sums)
 
     def rows_of_experts(self, index: Tensor, facts: Tensor) -> dict[int, Tensor]:

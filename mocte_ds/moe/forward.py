@@ -78,7 +78,7 @@ class ForwardState(Call):
             raise MocteError(str(error)) from None
 
     def counted(self, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
-        """(...,) bool of features (..., d): False for padding; None where every token counts.
+        """(B, T) or (n,) bool of features (..., d): False for padding; None where every token counts.
 
         Without an attention mask, tokens at the end of a sequence are padding if there are two or more of them, all
         with one id and the label -100. A prompt that has the label -100 is text, and counts.

@@ -31,12 +31,13 @@ class ClusterGate(Gate):
             router: kind of key, weight, and whether it learns.
             vocab_size: entries of a table.
         """
-        if router.kind == "online" and router.directions + router.dropped > hidden_size:
+        key = key_class(router.kind)
+        if "dropped" in key.taken() and router.directions + router.dropped > hidden_size:
             raise ConfigError(
                 f"router.directions = {router.directions} and router.dropped = {router.dropped} are more than the "
                 f"{hidden_size} features of a token; lower one of them."
             )
-        super().__init__(key_class(router.kind).of(router, hidden_size, num_experts, vocab_size), router)
+        super().__init__(key.of(router, hidden_size, num_experts, vocab_size), router)
 
     @property
     def balanced(self) -> bool:

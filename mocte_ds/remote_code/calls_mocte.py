@@ -1,5 +1,6 @@
 """One call of a model, as its routers see it: token ids, padding, packing, and the cache; needs torch alone."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -7,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .tokens_mocte import RoutingError, RoutingState, Tokens, given_tokens, state_in
+from .tokens_mocte import RoutingError, RoutingState, Tokens, state_in
 
 # Shapes: B sequences of T tokens, n = B T rows, d features.
 
@@ -28,6 +29,8 @@ class Call:
     """Of keys and values in generation; what routers remember travels with it."""
     cached: int = 0
     """Tokens in it before this call."""
+    previous: Tensor | None = None
+    """(n,) ids of the tokens before, where the ids (n,) are of rows that stand alone."""
     _tokens: dict[tuple[int, ...], Tokens] = field(default_factory=dict)
 
     @classmethod
@@ -62,6 +65,9 @@ class Call:
     def tokens(self, shape: torch.Size | tuple[int, ...], remembers: bool = False) -> Tokens:
         """What is known of features (B, T, d) or (n, d) of this call; the same object for all blocks.
 
+        Some models flatten the features in front of their FFNs: if all of the call's tokens are there, they are known
+        as (B, T).
+
         Args:
             shape: of the features.
             remembers: whether a router asks that keeps something from call to call.
@@ -69,7 +75,9 @@ class Call:
         Raises:
             RoutingError: it does, and the cache is one that it cannot keep it in, or holds tokens it has not seen.
         """
-        place = tuple(shape[:-1])
+        place, ids = tuple(shape[:-1]), self.ids
+        if len(place) != 2 and ids is not None and ids.dim() == 2 and ids.numel() == math.prod(place):
+            place = tuple(ids.shape)
         found = self._tokens.get(place)
         if found is None:
             found = self._tokens[place] = self._read(place)
@@ -78,16 +86,10 @@ class Call:
         return found
 
     def _read(self, place: tuple[int, ...]) -> Tokens:
-        ids, count = self.ids, 1
-        for size in place:
-            count *= size
+        ids = self.ids
         if len(place) != 2:
-            if ids is not None and ids.numel() != count:
-                ids = None
-            real = None
-            if self.ids is not None and ids is not None and ids.dim() == 2:
-                real = given_tokens((ids.shape[0], ids.shape[1]), dict(self.given), self.cached)[0]
-            return Tokens(ids, None if real is None else real.reshape(place))
+            fits = ids is not None and ids.numel() == math.prod(place)
+            return Tokens(ids, previous=self.previous) if fits else Tokens()
         if ids is not None and tuple(ids.shape) != place:
             ids = None
         return Tokens.of((place[0], place[1]), ids, self.end_id, dict(self.given), cached=self.cached)

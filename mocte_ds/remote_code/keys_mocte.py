@@ -4,6 +4,8 @@ A key says what it reads, how it is made from the clusters that a check has foun
 (:meth:`Key.flops`) and whether stock classes can hold it (`stock`).
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,6 +15,14 @@ from torch.nn import functional as F
 from .tokens_mocte import RoutingError, Tokens
 
 # Shapes: B sequences of T tokens, n = B T rows, d features, E experts, V token ids.
+
+
+def accepted(function: Callable, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the names that a function takes as arguments."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return names
+    return tuple(name for name in names if name in parameters)
 
 
 class Key(nn.Module):
@@ -35,9 +45,10 @@ class Key(nn.Module):
     the features would get gradients many times those of the loss."""
 
     moves: ClassVar[bool] = False
-    """Whether each optimizer step moves it by the tokens that its experts had."""
+    """Whether each optimizer step moves it by the tokens that its experts had: :meth:`take_sums` and :meth:`follow`.
+    Its choice adds a buffer `cluster_bias` (E,), which `balance_rate` moves."""
     settings: ClassVar[tuple[str, ...]] = ()
-    """Names of the router's settings that its constructor and :meth:`flops` take, by name."""
+    """Names of the router's settings that its constructor and :meth:`flops` are given, by name, if they take them."""
 
     of_sample: ClassVar[bool] = True
     """Whether :meth:`fit` needs sampled features; a key without them can be born before the first step."""
@@ -59,7 +70,14 @@ class Key(nn.Module):
     @classmethod
     def of(cls, router: Any, hidden_size: int, num_experts: int, vocab_size: int | None) -> Self:
         """An empty key with the settings of its router; other arguments as of the class."""
-        return cls(hidden_size, num_experts, vocab_size, **{name: getattr(router, name) for name in cls.settings})
+        # Configs of older exports lack settings that are new; the constructor's defaults are what was then.
+        known = {name: getattr(router, name) for name in cls.taken() if hasattr(router, name)}
+        return cls(hidden_size, num_experts, vocab_size, **known)
+
+    @classmethod
+    def taken(cls) -> tuple[str, ...]:
+        """The settings that the constructor takes; one that was written for fewer has the defaults of the others."""
+        return accepted(cls.__init__, cls.settings)
 
     def fit(self, birth: Any) -> None:
         """Store what decides, from the clusters of the sampled features (collective).
@@ -94,9 +112,40 @@ class Key(nn.Module):
         """
         return self.logits(features if self.by_chance else features.detach(), tokens) + F.linear(features, residual)
 
+    def no_sums(self) -> Tensor:
+        """What :meth:`take_sums` returns of no tokens; for keys that move."""
+        raise NotImplementedError(f"{type(self).__name__}.no_sums")
+
+    def take_sums(self, index: Tensor, real: Tensor | None) -> Tensor:
+        """Sums over the tokens of each expert in the choice that was just made; for keys that move.
+
+        Args:
+            index: (n, k) experts of each token.
+            real: (n,) bool, False for padding; None: every token counts.
+
+        Returns:
+            (E, ...) fp64 of what :meth:`follow` needs.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.take_sums")
+
+    def forget(self) -> None:
+        """The choice that was just made does not count: evaluation, or a recomputation."""
+
+    def follow(self, sums: Tensor, load: Tensor) -> None:
+        """Move by an optimizer step; for keys that move.
+
+        Args:
+            sums: of :meth:`take_sums` over the step, all ranks together.
+            load: (E,) int64 tokens of each expert.
+
+        Raises:
+            RoutingError: the sums are not finite.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.follow")
+
     @classmethod
     def flops(cls, hidden_size: int, num_experts: int, **settings: Any) -> float:
-        """FLOPs per token of one choice, products of matrices only."""
+        """FLOPs per token of one choice, products of matrices only; ``settings`` as of the class."""
         return 0.0
 
 
@@ -230,7 +279,8 @@ class PrefixKey(LinearKey):
     def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
         own = super().logits(features, tokens)
         if tokens.begins is None:
-            return own  # single rows
+            tokens.before()  # refuses rows that are not known to stand alone
+            return own
         return tokens.running_mean(self.name, own.view(*tokens.begins.shape, -1)).view_as(own)
 
 

@@ -7,26 +7,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .keys_mocte import Key
-from .tokens_mocte import Tokens
+from .tokens_mocte import RoutingError, Tokens
 
 # Shapes: n tokens, d features, E experts, r whitened directions.
 
 TEMPERATURE = 0.1
 """By which cosines are divided."""
-KEPT = 0.99
-"""Weight of a centroid in the next one."""
 
 
 class OnlineKey(Key):
     """`online`: the centroid with the nearest direction, moved a little toward its tokens after each optimizer step.
 
     x = (W h - o) / |W h - o|, with W whitening the features in some directions but the leading ones; chosen is the
-    largest cos(x, m_e) / .1 + b_e. In training m_e <- .99 m_e + .01 (mean x of its tokens in the global batch). No
-    gradient. (arXiv 2605.12476)
+    largest cos(x, m_e) / .1 + b_e. In training m_e <- (1 - a) m_e + a (mean x of its tokens in the global batch),
+    a = `centroid_rate`. No gradient. (arXiv 2605.12476)
     """
 
     has_logits, moves = False, True
-    settings = ("directions", "dropped")
+    settings = ("directions", "dropped", "centroid_rate")
 
     def __init__(
         self,
@@ -35,6 +33,7 @@ class OnlineKey(Key):
         vocab_size: int | None = None,
         directions: int = 32,
         dropped: int = 2,
+        centroid_rate: float = 0.01,
     ) -> None:
         """An empty key.
 
@@ -44,9 +43,10 @@ class OnlineKey(Key):
             vocab_size: unused.
             directions: r.
             dropped: leading directions that are left out.
+            centroid_rate: part of the way to their tokens' mean that centroids go in a step.
         """
         super().__init__(hidden_size, num_experts, vocab_size)
-        self.directions, self.dropped = directions, dropped
+        self.directions, self.dropped, self.centroid_rate = directions, dropped, centroid_rate
         self.register_buffer("cluster_whitening", torch.zeros(directions, hidden_size))
         self.register_buffer("cluster_offset", torch.zeros(directions))
         self.register_buffer("cluster_centroids", torch.zeros(num_experts, directions))
@@ -70,21 +70,23 @@ class OnlineKey(Key):
             return F.normalize(F.linear(features.float(), self.cluster_whitening) - self.cluster_offset, dim=1)
 
     def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
-        self._seen = x = self.points(features)
+        x = self.points(features)
+        self._seen = x if self.training else None
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, F.normalize(self.cluster_centroids, dim=1)) / TEMPERATURE + self.cluster_bias
 
-    def take_sums(self, index: Tensor, real: Tensor | None) -> Tensor:
-        """(E, r) fp64 sums of x over the tokens of each expert in the choice that was just made.
+    def no_sums(self) -> Tensor:
+        return torch.zeros(self.cluster_centroids.shape, dtype=torch.float64)
 
-        Args:
-            index: (n, k) experts of each token.
-            real: (n,) bool, False for padding; None: every token counts.
-        """
+    def forget(self) -> None:
+        self._seen = None
+
+    def take_sums(self, index: Tensor, real: Tensor | None) -> Tensor:
+        """(E, r) fp64 sums of x; see :meth:`Key.take_sums`."""
         x, self._seen = self._seen, None
         assert x is not None  # a choice has been made
         x = x.detach().double() if real is None else torch.where(real[:, None], x.detach().double(), 0.0)
-        sums = torch.zeros(self.num_experts, x.shape[1], dtype=torch.float64, device=x.device)
+        sums = self.no_sums().to(x.device)
         for column in index.unbind(1):
             # Sorted on CUDA, so that the order of the additions is always the same.
             sums.index_put_((column,), x, accumulate=True)
@@ -92,15 +94,12 @@ class OnlineKey(Key):
 
     @torch.no_grad()
     def follow(self, sums: Tensor, load: Tensor) -> None:
-        """Move the centroids of experts that had tokens.
-
-        Args:
-            sums: (E, r) of :meth:`take_sums` over an optimizer step, all ranks together.
-            load: (E,) int64 tokens of each expert.
-        """
+        """Move the centroids of experts that had tokens; see :meth:`Key.follow`."""
+        if not bool(torch.isfinite(sums).all()):
+            raise RoutingError("its tokens' features are NaN or infinite, and its centroids would follow them.")
         sums, load = (t.to(self.cluster_centroids.device) for t in (sums, load))
         mean = (sums / load.clamp(min=1)[:, None]).float()
-        moved = KEPT * self.cluster_centroids + (1 - KEPT) * mean
+        moved = (1 - self.centroid_rate) * self.cluster_centroids + self.centroid_rate * mean
         self.cluster_centroids.copy_(torch.where((load > 0)[:, None], moved, self.cluster_centroids))
 
     def spread(self, features: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class Tokens:
     state: RoutingState | None = None
     """Of the tokens before; None: there are none."""
     previous: Tensor | None = None
-    """(n,) what :meth:`before` gives for rows that stand alone; None: their own ids."""
+    """(n,) what :meth:`before` gives for rows that stand alone; None: unknown."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """States after each of these tokens."""
     _carried: dict[str, Tensor | None] = field(default_factory=dict)
@@ -251,11 +251,19 @@ class Tokens:
 
         Args:
             keep: whether the last id is kept for the next pass.
+
+        Raises:
+            RoutingError: nothing is known of what stands before the tokens.
         """
+        if self.begins is None:
+            if self.previous is None:
+                raise RoutingError(
+                    "a router that remembers earlier tokens needs to know where sequences begin: call the model with "
+                    "input_ids=(batch, length), and blocks with the features of all of these tokens."
+                )
+            return self.previous
         ids = self.ids
         assert ids is not None
-        if self.begins is None:
-            return ids if self.previous is None else self.previous
         carried = self._last("id")
         first = torch.full_like(ids[:, :1], NO_TOKEN) if carried is None else carried[:, None].to(ids.device)
         own = ids if self.ends is None else torch.where(self.ends.to(ids.device), NO_TOKEN, ids)

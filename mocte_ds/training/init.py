@@ -17,7 +17,7 @@ from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.router_config import RouterConfig
 
-_OF_TRAINING = ("aux", "balance_rate", "rate", "redraw", "shuffled")
+_OF_TRAINING = ("aux", "balance_rate", "centroid_rate", "rate", "redraw", "shuffled")
 """Keys of routers and experts that are about how they are born or trained."""
 _STRUCTURE = ("num_experts", "expert", "router", "banks")
 

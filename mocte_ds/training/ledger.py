@@ -11,6 +11,7 @@ from typing import Any
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.moe.keys import Key, key_class
+from mocte_ds.remote_code.keys_mocte import accepted
 from mocte_ds.training.model_sizes import ModelSizes
 
 
@@ -201,7 +202,10 @@ def gate_flops(model: ModelSizes, config: MocteConfig, tokens: int) -> GateFlops
     prior = [
         0.0
         if router.learn and router.weight != "gain" and key.learned_logits is not Key.learned_logits
-        else key.flops(model.hidden_size, config.num_experts, **{s: getattr(router, s) for s in key.settings}) * tokens
+        else key.flops(
+            model.hidden_size, config.num_experts, **{s: getattr(router, s) for s in accepted(key.flops, key.settings)}
+        )
+        * tokens
         for key, router in zip(keys, routers, strict=True)
     ]
     learned = matrix * sum(router.learn for router in routers)

@@ -26,6 +26,11 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
+def before(ids: torch.Tensor) -> torch.Tensor:
+    """The ids before, as if of one document."""
+    return torch.cat([ids[:1], ids[:-1]])
+
+
 def born(experts: int, expert: dict | None = None, **router: object) -> tuple[Block, torch.Tensor, torch.Tensor]:
     """A block from clusters of ids, the ids and the features."""
     torch.manual_seed(0)
@@ -36,8 +41,7 @@ def born(experts: int, expert: dict | None = None, **router: object) -> tuple[Bl
     features = torch.nn.functional.normalize(torch.randn(V, D)[ids] + 0.3 * torch.randn(N, D)) * D**0.5
     mean = features.mean(0)
     basis = torch.linalg.svd(features - mean, full_matrices=False).Vh[:5].T.contiguous()
-    before = torch.cat([ids[:1], ids[:-1]])
-    set_gate(block, config, MESH, FeatureSample(Rows(features, basis, mean), ids, None, before))
+    set_gate(block, config, MESH, FeatureSample(Rows(features, basis, mean), ids, None, before(ids)))
     if block.kind == "ffn":
         copy_dense_weights(block)
     else:
@@ -49,7 +53,7 @@ def born(experts: int, expert: dict | None = None, **router: object) -> tuple[Bl
 @torch.no_grad()
 def output(block: Block, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """What a block adds to each row."""
-    with block.context.running(ForwardState(ids)):
+    with block.context.running(ForwardState(ids, previous=before(ids))):
         return block(features)
 
 
@@ -116,7 +120,7 @@ def test_a_gain_is_one_at_birth_and_the_key_goes_on_to_choose(kind: str) -> None
     block, ids, features = born(4, kind=kind, weight="gain", learn=True)
     gate = block.banks[0].gate
     assert not gate.reads_loads
-    tokens = Tokens(ids)
+    tokens = Tokens(ids, previous=before(ids))
     torch.testing.assert_close(output(block, ids, features), block.dense(features), rtol=1e-5, atol=1e-6)
     index, weight, loss = gate(features, tokens)
     assert loss is None and torch.equal(weight, torch.ones(N, 1))
