@@ -35,7 +35,9 @@ class ClusterMOELayer(MOELayer):
         features = hidden.reshape(-1, hidden.shape[-1])
         counted = state.counted(hidden.shape)
         tokens = state.tokens(hidden.shape, self.gate.key.remembers)
+        counts_now = self.gate.key.counting = state.counting and not again
         index, weight, loss = self.gate(features, tokens, self._balance(state, counted))
+        self.gate.key.counting = False
         if loss is not None and weight is not None and self.gate.balanced and self.training:
             weight = with_loss(weight, loss, state, self, self.context)
             if not again:
@@ -49,10 +51,8 @@ class ClusterMOELayer(MOELayer):
             self.ep_group,
             self.ep_size,
         )
-        if state.counting and not again:
+        if counts_now:
             self._count(index, weight, counts, counted, state)
-        else:
-            self.gate.key.forget()
         if state.observer is not None and not again:
             state.observer.routed(self, hidden, index, state)
         self.exp_counts = counts

@@ -47,6 +47,9 @@ class Key(nn.Module):
     moves: ClassVar[bool] = False
     """Whether each optimizer step moves it by the tokens that its experts had: :meth:`take_sums` and :meth:`follow`.
     Its choice adds a buffer `cluster_bias` (E,), which `balance_rate` moves."""
+    counting = False
+    """Whether the tokens of the next choice count, so that :meth:`take_sums` follows: not in evaluation, and not in a
+    recomputation, which may end behind the choice."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Names of the router's settings that its constructor and :meth:`flops` are given, by name, if they take them."""
 
@@ -127,9 +130,6 @@ class Key(nn.Module):
             (E, ...) fp64 of what :meth:`follow` needs.
         """
         raise NotImplementedError(f"{type(self).__name__}.take_sums")
-
-    def forget(self) -> None:
-        """The choice that was just made does not count: evaluation, or a recomputation."""
 
     def follow(self, sums: Tensor, load: Tensor) -> None:
         """Move by an optimizer step; for keys that move.

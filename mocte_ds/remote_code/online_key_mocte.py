@@ -71,15 +71,12 @@ class OnlineKey(Key):
 
     def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
         x = self.points(features)
-        self._seen = x if self.training else None
+        self._seen = x if self.counting else None
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, F.normalize(self.cluster_centroids, dim=1)) / TEMPERATURE + self.cluster_bias
 
     def no_sums(self) -> Tensor:
         return torch.zeros(self.cluster_centroids.shape, dtype=torch.float64)
-
-    def forget(self) -> None:
-        self._seen = None
 
     def take_sums(self, index: Tensor, real: Tensor | None) -> Tensor:
         """(E, r) fp64 sums of x; see :meth:`Key.take_sums`."""

@@ -12,6 +12,7 @@ from mocte_ds.controller.birth import set_gate
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.context import Tokens
+from tests.moe.random_keys import randomise_key
 
 VOCAB, EXPERTS = 96, 4
 
@@ -68,6 +69,10 @@ def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ..
             router = bank.gate.router
             if router.kind in ("token", "prefix"):
                 bank.gate.key.set(*cluster_gate(number + 10 * bank_number, directions=not router.bias))
+            if router.kind in ("online", "pair"):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(number + 10 * bank_number)
+                    randomise_key(bank.gate.key)
             if router.weight == "sigmoid":
                 bank.gate.cluster_correction.copy_(torch.linspace(-0.3, 0.3, EXPERTS))
             if router.learn:

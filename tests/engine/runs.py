@@ -82,6 +82,11 @@ def run(settings: dict[str, Any], first: int, last: int, load: str | None, save:
         "losses": losses,
         "events": json.loads(json.dumps(events)),
         "modes": [[str(expert.mode) for expert in block.experts] for block in engine.mocte.blocks],
+        "gates": [
+            {name: value.clone() for name, value in bank.gate.state_dict().items()}
+            for block in engine.mocte.blocks
+            for bank in block.block.banks
+        ],
         "load": engine.mocte.expert_load(),
         "bytes": engine.mocte.optimizer_bytes(),
         "client": client,

@@ -29,6 +29,8 @@ def router(rng: random.Random) -> dict[str, Any]:
         "directions": [8, 40],
         "learn_prior": [False, True],
         "groups": [None, 2],
+        "std": [None, 0.02],
+        "centroid_rate": [0.0, 0.01],
     }
     return {key: rng.choice(values) for key, values in choices.items() if rng.random() < 0.5}
 

@@ -52,6 +52,8 @@ def several(name: str, folder: str) -> dict[str, Any]:
     engine.load_checkpoint(folder)
     gate = engine.mocte.blocks[0].block.banks[0].gate
     found["gate"] = {key: value.clone() for key, value in gate.state_dict().items()}
+    for key, value in found["first"]["gates"][0].items():
+        assert torch.equal(found["gate"][key], value), f"{key} is saved and loaded"
     found["export"] = engine.mocte.export(Path(folder) / "exported")
     return found
 
@@ -73,5 +75,7 @@ def test_a_run(name: str, tmp_path: Path) -> None:
     born = [event for event in results[0]["ep 1"]["events"] if event["event"] == "emergence"]
     assert len(born) == 2 and all(event["step"] < HALF for event in born)
     assert all(event["output_change"] < 1e-5 for event in born), "the function is kept"
-    for key, value in results[0]["gate"].items():
-        assert torch.equal(value, results[1]["gate"][key]), f"{key} is the same on all ranks"
+    for run in ("ep 1", "ep 2", "second"):
+        for mine, other in zip(results[0][run]["gates"], results[1][run]["gates"], strict=True):
+            for key, value in mine.items():
+                assert torch.equal(value, other[key]), f"{key} of a run that trains is the same on all ranks"

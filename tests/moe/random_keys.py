@@ -20,5 +20,5 @@ def randomise_key(key: Key) -> None:
             buffer.copy_(torch.randint(-1 if hasattr(key, "cluster_table") else 0, experts, buffer.shape))
         elif not buffer.is_floating_point():
             buffer.copy_(torch.randint(experts, buffer.shape))
-        elif name == "cluster_weight":
+        elif name != "cluster_bias" or hasattr(key, "cluster_centroids"):
             buffer.copy_(torch.randn(buffer.shape))

@@ -140,6 +140,26 @@ def test_recomputation_finds_its_own_pass(name: str) -> None:
                 torch.testing.assert_close(found[parameter], gradient, msg=f"{how}, {pattern.__name__}, {parameter}")
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_moving_clusters_read_each_token_once_and_none_in_evaluation(how: str) -> None:
+    found = []
+    for way in ("none", how):
+        model, blocks = made({"kind": "online", "directions": 8})
+        checkpointed(model, way)
+        both(model)
+        loads = [block.banks[0].loads for block in blocks]
+        found.append([(each.step.clone(), each.sums.clone()) for each in loads])
+        assert all(block.banks[0].gate.key._seen is None for block in blocks), "nothing is held after a recomputation"
+        with torch.no_grad():
+            model.eval()(input_ids=texts(3))
+        assert all(block.banks[0].gate.key._seen is None for block in blocks)
+        for each, (step, sums) in zip(loads, found[-1], strict=True):
+            assert torch.equal(each.step, step) and torch.equal(each.sums, sums)
+    for (step, sums), (expected, wanted) in zip(*found, strict=True):
+        assert torch.equal(step, expected) and int(step.sum()) == 2 * 3 * 14
+        torch.testing.assert_close(sums, wanted)
+
+
 def test_each_pass_brings_its_own_balance_loss_once() -> None:
     model, blocks = made(LEARNED)
     residuals = [block.banks[0].gate.cluster_residual for block in blocks]

@@ -1,5 +1,8 @@
 """Routing keys: causal, alike in one pass and token by token, no leaks between documents; banks; learned routers."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -14,9 +17,11 @@ from mocte_ds.moe.balance import Balance
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
-from mocte_ds.moe.keys import PrefixKey, PreviousKey
+from mocte_ds.moe.keys import KEYS, PrefixKey, PreviousKey, TypeKey
 from mocte_ds.router_config import RouterConfig
+from mocte_ds.training.ledger import gate_flops
 from tests.moe.random_keys import randomise_key
+from tests.small_models import small_llama
 
 D, E, EOD, V = 8, 4, 0, 64
 
@@ -233,3 +238,26 @@ def test_the_loss_for_even_loads_keeps_its_gradient(reentrant: bool) -> None:
     gate.cluster_residual.requires_grad_(False)  # a block whose experts are all frozen
     output = checkpoint(block, x, use_reentrant=reentrant)
     assert block.auxiliary_loss() is not None
+
+
+@KEYS.register("older")
+class OlderKey(TypeKey):
+    """As somebody wrote it before tables had settings."""
+
+    def __init__(self, hidden_size: int, num_experts: int, vocab_size: int | None = None) -> None:
+        super().__init__(hidden_size, num_experts, vocab_size)
+
+    @classmethod
+    def flops(cls, hidden_size: int, num_experts: int) -> float:
+        return 7.0
+
+
+def test_a_table_that_takes_no_settings_still_works() -> None:
+    for router in ({"kind": "older"}, {"kind": "older", "weight": "softmax", "learn": True}):
+        config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "router": router})
+        (block,) = attach(small_llama(V, 32, 24, 1), config)
+        assert block.banks[0].gate.key.prior == 4.0
+        sizes: Any = SimpleNamespace(hidden_size=32)
+        assert gate_flops(sizes, config, 10).forward == (2 * E * 32 * 10 if "learn" in router else 70)
+    with pytest.raises(ConfigError, match="prior, learn_prior and groups are for a table"):
+        MocteConfig.from_dict({"modules": "m", "router": {**router, "prior": 1.0}})

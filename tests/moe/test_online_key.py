@@ -9,7 +9,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights, set_gate
 from mocte_ds.controller.feature_sample import FeatureSample, Rows
 from mocte_ds.dist.mesh import mesh_of_processes
-from mocte_ds.errors import ConfigError
+from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.gate import ClusterGate
@@ -86,6 +86,7 @@ def test_a_step_is_that_of_numpy() -> None:
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         cosines = x @ (m / np.linalg.norm(m, axis=1, keepdims=True)).T
         chosen = (cosines / 0.1 + b).argmax(1)
+        key.counting = True
         index = gate(features, Tokens())[0]
         assert (index[:, 0].numpy() == chosen).all()
         counts = np.bincount(chosen[real.numpy()], minlength=E)
@@ -105,6 +106,7 @@ def test_loads_come_near_even_where_one_group_has_grown() -> None:
     gate, moved = block.banks[0].gate, torch.cat([features, features[::E], features[::E]])
     first = None
     for _ in range(400):
+        key.counting = True
         index = gate(moved, Tokens())[0]
         load = torch.bincount(index.flatten(), minlength=E)
         first = load if first is None else first
@@ -113,6 +115,27 @@ def test_loads_come_near_even_where_one_group_has_grown() -> None:
     even = len(moved) / E
     assert first.max() > 1.8 * even
     assert load.max() < 1.15 * even and load.min() > 0.85 * even
+
+
+def test_centroids_that_stand() -> None:
+    _, key = born(sample(), centroid_rate=0.0)
+    before = key.cluster_centroids.clone()
+    key.follow(torch.randn(E, R, dtype=torch.float64), torch.full((E,), 9))
+    assert torch.equal(key.cluster_centroids, before)
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    found = sample()
+    rows = Rows(found.index_fill(0, torch.tensor(7), torch.inf), torch.eye(D)[:, :4], found.mean(0))
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "router": {"kind": "online", "directions": R}})
+    (block,) = attach(small_llama(50, D, 24, 1), config)
+    with pytest.raises(MocteError, match="NaN or infinite"):
+        set_gate(block, config, MESH, FeatureSample(rows, torch.randint(50, (N,))))
+    _, key = born(sample())
+    before = key.cluster_centroids.clone()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        key.follow(torch.full((E, R), torch.nan, dtype=torch.float64), torch.ones(E, dtype=torch.int64))
+    assert torch.equal(key.cluster_centroids, before)
 
 
 def test_without_a_sample_all_experts_have_tokens() -> None:
@@ -127,6 +150,9 @@ def test_without_a_sample_all_experts_have_tokens() -> None:
         ({"kind": "online", "directions": 30, "dropped": 5}, "more than the 32 features"),
         ({"kind": "token", "dropped": 1}, "for kind 'online'"),
         ({"kind": "online", "weight": "softmax"}, "needs logits"),
+        ({"kind": "online", "weight": "softmax", "learn": True}, "not for kind 'online'"),
+        ({"kind": "online", "bias": False}, "always has one"),
+        ({"kind": "token", "centroid_rate": 0.0}, "for kind 'online'"),
         ({"kind": "token", "balance_rate": 0.1}, "or kind 'online'"),
     ],
 )

@@ -1,22 +1,32 @@
 """Tables of hashed pairs: rows, documents and clusters are those of plain Python, numpy and scikit-learn."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from mocte_ds.clusters import pair_tables
+from mocte_ds.clusters import pair_tables, sampled_once
+from mocte_ds.clusters.control import shuffled_table
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.apply import _output
 from mocte_ds.controller.birth import set_gate
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
 from mocte_ds.controller.feature_sample import FeatureSample, Rows
+from mocte_ds.controller.reading import BlockReading
 from mocte_ds.dist.mesh import ALONE, mesh_of_processes
-from mocte_ds.moe import Block, attach
+from mocte_ds.errors import MocteError
+from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.forward import ForwardState
+from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.moe.keys import PairHashKey, PairKey
 from mocte_ds.remote_code.pair_keys_mocte import pair_rows
+from mocte_ds.router_config import RouterConfig
+from tests.moe.random_keys import randomise_key
 from tests.small_models import small_llama
 
 D, E, EOD, V, R = 8, 4, 0, 64, 1024
@@ -73,6 +83,36 @@ def test_a_pair_is_looked_up_within_its_document(make: type[PairHashKey]) -> Non
                 missed += expert < 0
                 assert found[row, place] == (own[second] if expert < 0 else expert)
     assert (missed > 5) is (make is PairKey)
+
+
+@pytest.mark.parametrize("kind", ["pair", "pair-hash", "previous", "prefix"])
+def test_features_that_a_model_flattens_are_of_the_same_documents(kind: str) -> None:
+    gate = ClusterGate(D, E, RouterConfig(kind), V)
+    randomise_key(gate.key)
+    (ids, mask), features = packed(), torch.randn(72, D)
+    given = {"attention_mask": mask}
+    expected = gate(features, ForwardState(ids, EOD, given).tokens((3, 24, D), True))[0]
+    flat = ForwardState(ids, EOD, given)
+    assert torch.equal(gate(features, flat.tokens((72, D), True))[0], expected)
+    assert torch.equal(flat.counted((72, D)).flatten(), mask.flatten().bool())
+    with pytest.raises(MocteError, match="where sequences begin"):
+        gate(features, Tokens(ids.flatten()))
+
+
+def test_the_output_at_birth_is_that_of_the_sampled_pairs() -> None:
+    block = born()
+    block.mode = BlockMode.SPECIALISING
+    experts = block.banks[0].local_experts
+    for expert in experts:
+        for parameter in expert.parameters():
+            torch.nn.init.normal_(parameter)
+    before, ids, features = (part[:50] for part in planted())
+    index = block.banks[0].gate.key.choose(features, Tokens(ids, previous=before))
+    expected = torch.stack([experts[int(k)](row) for k, row in zip(index, features, strict=True)])
+    run: Any = SimpleNamespace(context=block.context)
+    reading = BlockReading((features, ids, ids, before), 50, mean=features.mean(0))
+    found = _output(run, SimpleNamespace(block=block), reading)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_knows_the_tokens_before() -> None:
@@ -166,6 +206,24 @@ def test_the_birth_of_a_block_and_its_control() -> None:
     assert adjusted_rand_score(group.numpy(), routes[True].numpy()) < 0.02
     pairs = {flag: block.banks[0].gate.key.cluster_pairs >= 0 for flag, block in blocks.items()}
     assert torch.equal(pairs[False], pairs[True]), "what was sampled, and only that, is dealt out"
+
+
+def test_the_control_keeps_the_loads_of_pairs_and_of_single_tokens() -> None:
+    frequency = 1 / (torch.arange(V) + 3.0)
+    before, ids = torch.multinomial(frequency, 2 * 1500, replacement=True).view(2, -1)
+    pairs = before * V + ids
+    of_ids, of_pairs = pair_tables(ids, pairs, torch.randn(V, D)[ids] + torch.randn(1500, D), V, V * V, E, 0)
+    new = torch.zeros(V, dtype=torch.float64)
+    for token, pair in zip(ids.tolist(), pairs.tolist(), strict=True):
+        new[token] += int((pairs == pair).sum()) == 1
+    seen = ids.unique()
+    wanted = torch.bincount(of_ids[seen], weights=new[seen], minlength=E)
+    found = shuffled_table(of_ids, ids, E, 1, sampled_once(pairs))
+    load = torch.bincount(found[seen], weights=new[seen], minlength=E)
+    torch.testing.assert_close(load, wanted, rtol=0.1, atol=0.0)
+    assert adjusted_rand_score(of_ids[seen].numpy(), found[seen].numpy()) < 0.2
+    none = torch.full((R,), -1)
+    assert torch.equal(shuffled_table(none, torch.arange(3), E, 1), none), "nothing was sampled, nothing is dealt out"
 
 
 def test_without_a_sample_both_are_tables_by_chance() -> None:

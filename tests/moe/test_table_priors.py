@@ -146,6 +146,10 @@ def test_a_gain_is_one_at_birth_and_the_key_goes_on_to_choose(kind: str) -> None
         ({"kind": "type", "weight": "gain", "learn": True, "groups": 2}, "for a table in a router"),
         ({"kind": "type", "weight": "softmax", "learn": True, "groups": 5}, "groups = 5 must lie between"),
         ({"kind": "type", "std": 0.1}, "learned tables"),
+        ({"kind": "type", "weight": "softmax", "learn": True, "prior": 0.0}, "prior = 0 without std"),
+        ({"kind": "type", "weight": "softmax", "learn": True, "groups": 2}, "groups = 2 without router.std"),
+        ({"kind": "type", **LOSS_FREE, "std": 0.1, "prior": 0.0, "shuffled": True}, "shuffled changes a table"),
+        ({"kind": "type", "weight": "gain", "learn": True, "aux": 0.1}, "has no such loss"),
     ],
 )
 def test_refusals(router: dict, message: str) -> None:

@@ -1,5 +1,6 @@
 """The class around a base model computes and generates what training does, for every router and kind."""
 
+import json
 import os
 import subprocess
 import sys
@@ -159,6 +160,21 @@ def test_what_save_pretrained_writes_loads_where_nothing_of_ours_is(tmp_path):
     with torch.no_grad():
         expected = theirs(torch.arange(1, 20)[None]).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+
+
+@mark.parametrize("name", ["type", "hash", "previous", "banks", "type, learned", "token with bias"])
+@torch.no_grad()
+def test_an_export_from_before_tables_had_settings_loads(name, tmp_path):
+    _, theirs = exported(name, tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    for block in config["blocks"]:
+        for bank in block["banks"]:
+            for key in ("prior", "learn_prior", "groups", "std", "rows", "directions", "dropped"):
+                del bank[key]
+    file.write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(again(texts()).logits, theirs(texts()).logits)
 
 
 @mark.parametrize("name", CASES)
