@@ -9,7 +9,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from mocte_ds.clusters import pair_tables, sampled_once
+from mocte_ds.clusters import pair_tables
 from mocte_ds.clusters.control import shuffled_table
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.apply import _output
@@ -178,11 +178,12 @@ def test_loads_are_even_over_pairs_and_what_is_new() -> None:
     assert float(alike.float().mean()) > 0.6, "single tokens go where pairs like them go"
 
 
-def born(shuffled: bool = False, kind: str = "pair") -> Block:
-    router = {"kind": kind, "rows": R, "shuffled": shuffled}
+def born(shuffled: bool = False, data: tuple[torch.Tensor, ...] | None = None, rows: int = R) -> Block:
+    """A block from ids before, ids and features; None: those of planted()."""
+    router = {"kind": "pair", "rows": rows, "shuffled": shuffled}
     config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": E, "router": router})
     (block,) = attach(small_llama(V, D, 24, 1), config)
-    before, ids, features = planted()
+    before, ids, features = data or planted()
     mean = features.mean(0)
     basis = torch.linalg.svd(features - mean, full_matrices=False).Vh[:5].T.contiguous()
     set_gate(block, config, MESH, FeatureSample(Rows(features, basis, mean), ids, None, before))
@@ -211,17 +212,19 @@ def test_the_birth_of_a_block_and_its_control() -> None:
 def test_the_control_keeps_the_loads_of_pairs_and_of_single_tokens() -> None:
     frequency = 1 / (torch.arange(V) + 3.0)
     before, ids = torch.multinomial(frequency, 2 * 1500, replacement=True).view(2, -1)
-    pairs = before * V + ids
-    of_ids, of_pairs = pair_tables(ids, pairs, torch.randn(V, D)[ids] + torch.randn(1500, D), V, V * V, E, 0)
-    new = torch.zeros(V, dtype=torch.float64)
+    data = before, ids, torch.randn(V, D)[ids] + torch.randn(1500, D)
+    keys = [born(shuffled, data=data, rows=1 << 16).banks[0].gate.key for shuffled in (False, True)]
+    assert torch.equal(keys[0].cluster_factors, keys[1].cluster_factors)
+    pairs = pair_rows(before, ids, keys[0].cluster_factors, 1 << 16)
+    new = torch.zeros(V, dtype=torch.float64)  # tokens of each id whose pair was sampled once
     for token, pair in zip(ids.tolist(), pairs.tolist(), strict=True):
         new[token] += int((pairs == pair).sum()) == 1
     seen = ids.unique()
-    wanted = torch.bincount(of_ids[seen], weights=new[seen], minlength=E)
-    found = shuffled_table(of_ids, ids, E, 1, sampled_once(pairs))
-    load = torch.bincount(found[seen], weights=new[seen], minlength=E)
+    wanted, load = (torch.bincount(key.cluster_table[seen], weights=new[seen], minlength=E) for key in keys)
     torch.testing.assert_close(load, wanted, rtol=0.1, atol=0.0)
-    assert adjusted_rand_score(of_ids[seen].numpy(), found[seen].numpy()) < 0.2
+    assert adjusted_rand_score(*(key.cluster_table[seen].numpy() for key in keys)) < 0.2
+    wanted, load = (torch.bincount(key.cluster_pairs[pairs], minlength=E) for key in keys)
+    torch.testing.assert_close(load, wanted, rtol=0.05, atol=0.0)
     none = torch.full((R,), -1)
     assert torch.equal(shuffled_table(none, torch.arange(3), E, 1), none), "nothing was sampled, nothing is dealt out"
 
