@@ -66,14 +66,7 @@ CASES = {
         {"tie_word_embeddings": True},
         {"modules": ALL, "warmup": (1,), "router": {"kind": "prefix"}},
     ),
-    "sigmoids of several": (
-        {"model_type": "qwen3"},
-        {
-            "modules": ALL,
-            "expert": LORA,
-            "router": SIGMOID,
-        },
-    ),
+    "sigmoids of several": ({"model_type": "qwen3"}, {"modules": ALL, "expert": LORA, "router": SIGMOID}),
     "dense": ({"model_type": "gpt2"}, None),
 }
 # Those whose routers remember something.
