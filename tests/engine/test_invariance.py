@@ -27,6 +27,8 @@ ROUTERS = {
     "two lora experts": {"kind": "token"},
 }
 MORE = {
+    # By lambda none of its experts freezes within these steps.
+    "pair": {"policy": "grad-norm"},
     "two banks": {"banks": [{"kind": "token"}, {"kind": "hash"}], "policy": "grad-norm"},
     # Centroids of two clusters of equal mass are equally far from the mean, and `lora` experts are drawn by number.
     "two lora experts": {"num_experts": 2, "expert": {"kind": "lora"}},
