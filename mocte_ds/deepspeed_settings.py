@@ -153,7 +153,7 @@ def scheduled_steps(settings: Mapping[str, Any]) -> int | None:
     """`total_num_steps` of the scheduler, None where it has none.
 
     Raises:
-        ConfigError: it is no number of steps.
+        ConfigError: it is not a number of steps.
     """
     steps = settings.get("scheduler", {}).get("params", {}).get("total_num_steps")
     if steps is None:

@@ -83,6 +83,11 @@ class RouterConfig:
     """Factor of the learning rate of a trained router, which has no weight decay. Switch and mixtures from scratch are
     steadier with 0.1 to 0.3."""
 
+    @property
+    def learns_choice(self) -> bool:
+        """Whether training changes which expert a token goes to, and not its factor alone."""
+        return self.learn and self.weight != "gain"
+
     def __post_init__(self) -> None:
         key = KEYS.get(self.kind, "kind")
         if not key.has_logits and self.weight == "softmax" and not self.learn:
@@ -98,7 +103,7 @@ class RouterConfig:
         if key.moves and not self.bias:
             raise ConfigError(f"bias = false is not for kind '{self.kind}', which always has one; remove it.")
         taken = key.taken()
-        over_table = self.learn and self.weight != "gain" and "prior" in taken
+        over_table = self.learns_choice and "prior" in taken
         if self.weight == "sigmoid" and not key.by_chance and not over_table:
             raise ConfigError(
                 f"weight 'sigmoid' is for kind 'random' and for tables with learn, not for '{self.kind}'."

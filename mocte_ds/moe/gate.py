@@ -42,7 +42,7 @@ class ClusterGate(Gate):
     @property
     def balanced(self) -> bool:
         """Whether the gate learns to choose and has a loss for even loads."""
-        return self.router.learn and self.router.aux > 0 and self.router.weight != "gain"
+        return self.router.learns_choice and self.router.aux > 0
 
     @property
     def reads_loads(self) -> bool:

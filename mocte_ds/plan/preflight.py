@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
 import os
 import platform
 import secrets
@@ -25,6 +24,7 @@ from mocte_ds.plan.memory import checkpoint, host_memory
 from mocte_ds.shown import one_line
 from mocte_ds.training.out_folder import CHECKPOINTS
 from mocte_ds.training.run_config import RunConfig
+from mocte_ds.training.run_folder import version_of
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "scikit-learn")
 CLOCK_SECONDS = 30.0
@@ -137,7 +137,7 @@ def _facts(device: torch.device) -> HostFacts:
         host=platform.node(),
         machine=boot(),
         code=code,
-        versions={"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        versions={"Python": platform.python_version()} | {name: version_of(name) for name in PACKAGES},
         clock=clock,
         memory=available_memory(),
         device_memory=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0,
@@ -150,13 +150,6 @@ def source_checksum() -> str:
     for path in sorted(package.rglob("*.py")):
         found.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return found.hexdigest()[:12]
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def _differences(facts: Sequence[HostFacts]) -> list[str]:

@@ -19,15 +19,13 @@ Draw = Callable[[Results], Figure | None]
 
 def final_losses(results: Results) -> Figure | None:
     """Every arm's losses after the last step, a dot for each seed, the best arm on top."""
-    finite = {arm: [run for run in own if not run.diverged] for arm, own in results.by_arm.items()}
-    finite = {arm: own for arm, own in finite.items() if own}
-    order = sorted(finite, key=lambda arm: -mean(run.loss for run in finite[arm]))
+    order = sorted(results.finite, key=lambda arm: -mean(run.loss for run in results.finite[arm]))
     if not order:
         return None
     figure = sheet(False, 0.9 + 0.27 * len(order), f"n = {len(results.study.seeds)} seeds at most")
     axis = figure.subplots()
     for place, arm in enumerate(order):
-        losses = [run.loss for run in finite[arm]]
+        losses = [run.loss for run in results.finite[arm]]
         color = INK if arm == results.study.baseline else category_color(0)
         axis.plot(losses, [place] * len(losses), "o", color=color, ms=4, alpha=0.6)
         axis.plot(mean(losses), place, "|", color=color, ms=14, mew=2)
@@ -78,7 +76,7 @@ def curves(results: Results) -> Figure | None:
 
 def by_domain(results: Results) -> Figure | None:
     """Losses less the baseline's by arm and domain."""
-    names = list(dict.fromkeys(name for own in results.by_arm.values() for run in own for name in run.domains))
+    names = results.domains
     arms = [arm for arm in results.by_arm if arm != results.study.baseline and results.beside]
     table = np.full((len(arms), len(names)), math.nan)
     for row, arm in enumerate(arms):

@@ -67,6 +67,7 @@ class StudyRunner:
             raise ConfigError(f"--at-once {at_once} wants {wanted} GPUs, and there are {_gpus()}.")
         self._wanted: dict[str, dict[str, Any]] = {}
         self._parameters: dict[str, tuple[int, int]] = {}
+        self._done: dict[str, RunResult] = {}  # logs of a run that is done are read once
         trials = self._chosen.trials()
         runs = self._chosen.runs({arm.name: self._first_rate() for arm in self._chosen.arms})
         for planned in [*trials, *runs]:
@@ -88,8 +89,9 @@ class StudyRunner:
         self._keep_results()
         self._make(self._chosen.trials())
         rates = self._rates()
+        results = self.results()
         for arm, rate in rates.items():
-            if rate is not None and at_edge(arm, rate, self.results()):
+            if rate is not None and at_edge(arm, rate, results):
                 self._report(f"{arm}: the best learning rate, {rate:g}, is at the edge of those that were tried")
         if diverged := [arm.name for arm in self._chosen.arms if arm.name not in rates]:
             self._report(f"{', '.join(diverged)}: all trials diverged; try smaller learning rates")
@@ -124,20 +126,24 @@ class StudyRunner:
         }
 
     def _result(self, planned: PlannedRun) -> RunResult | None:
+        if planned.name in self._done:
+            return self._done[planned.name]
         folder = self.out / planned.name
         if not (folder / "run.json").is_file() or differences(folder, self._settings(planned)):
             return None
         if planned.arm.name not in self._parameters:
             found = count_parameters(self.study.config(planned))[0]
             self._parameters[planned.arm.name] = found.total, found.active - found.embedding
-        return read_result(folder, planned, self._parameters[planned.arm.name])
+        result = read_result(folder, planned, self._parameters[planned.arm.name])
+        if result is not None:
+            self._done[planned.name] = result
+        return result
 
     def _wanted_count(self) -> int:
         """Runs that there will be."""
         open_rates = {arm.name: None for arm in self.study.arms}
-        more = {run.seed for run in self._chosen.runs(open_rates)} - set(self.study.seeds)
-        runs = [*self.study.runs(open_rates), *(r for r in self._chosen.runs(open_rates) if r.seed in more)]
-        return len(self.study.trials()) + len(runs)
+        runs = [*self.study.trials(), *self.study.runs(open_rates), *self._chosen.runs(open_rates)]
+        return len({run.name for run in runs})
 
     def _settings(self, planned: PlannedRun) -> dict[str, Any]:
         key = f"{planned.name} {planned.rate}"

@@ -1,7 +1,7 @@
 """What one finished run of a study came to."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ class RunResult:
     """Steps, as a multiple of those that are compared."""
     trial: bool
     """Whether it only served to choose the learning rate."""
-    steps: int
-    tokens: int
     loss: float
     """Mean validation loss over domains after the last step, nats per token; infinite where the run diverged."""
     domains: dict[str, float]
@@ -38,29 +36,31 @@ class RunResult:
     """All that a model has at the end of the run."""
     active: int
     """Those that a token is computed with."""
-    flops: float
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
     """Everything that training spent, MO-CTE's own work with it."""
-    own_flops: float
+    own_flops: float = 0.0
     """MO-CTE's own part of them: gates, sampling, SVD, clusters, trainability, probe passes."""
-    wgrad_saved: float
+    wgrad_saved: float = 0.0
     """FLOPs of weight gradients that frozen experts did not need."""
-    optimizer_bytes: int
+    optimizer_bytes: int = 0
     """Over all ranks at the last step."""
-    mean_optimizer_bytes: float
+    mean_optimizer_bytes: float = 0.0
     """Over all ranks, mean over the steps."""
-    emerged: int
-    detected: int
+    emerged: int = 0
+    detected: int = 0
     """Blocks whose experts emerged because clusters were found."""
-    frozen: int
+    frozen: int = 0
     """Experts that are frozen at the end."""
-    freezes: int
-    churn: float | None
+    freezes: int = 0
+    churn: float | None = None
     """Share of probe tokens, mean over blocks and banks, that go to another expert at the end than at emergence."""
-    imbalance: float | None
+    imbalance: float | None = None
     """Largest over mean load of the experts, mean over blocks and banks: of the probe tokens at the last check, or
     without a probe set of the last step's tokens."""
-    seconds: float
-    check_seconds: float
+    seconds: float = 0.0
+    check_seconds: float = 0.0
     curve: tuple[tuple[float, float, float, float], ...] = ()
     """Of each validation the tokens, FLOPs and seconds spent until then, and the loss."""
 
@@ -151,14 +151,17 @@ def _diverged(folder: Path) -> bool:
 
 def _without_loss(planned: PlannedRun, parameters: tuple[int, int]) -> RunResult:
     """A run that diverged: worse than any other, and nothing else of it is compared."""
-    numbers = [entry.name for entry in fields(RunResult) if entry.type in (int, float)]
-    known: dict[str, Any] = {
-        **dict.fromkeys(numbers, 0),
-        **{"arm": planned.arm.name, "seed": planned.seed, "rate": planned.rate or 0.0, "budget": planned.budget},
-        **{"trial": planned.trial, "loss": math.inf, "domains": {}, "churn": None, "imbalance": None},
-        **{"parameters": parameters[0], "active": parameters[1]},
-    }
-    return RunResult(**known)
+    return RunResult(
+        arm=planned.arm.name,
+        seed=planned.seed,
+        rate=planned.rate or 0.0,
+        budget=planned.budget,
+        trial=planned.trial,
+        loss=math.inf,
+        domains={},
+        parameters=parameters[0],
+        active=parameters[1],
+    )
 
 
 def _curve(run: Run) -> tuple[tuple[float, float, float, float], ...]:

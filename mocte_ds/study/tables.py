@@ -52,6 +52,10 @@ class Results:
         compared = [run for run in runs if not run.trial]
         self.by_arm = {arm.name: [r for r in compared if r.arm == arm.name and r.budget == 1] for arm in study.arms}
         self.by_arm = {name: own for name, own in self.by_arm.items() if own}
+        finite = {name: [run for run in own if not run.diverged] for name, own in self.by_arm.items()}
+        self.finite = {name: own for name, own in finite.items() if own}
+        """The same without runs that diverged."""
+        self.domains = list(dict.fromkeys(name for own in self.by_arm.values() for run in own for name in run.domains))
         self.baseline = [run for run in compared if run.arm == study.baseline and not run.diverged]
         """Of all budgets."""
         self.beside = {run.seed: run for run in self.baseline if run.budget == 1}
@@ -80,13 +84,13 @@ def all_tables(study: Study, runs: Sequence[RunResult]) -> list[Table]:
 
 
 def _losses(results: Results) -> Table:
-    base, rates = results.study.baseline, {run.arm: run.rate for run in results.trials}
+    base = results.study.baseline
     head = ["arm", "seeds", "learning rate", "loss"]
     if results.beside:
         head += [f"vs {base}", "p", *(f"x {clock}" for clock in CLOCKS)]
     rows = []
     for name, own in results.by_arm.items():
-        tried = " (edge)" if name in rates and at_edge(name, own[0].rate, results.trials) else ""
+        tried = " (edge)" if at_edge(name, own[0].rate, results.trials) else ""
         row = [name, str(len(own)), f"{own[0].rate:g}{tried}", _number([run.loss for run in own], ".4f")]
         if results.beside:
             gaps = results.gaps(own)
@@ -115,16 +119,15 @@ def _budgets(results: Results) -> Table:
 
 
 def _domains(results: Results) -> Table:
-    names = list(dict.fromkeys(name for own in results.by_arm.values() for run in own for name in run.domains))
     rows = []
     for arm, own in results.by_arm.items():
-        cells = [_number(results.domain_gaps(own, name), "+.3f") for name in names]
+        cells = [_number(results.domain_gaps(own, name), "+.3f") for name in results.domains]
         if results.beside and arm != results.study.baseline:
             rows.append([arm, *cells])
     return Table(
         "domains",
         "Losses by domain",
-        ["arm", *names],
+        ["arm", *results.domains],
         rows,
         f"Validation loss less that of {results.study.baseline}, seed by seed, nats per token.",
     )
@@ -132,10 +135,7 @@ def _domains(results: Results) -> Table:
 
 def _costs(results: Results) -> Table:
     rows = []
-    for name, runs in results.by_arm.items():
-        own = [run for run in runs if not run.diverged]
-        if not own:
-            continue
+    for name, own in results.finite.items():
         rows.append(
             [
                 name,
@@ -169,8 +169,7 @@ def _costs(results: Results) -> Table:
 
 def _freezing(results: Results) -> Table:
     rows = []
-    for name, own in results.by_arm.items():
-        own = [run for run in own if not run.diverged]
+    for name, own in results.finite.items():
         pairs = [(run, results.beside[run.seed]) for run in own if run.seed in results.beside]
         if not any(run.frozen or run.freezes for run in own):
             continue

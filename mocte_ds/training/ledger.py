@@ -201,7 +201,7 @@ def gate_flops(model: ModelSizes, config: MocteConfig, tokens: int) -> GateFlops
     # Some keys make one product of both.
     prior = [
         0.0
-        if router.learn and router.weight != "gain" and key.learned_logits is not Key.learned_logits
+        if router.learns_choice and key.learned_logits is not Key.learned_logits
         else key.flops(
             model.hidden_size, config.num_experts, **{s: getattr(router, s) for s in accepted(key.flops, key.settings)}
         )
@@ -209,9 +209,7 @@ def gate_flops(model: ModelSizes, config: MocteConfig, tokens: int) -> GateFlops
         for key, router in zip(keys, routers, strict=True)
     ]
     learned = matrix * sum(router.learn for router in routers)
-    through = sum(
-        p for p, key, r in zip(prior, keys, routers, strict=True) if r.learn and r.weight != "gain" and key.by_chance
-    )
+    through = sum(p for p, key, r in zip(prior, keys, routers, strict=True) if r.learns_choice and key.by_chance)
     return GateFlops(sum(prior) + learned, learned, learned + through)
 
 

@@ -142,9 +142,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def versions() -> dict[str, str]:
     """Versions of what the run rests on."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return found | {name: version_of(name) for name in _PACKAGES}
+
+
+def version_of(name: str) -> str:
+    """Version of a package; `not installed` where there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

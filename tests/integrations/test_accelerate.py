@@ -25,7 +25,7 @@ def accumulate(stage: int, folder: str) -> dict[str, Any]:
     mocte_ds.install()
     PartialState(cpu=True)
     config = trainer_runs.config(stage, trainer_runs.OPTIMIZER, total_steps=100)  # the first check is after step 10
-    # Room for every document, so that whether one was sampled is no matter of chance.
+    # Room for every document, so that chance does not decide whether one is sampled.
     config["mocte"]["spectrum"] = {"rank": 4, "rows": 4096, "documents": SEQUENCES, "doublings": 0}
     config["gradient_clipping"] = 1.0
     plugin = DeepSpeedPlugin(hf_ds_config=config, gradient_accumulation_steps=trainer_runs.TURNS)

@@ -32,8 +32,8 @@ def _look(run_file: str, out: str, fault: str) -> tuple[str, list[str]]:
     if second and fault == "code":
         module.source_checksum = lambda: "0123"
     if second and fault == "version":
-        found = module._version
-        module._version = lambda name: "1.0" if name == "deepspeed" else found(name)
+        found = module.version_of
+        module.version_of = lambda name: "1.0" if name == "deepspeed" else found(name)
     if second and fault == "clock":
         now = time.time
         module.time.time = lambda: now() - 40.0

@@ -29,7 +29,7 @@ def margins(block: Block, features: Tensor) -> Tensor:
     for bank in block.banks:
         gate = bank.gate
         linear = isinstance(gate.key, LinearKey)
-        learned = gate.router.learn and gate.router.weight != "gain"
+        learned = gate.router.learns_choice
         online = isinstance(gate.key, OnlineKey)
         if not linear and not online and not learned:
             continue
