@@ -1,5 +1,6 @@
 """Writes and reads megatron-core's distributed checkpoints; nothing in one is executed."""
 
+import enum
 import io
 import pickle
 import pickletools
@@ -139,7 +140,7 @@ def _require_plain(folder: Path) -> None:
     try:
         content = path.read_bytes()
         _require_bounded(content)
-        _TensorLists(io.BytesIO(content)).load()
+        TensorLists(io.BytesIO(content)).load()
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: {folder} is not a distributed checkpoint of megatron-core."
@@ -155,10 +156,19 @@ def _require_bounded(content: bytes) -> None:
             raise pickle.UnpicklingError(f"it numbers an object {value}, and has {len(content)} bytes")
 
 
-class _TensorLists(pickle.Unpickler):
+class TensorLists(pickle.Unpickler):
     """Knows the classes of a list of tensors, and no functions."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # Python 3.11.0 to 3.11.3 write a member of an enum as getattr(class, name)
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which no list of tensors needs")
         return super().find_class(module, name)
+
+
+def _member(owner: Any, name: Any) -> enum.Enum:
+    """A member of an enum; of anything else no attribute is read."""
+    if not (isinstance(owner, enum.EnumMeta) and isinstance(name, str) and name in owner.__members__):
+        raise pickle.UnpicklingError("it reads an attribute, which no list of tensors needs")
+    return owner.__members__[name]

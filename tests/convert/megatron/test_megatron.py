@@ -1,5 +1,6 @@
 """A checkpoint becomes a folder that megatron-core loads by itself, and comes back; what cannot is refused by name."""
 
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,8 @@ import psutil
 import torch
 from pytest import fixture, mark, raises
 from torch import distributed, nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from torch.distributed.checkpoint.planner import WriteItemType
 from transformers import LlamaConfig
 
 from mocte_ds.base_model import base_facts
@@ -23,6 +26,7 @@ from mocte_ds.checkpoints.source import StoredSource
 from mocte_ds.convert.megatron import convert
 from mocte_ds.convert.megatron.base_config import arguments_of
 from mocte_ds.convert.megatron.convert import from_megatron, to_megatron
+from mocte_ds.convert.megatron.folder import TensorLists
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe.block import Block
 from tests.checkpoints.by_hand import sign, write_random
@@ -346,6 +350,27 @@ class _Code:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+class _Attribute:
+    """Pickles as Python 3.11.2 pickles a member of an enum."""
+
+    def __init__(self, owner, name):
+        self.call = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_lists_of_tensors_of_every_python_are_read():
+    def read(value):
+        return TensorLists(io.BytesIO(pickle.dumps(value))).load()
+
+    kinds = [*WriteItemType, *_MEM_FORMAT_ENCODING]
+    assert read([_Attribute(type(kind), kind.name) for kind in kinds]) == kinds
+    for owner, name in ((torch.Size, "numel"), (WriteItemType, "__init_subclass__"), (WriteItemType.SHARD, "value")):
+        with raises(pickle.UnpicklingError, match="it reads an attribute, which no list of tensors needs"):
+            read(_Attribute(owner, name))
 
 
 def test_folders_that_are_damaged_are_refused(converted, tmp_path):
