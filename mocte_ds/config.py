@@ -178,6 +178,9 @@ class MocteConfig:
     conflict_every: CountOrZero = 10
     """Checks between two measurements of gradient conflict, each a forward and backward pass over the probe set. 0:
     never."""
+    log: str | None = None
+    """Folder of the run's logs, as by engine.mocte.log_to (docs/watch.md). Null: none, or that of MocteTrainer. Not in
+    run files, whose logs lie in --out."""
     auto: bool = True
     """Whether checks run. False: blocks change only by emerge(), freeze() and thaw()."""
     seed: Seed = 0
@@ -202,6 +205,8 @@ class MocteConfig:
     def __post_init__(self) -> None:
         if not self.modules or not all(self.modules):
             raise ConfigError('modules must name the FFN modules that become blocks, e.g. "model.layers.*.mlp".')
+        if self.log == "":
+            raise ConfigError('log = "" must name a folder, e.g. "runs/mine"; null: no logs.')
         if self.num_experts % self.ep_size:
             raise ConfigError(
                 f"ep_size = {self.ep_size} does not divide mocte.num_experts = {self.num_experts}; "

@@ -1,11 +1,11 @@
 """initialize(): deepspeed.initialize for MO-CTE; MocteEngine: where DeepSpeed's step meets the controller."""
 
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -21,19 +21,21 @@ from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.convert.hf.running import export_run
-from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, require_scheduler, scheduled_steps
+from mocte_ds.deepspeed_settings import parsed_by_deepspeed, require_scheduler, scheduled_steps
 from mocte_ds.dist.begin import begin_group
 from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.dist.shared_memory import forget_shared_memory
+from mocte_ds.engine_settings import read_config, require_supported
 from mocte_ds.errors import CheckpointError, ConfigError
-from mocte_ds.json_files import read_json
+from mocte_ds.logs.run_facts import count_parameters, run_facts
+from mocte_ds.logs.step_log import StepLog
 from mocte_ds.moe.attach import attach
 from mocte_ds.moe.balance import watched
 from mocte_ds.rotary_tables import kept_in_fp32
 from mocte_ds.vocabulary import Vocabulary
-from mocte_ds.zero import UnitRegistry, find_front, require_conformance, require_stage3_settings
+from mocte_ds.zero import UnitRegistry, find_front, require_conformance
 from mocte_ds.zero.checkpoint_files import own_files
 from mocte_ds.zero.engine import UnitEngine
 from mocte_ds.zero.gathered_weights import converters_notice
@@ -48,6 +50,7 @@ class MocteEngine(UnitEngine):
 
     mocte: Controller
     vocabulary: Vocabulary
+    step_log: StepLog
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run a pass that trains stands."""
@@ -55,6 +58,7 @@ class MocteEngine(UnitEngine):
         self.vocabulary.look(inputs, kwargs, self.global_steps, trains)
         self.mocte.context.forget_interrupted()
         if trains:
+            self.step_log.before_forward()
             self.mocte.before_micro_batch(self.train_micro_batch_size_per_gpu(), inputs, kwargs)
         try:
             return super().forward(*inputs, **kwargs)
@@ -68,6 +72,7 @@ class MocteEngine(UnitEngine):
         """
         self.mocte.mid_step = True
         context = self.mocte.context
+        self.step_log.see_loss(loss, 1.0 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0)
         loss = watched(loss, context, 1.0 if scale_wrt_gas else 1.0 / self.gradient_accumulation_steps())
         try:
             return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
@@ -78,14 +83,17 @@ class MocteEngine(UnitEngine):
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """DeepSpeed's scale, for a loss whose own ``backward()`` is called."""
         self.mocte.passes.after_backward()
+        self.step_log.see_loss(loss, 1.0 / self.gradient_accumulation_steps())
         return super().scale(watched(loss, self.mocte.context))
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's step; after an optimizer step the controller does what is due."""
         before = self.global_steps
+        self.step_log.before_step()
         super().step(*args, **kwargs)
         if self.global_steps != before:
             self.mocte.after_step(self.global_steps)
+            self.step_log.after_step()
             self.checkpoint_engine.saver.look()
 
     @property
@@ -113,7 +121,7 @@ class MocteEngine(UnitEngine):
         if exclude_frozen_parameters:
             raise CheckpointError("exclude_frozen_parameters is not supported: frozen experts would be lost.")
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
-        client = dict(client_state or {})
+        client, started = dict(client_state or {}), time.perf_counter()
         save = super().save_checkpoint
 
         def deepspeed_save(state: dict[str, Any]) -> None:
@@ -130,7 +138,13 @@ class MocteEngine(UnitEngine):
         self.checkpoint_engine.save_checkpoint(
             deepspeed_save, save_dir, tag, self.global_steps, client, own, save_latest, background
         )
+        self.step_log.saved(tag, time.perf_counter() - started)
         return True
+
+    def destroy(self) -> None:
+        """DeepSpeed's; the folder of the logs is free again."""
+        self.step_log.close()
+        super().destroy()
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the last asynchronous save is whole (collective); a script that ends waits by itself.
@@ -179,6 +193,7 @@ class MocteEngine(UnitEngine):
             client_state.pop("tokens_seen")  # the controller has them too
             self.mocte.proof.begin(self.mocte.run)
             self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, self.mesh.world.rank, read))
+        self.step_log.loaded(str(folder))
         return path, client_state
 
 
@@ -227,9 +242,9 @@ def initialize(
     given = sorted(name for name, value in other.items() if value is not None)
     if given:
         raise ConfigError(f"mocte_ds.initialize does not support: {', '.join(given)}.")
-    settings = _read_config(config)
+    settings = read_config(config)
     block = MocteConfig.from_dict(settings.pop("mocte"))
-    _check_deepspeed_part(settings, model, optimizer, mpu)
+    require_supported(settings, model, optimizer, mpu)
     if lr_scheduler is None:
         require_scheduler(settings)
     use_kernel_lock()
@@ -246,6 +261,7 @@ def initialize(
         total_steps = DEFAULT_TOTAL_STEPS
         warnings.warn(f"mocte.total_steps is missing: it is taken to be {total_steps}.", stacklevel=2)
     mesh = make_mesh(block.ep_size, resolved.use_data_before_expert_parallel_, mpu)
+    parameters = count_parameters(model)
     blocks = attach(model, block)
     front = find_front(model, blocks, block.freeze.prefix.layers)
     registry = UnitRegistry(model, blocks, mesh.expert.rank, model_parameters, front)
@@ -271,73 +287,9 @@ def initialize(
     engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval, mesh.world)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, engine.train_batch_size())
     controller.exporter = lambda **how: export_run(engine, **how)
+    engine.step_log = StepLog(engine, lambda: run_facts(engine, settings, parameters))
+    controller.logger = engine.step_log.log_to
+    if block.log is not None:
+        controller.log_to(block.log)
     refuse_saving_alone(engine.module)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
-
-
-def _read_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """A private copy of the config, from a dict or a JSON file."""
-    if config is None:
-        raise ConfigError("mocte_ds.initialize needs config=: a DeepSpeed config (dict or path) with a 'mocte' block.")
-    values: Any = read_json(config) if isinstance(config, str | Path) else config
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            f"the DeepSpeed config must be a dict or the path of a JSON file, not {type(values).__name__}."
-        )
-    if values.get("mocte") is None:
-        raise ConfigError(
-            'the DeepSpeed config has no "mocte" block, e.g. "mocte": {"modules": "model.layers.*.mlp"}; '
-            "a run without blocks is deepspeed.initialize."
-        )
-    return checked_settings(values)
-
-
-def _check_deepspeed_part(settings: dict[str, Any], model: nn.Module | None, optimizer: Any, mpu: Any) -> None:
-    if model is None:
-        raise ConfigError("mocte_ds.initialize needs model=.")
-    if isinstance(model, deepspeed.PipelineModule):
-        raise ConfigError("pipeline modules are not supported; hand over the plain model.")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise ConfigError(
-            f"zero_optimization.stage = {stage}: use stage 1, 2 or 3 (freezing acts on ZeRO's partition)."
-        )
-    if stage == 3:
-        require_stage3_settings(settings, model)
-    zero = settings["zero_optimization"]
-    for name in ("contiguous_gradients", "reduce_scatter"):
-        if not zero.get(name, True):
-            # DeepSpeed would find out when the first experts emerge.
-            raise ConfigError(f"zero_optimization.{name} = false: DeepSpeed's expert layers need true; remove it.")
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            "an optimizer object cannot follow experts that do not exist yet; name the optimizer in the config, or "
-            "hand over a callable: optimizer=lambda groups: torch.optim.AdamW(groups, lr=...)."
-        )
-    kind = settings.get("optimizer", {}).get("type", "").lower()
-    if optimizer is None and kind in ("muon", "adagrad"):
-        raise ConfigError(
-            f"optimizer.type '{settings['optimizer']['type']}' builds its own parameter groups or state, which cannot "
-            "follow experts that emerge and freeze; use AdamW or Adam."
-        )
-    if optimizer is None and "optimizer" not in settings:
-        raise ConfigError('the DeepSpeed config has no "optimizer" and no optimizer callable was handed over.')
-    _check_accumulation((settings.get("data_types") or {}).get("grad_accum_dtype"), settings, stage)
-    if mpu is not None and mpu.get_tensor_model_parallel_world_size() > 1:
-        raise ConfigError("tensor parallelism above 1 is not supported yet; use expert and data parallelism.")
-
-
-def _check_accumulation(dtype: Any, settings: dict[str, Any], stage: int) -> None:
-    """Gradients are added up in the model's precision, or in fp32 where DeepSpeed's optimizer of the stage does so."""
-    if dtype in (None, "null"):
-        return
-    if dtype != "fp32":
-        raise ConfigError(
-            f"data_types.grad_accum_dtype = {dtype!r}: only 'fp32' is supported; without it gradients are added up in "
-            "the model's precision."
-        )
-    if stage == 1 and (settings.get("bf16") or {}).get("enabled"):
-        raise ConfigError(
-            "data_types.grad_accum_dtype = 'fp32' with bf16 is not supported at ZeRO stage 1, where DeepSpeed uses an "
-            "optimizer of another kind (BF16_Optimizer), which cannot freeze units; use zero_optimization.stage 2 or 3."
-        )

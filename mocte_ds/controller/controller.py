@@ -52,6 +52,8 @@ class Controller:
         """Whether gradients wait for an optimizer step."""
         self.exporter: Callable[..., dict[str, Any]] | None = None
         """What :meth:`export` calls; the engine hands it over."""
+        self.logger: Callable[[str | Path], None] | None = None
+        """What :meth:`log_to` calls; likewise."""
         self._domain: Tensor | None = None
         """Of the next forward pass."""
 
@@ -138,6 +140,24 @@ class Controller:
     def on_event(self, listener: EventListener) -> None:
         """Call ``listener`` with every event (check, projection, emergence, freeze, thaw), on rank 0 only."""
         self.events.listen(listener)
+
+    def log_to(self, folder: str | Path) -> None:
+        """Write metrics.jsonl (a line a step) and events.jsonl into a folder from now on (collective).
+
+        `mocte-ds report FOLDER` and `mocte-ds inspect-run FOLDER` read them, and run.json beside them. Rank 0 writes,
+        and holds the folder's lock. After `load_checkpoint`, which may come before or after this call, the logs go on
+        behind the checkpoint's step; at step 0 those of an earlier run are kept under another name.
+
+        Args:
+            folder: on the machine of rank zero; is made if it is not there, and may hold other files.
+
+        Raises:
+            MocteError: on all ranks; a second call, a call after the first step, a folder that cannot be written, that
+                another process logs into, or in which files of others have the names of the logs.
+        """
+        if self.logger is None:
+            raise MocteError("engine.mocte.log_to needs an engine of mocte_ds.initialize.")
+        self.logger(folder)
 
     def emerge(self, block: int) -> None:
         """Turn a block's experts on now (collective, between two steps)."""

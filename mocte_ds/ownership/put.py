@@ -77,7 +77,8 @@ def put(
         todo = [name for name in files if not _is_there(folder / name, facts[name])]
         dropped = [name for name in drop if os.path.lexists(folder / name)]
         if keep_others:
-            _move_aside(folder, [name for name in todo if trouble(folder, name, marker, by)])
+            others = [name for name in todo if trouble(folder, name, marker, by)]
+            keep_aside(folder, others, "is not what was written there")
         require_ours(folder, [*todo, *dropped], by)
         if todo:
             # Before the files: until they are in place, the versions on the disk are ours too.
@@ -179,8 +180,17 @@ def _facts_there(path: Path) -> list[FileFacts]:
     return [hash_file(path)] if path.is_file() else []
 
 
-def _move_aside(folder: Path, names: Iterable[str]) -> None:
-    """Give files of others in the way a name that is free."""
+def keep_aside(folder: Path, names: Iterable[str], why: str) -> None:
+    """Give files in the way a name that is free, and say so.
+
+    Args:
+        folder: that they are in.
+        names: of the files.
+        why: end of the sentence that begins with a file's path.
+
+    Raises:
+        OSError: one cannot be renamed.
+    """
     for name in names:
         path, number = folder / name, 1
         while os.path.lexists(kept := folder / _KEPT.format(name, f"-{number}" if number > 1 else "")):
@@ -190,7 +200,7 @@ def _move_aside(folder: Path, names: Iterable[str]) -> None:
         except OSError:  # a file system without links
             shutil.copy2(path, kept, follow_symlinks=False)
         path.unlink()
-        print(f"{path} is not what was written there; it is kept as {kept.name}", file=sys.stderr, flush=True)
+        print(f"{path} {why}; it is kept as {kept.name}", file=sys.stderr, flush=True)
 
 
 def _remove_empty(folder: Path, names: Iterable[str]) -> None:

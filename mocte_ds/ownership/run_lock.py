@@ -55,7 +55,7 @@ class RunLock:
             raise MocteError(
                 f"{self._folder} is not the folder any more that the run began in: it was moved, removed or replaced "
                 f"({LOCK_FILE} in it is gone or another one). The run stops and writes nothing more there. Put it "
-                "back, or name another --out, and start again."
+                "back, or name another folder, and start again."
             )
 
     def end(self, keep: bool) -> None:
@@ -189,7 +189,7 @@ def _tell_takeover(holder: dict[str, Any], folder: Path) -> None:
 def _refusal(holder: dict[str, Any], folder: Path) -> MocteError:
     return MocteError(
         f"another process runs in {folder}: {_name(holder)}. Two runs in one folder would overwrite each other's logs "
-        "and checkpoints: wait for its end, stop it, or name another --out. Nothing was changed."
+        "and checkpoints: wait for its end, stop it, or name another folder. Nothing was changed."
     )
 
 

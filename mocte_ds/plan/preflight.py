@@ -24,7 +24,7 @@ from mocte_ds.plan.memory import checkpoint, host_memory
 from mocte_ds.shown import one_line
 from mocte_ds.training.out_folder import CHECKPOINTS
 from mocte_ds.training.run_config import RunConfig
-from mocte_ds.training.run_folder import version_of
+from mocte_ds.versions import version_of
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "scikit-learn")
 CLOCK_SECONDS = 30.0

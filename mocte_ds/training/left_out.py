@@ -6,8 +6,9 @@ from mocte_ds.dist.collectives import from_rank_zero
 from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_object
+from mocte_ds.logs.files import write_json
 from mocte_ds.shown import shown
-from mocte_ds.training.run_folder import write_json
+from mocte_ds.training.run_folder import TOOL
 
 FILE = "left_out.json"
 """In the run's folder."""
@@ -63,4 +64,4 @@ class LeftOut:
         Raises:
             MocteError: it cannot be written.
         """
-        write_json(self._out / FILE, {"data": self._data, "batches": [*self.starts, start]})
+        write_json(self._out / FILE, {"data": self._data, "batches": [*self.starts, start]}, TOOL)

@@ -17,6 +17,8 @@ from mocte_ds.data import BlendedLoader, validation_batches
 from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, tokenizer_in
 from mocte_ds.dist.collectives import gather_rows, wait_for_all
 from mocte_ds.dist.mesh import mesh_of_processes
+from mocte_ds.logs.files import write_json
+from mocte_ds.logs.monitors import mode_counts
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
@@ -28,12 +30,13 @@ from mocte_ds.training.left_out import LeftOut
 from mocte_ds.training.make_engine import make_engine, seed_everything
 from mocte_ds.training.model import Forward, make_model, model_facts, model_record
 from mocte_ds.training.model_sizes import model_sizes
-from mocte_ds.training.run_folder import checkpoint_tag, prune_checkpoints, versions, write_json
+from mocte_ds.training.run_folder import TOOL, checkpoint_tag, prune_checkpoints
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry, expect_board
 from mocte_ds.training.validation import Validation
 from mocte_ds.training.watching import Watch
+from mocte_ds.versions import versions
 from mocte_ds.watch import HEART, phase
 
 PROBE_SEQUENCES = 8
@@ -106,7 +109,7 @@ class Trainer:
         if self.rank == 0:
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
             keep_tokenizer(open_tokenizer(tokenizer_in(start.prepared)), self.out)
-            write_json(self.out / "run.json", self._facts())
+            write_json(self.out / "run.json", self._facts(), TOOL)
         monitor = getattr(self.engine, "monitor", None)
         self.telemetry = Telemetry(self.out, self.rank == 0, t.steps, self.engine.global_steps, monitor)
         if start.checkpoints:
@@ -122,6 +125,7 @@ class Trainer:
         if left_out.starts:
             self._event("left_out", first_sequences=left_out.starts)
         if self.config:
+            self.engine.step_log.leave_to_loop()
             self.engine.mocte.on_event(self._mocte_event)
         self.watch = Watch(self.run.watch, self.out, self.loader.batch_size, left_out, self.mesh.world)
 
@@ -233,6 +237,7 @@ class Trainer:
             "optimizer_bytes": int(sizes.sum()),
             "optimizer_bytes_by_rank": [int(size) for size in sizes.tolist()],
             "expert_load": load,
+            **(mode_counts(engine.mocte.blocks) if self.config else {}),
             **self.watch.facts(worked.tolist(), engine.global_steps % self.run.validate_every == 0),
         }
         return metrics, bool(stops.any())
@@ -300,7 +305,7 @@ class Trainer:
         save(self.engine, folder, checkpoint_tag(step), state)
         self._prune()
         if self.rank == 0:
-            write_json(self.out / "ledger.json", self.ledger.to_dict())
+            write_json(self.out / "ledger.json", self.ledger.to_dict(), TOOL)
         self._event("save", checkpoint=checkpoint_tag(step), seconds=time.perf_counter() - started)
         self.telemetry.note()
         # Nobody stands in a step, which has a shorter limit, while rank 0 is still removing what is old.

@@ -183,6 +183,8 @@ class RunConfig:
             _complete(settings["mocte"], {"total_steps": t.steps}, "deepspeed.mocte")
             settings["mocte"].setdefault("eod_id", eod_id)
             settings["mocte"].setdefault("seed", t.seed)
+            if settings["mocte"].get("log") is not None:
+                raise ConfigError("deepspeed.mocte.log: the logs of a run file lie in --out; remove the key.")
             MocteConfig.from_dict(settings["mocte"], world_size)
         return settings
 

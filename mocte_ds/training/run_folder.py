@@ -1,17 +1,13 @@
 """The folder of a run: where a resumed run goes on, and which checkpoints stay."""
 
 import contextlib
-import json
 import os
-import platform
 import re
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from mocte_ds.checkpoints.place import PARTIAL, is_unsettled, resolve_tag
-from mocte_ds.errors import CheckpointError, ConfigError, MocteError
-from mocte_ds.ownership import hash_file, put
+from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.ownership import hash_file
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.ownership.marker import MARKER
 from mocte_ds.ownership.proof import few
@@ -19,9 +15,6 @@ from mocte_ds.ownership.workshop import begin, discard
 
 TOOL = "pretrain"
 _TAG = re.compile(r"step(0|[1-9][0-9]{0,17})")
-_PACKAGES = (
-    "mocte-ds deepspeed torch megatron-core transformers sentencepiece scikit-learn datasets numpy lm-eval".split()
-)
 
 
 def resume_folder(out: Path, resume: str) -> Path | None:
@@ -122,32 +115,3 @@ def _changed(path: Path) -> str:
     return few(
         f"{name} in it was changed since it was saved" for name in touched if hash_file(path / name) != files[name]
     )
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file in one move, so that readers never see half of it; one that is not the run's own is kept beside it.
-
-    Raises:
-        MocteError: it cannot be written.
-    """
-    try:
-        put(path.parent, {path.name: json.dumps(values, indent=1).encode()}, TOOL, keep_others=True)
-    except OSError as error:
-        raise MocteError(
-            f"cannot write {path}: {error.strerror or error}. The last good checkpoint is untouched; make room or "
-            "choose another --out, and start again: the run resumes."
-        ) from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the run rests on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    return found | {name: version_of(name) for name in _PACKAGES}
-
-
-def version_of(name: str) -> str:
-    """Version of a package; `not installed` where there is none."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -12,10 +12,10 @@ from mocte_ds.dist.collectives import from_rank_zero
 from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import NonFiniteLoss, NotOurs
 from mocte_ds.hosts.retries import last_checkpoint
+from mocte_ds.logs.files import cannot_write
 from mocte_ds.training.left_out import LeftOut
 from mocte_ds.training.lost import LostRank, write_cause
 from mocte_ds.training.run_config import WatchSection
-from mocte_ds.training.telemetry import cannot_write
 from mocte_ds.watch.pace import Pace
 from mocte_ds.watch.prometheus import FILE, Prometheus
 from mocte_ds.watch.spikes import LossSpikes

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mocte_ds.errors import MocteError
-from mocte_ds.training.telemetry import Telemetry, keep_until
+from mocte_ds.training.telemetry import Telemetry
 
 
 def metrics(step: int) -> dict:
@@ -67,30 +67,22 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
         Telemetry(tmp_path, True, 5, 0, None)
 
 
-def test_keep_until_survives_damage(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"step": 1}\n\xff\xfe\n[1]\n{"no": 1}\n{"step": 2}\n{"step": 3}\n')
-    keep_until(path, 2)
-    assert steps(path) == [1, 2]
-    keep_until(tmp_path / "none.jsonl", 2)
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first message is the last one: closing tries to write the same line again and must not hide it."""
     log = Telemetry(tmp_path, True, 5, 0, None)
-    log._files["metrics"] = open("/dev/full", "w", buffering=1)
+    log._files._files["metrics"] = open("/dev/full", "w", buffering=1)
     with pytest.raises(MocteError, match="cannot write /dev/full: No space left.*the run resumes"):
         log.step(metrics(1))
     log.close()
     other = Telemetry(tmp_path, True, 5, 0, None)
-    other._files["metrics"] = open("/dev/full", "w", buffering=-1)
-    other._files["metrics"].write("x")  # in the buffer
+    other._files._files["metrics"] = open("/dev/full", "w", buffering=-1)
+    other._files._files["metrics"].write("x")  # in the buffer
     with pytest.raises(MocteError, match="cannot write /dev/full: No space left"):
         other.close()
     third = Telemetry(tmp_path, True, 5, 0, None)
-    third._files["events"] = open("/dev/full", "w", buffering=-1)
-    third._files["events"].write("x")
+    third._files._files["events"] = open("/dev/full", "w", buffering=-1)
+    third._files._files["events"].write("x")
     third.close(after_error=True)
 
 
@@ -99,6 +91,6 @@ def test_tensorboard_on_a_full_disk(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     log = Telemetry(tmp_path, True, 5, 0, SimpleNamespace(enabled=True, write_events=full))
-    with pytest.raises(MocteError, match="cannot write the files of TensorBoard: No space left"):
+    with pytest.raises(MocteError, match="cannot write the files of DeepSpeed's monitors: No space left"):
         log.step(metrics(1))
     log.close()

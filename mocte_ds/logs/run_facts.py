@@ -1,0 +1,55 @@
+"""run.json of a script of a user's own: what the engine knows of the run, for the report."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from mocte_ds.base_model import base_facts
+from mocte_ds.versions import versions
+
+LOGGED_BY = "engine.mocte.log_to"
+_SECRET = ("api_key", "token", "password")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that a model has, those that ZeRO stage 3 has partitioned among them."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def run_facts(engine: Any, settings: Mapping[str, Any], parameters: int) -> dict[str, Any]:
+    """What stands in run.json.
+
+    Args:
+        engine: of mocte_ds.initialize.
+        settings: the DeepSpeed config without its "mocte" block.
+        parameters: of the dense model.
+    """
+    mocte, base = engine.mocte, base_facts(engine.module)
+    values = {f"hf.{key}": value for key, value in base.get("config", {}).items() if _is_plain(value)}
+    return {
+        "logged_by": LOGGED_BY,
+        "command": " ".join(sys.argv),
+        "world_size": engine.mesh.world.size,
+        "device": get_accelerator().device_name(),
+        "model": {"class": type(engine.module).__name__, **values},
+        "parameters": parameters,
+        "training": {"steps": mocte.total_steps, "micro_batch": engine.train_micro_batch_size_per_gpu()},
+        "deepspeed": {**_shown(settings), "mocte": mocte.config.to_dict()},
+        "versions": versions(),
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | None)
+
+
+def _shown(value: Any) -> Any:
+    """A config as JSON has it, without what nobody else may read."""
+    if isinstance(value, Mapping):
+        return {str(key): _shown(inner) for key, inner in value.items() if not str(key).lower().endswith(_SECRET)}
+    if isinstance(value, list | tuple):
+        return [_shown(inner) for inner in value]
+    return value if _is_plain(value) else str(value)

@@ -1,0 +1,191 @@
+"""`engine.mocte.log_to`: the lines of metrics.jsonl and events.jsonl, and the monitors' numbers, in any script."""
+
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mocte_ds.dist.collectives import first_problem, gather_rows, require_same
+from mocte_ds.errors import MocteError
+from mocte_ds.logs.folder import LogFolder
+from mocte_ds.logs.monitors import Monitors, mode_counts
+
+
+class StepLog:
+    """Watches the calls of one engine; it works where a folder was named or DeepSpeed's config turns a monitor on."""
+
+    def __init__(self, engine: Any, facts: Callable[[], dict[str, Any]]) -> None:
+        """Nothing is written yet.
+
+        Args:
+            engine: of mocte_ds.initialize.
+            facts: makes the content of run.json, on rank 0.
+        """
+        self._engine, self._facts = engine, facts
+        self._monitors = Monitors(getattr(engine, "monitor", None))
+        self._named: str | None = None
+        """The folder's name, on all ranks."""
+        self._folder: LogFolder | None = None
+        """On rank 0."""
+        self._begins = True
+        """Whether the next line is the first one since the start or a load."""
+        self._resumed: dict[str, Any] | None = None
+        """Of the event of the checkpoint that was loaded last."""
+        self._start_step, self._steps_here = 0, 0
+        self._loss: Tensor | None = None
+        self._loss_known, self._before = True, (0.0, 0)
+        self._last: float | None = None
+        """When the step began."""
+        self._tokens = 0
+        self._routed = self._counted() if self.active else []
+        engine.mocte.on_event(self._event)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is written; the same on all ranks."""
+        return self._named is not None or self._monitors.enabled
+
+    # ---- for users -------------------------------------------------------------------------------------------------
+
+    def log_to(self, folder: str | Path) -> None:
+        """See Controller.log_to."""
+        world = self._engine.mesh.world
+        require_same(str(folder), "the folder of engine.mocte.log_to", world)
+        if self._named is not None:
+            raise MocteError(
+                f"log_to({str(folder)!r}): the run logs into {self._named} already; call it once, or name the folder "
+                'in the block ("log") and do not call it.'
+            )
+        if self._steps_here:
+            raise MocteError(
+                f"log_to({str(folder)!r}) was called after {self._steps_here} steps, which would be missing: call it "
+                "before the first step, right after mocte_ds.initialize."
+            )
+        problem: str | None = None
+        if world.rank == 0:
+            try:
+                self._folder = LogFolder(Path(folder).absolute())
+            except MocteError as error:
+                problem = str(error)
+        problem = first_problem(problem, world)  # the other ranks must not wait for ever
+        if problem is not None:
+            raise MocteError(problem)
+        self._named, self._routed = str(folder), self._counted()
+        if self._folder is not None:
+            weakref.finalize(self, self._folder.close)  # at the latest when the script ends
+
+    def leave_to_loop(self) -> None:
+        """Write nothing, monitors included: the loop that calls this writes its own lines."""
+        self._monitors = Monitors(None)
+
+    def close(self) -> None:
+        """Write nothing more, and let go of the folder."""
+        if self._folder is not None:
+            self._folder.close()
+        self._folder, self._named = None, None
+        self.leave_to_loop()
+
+    # ---- called by the engine --------------------------------------------------------------------------------------
+
+    def before_forward(self) -> None:
+        """A pass that trains begins."""
+        if self._last is None:
+            self._last = time.perf_counter()
+
+    def see_loss(self, loss: Any, share: float) -> None:
+        """Add what a backward pass begins with.
+
+        Args:
+            loss: as the script computed it.
+            share: its weight in the step's loss.
+        """
+        if not self.active:
+            return
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            self._loss_known = False
+            return
+        part = loss.detach().reshape(()).double() * share
+        self._loss = part if self._loss is None else self._loss + part
+
+    def before_step(self) -> None:
+        """Remember the rate and the optimizer's bytes that a step begins with."""
+        if self.active and self._engine.is_gradient_accumulation_boundary():
+            groups = self._engine.optimizer.param_groups
+            rate = float(groups[0]["lr"]) if groups else 0.0
+            self._before = rate, self._engine.mocte.optimizer_bytes()
+
+    def after_step(self) -> None:
+        """Write the line of an optimizer step (collective)."""
+        self._steps_here += 1
+        loss, known, self._loss, self._loss_known = self._loss, self._loss_known, None, True
+        if not self.active:
+            return
+        engine, mocte, (rate, size) = self._engine, self._engine.mocte, self._before
+        known = known and loss is not None
+        mine = [float(known), float(loss) if known and loss is not None else 0.0, float(size)]
+        told = gather_rows(torch.tensor([mine], dtype=torch.float64), engine.mesh.world)
+        routed, norm = self._counted(), engine.get_global_grad_norm()
+        load = [(now - before).tolist() for now, before in zip(routed, self._routed, strict=True)]
+        now, tokens = time.perf_counter(), mocte.tokens
+        seconds = now - self._last if self._last is not None else None
+        metrics = {
+            "step": engine.global_steps,
+            "tokens": tokens,
+            "loss": told[:, 1].mean().item() if bool(told[:, 0].all()) else None,
+            "lr": rate,
+            "grad_norm": float(norm) if norm is not None else None,
+            "tokens_per_second": (tokens - self._tokens) / seconds if seconds else None,
+            "optimizer_bytes": int(told[:, 2].sum()),
+            "optimizer_bytes_by_rank": [int(value) for value in told[:, 2].tolist()],
+            "expert_load": load,
+            **mode_counts(mocte.blocks),
+            "seconds": seconds,
+        }
+        self._routed, self._tokens, self._last = routed, tokens, now
+        self._write("metrics", metrics)
+        if engine.mesh.world.rank == 0:
+            self._monitors.step(metrics)
+
+    def saved(self, checkpoint: str, seconds: float) -> None:
+        """Write the event of a checkpoint."""
+        engine = self._engine
+        stamp = {"step": engine.global_steps, "tokens": engine.mocte.tokens}
+        self._write("events", {"event": "save", **stamp, "checkpoint": checkpoint, "seconds": seconds})
+        if self._last is not None:
+            self._last = time.perf_counter()  # a save is beside training
+
+    def loaded(self, checkpoint: str) -> None:
+        """Go on from a checkpoint: what follows stands behind its step (collective)."""
+        mocte, step = self._engine.mocte, self._engine.global_steps
+        self._resumed = {"event": "resume", "step": step, "tokens": mocte.tokens, "checkpoint": checkpoint}
+        self._begins, self._start_step, self._last = True, step, None
+        self._loss, self._loss_known, self._tokens = None, True, mocte.tokens
+        if self.active:
+            self._routed = self._counted()
+
+    # ---- the files -------------------------------------------------------------------------------------------------
+
+    def _event(self, event: dict[str, Any]) -> None:
+        """Of the controller, on rank 0."""
+        self._write("events", event)
+        self._monitors.event(event)
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        folder = self._folder
+        if folder is None:
+            return
+        if self._begins:
+            # Not before: a checkpoint that is refused must not change the logs of the run that it belongs to.
+            self._begins = False
+            folder.begin(self._start_step, self._facts())
+            if self._resumed is not None:
+                folder.write("events", self._resumed)
+        folder.write(name, values)
+
+    def _counted(self) -> list[Tensor]:
+        """Tokens of each expert of each block since the start, all ranks together (collective)."""
+        return self._engine.mocte.passes.routed()

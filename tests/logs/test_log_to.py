@@ -1,0 +1,97 @@
+"""engine.mocte.log_to in a script with a model of its own: what report and inspect_run read is what the engine says."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mocte_ds.logs.monitors import check_scalars, step_scalars
+from mocte_ds.report import read_run, write_report
+from mocte_ds.report.run_table import run_facts, run_text
+from tests.logs import hand_made
+from tests.spawn import spawn
+
+CLOCKS = ("seconds", "tokens_per_second", "optimizer_bytes", "blocks_with_experts")
+
+
+@pytest.fixture(scope="module", params=["called", "named"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict]:
+    """A run that was cut off and went on: its folder, and what each of its two starts has returned on rank 0."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "notes.txt").write_text("of the user")
+    named = request.param == "named"
+    first = spawn(hand_made.logged, 2, str(folder), str(folder / "csv"), named, "no", timeout=200)[0]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == hand_made.SAVED_AT + 3, "every step is on the disk before a run ends"
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 14, "tok')
+    when = "after" if named else "before"
+    second = spawn(hand_made.logged, 2, str(folder), str(folder / "more"), named, when, timeout=200)[0]
+    return folder, first, second
+
+
+def test_what_the_report_reads_is_what_the_engine_says(run: tuple[Path, dict, dict]) -> None:
+    folder, first, second = run
+    found, told = read_run(folder), [*first["steps"], *second["steps"]]
+    assert [row["step"] for row in found.metrics] == list(range(1, hand_made.STEPS + 1))
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == hand_made.STEPS, "no step twice"
+    assert found.notes == []
+    for row, own in zip(found.metrics, told, strict=True):
+        assert row["loss"] == pytest.approx(own.pop("loss"), rel=1e-6)
+        assert {name: row[name] for name in own} == own
+        assert row["optimizer_bytes"] == sum(own["optimizer_bytes_by_rank"]) and row["seconds"] > 0
+    events = [event for event in found.events if event["event"] not in ("save", "resume")]
+    before = [event for event in first["events"] if event["step"] <= hand_made.SAVED_AT]
+    assert json.loads(json.dumps(events)) == [*before, *second["events"]]
+    kinds = [event["event"] for event in found.events]
+    assert kinds.count("emergence") == 2 and kinds.count("freeze") == 1
+    assert kinds.count("save") == 1 and kinds.count("resume") == 1, kinds
+    assert second["experts"][0][1][0] == "frozen"
+    assert (folder / "notes.txt").read_text() == "of the user" and "run.lock" in second["files"]
+
+
+def test_report_and_inspect_run(run: tuple[Path, dict, dict], tmp_path: Path) -> None:
+    folder, _, second = run
+    result = write_report(folder, tmp_path, progress=False)
+    assert result["steps"] == result["budget"] == hand_made.STEPS and result["frozen"] == [[0, 1]]
+    assert result["emerged"] == [0, 1] and result["tokens"] == second["steps"][-1]["tokens"]
+    page = (tmp_path / "index.html").read_text()
+    assert "Experts have emerged in 2 of 2 blocks" in page and "1 of 4 experts is frozen" in page
+    for remark in ("the script validates by itself", "the log counts no FLOPs of a model that is not"):
+        assert remark in page, "what a script does not tell is said to be missing"
+    assert "nothing has been validated yet" not in page and "launch/pretrain" not in page
+    facts = run_facts(read_run(folder))
+    last = facts["checks"][-1]["blocks"][0]["experts"]
+    assert [(expert["mode"], expert["lambda"]) for expert in last] == [tuple(expert) for expert in second["experts"][0]]
+    assert "step 20 of 20" in run_text(read_run(folder))
+
+
+def series(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Rows of every file of DeepSpeed's CSV monitor that is ours."""
+    found = {}
+    for path in (folder / "run").glob("mocte_*.csv"):
+        rows = list(csv.reader(path.read_text().splitlines()))
+        found[path.stem.removeprefix("mocte_")] = [(int(row[0]), float(row[1])) for row in rows if row[0] != "step"]
+    return found
+
+
+def test_csv_monitor(run: tuple[Path, dict, dict]) -> None:
+    """Every number in DeepSpeed's monitor is one of the logs, at the same tokens."""
+    folder, _, _ = run
+    found, expected = series(folder / "more"), {}
+    log = read_run(folder)
+    for row in log.metrics[hand_made.SAVED_AT :]:
+        for name, value in step_scalars(row).items():
+            if value is not None:
+                expected.setdefault(name.replace("/", "_"), []).append((row["tokens"], value))
+    for event in log.checks:
+        if event["step"] > hand_made.SAVED_AT:
+            for name, value in check_scalars(event).items():
+                if value is not None:
+                    expected.setdefault(name.replace("/", "_"), []).append((event["tokens"], value))
+    assert found == expected
+    wanted = ["loss", "frozen_experts", "optimizer_bytes", "silhouette_block0", "lambda_block1_expert0"]
+    assert {*wanted, "load_block0_expert1", "load_max_mean_block1"} <= set(found)
+    assert [value for _, value in found["frozen_experts"]] == [0, 0, *[1] * 8]
