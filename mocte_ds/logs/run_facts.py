@@ -8,9 +8,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from mocte_ds.base_model import base_facts
+from mocte_ds.logs import LOGGED_BY
 from mocte_ds.versions import versions
 
-LOGGED_BY = "engine.mocte.log_to"
 _SECRET = ("api_key", "token", "password")
 
 

@@ -1,7 +1,7 @@
 """The tables of a run's report on its blocks and experts, and on what happened to them."""
 
 from mocte_ds.report.facts import budget
-from mocte_ds.report.figures.domains import purities
+from mocte_ds.report.figures.domains import missing, purities
 from mocte_ds.report.figures.load import loaded_blocks, unevenness
 from mocte_ds.report.figures.spectrum import held
 from mocte_ds.report.markup import paragraph, table
@@ -48,7 +48,8 @@ def purity_table(run: Run) -> str:
         mean = sum(value for value, _ in by_block.values()) / len(by_block)
         rows.append([domain, percent(mean, 1), percent(share, 1), f"{run.blocks[block]}, expert {expert}"])
     if not rows:
-        return paragraph("No block routes tokens yet.")
+        reason = missing(run) or ""
+        return paragraph(reason[:1].upper() + reason[1:])
     head = ["domain", "purity, mean of the blocks", "purity, purest block", "there, most go to"]
     return table("purity-table", head, rows, "tnnt")
 

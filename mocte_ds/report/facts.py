@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mocte_ds.logs import LOGGED_BY
 from mocte_ds.report.run import Run
 
 MOCTE = ("deepspeed", "mocte")
@@ -22,6 +23,11 @@ def budget(run: Run) -> int | None:
     """Optimizer steps that the run is meant to take, or None if run.json does not say."""
     value = fact(run, "training", "steps")
     return value if isinstance(value, int) and value > 0 else None
+
+
+def is_of_script(run: Run) -> bool:
+    """Whether a script of a user's own has logged the run: nobody has told the log of FLOPs and validations."""
+    return fact(run, "logged_by") == LOGGED_BY
 
 
 def is_dense(run: Run) -> bool:

@@ -1,16 +1,14 @@
 """The report's page: one HTML file with everything in it, readable without a network and without JavaScript."""
 
-import base64
 from collections.abc import Mapping
 from html import escape
 
 from mocte_ds.report import expert_tables, tables, words
 from mocte_ds.report.figures import ALL, FigureKind
-from mocte_ds.report.markup import paragraph, table, text
+from mocte_ds.report.markup import document, figure, paragraph, table, text
 from mocte_ds.report.overview import everything, fact_rows
 from mocte_ds.report.rank_table import ranks_table
 from mocte_ds.report.run import Run
-from mocte_ds.report.style import CSS
 from mocte_ds.report.summary import sentences, tiles
 
 SECTIONS = {
@@ -84,13 +82,7 @@ def page(run: Run, pictures: Pictures) -> str:
         _heading("facts"),
         _facts(run),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{CSS}</style></head><body><main>\n"
-        + "\n".join(body)
-        + "\n</main></body></html>\n"
-    )
+    return document(title, body)
 
 
 def _heading(name: str) -> str:
@@ -111,13 +103,7 @@ def _figure(kind: FigureKind, run: Run, picture: tuple[bytes, bytes] | None) -> 
     head = f"<h3>{text(kind.title)}</h3>"
     if picture is None:
         return f'{head}<p class="absent" id="figure-{kind.name}">Not drawn: {text(kind.reason_missing(run) or "")}</p>'
-    wide, narrow = (f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in picture)
-    caption, reading = kind.caption(run), f'<span class="read">How to read it: {text(kind.reading)}</span>'
-    return (
-        f'{head}<figure id="figure-{kind.name}"><picture><source media="(max-width:700px)" srcset="{narrow}">'
-        f'<img src="{wide}" alt="{escape(kind.title)}. {escape(caption)}"></picture>'
-        f"<figcaption>{text(caption)} {reading}</figcaption></figure>"
-    )
+    return head + figure(kind.name, kind.title, kind.caption(run), kind.reading, *picture)
 
 
 def _facts(run: Run) -> str:

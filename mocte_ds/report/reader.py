@@ -30,7 +30,7 @@ def read_run(folder: Path | str) -> Run:
     if not log.is_file():
         raise MocteError(
             f"{folder} is not a run folder: it has no metrics.jsonl. Give the folder that launch/pretrain.py wrote "
-            f"(--out)."
+            "(--out), or that a script has named in engine.mocte.log_to."
         )
     notes: list[str] = []
     rows = [row for row in _json_lines(log, notes) if _is_number(row.get("step")) and _is_number(row.get("tokens"))]

@@ -3,7 +3,7 @@
 import math
 
 from mocte_ds.report import ledger
-from mocte_ds.report.facts import MOCTE, budget, fact, is_dense
+from mocte_ds.report.facts import MOCTE, budget, fact, is_dense, is_of_script
 from mocte_ds.report.run import Row, Run
 from mocte_ds.report.wording import decimal, flops, integer, listing, percent, plural, size
 
@@ -53,7 +53,7 @@ def _training(run: Run) -> str:
             text += ", so it has risen"
     elif losses:
         text += f"; the training loss went from {decimal(losses[0]['loss'])} to {decimal(losses[-1]['loss'])} nats per "
-        text += "token, and nothing has been validated yet"
+        text += "token" + ("" if is_of_script(run) else ", and nothing has been validated yet")
     else:
         text += "; no step has a finite loss"
     return text + "."

@@ -3,6 +3,7 @@
 import math
 
 from mocte_ds.report import ledger
+from mocte_ds.report.facts import is_of_script
 from mocte_ds.report.figures.loss import validation_series
 from mocte_ds.report.markup import paragraph, table
 from mocte_ds.report.run import Run
@@ -20,7 +21,8 @@ def validation_table(run: Run) -> str:
             change = f"{losses[-1] - losses[0]:+.4f}" if len(losses) > 1 else MISSING
             rows.append([domain, decimal(losses[0]), decimal(losses[-1]), change, perplexity, integer(len(losses))])
     if not rows:
-        return paragraph("Not in the log yet.")
+        own = "No validation is in the log: the script validates by itself, if it does."
+        return paragraph(own if is_of_script(run) else "Not in the log yet.")
     head = ["domain", "first loss (nats)", "last loss (nats)", "change", "last perplexity", "validations"]
     remark = "Loss per token of held-out text; mean: over the domains, each counted alike; perplexity: exp(loss)."
     return table("validation-table", head, rows, "tnnnnn") + paragraph(remark, "soft")
@@ -30,7 +32,8 @@ def ledger_table(run: Run) -> str:
     """FLOPs by component, and whether the log of steps agrees with their sum."""
     whole = ledger.total(run)
     if not whole:
-        return paragraph("The run has not written its ledger yet.")
+        own = "There is no ledger: FLOPs of a script's own model are not counted."
+        return paragraph(own if is_of_script(run) else "The run has not written its ledger yet.")
     rows = [_ledger_row(run, name, whole) for name in ledger.spent(run)]
     rows.append(["all", "everything that training spent", flops(whole), "100.00 %"])
     rows += [_ledger_row(run, name, whole) for name in ledger.beside(run)]

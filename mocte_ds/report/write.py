@@ -38,7 +38,7 @@ def write_report(folder: Path | str, out: Path | str | None = None, progress: bo
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
     missing = {name: reason for name, kind in ALL.items() if (reason := kind.reason_missing(run)) is not None}
     todo = [(name, narrow) for name in ALL if name not in missing for narrow in (False, True)]
     drawn: dict[str, dict[bool, bytes]] = {}
@@ -51,7 +51,7 @@ def write_report(folder: Path | str, out: Path | str | None = None, progress: bo
     try:
         put(out, {**files, _PAGE: text.encode()}, _TOOL, drop=stale)
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
     return {
         "page": str(out / _PAGE),
         "figures": {name: str(out / names[name, False]) for name in drawn},
@@ -66,5 +66,6 @@ def write_report(folder: Path | str, out: Path | str | None = None, progress: bo
     }
 
 
-def _cannot_write(out: Path, error: OSError) -> MocteError:
+def cannot_write(out: Path, error: OSError) -> MocteError:
+    """The error for a report that cannot be written."""
     return MocteError(f"cannot write the report into {out}: {error.strerror}. Give another folder with --out.")

@@ -1,17 +1,14 @@
 """Figures of a study: final losses, losses by FLOPs, differences by domain, trials of the learning rate."""
 
-import base64
-import io
 import math
 from collections.abc import Callable
 from statistics import mean
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from mocte_ds.report.figures.layout import sheet
-from mocte_ds.report.figures.palette import DIVERGING, INK, SOFT, STYLE, category_color, category_marker
+from mocte_ds.report.figures.palette import DIVERGING, INK, SOFT, category_color, category_marker
 from mocte_ds.study.tables import Results
 
 Draw = Callable[[Results], Figure | None]
@@ -146,14 +143,3 @@ FIGURES: dict[str, tuple[str, str, Draw]] = {
     ),
 }
 """By name: title, how to read it, and what draws it or finds nothing to draw."""
-
-
-def picture(draw: Draw, results: Results) -> str | None:
-    """A figure as a PNG file in a data URI; None where there is nothing to draw."""
-    with matplotlib.rc_context(STYLE):
-        figure = draw(results)
-        if figure is None:
-            return None
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

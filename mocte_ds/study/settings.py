@@ -9,12 +9,12 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.data import Manifest
 from mocte_ds.errors import ConfigError
 from mocte_ds.json_files import read_json
+from mocte_ds.report.settings import flat
 from mocte_ds.study.plan import PlannedRun, Study
 from mocte_ds.training.model import model_facts
 from mocte_ds.training.run_config import FREE_TRAINING_KEYS
 
 MOCTE = "deepspeed.mocte."
-_WEIGHTS = "data.weights"  # its keys are names of domains
 # What a run may change without learning something else.
 _FREE = (
     "model.activation_checkpointing",
@@ -48,7 +48,7 @@ def wanted_settings(study: Study, planned: PlannedRun) -> dict[str, Any]:
         "evaluation": asdict(run.evaluation),
         "deepspeed": settings,
     }
-    return _flat(json.loads(json.dumps(facts)))
+    return flat(json.loads(json.dumps(facts)))
 
 
 def differences(folder: Path, wanted: dict[str, Any]) -> list[str]:
@@ -62,7 +62,7 @@ def differences(folder: Path, wanted: dict[str, Any]) -> list[str]:
         wanted: see :func:`wanted_settings`.
     """
     try:
-        found = _flat(read_json(folder / "run.json"))
+        found = flat(read_json(folder / "run.json"))
     except ConfigError:
         return []
     words = {}
@@ -85,15 +85,3 @@ def _sections(key: str) -> list[str]:
     """Names of the sections that a key lies in."""
     parts = key.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
-
-
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """Leaves of nested sections and of lists of sections."""
-    if isinstance(values, list) and values and all(isinstance(entry, dict) for entry in values):
-        values = {**{str(number): entry for number, entry in enumerate(values)}, "count": len(values)}
-    if not isinstance(values, dict) or name == _WEIGHTS:
-        return {name: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{name}.{key}" if name else str(key)))
-    return flat

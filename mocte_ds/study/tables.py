@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import mean
 
+from mocte_ds.report.markup import Table
 from mocte_ds.study.clocks import CLOCKS, at_edge, best_rates, times
 from mocte_ds.study.plan import Study
 from mocte_ds.study.results import RunResult
@@ -25,22 +25,6 @@ _AGAINST = """
   the arm's final loss, over what the arm spent (above 1 the arm is faster). *>*: more than its longest run; *<*: less
   than its shortest. All by the seeds that both have; the baseline keeps its learning rate in longer runs. FLOPs hold
   MO-CTE's own work. Seconds are of one machine, which may have had other work"""
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table of the page."""
-
-    name: str
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-    legend: str
-
-    def markdown(self) -> str:
-        """For results.md."""
-        lines = ["| " + " | ".join(row) + " |" for row in [self.head, *self.rows]]
-        return "\n".join([f"## {self.title}", "", lines[0], "|" + "---|" * len(self.head), *lines[1:], "", self.legend])
 
 
 class Results:

@@ -67,7 +67,7 @@ def loss_of(engine: Any, step: int, turn: int) -> torch.Tensor:
 
 
 def steps(engine: Any, last: int) -> list[dict[str, Any]]:
-    """Train up to a step; freezes an expert at step 12. What the engine and torch say of each step, all ranks together."""
+    """Train up to a step, freezing an expert at step 12; what the engine says of each step, all ranks together."""
     found = []
     while engine.global_steps < last:
         step, total, rate = engine.global_steps, 0.0, engine.optimizer.param_groups[0]["lr"]

@@ -44,7 +44,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     means = validation_series(run, "mean")[1]
     rows = [i for i, row in enumerate(run.metrics) if (row.get("validation") or {}).get("mean") is not None]
     for axis, (name, reading) in zip(axes, found.items(), strict=True):
-        factor, unit = _unit(name, float(np.nanmax(reading)))
+        factor, unit = clock_unit(name, float(np.nanmax(reading)))
         axis.plot(reading / factor, column(run, "loss"), color=TRAINING, lw=0.8)
         axis.plot(reading[rows] / factor, means, **MEAN)
         axis.set_xlabel(unit)
@@ -57,7 +57,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     return figure
 
 
-def _unit(name: str, largest: float) -> tuple[float, str]:
+def clock_unit(name: str, largest: float) -> tuple[float, str]:
     """(what one unit of the axis is worth, name of the axis)."""
     if name == "tokens":
         factor, unit = count_unit(largest)

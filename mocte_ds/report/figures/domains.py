@@ -4,8 +4,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mocte_ds.report.facts import is_of_script
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import color_bar, outer_labels, panels
+from mocte_ds.report.figures.load import loaded_blocks
 from mocte_ds.report.figures.palette import INK, SEQUENTIAL
 from mocte_ds.report.run import Row, Run
 from mocte_ds.report.wording import integer, percent, spread
@@ -24,7 +26,11 @@ def last_loads(run: Run) -> dict[int, tuple[int, Row]]:
 
 
 def missing(run: Run) -> str | None:
-    return None if last_loads(run) else "no block routes tokens yet, so no expert has a load."
+    if last_loads(run):
+        return None
+    if is_of_script(run) and loaded_blocks(run):
+        return "the log names no domains; a script names them by engine.mocte.annotate."
+    return "no block routes tokens yet, so no expert has a load."
 
 
 def shares(run: Run, entry: Row) -> tuple[list[str], np.ndarray]:

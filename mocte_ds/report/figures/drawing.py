@@ -46,7 +46,17 @@ def drawn(kind: FigureKind, run: Run, narrow: bool) -> Figure:
 
 def png(kind: FigureKind, run: Run, narrow: bool) -> bytes:
     """The figure as a PNG file."""
-    figure, buffer = drawn(kind, run, narrow), io.BytesIO()
+    found = rendered(lambda: kind.draw(run, narrow))
+    assert found is not None  # what has nothing to draw says so by `missing`
+    return found
+
+
+def rendered(draw: Callable[[], Figure | None]) -> bytes | None:
+    """What a function draws, in the report's look, as a PNG file; None where it finds nothing to draw."""
+    buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
+        figure = draw()
+        if figure is None:
+            return None
         figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
     return buffer.getvalue()

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from mocte_ds.report.facts import is_of_script
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import legend, sheet
 from mocte_ds.report.figures.palette import GRID, INK, QUALITATIVE, SOFT
@@ -24,7 +25,10 @@ LOOKS = {
 
 
 def missing(run: Run) -> str | None:
-    return None if total(run) else "the run has not written its ledger of FLOPs yet."
+    if total(run):
+        return None
+    own = "FLOPs of a script's own model are not counted."
+    return own if is_of_script(run) else "the run has not written its ledger of FLOPs yet."
 
 
 def draw(run: Run, narrow: bool) -> Figure:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from mocte_ds.report.facts import fact
+from mocte_ds.report.facts import fact, is_of_script
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.labels import label_ends
 from mocte_ds.report.figures.layout import legend, sheet, token_axis
@@ -46,7 +46,7 @@ def sample(run: Run, domains: Sequence[str]) -> str:
         text += f" of {integer(run.tokens_per_step)} tokens"
     evaluations = max((len(validation_series(run, domain)[0]) for domain in domains), default=0)
     if not evaluations:
-        return f"{text}; no validation yet"
+        return f"{text}; no validation in the log"
     text += f"; {plural(evaluations, 'validation')} of {plural(len(validated_domains(run)), 'domain')}"
     sequences, context = fact(run, "evaluation", "sequences_per_domain"), fact(run, "training", "context")
     if sequences and context:
@@ -91,7 +91,7 @@ def caption(run: Run) -> str:
         text += " Lines with marks: loss on held-out text, by domain."
         text += f" The last mean over the domains is {decimal(means[-1])} nats per token." if means else ""
     else:
-        text += " The log has no validation yet."
+        text += " The log has no validation" + ("." if is_of_script(run) else " yet.")
     counts = {kind: len(run.of_kind(kind)) for kind in KINDS}
     text += f" Strip below: {listing([plural(count, kind) for kind, count in counts.items()])}"
     if counts["freeze"] or counts["thaw"]:

@@ -1,0 +1,5 @@
+"""Several runs beside each other: losses on three clocks and by domain, what happened and cost, settings that differ."""
+
+from mocte_ds.report.comparison.write import write_comparison
+
+__all__ = ["write_comparison"]
