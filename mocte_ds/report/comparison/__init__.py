@@ -1,4 +1,4 @@
-"""Several runs beside each other: losses on three clocks and by domain, what happened and cost, settings that differ."""
+"""Several runs beside each other: losses on three clocks and by domain, events, costs, settings that differ."""
 
 from mocte_ds.report.comparison.write import write_comparison
 
