@@ -3,7 +3,8 @@
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 examples/plain_loop.py --out runs/plain
 
 What differs from a script for DeepSpeed alone: the "mocte" block of the config, and `mocte_ds.initialize`. Started
-again, it goes on from its last checkpoint. The text is source code of PyTorch; each byte is a token.
+again, it goes on from its last checkpoint. `mocte-ds report runs/plain` shows what happened. The text is source code of
+PyTorch; each byte is a token.
 """
 
 import argparse
@@ -63,13 +64,14 @@ CONFIG = {
 def main(config: dict = CONFIG) -> None:
     """Command line; see --help. ``config`` is DeepSpeed's, with the "mocte" block."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs and checkpoints")
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps in all (default: %(default)s)")
     parser.add_argument("--local_rank", type=int, default=0, help="given by DeepSpeed's launcher")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     engine, *_ = mocte_ds.initialize(model=Model(), config=config)
+    engine.mocte.log_to(args.out)
     engine.mocte.on_event(lambda event: "reason" in event and print(event["step"], event["event"], event["reason"]))
     if (args.out / "latest").exists():
         engine.load_checkpoint(args.out)

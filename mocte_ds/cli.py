@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from mocte_ds.bars import bars_as_lines
 from mocte_ds.errors import MocteError
 
 _ROOM, _PLACE = "make room, or name another folder", "name another path"
@@ -57,7 +58,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     own. Anything else is a defect of ours and keeps its stack trace.
     """
     try:
-        code = main() or 0
+        with bars_as_lines():
+            code = main() or 0
     except MocteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code

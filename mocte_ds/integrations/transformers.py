@@ -14,14 +14,15 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.integrations.given_optimizer import refilled
 from mocte_ds.integrations.saved_model import export_into, write_companions
 from mocte_ds.integrations.stock_calls import config_of, has_block, replaced_by, with_blocks
-from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.logs.monitors import mode_counts
 
 
 class TrainsBlocks:
     """What a subclass of Trainer needs for blocks; stands before it among the bases (docs/integrations.md).
 
     A callback with a method ``on_mocte_event(args, state, control, event)`` is called with every event, on rank 0, and
-    every line of Trainer's log has the state of the blocks. :attr:`engine` is what mocte_ds.initialize has returned.
+    every line of Trainer's log has the state of the blocks. metrics.jsonl and events.jsonl come into `output_dir`, or
+    into the folder that the block names (`log`). :attr:`engine` is what mocte_ds.initialize has returned.
     """
 
     engine: Any = None
@@ -74,7 +75,11 @@ class TrainsBlocks:
                 "train() was called twice: experts and their optimizer state belong to the first call. Make a new "
                 "model and Trainer, and go on by train(resume_from_checkpoint=...)."
             )
-        return super().train(*args, **how)  # type: ignore[misc]
+        try:
+            return super().train(*args, **how)  # type: ignore[misc]
+        finally:
+            if self.engine is not None:
+                self.engine.step_log.close()  # another Trainer may log into the same folder
 
     def _make_engine(self, **given: Any) -> tuple[Any, Any, Any, Any]:
         """mocte_ds.initialize, for `total_steps` of this training and the optimizer that Trainer has made."""
@@ -88,6 +93,8 @@ class TrainsBlocks:
         made = with_blocks(given, config)
         self.engine = made[0]
         self.engine.mocte.on_event(self._tell)
+        if self.engine.mocte.config.log is None:
+            self.engine.mocte.log_to(self.args.output_dir)
         return made
 
     def _scheduler_of(self, optimizer: Any) -> Any:
@@ -145,10 +152,7 @@ class TrainsBlocks:
         """Trainer's, with the state of the blocks beside every training loss."""
         if self.engine is not None and "loss" in logs:
             mocte = self.engine.mocte
-            modes = [expert.mode for block in mocte.blocks for expert in block.experts]
-            logs["mocte/blocks_with_experts"] = sum(block.mode is not BlockMode.WARMUP for block in mocte.blocks)
-            logs["mocte/training_experts"] = modes.count(ExpertMode.TRAINING)
-            logs["mocte/frozen_experts"] = modes.count(ExpertMode.FROZEN)
+            logs |= {f"mocte/{name}": count for name, count in mode_counts(mocte.blocks).items()}
             logs["mocte/tokens"] = mocte.tokens
         super().log(logs, *args, **more)  # type: ignore[misc]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mocte_ds.bars import SECONDS
 from mocte_ds.logs.files import LogFiles, cannot_write
 from mocte_ds.logs.monitors import Monitors
 from mocte_ds.ownership import note_coming
@@ -41,8 +42,7 @@ class Telemetry:
             initial=start_step,
             desc="training",
             unit="step",
-            # A log file should not fill with bars.
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            mininterval=0.5 if sys.stderr.isatty() else SECONDS,
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% step {n}/{total}, {elapsed} gone, {remaining} left{postfix}",
         )

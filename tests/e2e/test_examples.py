@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from mocte_ds.report import read_run
 from tests.e2e.conftest import Launcher
 
 
@@ -15,6 +16,8 @@ def test_plain_loop(launch: Launcher, tmp_path: Path) -> None:
     (loss,) = re.findall(r"step 80: loss (\d+\.\d\d)", output)
     assert "step 60" not in output and float(loss) < 4.0, "bytes without any learning cost ln 256 = 5.5"
     assert output.count("'training'") + output.count("'frozen'") == 8, output
+    log = read_run(tmp_path)
+    assert [row["step"] for row in log.metrics] == list(range(1, 81)) and len(log.of_kind("emergence")) == 2
 
 
 def test_routing_key(launch: Launcher, tmp_path: Path) -> None:
@@ -42,3 +45,6 @@ def test_trainer(launch: Launcher, tmp_path: Path) -> None:
     assert steps and min(steps) > 16 and "'frozen'" in output, output
     (difference,) = re.findall(r"MocteBlocksForCausalLM from .*: logits differ by at most (\S+)", output)
     assert float(difference) < 1e-4, output
+    log = read_run(tmp_path)
+    assert [row["step"] for row in log.metrics] == list(range(1, 41)) and len(log.of_kind("resume")) == 2
+    assert [event["step"] for event in log.of_kind("freeze")] == steps

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mocte_ds.convert.hf.export import export
+from mocte_ds.report import read_run
 from tests.engine import runs
 from tests.integrations import trainer_runs
 from tests.spawn import spawn
@@ -160,6 +161,11 @@ def test_trains_as_a_loop_by_hand_and_exports(tmp_path: Path, stage: int) -> Non
     assert losses_of(again["log"]) == pytest.approx(losses_of(first["log"]), abs=1e-6)
     assert all(torch.equal(again["weights"][name], first["weights"][name]) for name in first["weights"])
     assert again["sequences"] == first["sequences"] and [s for s, e in again["heard"] if e == "emergence"] == [5, 5]
+    log = read_run(tmp_path / "out")
+    assert [row["step"] for row in log.metrics] == list(range(1, trainer_runs.STEPS + 1)), "both starts, no step twice"
+    assert [row["loss"] for row in log.metrics] == pytest.approx(losses_of(first["log"]), abs=1e-4)
+    assert [event["step"] for event in log.of_kind("emergence")] == [5, 5] and len(log.of_kind("resume")) == 1
+    assert log.facts["training"]["steps"] == trainer_runs.STEPS and log.facts["model"]["hf.model_type"] == "llama"
 
 
 def best_of(folder: str, stage: int) -> dict[str, Any]:

@@ -140,3 +140,41 @@ def unlogged(csv: str) -> list[dict[str, Any]]:
     settings = config()
     settings["csv_monitor"] = {"enabled": True, "output_path": csv, "job_name": "run"}
     return steps(engine_of(settings), 6)
+
+
+def refused(folder: str) -> dict[str, str]:
+    """Every way in which log_to is refused, by its message; the run can go on after each."""
+    from mocte_ds.errors import MocteError
+
+    engine, out, found = engine_of(config()), Path(folder), {}
+    rank = engine.global_rank
+
+    def attempt(name: str, act: Any) -> None:
+        try:
+            act()
+            found[name] = "no error"
+        except MocteError as error:
+            found[name] = str(error)
+
+    attempt("theirs", lambda: engine.mocte.log_to(out / "theirs"))
+    attempt("file", lambda: engine.mocte.log_to(out / "file" / "logs"))
+    attempt("busy", lambda: engine.mocte.log_to(out / "busy"))
+    attempt("apart", lambda: engine.mocte.log_to(out / f"rank{rank}"))
+    attempt("works", lambda: engine.mocte.log_to(out / "mine"))
+    attempt("twice", lambda: engine.mocte.log_to(out / "mine"))
+    attempt("other checkpoint", lambda: engine.load_checkpoint(out / "none", tag="step1"))
+    steps(engine, 1)
+    if rank == 0:
+        opened = engine.step_log._folder._files
+        opened._files["metrics"] = open("/dev/full", "w", buffering=1)
+    for turn in range(TURNS):
+        engine.backward(loss_of(engine, 1, turn))
+        attempt("full", engine.step)  # the last thing that a step does, so that no rank waits for rank 0
+    engine.destroy()
+    late = engine_of(config())
+    steps(late, 1)
+    attempt("late", lambda: late.mocte.log_to(out / "late"))
+    again = engine_of(config())
+    again.mocte.log_to(out / "mine")
+    steps(again, 2)
+    return found

@@ -13,8 +13,6 @@ from mocte_ds.report.run_table import run_facts, run_text
 from tests.logs import hand_made
 from tests.spawn import spawn
 
-CLOCKS = ("seconds", "tokens_per_second", "optimizer_bytes", "blocks_with_experts")
-
 
 @pytest.fixture(scope="module", params=["called", "named"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict]:
@@ -59,7 +57,7 @@ def test_report_and_inspect_run(run: tuple[Path, dict, dict], tmp_path: Path) ->
     assert result["emerged"] == [0, 1] and result["tokens"] == second["steps"][-1]["tokens"]
     page = (tmp_path / "index.html").read_text()
     assert "Experts have emerged in 2 of 2 blocks" in page and "1 of 4 experts is frozen" in page
-    for remark in ("the script validates by itself", "the log counts no FLOPs of a model that is not"):
+    for remark in ("the script validates by itself", "FLOPs of a script&#x27;s own model are not counted"):
         assert remark in page, "what a script does not tell is said to be missing"
     assert "nothing has been validated yet" not in page and "launch/pretrain" not in page
     facts = run_facts(read_run(folder))
@@ -95,3 +93,16 @@ def test_csv_monitor(run: tuple[Path, dict, dict]) -> None:
     wanted = ["loss", "frozen_experts", "optimizer_bytes", "silhouette_block0", "lambda_block1_expert0"]
     assert {*wanted, "load_block0_expert1", "load_max_mean_block1"} <= set(found)
     assert [value for _, value in found["frozen_experts"]] == [0, 0, *[1] * 8]
+
+
+def test_a_monitor_alone(tmp_path: Path) -> None:
+    """Without a folder the monitors have the numbers all the same; every one is the engine's."""
+    told = spawn(hand_made.unlogged, 2, str(tmp_path), timeout=200)[0]
+    found = series(tmp_path)
+    tokens = [row["tokens"] for row in told]
+    assert [x for x, _ in found["loss"]] == tokens
+    assert [value for _, value in found["loss"]] == pytest.approx([row["loss"] for row in told], rel=1e-6)
+    assert found["optimizer_bytes"] == [(row["tokens"], sum(row["optimizer_bytes_by_rank"])) for row in told]
+    assert found["training_experts"][-1] == (tokens[-1], 4)
+    loads = [row["expert_load"][1] for row in told if sum(row["expert_load"][1])]
+    assert loads and [y for _, y in found["load_max_mean_block1"]] == [max(n) * 2 / sum(n) for n in loads]

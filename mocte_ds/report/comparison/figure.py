@@ -79,7 +79,7 @@ def draw(runs: Mapping[str, Run], narrow: bool) -> Figure | None:
         axis.set_title(TITLES[clock])
     for axis in axes if narrow else axes[:1]:
         axis.set_ylabel("loss (nats per token)")
-    legend(figure, narrow, looks)
+    legend(figure, narrow, looks, most=5)
     return figure
 
 

@@ -124,14 +124,15 @@ def color_bar(figure: Figure, image: ScalarMappable, axes: Sequence[Axes], narro
     return bar
 
 
-def legend(figure: Figure, narrow: bool, looks: Mapping[str, Mapping[str, Any]]) -> None:
+def legend(figure: Figure, narrow: bool, looks: Mapping[str, Mapping[str, Any]], most: int = 10) -> None:
     """Say what lines and marks mean, above the panels, where nothing is covered.
 
     Args:
         figure: made by :func:`sheet`.
         narrow: two columns instead of one row.
         looks: properties of a line by what it means.
+        most: of them side by side on a screen.
     """
     handles = [Line2D([], [], label=name, **look) for name, look in looks.items()]
-    columns = 2 if narrow else max(1, len(handles))
+    columns = 2 if narrow else min(most, max(1, len(handles)))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=7.5)
