@@ -83,7 +83,7 @@ class MocteEngine(UnitEngine):
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """DeepSpeed's scale, for a loss whose own ``backward()`` is called."""
         self.mocte.passes.after_backward()
-        self.step_log.see_loss(loss, 1.0 / self.gradient_accumulation_steps())
+        self.step_log.see_loss(loss, 1.0)  # DeepSpeed leaves the division by micro-batches to the script here
         return super().scale(watched(loss, self.mocte.context))
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +143,8 @@ class MocteEngine(UnitEngine):
 
     def destroy(self) -> None:
         """DeepSpeed's; the folder of the logs is free again."""
-        self.step_log.close()
+        if "step_log" in vars(self):  # DeepSpeed calls it for an engine that could not be made, too
+            self.step_log.close()
         super().destroy()
 
     def wait_for_checkpoint(self) -> None:

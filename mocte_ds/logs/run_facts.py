@@ -1,4 +1,4 @@
-"""run.json of a script of a user's own: what the engine knows of the run, for the report."""
+"""run.json: what is so for any run, and what the engine knows of one of a user's own script."""
 
 import sys
 from collections.abc import Mapping
@@ -19,6 +19,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
+def start_facts(ranks: int) -> dict[str, Any]:
+    """What is so for any run: its command, ranks, device and versions.
+
+    Args:
+        ranks: of the run.
+    """
+    device = get_accelerator().device_name()
+    return {"command": " ".join(sys.argv), "world_size": ranks, "device": device, "versions": versions()}
+
+
 def run_facts(engine: Any, settings: Mapping[str, Any], parameters: int) -> dict[str, Any]:
     """What stands in run.json.
 
@@ -31,14 +41,11 @@ def run_facts(engine: Any, settings: Mapping[str, Any], parameters: int) -> dict
     values = {f"hf.{key}": value for key, value in base.get("config", {}).items() if _is_plain(value)}
     return {
         "logged_by": LOGGED_BY,
-        "command": " ".join(sys.argv),
-        "world_size": engine.mesh.world.size,
-        "device": get_accelerator().device_name(),
+        **start_facts(engine.mesh.world.size),
         "model": {"class": type(engine.module).__name__, **values},
         "parameters": parameters,
         "training": {"steps": mocte.total_steps, "micro_batch": engine.train_micro_batch_size_per_gpu()},
         "deepspeed": {**_shown(settings), "mocte": mocte.config.to_dict()},
-        "versions": versions(),
     }
 
 

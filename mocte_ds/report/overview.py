@@ -10,6 +10,7 @@ from mocte_ds.report.wording import integer
 SHOWN = (
     ("parameters of the dense model", ("parameters",)),
     ("style", ("model", "style")),
+    ("class of the model", ("model", "class")),
     ("class of transformers", ("model", "hf.model_type")),
     ("layers", ("model", "num_layers")),
     ("layers", ("model", "hf.num_hidden_layers")),

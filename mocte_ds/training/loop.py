@@ -3,14 +3,12 @@
 import contextlib
 import logging
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import BlendedLoader, validation_batches
@@ -19,6 +17,7 @@ from mocte_ds.dist.collectives import gather_rows, wait_for_all
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.logs.files import write_json
 from mocte_ds.logs.monitors import mode_counts
+from mocte_ds.logs.run_facts import start_facts
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
@@ -36,7 +35,6 @@ from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry, expect_board
 from mocte_ds.training.validation import Validation
 from mocte_ds.training.watching import Watch
-from mocte_ds.versions import versions
 from mocte_ds.watch import HEART, phase
 
 PROBE_SEQUENCES = 8
@@ -335,9 +333,7 @@ class Trainer:
             changes.append({"step": start.step, **start.changes.facts})
         mocte = {"mocte": self.config.to_dict()} if self.config else {}
         return {
-            "command": " ".join(sys.argv),
-            "world_size": self.mesh.world.size,
-            "device": get_accelerator().device_name(),
+            **start_facts(self.mesh.world.size),
             "model": model_facts(run.model),
             "parameters": self.parameters,
             "data": {**asdict(run.data), "manifest_sha256": start.manifest.sha256, "domains": start.manifest.domains},
@@ -346,7 +342,6 @@ class Trainer:
             "watch": asdict(run.watch),
             "deepspeed": {**start.settings, **mocte},
             "changes": changes,
-            "versions": versions(),
         }
 
     def _ask_to_stop(self, _number: int, _frame: Any) -> None:
