@@ -165,8 +165,8 @@ class MocteConfig:
     modules: str | list[str]
     """Glob, or list of globs, of the FFN modules that become blocks, e.g. `model.layers.*.mlp`."""
     preset: Literal["default", "paper"] = "default"
-    """Where the keys that are left out come from. `default`: this page. `paper`: the published rules: `token` routes, and
-    policy `paper` freezes with alpha 0.1 and beta 0.001."""
+    """Where the keys that are left out come from. `default`: this page. `paper`: the published rules, `token` as the
+    router's kind and policy `paper` with alpha 0.1 and beta 0.001."""
     num_experts: Annotated[int, Field(ge=2, le=1 << 20)] = 4
     """Experts per bank; a multiple of ep_size, and at most spectrum.rows / 16."""
     ep_size: Count = 1

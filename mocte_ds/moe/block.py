@@ -5,6 +5,7 @@ from enum import StrEnum
 from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.errors import ConfigError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.experts import feature_size, make_expert
@@ -94,6 +95,14 @@ class Block(nn.Module):
 
     def _see(self, hidden: Tensor, state: ForwardState) -> None:
         state.see_features(hidden)
+        blind = next(
+            (bank.gate.router.kind for bank in self.banks if bank.gate.key.reads_ids and state.ids is None), None
+        )
+        if blind and state.observer is not None:  # a run must not learn that at emergence, hours later
+            raise ConfigError(
+                f"router.kind '{blind}' reads token ids, and the model was called without: call it with input_ids=(batch, "
+                "length), or take a kind that reads features, such as 'token'."
+            )
         if state.observer is not None and state.first_visit(self):
             state.observer.features(self, hidden, state)
 
