@@ -95,16 +95,18 @@ class Block(nn.Module):
 
     def _see(self, hidden: Tensor, state: ForwardState) -> None:
         state.see_features(hidden)
-        blind = next(
-            (bank.gate.router.kind for bank in self.banks if bank.gate.key.reads_ids and state.ids is None), None
-        )
-        if blind and state.observer is not None:  # a run must not learn that at emergence, hours later
-            raise ConfigError(
-                f"router.kind '{blind}' reads token ids, and the model was called without: call it with input_ids=(batch, "
-                "length), or take a kind that reads features, such as 'token'."
-            )
         if state.observer is not None and state.first_visit(self):
+            self._require_ids(state)
             state.observer.features(self, hidden, state)
+
+    def _require_ids(self, state: ForwardState) -> None:
+        """Refuse in warm-up what would stop the run at emergence, hours later."""
+        reading = [bank.gate.router.kind for bank in self.banks if bank.gate.key.reads_ids]
+        if reading and state.ids is None:
+            raise ConfigError(
+                f"router.kind '{reading[0]}' reads token ids, and the model was called without: call it with "
+                "input_ids=(batch, length), or take a kind that reads features, such as 'token'."
+            )
 
     def _output(self, hidden: Tensor, state: ForwardState, again: bool) -> Tensor:
         if self.mode is BlockMode.WARMUP:
