@@ -37,6 +37,11 @@ class ExpertConfig:
 
 MOST_ROWS = 1 << 24
 """Largest sample: the ranks keep it in memory, once for each block."""
+# The thresholds are those of Modular Adaptive Training (arXiv 2405.07527).
+_PAPER: dict[str, dict[str, Any]] = {
+    "router": {"kind": "token"},
+    "freeze": {"policy": "paper", "alpha": 0.1, "beta": 0.001, "checks": 1},
+}
 
 
 @section("mocte.spectrum")
@@ -159,6 +164,9 @@ class MocteConfig:
 
     modules: str | list[str]
     """Glob, or list of globs, of the FFN modules that become blocks, e.g. `model.layers.*.mlp`."""
+    preset: Literal["default", "paper"] = "default"
+    """Where the keys that are left out come from. `default`: this page. `paper`: the published rules, `token` as the
+    router's kind and policy `paper` with alpha 0.1 and beta 0.001."""
     num_experts: Annotated[int, Field(ge=2, le=1 << 20)] = 4
     """Experts per bank; a multiple of ep_size, and at most spectrum.rows / 16."""
     ep_size: Count = 1
@@ -243,7 +251,7 @@ class MocteConfig:
         Raises:
             ConfigError: unknown key, wrong type, value out of range or a contradiction; names the key and the mend.
         """
-        config = parse_section(cls, block)
+        config = parse_section(cls, _with_preset(block))
         if world_size is not None:
             config.check(world_size)
         return config
@@ -265,6 +273,13 @@ class MocteConfig:
     def to_dict(self) -> dict[str, Any]:
         """The block as plain JSON values, defaults included."""
         return dataclasses.asdict(self)
+
+
+def _with_preset(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A block with its preset's values for the keys that it leaves out."""
+    preset = _PAPER if block.get("preset") == "paper" else {}
+    sections = {name: block.get(name) or {} for name in preset if name != "router" or block.get("banks") is None}
+    return {**block, **{name: {**preset[name], **keys} for name, keys in sections.items() if isinstance(keys, Mapping)}}
 
 
 def divisors(number: int) -> list[int]:

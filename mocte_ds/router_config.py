@@ -15,10 +15,11 @@ _PRIOR, _PAIR_ROWS, _DIRECTIONS, _DROPPED, _CENTROID_RATE, _AUX = 4.0, 1 << 16, 
 class RouterConfig:
     """How a token finds its expert."""
 
-    kind: str = "token"
-    """Routing key, which decides a token's expert. `token`: the nearest cluster of its feature. `online`: the
+    kind: str = "type"
+    """Routing key, which decides a token's expert. `type`: the cluster of its id's mean feature, a table; needs a model
+    that is called with `input_ids`. `token`: the nearest cluster of its own feature, for any model. `online`: the
     same by direction, of whitened features, with clusters that follow their tokens after each step. `prefix`: the
-    nearest cluster of the mean feature of its document so far. `type`: a table from token ids to clusters. `previous`:
+    nearest cluster of the mean feature of its document so far. `previous`:
     a random table, looked up with the id of the token before. `pair`: a table from the token before and the token,
     hashed, to clusters; where nothing was sampled of a pair's row, the token's own cluster. Baselines: `hash`, a
     random table of the token's own id, `pair-hash`, one of the hashed pair, and `random`, random directions of its

@@ -50,6 +50,25 @@ def test_round_trip():
     assert MocteConfig.from_dict(banks.to_dict()) == banks
 
 
+def test_the_papers_preset_fills_in_what_is_left_out():
+    def made(**block):
+        return MocteConfig.from_dict({"modules": "m", **block})
+
+    assert made().router.kind == "type" and made().freeze.policy == "trainability"
+    paper = made(preset="paper")
+    freeze = {"policy": "paper", "alpha": 0.1, "beta": 0.001, "checks": 1}
+    assert paper == replace(made(router={"kind": "token"}, freeze=freeze), preset="paper")
+    assert MocteConfig.from_dict(paper.to_dict()) == paper
+    other = made(preset="paper", banks=[{"kind": "hash"}], freeze={"policy": "random", "rows": 32})
+    assert [router.kind for router in other.routers] == ["hash"]
+    assert (other.freeze.policy, other.freeze.alpha, other.freeze.rows) == ("random", 0.1, 32)
+    assert made(preset="paper", router=None, freeze=None) == paper
+    with pytest.raises(ConfigError, match="mocte.preset = 'papers' is not one of .* Did you mean 'paper'"):
+        made(preset="papers")
+    with pytest.raises(ConfigError, match="mocte.freeze must be a section"):
+        made(preset="paper", freeze=3)
+
+
 def test_no_section_is_made_without_its_checks():
     """By hand, by dataclasses.replace, before and after pydantic has built a schema, whatever the order."""
     for make in (

@@ -32,8 +32,8 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
     names = matching_modules(model, config.modules)
     context = BatchContext(config.eod_id)
     context.follow(model, names)
-    tables = any(key_class(router.kind).reads_ids for router in config.routers)
-    vocab_size = _vocab_size(model) if tables else None
+    kinds = [router.kind for router in config.routers if key_class(router.kind).reads_ids]
+    vocab_size = _vocab_size(model, kinds[0]) if kinds else None
     blocks = []
     for name in names:
         ffn = model.get_submodule(name)
@@ -123,8 +123,11 @@ def _require_one_stream(model: nn.Module) -> None:
         )
 
 
-def _vocab_size(model: nn.Module) -> int:
+def _vocab_size(model: nn.Module, kind: str) -> int:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             return module.num_embeddings
-    raise ConfigError("routers by token ids need a model with a token embedding (nn.Embedding).")
+    raise ConfigError(
+        f"router.kind '{kind}' reads token ids, and {type(model).__name__} has no token embedding (nn.Embedding); take "
+        "a kind that reads features, such as 'token'."
+    )

@@ -5,6 +5,7 @@ from enum import StrEnum
 from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.errors import ConfigError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.experts import feature_size, make_expert
@@ -95,7 +96,17 @@ class Block(nn.Module):
     def _see(self, hidden: Tensor, state: ForwardState) -> None:
         state.see_features(hidden)
         if state.observer is not None and state.first_visit(self):
+            self._require_ids(state)
             state.observer.features(self, hidden, state)
+
+    def _require_ids(self, state: ForwardState) -> None:
+        """Refuse in warm-up what would stop the run at emergence, hours later."""
+        reading = [bank.gate.router.kind for bank in self.banks if bank.gate.key.reads_ids]
+        if reading and state.ids is None:
+            raise ConfigError(
+                f"router.kind '{reading[0]}' reads token ids, and the model was called without: call it with "
+                "input_ids=(batch, length), or take a kind that reads features, such as 'token'."
+            )
 
     def _output(self, hidden: Tensor, state: ForwardState, again: bool) -> Tensor:
         if self.mode is BlockMode.WARMUP:

@@ -53,8 +53,10 @@ def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ..
         model: gets the blocks.
         modules: patterns.
         warmup: numbers of blocks, not of layers.
-        **changes: of the "mocte" block.
+        **changes: of the "mocte" block, in which `token` routes unless it says something else.
     """
+    if "banks" not in changes:
+        changes["router"] = {"kind": "token", **changes.get("router", {})}
     config = MocteConfig.from_dict({"modules": modules, "num_experts": EXPERTS, **changes})
     blocks = attach(model, config)
     model.settings = config  # for HeldSource

@@ -110,8 +110,9 @@ def test_what_cannot_be_cut_is_not_redrawn() -> None:
             super().__init__()
             self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
 
+    block = {"modules": "layers.*", "router": {"kind": "token"}}
     with pytest.raises(ConfigError, match=r"expert\.redraw"):
-        attach(Odd(), MocteConfig.from_dict({"modules": "layers.*", "expert": {"redraw": 0.5}}))
+        attach(Odd(), MocteConfig.from_dict({**block, "expert": {"redraw": 0.5}}))
 
 
 @pytest.mark.parametrize("weight", ["softmax", "sigmoid"])

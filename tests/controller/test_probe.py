@@ -95,7 +95,9 @@ def test_given_sequences_are_shared_out_and_the_first_step_adds_none() -> None:
 
 def model() -> tuple[torch.nn.Module, list[Block]]:
     made = small_llama(V, 16, 24, positions=T)
-    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "eod_id": EOD})
+    config = MocteConfig.from_dict(
+        {"modules": "model.layers.*.mlp", "num_experts": 4, "eod_id": EOD, "router": {"kind": "token"}}
+    )
     blocks = attach(made, config)
     for block in blocks:
         block.banks[0].gate.key.set(torch.randn(4, 16), torch.zeros(4))

@@ -36,6 +36,8 @@ def test_quickstart_with_few_steps(tmp_path: Path) -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import mocte_ds.convert.hf.register  # noqa: F401
+
     tokenizer = AutoTokenizer.from_pretrained(out / "export")
     model = AutoModelForCausalLM.from_pretrained(out / "export")
     ids = tokenizer("The", return_tensors="pt").input_ids

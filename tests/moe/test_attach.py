@@ -33,7 +33,9 @@ def gpt2() -> GPT2LMHeadModel:
 def test_function_is_kept(make, pattern, kind):
     model = make()
     before = model(input_ids=IDS).logits
-    config = MocteConfig.from_dict({"modules": pattern, "num_experts": 4, "expert": {"kind": kind}})
+    config = MocteConfig.from_dict(
+        {"modules": pattern, "num_experts": 4, "expert": {"kind": kind}, "router": {"kind": "token"}}
+    )
     blocks = attach(model, config)
     assert [block.name for block in blocks] == [pattern.replace("*", str(i)) for i in range(3)]
     assert torch.equal(model(input_ids=IDS).logits, before)
@@ -83,7 +85,7 @@ def test_tables_route_by_token_id(kind):
 
 
 def test_gate_keeps_its_precision():
-    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4})
+    config = MocteConfig.from_dict({"modules": "model.layers.*.mlp", "num_experts": 4, "router": {"kind": "token"}})
     model = llama()
     block = attach(model, config)[0]
     gate = torch.randn(4, 32)

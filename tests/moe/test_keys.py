@@ -202,7 +202,7 @@ def test_banks_keep_the_function_and_slice_the_moments(make, pattern: str, count
     [
         ({"banks": [{"kind": "hash"}] * 5}, "5 mocte.banks do not divide the 48 hidden units"),
         ({"banks": []}, "a router for each bank, at least one"),
-        ({"banks": [{"kind": "hash"}], "router": {"kind": "type"}}, "leave mocte.router out"),
+        ({"banks": [{"kind": "hash"}], "router": {"kind": "token"}}, "leave mocte.router out"),
         ({"banks": [{"kind": "hush"}]}, r"mocte.banks\[0\].kind = 'hush' is not one of.*'hash'"),
         ({"router": {"learn": True}}, "learn needs weight 'softmax'"),
         ({"router": {"kind": "previous", "weight": "softmax"}}, "needs logits"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mocte_ds.moe import Block
+from mocte_ds.errors import ConfigError
+from mocte_ds.moe import Block, BlockMode
 from mocte_ds.moe.bank import ClusterMOELayer
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.observer import Observer
@@ -82,3 +83,16 @@ def test_a_pass_that_breaks_off_is_told_as_lost() -> None:
     blocks[0].context.announce(observer=heard)
     model(input_ids=texts(1))
     assert heard.lost == 1 and len(heard.blocks) == len(heard.layers) == 4
+
+
+@pytest.mark.parametrize("kind", ["type", "hash", "pair"])
+def test_a_key_that_reads_ids_is_refused_in_warm_up_where_there_are_none(kind: str) -> None:
+    model, blocks = made({"kind": kind})
+    for block in blocks:
+        block.mode = BlockMode.WARMUP
+    features = model.get_input_embeddings()(texts(1))
+    blocks[0].context.announce(observer=Heard())
+    with pytest.raises(ConfigError, match=f"router.kind '{kind}' reads token ids, and the model was called without"):
+        model(inputs_embeds=features)
+    blocks[0].context.announce(observer=Heard())
+    model(input_ids=texts(1))

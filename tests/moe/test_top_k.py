@@ -120,4 +120,4 @@ def test_what_is_recorded_is_the_best_expert() -> None:
 )
 def test_settings_that_are_refused(router: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        MocteConfig.from_dict({"modules": "mlp", "num_experts": E, "router": router})
+        MocteConfig.from_dict({"modules": "mlp", "num_experts": E, "router": {"kind": "token", **router}})

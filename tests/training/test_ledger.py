@@ -153,10 +153,10 @@ def test_what_a_frozen_front_saves(config: TransformersModel, layers: int, locke
 
 
 def test_gate() -> None:
-    gate = ClusterGate(32, 4, RouterConfig(), None)
+    gate = ClusterGate(32, 4, RouterConfig(kind="token"), None)
     with FlopCounterMode(display=False) as counter:
         gate(torch.zeros(TOKENS, 32), Tokens())
-    ledger, config = Ledger(), MocteConfig(modules="x", num_experts=4)
+    ledger, config = Ledger(), MocteConfig(modules="x", num_experts=4, router=RouterConfig(kind="token"))
     ledger.step(
         config_sizes(LLAMA),
         TOKENS,

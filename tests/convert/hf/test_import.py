@@ -211,7 +211,8 @@ def test_emerged_at_once(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     for domain, text in {"cats": "the cat sat on the mat ", "numbers": "1 2 3 5 8 13 21 34 "}.items():
         lines = [json.dumps({"text": f"{text * 6}{i} {text * (i % 5)}"}) for i in range(80)]
         (corpus / f"{domain}.jsonl").write_text("\n".join(lines))
-    config = {"mocte": {"modules": "model.layers.*.mlp", "num_experts": 4, "spectrum": {"rows": 512, "documents": 64}}}
+    block = {"modules": "model.layers.*.mlp", "num_experts": 4, "spectrum": {"rows": 512, "documents": 64}}
+    config = {"mocte": {**block, "router": {"kind": "token"}}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = ["--emerge", str(corpus), "--config", str(tmp_path / "config.json"), "--context", "48", "--json"]
     assert main([str(source), str(tmp_path / "start"), *options]) == 0
