@@ -8,9 +8,12 @@ from pathlib import Path
 
 from mocte_ds.cli import run_cli
 from mocte_ds.data.corpus import embedded_corpus
-from mocte_ds.data.indexed import prepare
+from mocte_ds.data.indexed import merge, prepare, prepare_shard
 from mocte_ds.data.manifest import Manifest
+from mocte_ds.data.shard import Made, Share
 from mocte_ds.paths import require_folder_for
+
+_VALIDATION_SHARE = 0.05
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,17 +33,32 @@ def main(argv: list[str] | None = None) -> int:
         help="sentencepiece model, or a Hugging Face folder with a tokenizer.json",
     )
     parser.add_argument(
-        "--validation-share", type=float, default=0.05, help="share of documents for validation (default: %(default)s)"
+        "--validation-share", type=float, help=f"share of documents for validation (default: {_VALIDATION_SHARE})"
     )
     parser.add_argument(
         "--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes at most (default: %(default)s)"
     )
+    hosts = parser.add_mutually_exclusive_group()
+    hosts.add_argument("--shard", type=_share, metavar="I/N", help="tokenise part I of N, into a folder of its own")
+    hosts.add_argument(
+        "--merge", type=Path, nargs="+", metavar="SHARD", help="put the folders of all N parts together into --out"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    if args.merge and args.corpus:
+        parser.error("--merge reads the shards alone; name no corpus")
+    if args.shard and args.validation_share is not None:
+        parser.error("--validation-share is chosen when the shards are merged; leave it out with --shard")
     require_folder_for(args.out, "--out")
     started = time.perf_counter()
-    manifest, made = prepare(
-        args.corpus or embedded_corpus(), args.out, args.tokenizer, args.validation_share, args.workers
+    corpus = args.corpus or embedded_corpus()
+    if args.shard:
+        return _shard(prepare_shard(corpus, args.out, args.tokenizer, args.shard, args.workers), args)
+    held_out = _VALIDATION_SHARE if args.validation_share is None else args.validation_share
+    manifest, made = (
+        merge(args.merge, args.out, args.tokenizer, held_out)
+        if args.merge
+        else prepare(corpus, args.out, args.tokenizer, held_out, args.workers)
     )
     seconds = round(time.perf_counter() - started, 2)
     if args.json:
@@ -49,6 +67,24 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     print(f"{'prepared' if made else 'found'} {args.out} ({seconds} s)")
     print(_table(manifest))
+    return 0
+
+
+def _share(text: str) -> Share:
+    try:
+        return Share.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _shard(made: Made, args: argparse.Namespace) -> int:
+    """Says what was made of a shard."""
+    if args.json:
+        facts = {"path": str(args.out), "shard": args.shard.number, "of": args.shard.of}
+        print(json.dumps({**facts, "pieces_found": made.found, "pieces_made": made.made}))
+        return 0
+    print(f"{made.record.title} is complete in {args.out}: {made.found} pieces were there, {made.made} were made")
+    print("next: python tools/prepare_data.py --merge SHARD ... --out DIR --tokenizer FILE, when all are complete")
     return 0
 
 

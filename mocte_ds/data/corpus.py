@@ -1,6 +1,5 @@
 """A corpus is a folder with one file, or one subfolder of files, for each domain; every document is a text."""
 
-import hashlib
 import os
 import stat
 import warnings
@@ -60,7 +59,7 @@ def corpus_files(folder: str | Path) -> CorpusFiles:
             )
         found.domains[domain], origin[domain] = files, path.name
     if not found.domains:
-        seen = f" Skipped: {_listed(found.skipped)}." if found.skipped else ""
+        seen = f" Skipped: {listed(found.skipped)}." if found.skipped else ""
         raise DataError(f"{folder} holds no DOMAIN file that can be read ({FORMATS}); put one per domain there.{seen}")
     found.domains = dict(sorted(found.domains.items()))
     return found
@@ -74,7 +73,7 @@ def read_corpus(folder: str | Path) -> dict[str, "Documents"]:
     """
     found = corpus_files(folder)
     if found.skipped:
-        warnings.warn(f"not read of the corpus {folder}: {_listed(found.skipped)}", stacklevel=2)
+        warnings.warn(f"not read of the corpus {folder}: {listed(found.skipped)}", stacklevel=2)
     return {domain: Documents(*files, name=Path(folder) / domain) for domain, files in found.domains.items()}
 
 
@@ -106,19 +105,6 @@ class Documents:
                 yield text
             if empty:
                 raise DataError(f"{file} holds no document with text; fill it or remove it.")
-
-    def sha256(self) -> str:
-        """Hash of the file as it lies on the disk; of several files, of their hashes."""
-        hashes = [_sha256(file) for file in self.files]
-        return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -177,6 +163,7 @@ def _domain(name: str) -> str:
     return name[: len(name) - len(file_suffix(name))]
 
 
-def _listed(skipped: dict[str, str]) -> str:
+def listed(skipped: dict[str, str]) -> str:
+    """The first few skipped entries and why, for a message."""
     shown = "; ".join(f"{name!r} ({reason})" for name, reason in list(skipped.items())[:_SHOWN])
     return shown + (f"; and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else "")

@@ -1,7 +1,8 @@
 """The documents of one file: JSON lines, plain text cut at blank lines, or a parquet table."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,23 @@ class DocumentFile:
         self.path = path
 
     def __iter__(self) -> Iterator[str]:
+        for _, text in self.chosen(lambda _size: True):
+            if text is not None and text.strip():
+                yield text
+
+    def chosen(self, choose: Callable[[int], bool]) -> Iterator[tuple[int, str | None]]:
+        """Size and text of every entry, also of those without text; what is not chosen is not parsed, but passed over.
+
+        Args:
+            choose: called with the size of each entry, in bytes, or in characters where it is known as text only.
+        """
         import pyarrow
 
         try:
             if self.path.stat().st_size == 0:
                 raise DataError(f"{self.path} is empty; fill it or remove it.")
-            for text in self._read():
-                if text.strip():
-                    yield text
+            for size, text in self._read():
+                yield size, text() if choose(size) else None
         except TooLong as error:
             raise DataError(
                 f"{self.path}, line {error.line}: {error}; cut it into documents of at most {MAX_BYTES >> 20} MiB."
@@ -52,24 +62,20 @@ class DocumentFile:
         except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
             raise DataError(f"{self.path} cannot be read: {error}; is it complete?") from error
 
-    def _read(self) -> Iterator[str]:
+    def _read(self) -> Iterator[tuple[int, Callable[[], str]]]:
         suffix = file_suffix(self.path.name)
-        if suffix == ".parquet":
-            return self._rows()
-        return self._paragraphs() if suffix.startswith(".txt") else self._entries()
-
-    def _entries(self) -> Iterator[str]:
-        """Texts of JSON lines."""
-        # json and not a reader of tables: those guess types (texts that look like dates become time stamps).
-        for number, line in self._lines():
-            if line.strip():
-                yield self._parsed(number, line)
+        if not suffix.startswith((".txt", ".parquet")):
+            return ((len(line), partial(self._parsed, number, line)) for number, line in numbered_lines(self.path))
+        return (
+            (len(text), partial(str, text)) for text in (self._rows() if suffix == ".parquet" else self._paragraphs())
+        )
 
     def _paragraphs(self) -> Iterator[str]:
         """Runs of lines between lines of nothing but white space."""
         lines: list[str] = []
         size = 0
-        for number, line in self._lines():
+        for number, raw in numbered_lines(self.path):
+            line = self._decoded(number, raw)
             if line.strip():
                 lines.append(line)
                 size += len(line)
@@ -80,19 +86,21 @@ class DocumentFile:
                 lines, size = [], 0
         yield "\n".join(lines)
 
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        for number, line in numbered_lines(self.path):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{self.path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line); store "
-                    "the file as UTF-8."
-                ) from error
+    def _decoded(self, number: int, line: bytes) -> str:
+        try:
+            return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line); store "
+                "the file as UTF-8."
+            ) from error
 
-    def _parsed(self, number: int, line: str) -> str:
-        """The text of one JSON line."""
-        where = f"{self.path}, line {number}"
+    def _parsed(self, number: int, raw: bytes) -> str:
+        """The text of one JSON line; a blank line has none."""
+        where, line = f"{self.path}, line {number}", self._decoded(number, raw)
+        if not line.strip():
+            return ""
+        # json and not a reader of tables: those guess types (texts that look like dates become time stamps).
         try:
             entry = parse_json(line, "it", DataError, foreign=True)
         except DataError as error:

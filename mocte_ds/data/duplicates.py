@@ -1,16 +1,12 @@
 """Groups of documents that share text: copies, and whatever has a run of 13 words in common (grams.py)."""
 
-from array import array
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from mocte_ds.data.grams import gram_hashes
-
-MAX_HASHES = 64_000_000
-"""Hashes that are held: 16 bytes each, and as much again twice while they are sorted."""
+from mocte_ds.data.signatures import Signatures
 
 
 @dataclass(frozen=True)
@@ -44,41 +40,33 @@ class Links:
 
 
 class LinkFinder:
-    """Takes the documents of a corpus one after the other; memory is bounded but for 8 bytes per document.
+    """Takes the signatures of a corpus' documents; memory: 16 bytes per hash that is looked at, 8 per document."""
 
-    Where there are more
-    hashes than :data:`MAX_HASHES`, only those below a limit are kept, and the limit is halved as often as needed: what
-    is kept hangs on the text alone, so shared text keeps the same hashes in both documents (Broder, 1997).
-    """
+    def __init__(self, halvings: int = 0) -> None:
+        """Look at hashes below 2^(64 - halvings) only."""
+        self._halvings = halvings
+        self._places, self._hashes, self._owners = ([np.empty(0, dtype=kind)] for kind in (np.uint64, np.uint64, int))
+        self._documents = 0
 
-    def __init__(self) -> None:
-        self._places = array("Q")
-        self._hashes: list[np.ndarray] = []
-        self._owners: list[np.ndarray] = []
-        self._held, self._halvings = 0, 0
-
-    def add(self, text: str, place: int) -> None:
-        """Take the next document; ``place``: 64 bits of a hash of the whole text."""
-        hashes = self._small(gram_hashes(text))
-        self._hashes.append(hashes)
-        self._owners.append(np.full(len(hashes), len(self._places)))
-        self._places.append(place)
-        self._held += len(hashes)
-        if len(self._hashes) >= 4096:
-            self._merge()
-        while self._held > MAX_HASHES:
-            self._halvings += 1
-            self._merge()
+    def add(self, signatures: Signatures) -> None:
+        """Take the next documents."""
+        kept, count = signatures.kept(self._halvings), len(signatures.places)
+        self._hashes.append(kept.hashes)
+        self._owners.append(np.repeat(np.arange(self._documents, self._documents + count), kept.counts))
+        self._places.append(kept.places)
+        self._documents += count
 
     def places(self) -> np.ndarray:
         """(documents,) uint64 as given."""
-        return np.asarray(self._places, dtype=np.uint64)
+        self._places = [np.concatenate(self._places)]
+        return self._places[0]
 
     def links(self) -> Links:
-        """All pairs; the finder is empty after it."""
-        self._merge()
-        hashes, owners = self._hashes[0], self._owners[0]
-        self._hashes, self._owners, self._held = [], [], 0
+        """All pairs; the finder holds no hashes after it."""
+        hashes = np.concatenate(self._hashes)
+        self._hashes = []
+        owners = np.concatenate(self._owners)
+        self._owners = []
         text, document, spread = _shared(hashes, owners)
         del hashes, owners
         places = self.places()
@@ -91,18 +79,6 @@ class LinkFinder:
             np.concatenate([spread, np.zeros_like(copy)]),
             0.5**self._halvings,
         )
-
-    def _small(self, hashes: np.ndarray) -> np.ndarray:
-        return hashes[hashes >> np.uint64(64 - self._halvings) == 0] if self._halvings else hashes
-
-    def _merge(self) -> None:
-        """One array of each, and only of the hashes that still count."""
-        empty = np.empty(0, dtype=np.uint64)
-        hashes, owners = np.concatenate([empty, *self._hashes]), np.concatenate([empty, *self._owners]).astype(np.int64)
-        if self._halvings:
-            small = hashes >> np.uint64(64 - self._halvings) == 0
-            hashes, owners = hashes[small], owners[small]
-        self._hashes, self._owners, self._held = [hashes], [owners], len(hashes)
 
 
 def _is_first(values: np.ndarray) -> np.ndarray:

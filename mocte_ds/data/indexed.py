@@ -2,23 +2,15 @@
 
 import contextlib
 import fcntl
-import multiprocessing
 import shutil
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from mocte_ds.data.corpus import Documents, read_corpus
 from mocte_ds.data.manifest import FORMAT, NAME, SPLITS, Manifest, open_indexed, prefix
-from mocte_ds.data.split import Split, Splitter
+from mocte_ds.data.merge import merge_shards
+from mocte_ds.data.shard import TOOL, Made, Share, make_shard
+from mocte_ds.data.shard_record import ShardRecord, read_shards
 from mocte_ds.data.stored_tokenizer import (
     AnyTokenizer,
     open_tokenizer,
@@ -26,20 +18,15 @@ from mocte_ds.data.stored_tokenizer import (
     tokenizer_files,
     tokenizer_in,
 )
-from mocte_ds.data.verify import chunk_hashes, require_ids
+from mocte_ds.data.units import Corpus, hash_of_domain, hash_of_file
+from mocte_ds.data.verify import chunk_hashes
 from mocte_ds.errors import DataError
-from mocte_ds.ownership import put, require_apart, require_ours
+from mocte_ds.ownership import put, remove, require_apart, require_new_or_ours, require_ours
 from mocte_ds.ownership.workshop import workshop
 
-TOOL = "prepare_data"
 _LOCK = ".lock"
-
-# A process costs seconds to start; it has to get at least so many characters.
-_CHARACTERS_A_WORKER = 16_000_000
-# Documents travel to the processes in parts of about so many characters.
-_CHARACTERS_A_PART = 200_000
-
-_Encoder = Callable[[Iterable[str]], Iterator[np.ndarray]]
+UNFINISHED = "unfinished"
+"""Folder in the prepared data that holds its only shard until all is done."""
 
 
 def prepare(
@@ -50,7 +37,7 @@ def prepare(
     workers: int = 2,
     progress: bool = True,
 ) -> tuple[Manifest, bool]:
-    """Tokenise a corpus, unless that was done before from the same files.
+    """Tokenise a corpus, unless that was done before from the same files; what was interrupted goes on.
 
     Everything is written under temporary names first and the manifest last; other files in ``out`` are left alone, and
     so is a file of somebody else under one of our names: it is refused. A second process that prepares the same folder
@@ -72,175 +59,140 @@ def prepare(
         DataError: a bad corpus or tokenizer, a domain with fewer than two documents, or ``out`` cannot be written.
         NotOurs: ``out`` overlaps with what is read, or holds files under our names that are not shown to be ours.
     """
-    if not 0.0 < validation_share < 1.0:
-        raise DataError(f"validation_share = {validation_share} must lie between 0 and 1.")
-    if workers < 1:
-        raise DataError(f"workers = {workers} must be 1 or more.")
-    out, tokenizer, documents = Path(out), open_tokenizer(tokenizer_path), read_corpus(corpus)
+    _require_share(validation_share)
+    _require_workers(workers)
+    out, tokenizer, found = Path(out), open_tokenizer(tokenizer_path), Corpus.look(corpus)
     require_apart(out, Path(corpus))
-    sources = {domain: texts.sha256() for domain, texts in documents.items()}
-    try:
+    with _told(out, workers):
+        hashes: dict[str, list[str]] = {}
+        for file in found.files:
+            hashes.setdefault(file.domain, []).append(hash_of_file(found.folder / file.name))
+        sources = {domain: hash_of_domain(of_files) for domain, of_files in hashes.items()}
+        shard = out / UNFINISHED
         old = _reusable(out, tokenizer, validation_share, sources)
-        if old:
+        if old and not shard.exists():
             return old, False
         require_apart(out, tokenizer.path)
-        _require_ours(out, tokenizer, documents)
-        out.mkdir(parents=True, exist_ok=True)
+        _require_ours(out, tokenizer, sources)
         with _alone_in(out):
+            require_new_or_ours(shard, TOOL)
             old = _reusable(out, tokenizer, validation_share, sources)  # by a process that was here before
-            if old:
-                return old, False
-            with workshop(out) as pending:
-                counts, duplicates = _build(pending, documents, tokenizer, validation_share, workers, progress)
-                domains = {domain: {"source_sha256": sources[domain], **counts[domain]} for domain in documents}
-                names = [f"{prefix('', d, s)}{end}" for d in domains for s in SPLITS for end in (".bin", ".idx")]
-                manifest = Manifest(
-                    FORMAT,
-                    tokenizer.sha256,
-                    tokenizer.vocab_size,
-                    tokenizer.eod_id,
-                    validation_share,
-                    domains,
-                    duplicates,
-                    {name: chunk_hashes(Path(pending) / name) for name in names},
-                )
-                manifest.write(pending / NAME)
-                _install(pending, out, manifest, tokenizer)
+            manifest = old
+            if manifest is None:
+                made = make_shard(found, shard, tokenizer, Share(), workers, progress)
+                manifest = _merge({shard: made.record}, out, tokenizer, validation_share, progress)
+            remove(shard)
+        return manifest, not old
+
+
+def prepare_shard(
+    corpus: str | Path,
+    out: str | Path,
+    tokenizer_path: str | Path,
+    share: Share,
+    workers: int = 2,
+    progress: bool = True,
+) -> Made:
+    """Tokenise a share of a corpus, on one of several hosts; :func:`merge` puts the shards together.
+
+    Args:
+        corpus: folder of the corpus, the same on all hosts.
+        out: folder for this shard.
+        tokenizer_path: as for :func:`prepare`, and so are ``workers``, ``progress`` and the errors.
+        share: which shard of how many.
+        workers: processes at most.
+        progress: show a bar on a terminal.
+    """
+    _require_workers(workers)
+    out, tokenizer, found = Path(out), open_tokenizer(tokenizer_path), Corpus.look(corpus)
+    require_apart(out, Path(corpus), tokenizer.path)
+    with _told(out, workers), _alone_in(out):
+        return make_shard(found, out, tokenizer, share, workers, progress)
+
+
+def merge(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    tokenizer_path: str | Path,
+    validation_share: float = 0.05,
+    progress: bool = True,
+) -> tuple[Manifest, bool]:
+    """Put all shards of a corpus together; the files are those that :func:`prepare` makes of it.
+
+    Args:
+        folders: of all shards, in any order.
+        out: as for :func:`prepare`, and so are the other arguments and what is returned.
+        tokenizer_path: the one that the shards were made with.
+        validation_share: share of documents that go to validation.
+        progress: show a bar on a terminal.
+
+    Raises:
+        DataError: shards are missing, damaged, there twice or not of one corpus (:func:`read_shards`); a domain cannot
+            be split; or ``out`` cannot be written.
+        NotOurs: see :func:`prepare`.
+    """
+    _require_share(validation_share)
+    out, tokenizer = Path(out), open_tokenizer(tokenizer_path)
+    shards = read_shards([Path(folder) for folder in folders], tokenizer)
+    require_apart(out, *shards)
+    hashes = {name: digest for shard in shards.values() for name, digest in shard.hashes.items()}
+    sources: dict[str, list[str]] = {}
+    for file in next(iter(shards.values())).as_corpus().files:
+        sources.setdefault(file.domain, []).append(hashes.get(file.name, ""))
+    wanted = {domain: hash_of_domain(of_files) for domain, of_files in sources.items()}
+    with _told(out, 1):
+        if old := _reusable(out, tokenizer, validation_share, wanted):
+            return old, False
+        require_apart(out, tokenizer.path)
+        _require_ours(out, tokenizer, sources)
+        with _alone_in(out):
+            return _merge(shards, out, tokenizer, validation_share, progress), True
+
+
+def _merge(
+    shards: dict[Path, ShardRecord], out: Path, tokenizer: AnyTokenizer, share: float, progress: bool
+) -> Manifest:
+    with workshop(out) as pending:
+        domains, duplicates = merge_shards(shards, pending, share, progress)
+        manifest = Manifest(
+            FORMAT,
+            tokenizer.sha256,
+            tokenizer.vocab_size,
+            tokenizer.eod_id,
+            share,
+            domains,
+            duplicates,
+            {name: chunk_hashes(pending / name) for name in _data_files(domains)},
+        )
+        manifest.write(pending / NAME)
+        _install(pending, out, manifest, tokenizer)
+    return manifest
+
+
+def _require_share(share: float) -> None:
+    if not 0.0 < share < 1.0:
+        raise DataError(f"validation_share = {share} must lie between 0 and 1.")
+
+
+def _require_workers(workers: int) -> None:
+    if workers < 1:
+        raise DataError(f"workers = {workers} must be 1 or more.")
+
+
+@contextlib.contextmanager
+def _told(out: Path, workers: int) -> Iterator[None]:
+    """Errors of the machine as messages."""
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"could not write prepared data to {out}: {error.strerror or error}; make room or choose another place. "
-            "What was prepared there before is complete."
+            "What was prepared there before is complete, and what was begun goes on when you start again."
         ) from error
     except BrokenProcessPool as error:
         raise DataError(
             f"a process that tokenised ended (out of memory?); take fewer workers than {workers}."
         ) from error
-    return manifest, True
-
-
-def _build(
-    folder: Path, corpus: dict[str, Documents], tokenizer: AnyTokenizer, share: float, workers: int, progress: bool
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Write the data sets of all domains.
-
-    Returns:
-        By domain the numbers of documents and tokens of each split and its near-duplicates; and how those were found.
-    """
-    silent = None if progress else True  # None: no bar where there is no terminal
-    splitter, characters = Splitter(), 0
-    for domain, texts in tqdm(corpus.items(), desc="reading", unit="domain", disable=silent):
-        splitter.begin(domain)
-        for text in texts:
-            splitter.add(text)
-            characters += len(text)
-    split = splitter.split(share, {domain: str(texts.path) for domain, texts in corpus.items()})
-    workers = min(workers, 1 + characters // _CHARACTERS_A_WORKER)
-    total = sum(len(held_out) for held_out in split.held_out.values())
-    with (
-        _encoder(tokenizer, workers) as encode,
-        tqdm(total=total, desc="tokenising", unit="document", disable=silent) as bar,
-    ):
-        counts = {
-            domain: _write_domain(folder, domain, texts, split, tokenizer, encode, bar)
-            for domain, texts in corpus.items()
-        }
-    return {domain: {**counts[domain], "near_duplicates": split.found[domain]} for domain in corpus}, split.facts
-
-
-def _write_domain(
-    folder: Path, domain: str, texts: Documents, split: Split, tokenizer: AnyTokenizer, encode: _Encoder, bar: tqdm
-) -> dict[str, dict[str, int]]:
-    """Tokenise one file into its two indexed data sets."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron-core warns of missing GPU libraries
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    counts = {side: {"documents": 0, "tokens": 0} for side in SPLITS}
-    builders = {side: IndexedDatasetBuilder(f"{prefix(folder, domain, side)}.bin", dtype=dtype) for side in SPLITS}
-    sides = iter(split.held_out[domain].tolist())
-    try:
-        for ids in encode(texts):
-            require_ids(ids, tokenizer.vocab_size, f"a text of {texts.path}, by the tokenizer {tokenizer.path},")
-            held_out = next(sides, None)
-            if held_out is None:
-                break
-            side = "validation" if held_out else "train"
-            builders[side].add_document(torch.from_numpy(ids), [len(ids)])
-            counts[side]["documents"] += 1
-            counts[side]["tokens"] += len(ids)
-            bar.update()
-        if sum(count["documents"] for count in counts.values()) != len(split.held_out[domain]) or held_out is None:
-            raise DataError(f"{texts.path} was changed while it was read; prepare the data again.")
-        for side, builder in builders.items():
-            builder.finalize(f"{prefix(folder, domain, side)}.idx")
-    except OSError:
-        for builder in builders.values():
-            with contextlib.suppress(OSError):  # closing writes the rest, which fails again
-                builder.data_file.close()
-        raise
-    return counts
-
-
-@contextlib.contextmanager
-def _encoder(tokenizer: AnyTokenizer, workers: int) -> Iterator[_Encoder]:
-    """A function from texts to token ids with eod, in order; by other processes where there are several."""
-    if workers == 1:
-        yield lambda texts: (_ids(tokenizer, text) for text in texts)
-        return
-    context = multiprocessing.get_context("spawn")  # fork and the threads of PyTorch do not go together
-    with ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer.path),)) as pool:
-
-        def encode(texts: Iterable[str]) -> Iterator[np.ndarray]:
-            waiting: deque[Future[list[np.ndarray]]] = deque()
-            for part in _parts(texts):
-                waiting.append(pool.submit(_encode_part, part))
-                if len(waiting) > 3 * workers:  # enough to keep all busy, little enough for the memory
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-
-        yield encode
-
-
-def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
-    part: list[str] = []
-    size = 0
-    for text in texts:
-        part.append(text)
-        size += len(text)
-        if size >= _CHARACTERS_A_PART:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
-
-
-def _ids(tokenizer: AnyTokenizer, text: str) -> np.ndarray:
-    """Token ids of a document and its end: (n + 1,) int32.
-
-    Raises:
-        DataError: the tokenizer needs more memory than there is.
-    """
-    try:
-        return np.asarray([*tokenizer.encode(text), tokenizer.eod_id], dtype=np.int32)
-    except MemoryError:
-        raise DataError(
-            f"a document of {len(text):,} characters, which begins {text[:40]!r}, does not fit into memory while it is "
-            "tokenised; cut it into several documents."
-        ) from None
-
-
-_worker: AnyTokenizer
-
-
-def _start_worker(path: str) -> None:
-    global _worker
-    _worker = open_tokenizer(path)
-
-
-def _encode_part(texts: list[str]) -> list[np.ndarray]:
-    return [_ids(_worker, text) for text in texts]
 
 
 def _require_ours(out: Path, tokenizer: AnyTokenizer, domains: Iterable[str]) -> None:

@@ -1,13 +1,13 @@
 """Which documents are held out for validation: whole groups of near-duplicates, chosen by a hash of their text."""
 
-import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mocte_ds.data.duplicates import LinkFinder, Links
 from mocte_ds.data.grams import GRAM, mixed
+from mocte_ds.data.signatures import Signatures
 from mocte_ds.errors import DataError
 
 # Text in more documents than this is boilerplate and no longer links them, step by step, for a domain whose documents
@@ -28,23 +28,24 @@ class Split:
     """Of the whole search: "words" of a run, and the "kept_share" of their hashes."""
 
 
-@dataclass
 class Splitter:
-    """Sees all documents once, then splits."""
+    """Sees the signatures of all documents once, then splits."""
 
-    _finder: LinkFinder = field(default_factory=LinkFinder)
-    _domains: list[str] = field(default_factory=list)
-    _counts: list[int] = field(default_factory=list)
+    def __init__(self, halvings: int = 0) -> None:
+        """Look at hashes below 2^(64 - halvings) only."""
+        self._finder = LinkFinder(halvings)
+        self._domains: list[str] = []
+        self._counts: list[int] = []
 
     def begin(self, domain: str) -> None:
         """The documents that follow are of this domain."""
         self._domains.append(domain)
         self._counts.append(0)
 
-    def add(self, text: str) -> None:
-        """Take the next document."""
-        self._finder.add(text, _place(text))
-        self._counts[-1] += 1
+    def add(self, signatures: Signatures) -> None:
+        """Take the next documents."""
+        self._finder.add(signatures)
+        self._counts[-1] += len(signatures.places)
 
     def split(self, share: float, names: dict[str, str]) -> Split:
         """Hold out about ``share`` of the documents of every domain, at least one.
@@ -68,11 +69,6 @@ class Splitter:
         found = {domain: groups.found(number) for number, domain in enumerate(self._domains)}
         facts = {"words": GRAM, "kept_share": links.kept_share}
         return Split(dict(zip(self._domains, parts, strict=True)), found, facts)
-
-
-def _place(text: str) -> int:
-    """A number in [0, 2^64) from the text. Salted: corpora are often thinned out by a plain hash of the text."""
-    return int.from_bytes(hashlib.sha256(b"mocte-ds validation\0" + text.encode("utf-8")).digest()[:8])
 
 
 class _Groups:

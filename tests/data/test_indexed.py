@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from mocte_ds.data import Manifest, indexed, prepare, read_corpus, train_tokenizer
+from mocte_ds.data import Manifest, prepare, read_corpus, shard, train_tokenizer
 from mocte_ds.errors import DataError, NotOurs
 from tests.data.conftest import write_lines
 from tools import prepare_data as tool
@@ -24,7 +24,7 @@ def stored(folder: Path, domain: str, split: str) -> list[list[int]]:
 
 
 def data_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
 
 
 def test_tokens_are_those_of_the_documents(corpus, tokenizer, prepared):
@@ -52,8 +52,8 @@ def test_tokens_are_those_of_the_documents(corpus, tokenizer, prepared):
 
 
 def test_processes_give_the_same_files(corpus, tokenizer, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "_CHARACTERS_A_WORKER", 1)
-    monkeypatch.setattr(indexed, "_CHARACTERS_A_PART", 500)
+    monkeypatch.setattr(shard, "_BYTES_A_WORKER", 1)
+    monkeypatch.setattr(shard, "_CHARACTERS_A_PART", 500)
     manifest, made = prepare(corpus, tmp_path / "out", tokenizer, 0.1, workers=2, progress=False)
     assert made and manifest == prepared[1]
     assert data_files(tmp_path / "out") == data_files(prepared[0])
@@ -145,7 +145,7 @@ def test_what_a_killed_process_left_is_removed(corpus, tokenizer, prepared, tmp_
         "from mocte_ds.ownership import put\n"
         "replace, left = os.replace, [int(sys.argv[4])]\n"
         "def or_die(a, b):\n"
-        "    if '.mocte-work-' in str(a):\n"
+        "    if '.mocte-work-' in str(a) and os.path.dirname(b) == sys.argv[2]:\n"
         "        if not left[0]: os.kill(os.getpid(), 9)\n"
         "        left[0] -= 1\n"
         "    replace(a, b)\n"

@@ -48,9 +48,7 @@ def test_formats_and_folders(tmp_path: Path) -> None:
     message = str(said[0].message)
     assert all(part in message for part in ("'many/table.csv' (not a format", "'empty' (", "'linked' (a link to a"))
     with pytest.warns(UserWarning):
-        first = read_corpus(tmp_path)["many"].sha256()
-        write_lines(tmp_path / "many" / "2.jsonl", ["other"])
-        assert read_corpus(tmp_path)["many"].sha256() != first
+        assert list(read_corpus(tmp_path)["many"]) == ["first", "second", "third"]
     (tmp_path / "many.txt").write_text("x")
     with pytest.raises(DataError, match="two files of the domain 'many': many and many.txt"):
         read_corpus(tmp_path)

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mocte_ds.data import duplicates, prepare, read_corpus
+from mocte_ds.data import prepare, read_corpus, signatures
 from mocte_ds.data.corpus import embedded_corpus
 from mocte_ds.data.grams import gram_hashes
+from mocte_ds.data.signatures import Signatures, halvings_for
 from mocte_ds.data.split import Splitter
 from mocte_ds.errors import DataError
 from tests.data.conftest import write_lines
@@ -26,11 +27,11 @@ def runs(text: str) -> set[tuple[str, ...]]:
 
 
 def splitter(corpus: dict[str, list[str]], share: float):
-    made = Splitter()
-    for domain, texts in corpus.items():
+    all_signatures = {domain: Signatures.of(texts) for domain, texts in corpus.items()}
+    made = Splitter(halvings_for(Signatures.joined(list(all_signatures.values())).levels))
+    for domain, of_texts in all_signatures.items():
         made.begin(domain)
-        for text in texts:
-            made.add(text)
+        made.add(of_texts)
     return made.split(share, {domain: domain for domain in corpus})
 
 
@@ -91,7 +92,7 @@ def test_boilerplate_of_all_documents_does_not_make_one_group() -> None:
 
 
 def test_memory_is_bounded_and_long_overlaps_are_still_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "MAX_HASHES", 20_000)
+    monkeypatch.setattr(signatures, "MAX_HASHES", 20_000)
     half = [" ".join(words(n, 400)) for n in range(100)]
     split = splitter({"a": [half[n // 2] + " " + " ".join(words(900 + n, 400)) for n in range(200)]}, 0.1)
     assert split.facts["kept_share"] == 1 / 8  # of some 157,600 hashes
