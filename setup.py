@@ -1,5 +1,6 @@
-"""Package mocte-ds: `pip install -e .[all,dev]`."""
+"""Package mocte-ds: `pip install -e .[all,dev]`; MANIFEST.in says what else a source distribution holds."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
@@ -7,7 +8,7 @@ from setuptools import find_namespace_packages, setup
 HERE = Path(__file__).parent
 HUGGING_FACE = ["transformers>=5.0,<6", "tokenizers>=0.20", "safetensors>=0.4", "sentencepiece>=0.2", "protobuf>=4"]
 EXTRAS = {
-    # launch/pretrain.py, tools/train_tokenizer.py, tools/prepare_data.py
+    # launch/pretrain.py, tools/train_tokenizer.py, tools/prepare_data.py, tools/study.py
     "train": [
         "megatron-core>=0.16,<0.17",  # its indexed datasets
         "sentencepiece>=0.2",
@@ -28,8 +29,10 @@ EXTRAS = {
     "report": ["matplotlib>=3.8", "pyyaml>=6"],
 }
 APPLICATION = ["train", "hf", "megatron", "eval", "trainer", "report"]
-# They measure and compare this project; command.py says so where their tools are asked for.
-CHECKOUT_ONLY = ["mocte_ds.benchmark", "mocte_ds.benchmark.*", "mocte_ds.study", "mocte_ds.study.*"]
+# It measures this project; command.py says so where its tool is asked for.
+CHECKOUT_ONLY = ["mocte_ds.benchmark", "mocte_ds.benchmark.*"]
+# Copied into the package when it is built, beside each other as here: mocte_ds/shipped.py.
+BESIDE = {"tools": [], "launch": ["runs/*.yaml", "studies/*.yaml"], "ds_configs": ["*.json"]}
 DEV = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.5",
@@ -43,18 +46,42 @@ DEV = [
     "types-tqdm",
 ]
 
+
+def description() -> str:
+    """README.md without pictures, and with plain text for what links into the repository."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 setup(
     name="mocte-ds",
     version="0.1.0",
     description="DeepSpeed plugin: pre-training with mixtures of cluster-oriented, trainability-aware experts (MO-CTE)",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
+    author="The authors of mocte-ds",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords=["mixture of experts", "pre-training", "deepspeed", "language models"],
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
-    packages=[*find_namespace_packages(include=["mocte_ds", "mocte_ds.*"], exclude=CHECKOUT_ONLY), "mocte_ds.tools"],
-    package_dir={"mocte_ds.tools": "tools"},
+    packages=[
+        *find_namespace_packages(include=["mocte_ds", "mocte_ds.*"], exclude=CHECKOUT_ONLY),
+        *(f"mocte_ds.{name}" for name in BESIDE),
+    ],
+    package_dir={f"mocte_ds.{name}": name for name in BESIDE},
     entry_points={"console_scripts": ["mocte-ds = mocte_ds.command:main"]},
-    package_data={"mocte_ds": ["corpus/*.jsonl.gz", "evaluation/tasks/*", "plan/hardware.yaml"]},
+    package_data={
+        "mocte_ds": ["py.typed", "corpus/*.jsonl.gz", "evaluation/tasks/*", "plan/hardware.yaml"],
+        **{f"mocte_ds.{name}": patterns for name, patterns in BESIDE.items()},
+    },
     python_requires=">=3.11",
     # What `import mocte_ds; mocte_ds.initialize` needs in anybody's training script.
     install_requires=[

@@ -1,4 +1,4 @@
-"""Pre-trains a decoder: deepspeed launch/pretrain.py --run launch/runs/NAME.yaml [--out DIR] [--set KEY=VALUE].
+"""Pre-trains a decoder: deepspeed launch/pretrain.py --run FILE [--out DIR] [--set KEY=VALUE].
 
 torchrun reads --run as the beginning of one of its own options; --run-file is the same under every launcher.
 """
@@ -17,19 +17,23 @@ from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
 from mocte_ds.ownership.run_lock import RunLock, run_lock
 from mocte_ds.paths import require_folder_for
+from mocte_ds.shipped import INSTALLED, ROOT
 from mocte_ds.stop import end_on_signals
 from mocte_ds.training.lost import forget_cause, give_way, word_of_errors
 
 if TYPE_CHECKING:
     from mocte_ds.training.start import Start
 
-EXTENSIONS = Path(__file__).resolve().parents[1] / ".cache" / "torch_extensions"
+EXTENSIONS = None if INSTALLED else ROOT / ".cache" / "torch_extensions"
+"""Of a checkout, where launch/setup.sh builds too; None: the user's."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", "--run-file", type=Path, required=True, help="run file (YAML)")
+    parser.add_argument(
+        "--run", "--run-file", type=Path, required=True, help="run file (YAML), or the name of one that ships"
+    )
     parser.add_argument("--out", type=Path, default=None, help="the run's folder (default: runs/NAME)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the run file")
     parser.add_argument("--resume", default="auto", help="auto (default), no, or the folder of a run to go on from")

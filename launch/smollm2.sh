@@ -21,7 +21,11 @@ while [ $# -gt 0 ]; do
 done
 
 . launch/setup.sh
-. launch/ranks.sh
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+processes=$(python -m mocte_ds.hosts.local)
+on_ranks() { python -m mocte_ds.hosts.local "$@"; }
+# As a value of --set, which is YAML: a name like 'a #1' or '[1]' must stay a name.
+quoted() { python -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1"; }
 [ "$processes" -gt 1 ] || options+=(--set deepspeed.mocte.ep_size=1)
 step() { printf '\n[%s] %s\n' "$1" "$2"; }
 score() {

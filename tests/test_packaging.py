@@ -1,7 +1,10 @@
 """setup.py declares what is imported, and the plugin does without the extras."""
 
 import ast
+import email
+import fnmatch
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -14,9 +17,15 @@ import pytest
 
 from mocte_ds import command as command_line
 from mocte_ds.errors import ConfigError
+from tests.e2e.conftest import prepared  # noqa: F401  a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ("clusters", "controller", "dist", "moe", "spectrum", "trainability", "zero", "engine.py", "config.py")
+NOT_OURS = (
+    *(".git", ".venv", ".cache", "runs", "site", "build", "dist", "*.egg-info", "__pycache__", "*.pyc", ".coverage*"),
+    *(".pytest_cache", ".ruff_cache", ".mypy_cache", "hostfile", ".mocte-ds.json"),
+)
+"""What .gitignore names, and git's own."""
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "lm_eval": "lm-eval", "megatron": "megatron-core"}
 """Packages whose distribution has another name."""
 
@@ -107,21 +116,122 @@ def test_a_tool_without_its_package_says_which_extra_to_install() -> None:
     assert done.returncode == 2 and "pip install 'mocte-ds[train]'" in done.stderr, done.stderr
 
 
-def test_the_wheel_has_no_benchmarks_and_no_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Built as pip builds it, and looked into."""
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", ".cache", "runs", "site", "build"))
-    command = [sys.executable, "-c", "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source distribution, and the wheel that is built from nothing else, as an index and pip do."""
+    folder = tmp_path_factory.mktemp("built")
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_OURS))
+    sdist = folder / "source" / _build("build_sdist", folder / "source")
+    shutil.unpack_archive(sdist, folder / "unpacked", filter="data")
+    unpacked = next((folder / "unpacked").iterdir())
+    return unpacked, unpacked / _build("build_wheel", unpacked)
+
+
+def _build(what: str, source: Path) -> str:
+    command = [sys.executable, "-c", f"from setuptools import build_meta; print(build_meta.{what}('dist'))"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(next((source / "dist").glob("*.whl"))) as wheel:
-        names = wheel.namelist()
-    assert {"mocte_ds/engine.py", "mocte_ds/plan/hardware.yaml", "mocte_ds/tools/plan.py"} <= set(names)
-    assert not [name for name in names if re.match(r"mocte_ds/(benchmark|study)/|tests/", name)]
+    return f"dist/{done.stdout.split()[-1]}"
+
+
+@pytest.fixture(scope="module")
+def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's files as pip puts them; what it requires is that of this environment."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        folder,
+        built[1],
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", "import mocte_ds; print(mocte_ds.__file__)"]
+    found = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=60)
+    assert found.stdout == f"{folder / 'mocte_ds' / '__init__.py'}\n", "not what is tested"
+    return folder
+
+
+def tool(installed: Path, where: Path, *words: object, timeout: float = 300) -> subprocess.CompletedProcess:
+    """`mocte-ds` of the installed package, with nothing of the repository on Python's path."""
+    environment = {**os.environ, "PYTHONPATH": str(installed), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mocte_ds.command", *map(str, words)]
+    return subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def test_the_source_distribution_is_complete(built: tuple[Path, Path]) -> None:
+    def files(root: Path) -> dict[str, Path]:
+        found = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
+        skipped = [re.compile(fnmatch.translate(pattern)) for pattern in NOT_OURS]
+        return {
+            name: path for name, path in found.items() if not any(p.match(x) for p in skipped for x in name.split("/"))
+        }
+
+    wanted, unpacked = files(ROOT), files(built[0])
+    assert not wanted.keys() - unpacked.keys(), "not in the source distribution"
+    assert unpacked.keys() - wanted.keys() <= {"PKG-INFO", "setup.cfg"}
+    assert all(unpacked[name].read_bytes() == path.read_bytes() for name, path in wanted.items())
+
+
+def test_the_wheel_has_what_runs_and_no_benchmarks(built: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(built[1]) as wheel:
+        names = set(wheel.namelist())
+        metadata = email.message_from_bytes(wheel.read(next(n for n in names if n.endswith(".dist-info/METADATA"))))
+    assert {"mocte_ds/engine.py", "mocte_ds/plan/hardware.yaml", "mocte_ds/tools/plan.py", "mocte_ds/py.typed"} <= names
+    for pattern in ("launch/*.py", "launch/runs/*.yaml", "launch/studies/*.yaml", "ds_configs/*.json", "tools/*.py"):
+        files = {f"mocte_ds/{path.relative_to(ROOT)}" for path in ROOT.glob(pattern)}
+        assert files and files <= names, pattern
+    assert not [name for name in names if re.match(r"mocte_ds/benchmark/|tests/", name)]
+    links = re.findall(r"\]\(([^)]*)\)", str(metadata.get_payload()))
+    assert all(link.startswith("https://") for link in links), "a link into the repository leads nowhere"
+    assert "tools/prepare_data.py" in str(metadata.get_payload())
     found = importlib.util.find_spec
-    gone = ("mocte_ds.benchmark", "mocte_ds.study")
+    gone = ("mocte_ds.benchmark",)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in gone else found(name, *more))
     assert "plan" in command_line.tools() and not set(command_line.CHECKOUT_ONLY) & command_line.tools().keys()
     monkeypatch.setattr(sys, "argv", ["mocte-ds", "benchmark", "step"])
     with pytest.raises(ConfigError, match="needs a checkout"):
         command_line._run()
+
+
+@pytest.mark.usefixtures("deepspeed_op")
+def test_the_wheel_trains_by_the_name_of_a_run_file(installed: Path, prepared: Path, tmp_path: Path) -> None:  # noqa: F811
+    changes = [
+        *("training.steps=4", "training.batch_tokens=512", "training.micro_batch=4", "training.warmup_steps=1"),
+        *(
+            "training.context=32",
+            "evaluation.every=4",
+            "evaluation.sequences_per_domain=1",
+            "model.num_hidden_layers=1",
+        ),
+        *("model.hidden_size=32", "model.intermediate_size=48", f"data.prepared={prepared}"),
+    ]
+    options = [word for change in changes for word in ("--set", change)]
+    done = tool(installed, tmp_path, "pretrain", "--run", "quickstart", "--processes", 2, *options, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "step" in row] == [1, 2, 3, 4]
+    run = json.loads((tmp_path / "runs" / "quickstart" / "run.json").read_text())
+    assert run["world_size"] == 2
+    assert not list((installed / "mocte_ds").glob(".cache")), "what is compiled is the user's, not the package's"
+
+
+def test_the_wheel_knows_its_studies_tasks_and_version(installed: Path, tmp_path: Path) -> None:
+    done = tool(installed, tmp_path, "study", "smoke", "--list")
+    assert done.returncode == 0 and "loss-free-seed0" in done.stdout, done.stderr
+    done = tool(installed, tmp_path, "--version")
+    assert done.returncode == 0 and done.stdout.startswith("mocte-ds "), done.stderr
+    done = tool(installed, tmp_path, "quickstart", "--help")
+    assert done.returncode == 0 and "--fresh" in done.stdout, done.stderr
+    done = tool(installed, tmp_path, "tasks", tmp_path / "tasks")
+    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'tasks'}\n", done.stderr
+    text = (tmp_path / "tasks" / "openbookqa_offline.yaml").read_text(encoding="utf-8")
+    data = re.findall(r'"([^"]*\.jsonl\.gz)"', text)
+    assert len(data) == 1 and Path(data[0]).is_file() and Path(data[0]).is_relative_to(installed)

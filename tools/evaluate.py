@@ -1,4 +1,4 @@
-"""Evaluates an exported model or a checkpoint with lm-evaluation-harness; no network is needed."""
+"""Evaluates an exported model or a checkpoint with lm-evaluation-harness; tasks that ship need no network."""
 
 import argparse
 import json
@@ -22,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         help="folder made by tools/export_hf.py (any Hugging Face causal model), or a run's checkpoints",
     )
     parser.add_argument(
-        "--tasks", default=None, help=f"names, separated by commas (default: {_TASKS}, or none where texts are given)"
+        "--tasks",
+        default=None,
+        help="names of shipped and of lm-eval's own tasks, groups and tags, separated by commas (default: "
+        f"{_TASKS}, or none where texts are given)",
     )
     parser.add_argument(
         "--texts",
@@ -39,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         "--offline",
         type=Path,
         default=None,
-        help="folder filled by tools/get_benchmarks.py: lm-eval's own tasks run from it, and mocte-core for 15 of them",
+        help="folder filled by tools/get_benchmarks.py: lm-eval's own tasks run from it, without a network, and "
+        "mocte-core for 15 of them",
     )
     parser.add_argument("--include-path", type=Path, default=None, help="folder with more lm-eval task files")
     parser.add_argument(

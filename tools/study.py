@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import ConfigError
 from mocte_ds.paths import require_folder_for
+from mocte_ds.shipped import shipped_file
 
 if TYPE_CHECKING:
     from mocte_ds.study import Study
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         epilog="example: python tools/study.py launch/studies/baselines.yaml --only hash --seeds 0",
     )
-    parser.add_argument("file", type=Path, help="study file (YAML), e.g. launch/studies/baselines.yaml")
+    parser.add_argument("file", type=Path, help="study file (YAML), or the name of one that ships, e.g. baselines")
     parser.add_argument(
         "--out", type=Path, help="folder of the runs (default: runs/studies/NAME); what is done is kept"
     )
@@ -44,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
 
-    from mocte_ds.study import MOST_RANKS, StudyRunner, all_tables, read_study, require_checkout
+    from mocte_ds.study import MOST_RANKS, StudyRunner, all_tables, read_study
 
-    require_checkout()
-    study = read_study(args.file).with_shared(args.set)
+    study = read_study(shipped_file("studies", args.file)).with_shared(args.set)
     for name, value in (("--processes", args.processes), ("--at-once", args.at_once)):
         if value is not None and not 1 <= value <= MOST_RANKS:
             raise ConfigError(f"{name} {value} must lie between 1 and {MOST_RANKS}.")

@@ -1,11 +1,8 @@
-"""Runs lm-evaluation-harness without a network, on an exported folder or a run's checkpoint, on one process or many."""
+"""Runs lm-evaluation-harness on an exported folder or a run's checkpoint, on one process or many."""
 
 import contextlib
-import glob
-import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -17,13 +14,15 @@ from mocte_ds.checkpoints.place import is_checkpoint
 from mocte_ds.errors import ConfigError, MocteError
 from mocte_ds.evaluation.benchmarks import Benchmarks
 from mocte_ds.evaluation.results import collect, table
-from mocte_ds.evaluation.selection import TASKS, chances, manager, offline_tasks, select
+from mocte_ds.evaluation.selection import chances, manager, matching, offline_tasks, select
+from mocte_ds.evaluation.task_files import task_files
 from mocte_ds.evaluation.texts import score_corpus
 from mocte_ds.shown import one_line
 
 __all__ = ["evaluate", "offline_tasks", "table"]
 
 _WARNED = "lm_eval.models.huggingface"
+_HUB = "data of the hub"
 
 
 def evaluate(
@@ -45,15 +44,15 @@ def evaluate(
 
     Args:
         model_dir: Hugging Face folder with model and tokenizer, or a run's folder of checkpoints, or one of them.
-        tasks: names of shipped tasks, of tasks in ``include_path``, and with ``offline`` of lm-eval's own; `mocte-core`
-            for 15 of these.
+        tasks: names of shipped tasks, of tasks in ``include_path`` and of lm-eval's own, also its groups, tags and
+            patterns; `mocte-core` for 15 of these. No network is used for shipped ones.
         limit: items of each task; None: all.
         batch_size: sequences of a forward.
         device: torch device; None: the GPU of this rank, else the CPU.
         num_fewshot: examples before each question; None: the task's own number.
         include_path: folder with more lm-eval task files.
         seed: of the few-shot examples.
-        offline: folder that tools/get_benchmarks.py has filled.
+        offline: folder that tools/get_benchmarks.py has filled, in place of a network.
         run_code: whether programs that the model writes may run, as HumanEval has it.
         chat_template: whether questions are put as the tokenizer's template of a conversation has it.
         model_args: of :class:`mocte_ds.evaluation.harness_models.MocteLM`, for a checkpoint.
@@ -75,9 +74,12 @@ def evaluate(
         raise ConfigError(f"no task is named; these ship with mocte-ds: {sorted(offline_tasks())}.")
     _require_counts(limit, batch_size, num_fewshot)
     benchmarks = None if offline is None else Benchmarks(offline)
-    # No hub can be reached from most compute nodes, and waiting for one takes minutes.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    selection = select(tasks, include_path, benchmarks is not None, run_code)
+    selection = select(tasks, include_path, run_code)
+    online = benchmarks is None and not selection.shipped
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if not online:
+        # No hub can be reached from most compute nodes, and waiting for one takes minutes.
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     import datasets
     import lm_eval
 
@@ -85,7 +87,8 @@ def evaluate(
     datasets.disable_progress_bars()
     with contextlib.ExitStack() as stack:
         shipped, cache = stack.enter_context(_task_folder()), stack.enter_context(tempfile.TemporaryDirectory())
-        datasets.config.HF_DATASETS_CACHE = Path(cache)
+        if not online:
+            datasets.config.HF_DATASETS_CACHE = Path(cache)
         model = _model(folder, batch_size, device, model_args or {})
         if selection.names and limit is not None and limit < model.replicas.count:
             raise ConfigError(
@@ -100,11 +103,12 @@ def evaluate(
         own = [] if include_path is None else [str(include_path)]
         tasks_of = manager([shipped, *selection.folders, *own], selection.everything, num_fewshot)
         if selection.names:
+            names = matching(selection.names, tasks_of)
             where = f"the task files of {include_path}" if include_path else offline and f"the data in {offline}"
-            with _refusing(selection.names, where):
+            with _refusing(names, where or (_HUB if online else None)):
                 found = lm_eval.simple_evaluate(
                     model=model,
-                    tasks=selection.names,
+                    tasks=names,
                     limit=limit,
                     num_fewshot=num_fewshot,
                     task_manager=tasks_of,
@@ -143,13 +147,10 @@ def _require_counts(limit: int | None, batch_size: int, num_fewshot: int | None)
 
 @contextlib.contextmanager
 def _task_folder() -> Iterator[str]:
-    """The shipped task files with the folder of their data filled in, for as long as they are needed."""
+    """The shipped task files, for as long as they are needed."""
     with tempfile.TemporaryDirectory() as folder:
-        for path in TASKS.glob("*.yaml"):
-            text = path.read_text(encoding="utf-8")
-            # `datasets` takes the name of a file for a pattern.
-            text = re.sub(r'"@TASKS@/([^"]+)"', lambda found: json.dumps(glob.escape(str(TASKS / found[1]))), text)
-            Path(folder, path.name).write_text(text, encoding="utf-8")
+        for name, content in task_files().items():
+            Path(folder, name).write_bytes(content)
         yield folder
 
 
@@ -165,9 +166,11 @@ def _refusing(names: Sequence[str], where: str | Path | None) -> Iterator[None]:
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = one_line(error) if str(error).strip() else f"in {Path(place.filename).name}: {place.line}"
+        way_out = "Mend the task file, or leave the task out."
+        if where == _HUB:
+            way_out = "Without a network, --offline takes a folder that tools/get_benchmarks.py has filled."
         raise ConfigError(
-            f"lm-eval could not run {', '.join(names)} with {where}: {type(error).__name__}: {text}. Mend the task "
-            "file, or leave the task out."
+            f"lm-eval could not run {', '.join(names)} with {where}: {type(error).__name__}: {text}. {way_out}"
         ) from error
 
 

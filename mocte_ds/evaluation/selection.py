@@ -1,6 +1,7 @@
 """Which tasks the names on a command line mean, where their files lie, and what guessing gives in each."""
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,13 @@ from typing import Any
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.evaluation.benchmarks.catalogue import CORE, GROUP
+from mocte_ds.evaluation.task_files import TASKS
 from mocte_ds.yaml_files import read_yaml
 
-TASKS = Path(__file__).parent / "tasks"
 _EXECUTED = ("humaneval",)
 """Tasks that run what the model has written."""
+_NAMED = re.compile(r'^"?(task|group)"?: *"?([^\s"#]+)"? *$', re.MULTILINE)
+_PATTERN = frozenset("*?[")
 
 
 def offline_tasks() -> dict[str, dict[str, Any]]:
@@ -30,59 +33,95 @@ class Selection:
     """With the task files of lm-eval that are needed."""
     everything: bool = False
     """Whether all of lm-eval's task files have to be read, which takes a minute."""
+    shipped: bool = True
+    """Whether all of them ship with mocte-ds, so that no network is needed."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Tasks of a group that do not run, and why."""
 
 
-def select(tasks: Sequence[str], include_path: str | Path | None, offline: bool, run_code: bool) -> Selection:
+def select(tasks: Sequence[str], include_path: str | Path | None, run_code: bool) -> Selection:
     """Find tasks by their names.
 
     Args:
-        tasks: names; `mocte-core` stands for :data:`CORE`.
-        include_path: folder with more task files, whose names are not looked at here.
-        offline: whether there are data for lm-eval's own tasks.
+        tasks: names, also of groups and tags, and patterns, as lm-eval has them; `mocte-core` stands for :data:`CORE`.
+        include_path: folder with more task files.
         run_code: whether programs that a model writes may run.
 
     Raises:
-        ConfigError: an unknown name (names the nearest ones), or one that needs ``offline`` or ``run_code``.
+        ConfigError: a name that stands in no task file (names the nearest ones), or one that needs ``run_code``.
     """
-    names = dict.fromkeys(name for task in tasks for name in (CORE if task == GROUP else (task,)))
-    known, found = offline_tasks(), Selection([])
-    missing = [name for name in names if name not in known]
-    if missing and not offline and include_path is None:
-        near = difflib.get_close_matches(missing[0], known, n=2, cutoff=0.3)
-        raise ConfigError(
-            f"task '{missing[0]}' does not ship with mocte-ds; nearest: {near or 'none'}; all: {sorted(known)}. "
-            "--include-path takes a folder with more lm-eval tasks, --offline one with the data of standard tasks "
-            "(tools/get_benchmarks.py)."
-        )
-    for name in names:
+    found, known = Selection([]), offline_tasks()
+    for name in dict.fromkeys(name for task in tasks for name in (CORE if task == GROUP else (task,))):
         if not name.startswith(_EXECUTED) or run_code:
             found.names.append(name)
         elif name in tasks:
             raise ConfigError(f"{name} runs programs that the model has written; --run-code allows it.")
         else:
             found.left_out[name] = "it runs programs that the model has written, which --run-code allows"
-    if offline:
-        places = _places([name for name in found.names if name not in known])
-        found.folders = sorted({str(folder) for folder in places.values() if folder is not None})
-        found.everything = None in places.values()
+    others = [name for name in found.names if name not in known]
+    found.shipped = not others
+    if others:
+        given = _TaskFiles([] if include_path is None else Path(include_path).rglob("*.yaml"), others)
+        rest = [name for name in others if name not in given.folders]
+        theirs = _TaskFiles(_of_lm_eval().rglob("*.yaml") if rest else [], rest)
+        for name in rest:
+            if name not in given.mentioned | theirs.mentioned and not _PATTERN & {*name}:
+                raise _unknown(name, [*known, *given.names, *theirs.names])
+        found.folders = sorted({str(folder) for folder in theirs.folders.values()})
+        found.everything = any(name not in theirs.folders for name in rest)
     return found
 
 
-def _places(names: Sequence[str]) -> dict[str, Path | None]:
-    """The folder of lm-eval in which a task's file lies; None: unknown, or a group whose tasks lie elsewhere."""
-    import lm_eval
+class _TaskFiles:
+    """What the text of some task files tells of some names, without lm-eval's reading of all of them."""
 
-    root = Path(lm_eval.__file__).parent / "tasks"
-    line = re.compile(rf'^"?(task|group)"?: *"?({"|".join(map(re.escape, names))})"? *$', re.MULTILINE)
-    places: dict[str, Path | None] = dict.fromkeys(names)
-    if names:
-        for path in sorted(root.rglob("*.yaml")):
-            for kind, name in line.findall(path.read_text(encoding="utf-8", errors="replace")):
-                if kind == "task" or name in CORE:
-                    places[name] = places[name] or path.parent
-    return places
+    def __init__(self, paths: Iterable[Path], names: Sequence[str]) -> None:
+        self.folders: dict[str, Path] = {}
+        """Of the tasks whose files these are; a group's tasks may lie elsewhere, but for those of :data:`CORE`."""
+        self.mentioned: set[str] = set()
+        self.names: set[str] = set()
+        """All tasks and groups."""
+        for path in sorted(paths):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            self.mentioned.update(name for name in names if name in text)
+            for kind, name in _NAMED.findall(text):
+                self.names.add(name)
+                if name in names and (kind == "task" or name in CORE):
+                    self.folders.setdefault(name, path.parent)
+
+
+def _of_lm_eval() -> Path:
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("lm_eval is not installed", name="lm_eval")
+    return Path(spec.origin).parent / "tasks"
+
+
+def _unknown(name: str, names: Iterable[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, sorted({*names}), n=3, cutoff=0.5)
+    return ConfigError(
+        f"there is no task '{name}' in mocte-ds, in lm-eval or in --include-path; nearest: {near or 'none'}; these "
+        f"ship with mocte-ds: {sorted(offline_tasks())}."
+    )
+
+
+def matching(names: Iterable[str], tasks_of: Any) -> list[str]:
+    """Names of tasks, groups and tags, with those that fit a pattern in its place.
+
+    Args:
+        names: and patterns.
+        tasks_of: made by :func:`manager`.
+
+    Raises:
+        ConfigError: there is none; names the nearest ones.
+    """
+    found: list[str] = []
+    for name in names:
+        fitting = [name] if name in tasks_of.all_tasks else tasks_of.match_tasks([name])
+        if not fitting:
+            raise _unknown(name, tasks_of.all_tasks)
+        found += fitting
+    return list(dict.fromkeys(found))
 
 
 def manager(folders: Sequence[str], everything: bool, num_fewshot: int | None) -> Any:

@@ -1,6 +1,6 @@
 """Comparisons: the same run with other settings and seeds, equal trials of the learning rate, tables and a page."""
 
-from mocte_ds.study.launch import StudyRunner, require_checkout
+from mocte_ds.study.launch import StudyRunner
 from mocte_ds.study.plan import MOST_RANKS, Arm, PlannedRun, Study, read_study
 from mocte_ds.study.results import RunResult, read_result
 from mocte_ds.study.tables import all_tables
@@ -15,5 +15,4 @@ __all__ = [
     "all_tables",
     "read_result",
     "read_study",
-    "require_checkout",
 ]

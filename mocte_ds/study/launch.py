@@ -1,18 +1,16 @@
 """Runs what a study file asks for through the `deepspeed` launcher: trials of the learning rate, then what compares."""
 
 import json
-import os
-import shutil
-import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mocte_ds.errors import ConfigError, MocteError
+from mocte_ds.hosts.local import command, environment, gpus
 from mocte_ds.ownership import append, put, require_ours
 from mocte_ds.plan.parameters import count_parameters
+from mocte_ds.shipped import LAUNCH
 from mocte_ds.study.child import Job, run_jobs
 from mocte_ds.study.clocks import at_edge, best_rates
 from mocte_ds.study.page import study_page
@@ -21,18 +19,9 @@ from mocte_ds.study.results import RunResult, read_result
 from mocte_ds.study.settings import differences, wanted_settings
 from mocte_ds.study.tables import all_tables
 
-PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
+_PRETRAIN = LAUNCH / "pretrain.py"
 _TAIL, _TOOL = 8, "study"
 _FILES = ("results.json", "results.md", "index.html")
-
-
-def require_checkout() -> None:
-    """Raise MocteError where launch/pretrain.py is not there: it is not part of the installed package."""
-    if not PRETRAIN.is_file():
-        raise MocteError(
-            f"studies start launch/pretrain.py, and {PRETRAIN} is not there: run tools/study.py in a checkout of this "
-            "project."
-        )
 
 
 class StudyRunner:
@@ -59,12 +48,11 @@ class StudyRunner:
             ConfigError: settings that are refused; or a folder that holds a run of other settings.
             DataError: the data is not there.
         """
-        require_checkout()
         self.study, self.out, self._report, self._at_once = study, out, report, at_once
         self._chosen = chosen or study
         wanted = at_once * study.processes
-        if at_once > 1 and _gpus() and wanted > _gpus():
-            raise ConfigError(f"--at-once {at_once} wants {wanted} GPUs, and there are {_gpus()}.")
+        if at_once > 1 and gpus() and wanted > gpus():
+            raise ConfigError(f"--at-once {at_once} wants {wanted} GPUs, and there are {gpus()}.")
         self._wanted: dict[str, dict[str, Any]] = {}
         self._parameters: dict[str, tuple[int, int]] = {}
         self._done: dict[str, RunResult] = {}  # logs of a run that is done are read once
@@ -205,22 +193,17 @@ class StudyRunner:
         return results
 
     def _start(self, planned: PlannedRun, log: Path, place: int) -> tuple[list[str], dict[str, str]]:
-        command = self._command(planned, place)
-        append(log, json.dumps(command) + "\n", _TOOL)
-        return command, _environment(self.study.processes * self._at_once)
+        words = self._command(planned, place)
+        append(log, json.dumps(words) + "\n", _TOOL)
+        return words, environment(self.study.processes * self._at_once)
 
     def _command(self, planned: PlannedRun, place: int) -> list[str]:
         count = self.study.processes
-        command = [_deepspeed(), "--log_level", "error", "--master_port", str(_port())]
-        if self._at_once > 1 and _gpus():
-            devices = range(place * count, (place + 1) * count)
-            command += ["--include", "localhost:" + ",".join(map(str, devices))]
-        else:
-            command += ["--num_accelerators", str(count)]
-        command += [str(PRETRAIN), "--run", str(self.study.run), "--out", str(self.out / planned.name)]
+        devices = range(place * count, (place + 1) * count) if self._at_once > 1 and gpus() else None
+        options = ["--run", str(self.study.run), "--out", str(self.out / planned.name)]
         for change in self.study.changes(planned):
-            command += ["--set", change]
-        return command
+            options += ["--set", change]
+        return command(_PRETRAIN, options, count, devices)
 
 
 def _reason(output: str, log: Path) -> str:
@@ -232,37 +215,5 @@ def _reason(output: str, log: Path) -> str:
     return f"the end of {log}:\n" + "\n".join(lines[-_TAIL:])
 
 
-def _deepspeed() -> str:
-    """The launcher that belongs to this Python, or else the one on the path."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    found = shutil.which("deepspeed", path=places)
-    if found is None:
-        raise MocteError(
-            f"there is no program `deepspeed` beside {sys.executable} nor on the PATH; run launch/setup.sh."
-        )
-    return found
-
-
 def _said(found: RunResult) -> str:
     return "diverged" if found.diverged else f"loss {found.loss:.4f}, {found.seconds:.0f} s"
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _environment(processes: int) -> dict[str, str]:
-    """Without a GPU processes share the cores: more threads than cores make all of them slow."""
-    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
-    if not _gpus():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    return environment
-
-
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

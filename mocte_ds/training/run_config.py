@@ -14,6 +14,7 @@ from mocte_ds.data.verify import Amount
 from mocte_ds.deepspeed_settings import checked_settings
 from mocte_ds.errors import ConfigError
 from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
+from mocte_ds.shipped import shipped_file
 from mocte_ds.shown import name_shown, nearest, shown
 from mocte_ds.training.model import NO_LIMIT, ModelConfig, StoredModel, TransformersModel, model_facts
 from mocte_ds.training.model_config import config_from, require_known
@@ -240,13 +241,15 @@ def read_run(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """Read and check a run file.
 
     Args:
-        path: YAML file with the sections model, data, training, evaluation, watch and deepspeed.
+        path: YAML file with the sections model, data, training, evaluation, watch and deepspeed; or the name of a
+            shipped one.
         changes: `section.key=value` each, value in YAML; they win over the file.
 
     Raises:
         ConfigError: unreadable file, unknown section or key (with the nearest valid one), wrong value, missing value.
     """
-    values = read_values(Path(path), changes)
+    path = shipped_file("runs", path)
+    values = read_values(path, changes)
     allowed = [f.name for f in fields(RunConfig) if f.name != "init"]
     for name in values:
         if name not in allowed:

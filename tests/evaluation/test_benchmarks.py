@@ -161,15 +161,12 @@ def test_a_package_with_other_numbers_of_items_is_refused(wheel: Path, monkeypat
 
 
 def test_the_core_has_fifteen_tasks_and_code_runs_on_request_alone() -> None:
-    found = selection.select(["mocte-core"], None, True, False)
+    found = selection.select(["mocte-core"], None, False)
     assert len(CORE) == 15 and found.names == [name for name in CORE if name != "humaneval"]
     assert not found.everything and "--run-code" in found.left_out["humaneval"]
-    assert selection.select(["mocte-core"], None, True, True).names == list(CORE)
+    assert selection.select(["mocte-core"], None, True).names == list(CORE)
     with pytest.raises(ConfigError, match="humaneval runs programs that the model has written; --run-code"):
-        selection.select(["humaneval"], None, True, False)
-    with pytest.raises(ConfigError, match="'hellaswag' does not ship with mocte-ds.*--offline"):
-        selection.select(["hellaswag"], None, False, False)
-    assert selection.select(["no_such_task"], None, True, False).everything
+        selection.select(["humaneval"], None, False)
 
 
 def test_programs_pass_only_if_they_end_well() -> None:

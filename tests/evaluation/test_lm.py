@@ -14,7 +14,8 @@ from mocte_ds.convert.hf.tokenizer import SourceTokenizer
 from mocte_ds.data import embedded_corpus, read_corpus, train_tokenizer
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.evaluation import evaluate, offline_tasks
-from mocte_ds.evaluation.lm import TASKS, table
+from mocte_ds.evaluation.lm import table
+from mocte_ds.evaluation.task_files import TASKS
 from tests.spawn import spawn
 
 LIMIT = 7
@@ -97,7 +98,7 @@ def test_table_says_value_error_and_chance() -> None:
 
 
 def test_unknown_task_and_wrong_folder(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="openbookqa_offlin' does not ship.*'openbookqa_offline'"):
+    with pytest.raises(ConfigError, match="no task 'openbookqa_offlin' .*nearest: .'openbookqa_offline'"):
         evaluate(folder, ["openbookqa_offlin"])
     with pytest.raises(CheckpointError, match="not an exported model: config.json is missing"):
         evaluate(tmp_path / "nothing", ["openbookqa_offline"])

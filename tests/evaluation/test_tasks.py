@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mocte_ds.data.hf_tokenizer import HFTokenizer
 from mocte_ds.errors import ConfigError
-from mocte_ds.evaluation import evaluate, lm
+from mocte_ds.evaluation import evaluate, lm, task_files
 from mocte_ds.evaluation.results import collect, table
 
 TEXTS = ["a b c d a b", "d d c", "b a"]
@@ -117,10 +117,10 @@ def test_shipped_tasks_read_their_own_data_where_a_folder_looks_like_a_pattern(
     import datasets
 
     for name in ('r[1] "x', 'r1 "x'):
-        shutil.copytree(lm.TASKS, tmp_path / name)
+        shutil.copytree(task_files.TASKS, tmp_path / name)
         row = {"question": name, "choices": ["a", "b"], "answer": 0}
         (tmp_path / name / "openbookqa.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
-    monkeypatch.setattr(lm, "TASKS", tmp_path / 'r[1] "x')
+    monkeypatch.setattr(task_files, "TASKS", tmp_path / 'r[1] "x')
     with lm._task_folder() as folder:
         task = yaml.safe_load(Path(folder, "openbookqa_offline.yaml").read_text())
         found = datasets.load_dataset("json", **task["dataset_kwargs"], cache_dir=str(tmp_path / "cache"))

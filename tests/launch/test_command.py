@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +26,13 @@ def test_passes_options_on() -> None:
     assert done.returncode == 0 and "--validation-share" in done.stdout and "mocte-ds prepare_data" in done.stdout
 
 
+def test_version() -> None:
+    done = command("--version")
+    assert done.returncode == 0 and done.stdout == f"mocte-ds {metadata.version('mocte-ds')}\n"
+
+
 def test_errors() -> None:
     done = command("prepare_date")
-    assert done.returncode == 2 and "there is no tool 'prepare_date'" in done.stderr
+    assert done.returncode == 2 and "no tool prepare_date. Did you mean 'prepare_data'?" in done.stderr
     done = command("prepare_data", "--out", "nowhere", "--tokenizer", "none.model")
     assert done.returncode == 2 and "none.model: no such tokenizer" in done.stderr

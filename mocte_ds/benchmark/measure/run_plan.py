@@ -5,16 +5,14 @@ from pathlib import Path
 
 import torch
 
-import mocte_ds
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.attach import matching_modules
+from mocte_ds.shipped import shipped_file
 from mocte_ds.training.ledger import Ledger
 from mocte_ds.training.model import ModelConfig, make_model
 from mocte_ds.training.model_sizes import ModelSizes, config_sizes
 from mocte_ds.training.run_config import RunConfig, read_run
-
-_RUNS = Path(mocte_ds.__file__).resolve().parent.parent / "launch" / "runs"
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,13 @@ def read_plan(path: str | Path, ranks: int) -> RunPlan:
     """Read a run file.
 
     Args:
-        path: a file, or the name of one in launch/runs.
+        path: a file, or the name of one that ships.
         ranks: data-parallel ranks.
 
     Raises:
         MocteError: no such file, a run without a "mocte" block, or ranks that do not divide its batch.
     """
-    named = _RUNS / f"{path}.yaml"
-    found = named if named.is_file() else Path(path)
-    if not found.is_file():
-        known = ", ".join(sorted(p.stem for p in _RUNS.glob("*.yaml"))) or "none: the repository is not here"
-        raise MocteError(f"there is no run file {path}; give the path of one, or a name of launch/runs ({known}).")
+    found = shipped_file("runs", path)
     run = read_run(found)
     if "mocte" not in run.deepspeed:
         raise MocteError(f'{found} has no "mocte" block: its run has no checks whose cost could be measured.')
