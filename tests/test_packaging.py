@@ -2,7 +2,6 @@
 
 import ast
 import email
-import fnmatch
 import importlib.util
 import json
 import os
@@ -21,10 +20,8 @@ from tests.e2e.conftest import prepared  # noqa: F401  a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ("clusters", "controller", "dist", "moe", "spectrum", "trainability", "zero", "engine.py", "config.py")
-NOT_OURS = (
-    *(".git", ".venv", ".cache", "runs", "site", "build", "dist", "*.egg-info", "__pycache__", "*.pyc", ".coverage*"),
-    *(".pytest_cache", ".ruff_cache", ".mypy_cache", "hostfile", ".mocte-ds.json"),
-)
+NOT_OURS = "(/|^)(__pycache__|[^/]*.egg-info|.mocte-ds.json)(/|$)|^(runs|build|dist|launch/hostfile)(/|$)"
+NOT_OURS += r"|^\.(git|venv|cache|coverage[^/]*|pytest_cache|ruff_cache|mypy_cache)(/|$)"
 """What .gitignore names, and git's own."""
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "lm_eval": "lm-eval", "megatron": "megatron-core"}
 """Packages whose distribution has another name."""
@@ -120,11 +117,23 @@ def test_a_tool_without_its_package_says_which_extra_to_install() -> None:
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A source distribution, and the wheel that is built from nothing else, as an index and pip do."""
     folder = tmp_path_factory.mktemp("built")
-    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_OURS))
+    for name, path in files(ROOT).items():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / "source" / name)
     sdist = folder / "source" / _build("build_sdist", folder / "source")
     shutil.unpack_archive(sdist, folder / "unpacked", filter="data")
     unpacked = next((folder / "unpacked").iterdir())
     return unpacked, unpacked / _build("build_wheel", unpacked)
+
+
+def files(root: Path) -> dict[str, Path]:
+    """What belongs to the project, by name relative to a folder."""
+    found = {}
+    for folder, below, names in os.walk(root):
+        place = Path(folder).relative_to(root)
+        below[:] = [name for name in below if not re.search(NOT_OURS, str(place / name))]
+        found.update({str(place / name): Path(folder, name) for name in names})
+    return {name: path for name, path in found.items() if not re.search(NOT_OURS, name)}
 
 
 def _build(what: str, source: Path) -> str:
@@ -167,13 +176,6 @@ def tool(installed: Path, where: Path, *words: object, timeout: float = 300) -> 
 
 
 def test_the_source_distribution_is_complete(built: tuple[Path, Path]) -> None:
-    def files(root: Path) -> dict[str, Path]:
-        found = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
-        skipped = [re.compile(fnmatch.translate(pattern)) for pattern in NOT_OURS]
-        return {
-            name: path for name, path in found.items() if not any(p.match(x) for p in skipped for x in name.split("/"))
-        }
-
     wanted, unpacked = files(ROOT), files(built[0])
     assert not wanted.keys() - unpacked.keys(), "not in the source distribution"
     assert unpacked.keys() - wanted.keys() <= {"PKG-INFO", "setup.cfg"}
@@ -203,16 +205,10 @@ def test_the_wheel_has_what_runs_and_no_benchmarks(built: tuple[Path, Path], mon
 
 @pytest.mark.usefixtures("deepspeed_op")
 def test_the_wheel_trains_by_the_name_of_a_run_file(installed: Path, prepared: Path, tmp_path: Path) -> None:  # noqa: F811
-    changes = [
-        *("training.steps=4", "training.batch_tokens=512", "training.micro_batch=4", "training.warmup_steps=1"),
-        *(
-            "training.context=32",
-            "evaluation.every=4",
-            "evaluation.sequences_per_domain=1",
-            "model.num_hidden_layers=1",
-        ),
-        *("model.hidden_size=32", "model.intermediate_size=48", f"data.prepared={prepared}"),
-    ]
+    sizes = "hidden_size=32 model.intermediate_size=48 model.num_hidden_layers=1"
+    length = "steps=4 training.batch_tokens=512 training.micro_batch=4 training.warmup_steps=1 training.context=32"
+    checks = "every=4 evaluation.sequences_per_domain=1"
+    changes = f"model.{sizes} training.{length} evaluation.{checks} data.prepared={prepared}".split()
     options = [word for change in changes for word in ("--set", change)]
     done = tool(installed, tmp_path, "pretrain", "--run", "quickstart", "--processes", 2, *options, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

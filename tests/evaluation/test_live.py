@@ -1,5 +1,9 @@
 """A run's checkpoint answers as its exported folder does under lm-eval's own class, on one rank and spread over two."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from mocte_ds.evaluation import evaluate
 from mocte_ds.evaluation.replicas import Replicas
 from tests.evaluation import live_runs
 from tests.spawn import spawn
+from tools import tasks
 
 NAMES = ("gpt2", "llama")
 
@@ -77,6 +82,50 @@ def test_lm_evals_own_command_line_finds_the_model(written: tuple[Path, Path], t
     same(live_runs.answers(model), live_runs.live(str(folder / "gpt2"), str(tokenizer), None)[0])
     with pytest.raises(CheckpointError, match="step7"):
         get_model("mocte").create_from_arg_string(given.replace("step6", "step7"))
+
+
+def test_lm_evals_own_command_line_scores_a_checkpoint_as_its_export(
+    written: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """`lm_eval` as installed: nothing but the file of `mocte-ds tasks` tells it of the model. No network is reached."""
+    folder, tokenizer = written
+    export(folder / "gpt2", tmp_path / "export", tokenizer_path=tokenizer, choice="own")
+    assert tasks.main([str(tmp_path / "tasks")]) == 0
+    place, names = tmp_path / "tasks", "openbookqa_offline,commonsense_qa_generate"
+    models = {
+        "mocte": (f"checkpoint={folder / 'gpt2'},tokenizer={tokenizer}", f"{place / 'mocte.yaml'},{names}"),
+        "hf": (f"pretrained={tmp_path / 'export'},dtype=float32,trust_remote_code=True", names),
+    }
+    common = f"--include_path {place} --limit 8 --batch_size 3 --device cpu --log_samples --gen_kwargs max_gen_toks=8"
+    started = []
+    for model, (arguments, asked) in models.items():
+        command = [Path(sys.executable).parent / "lm_eval", "--model", model, "--model_args", arguments]
+        command += ["--tasks", asked, "--output_path", tmp_path / model, *common.split()]
+        cache = {"HF_DATASETS_CACHE": str(tmp_path / model / "data"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+        environment = {**os.environ, **cache, "HF_HUB_OFFLINE": "1"}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors[-4000:]
+    found, wanted = (logged(tmp_path / model) for model in models)
+    assert len(wanted["answers"]) == 8 * (4 + 1) and len({*map(str, wanted["answers"])}) > 16, "nothing to tell apart"
+    assert found["answers"] == [pytest.approx(a, rel=1e-5) if isinstance(a, float) else a for a in wanted["answers"]]
+    assert found["scores"] == wanted["scores"] and len(wanted["scores"]) >= 3
+
+
+def logged(folder: Path) -> dict[str, Any]:
+    """What lm-eval wrote of a model: scores of all tasks, and log-likelihoods and texts of every item."""
+    results = json.loads(next(folder.rglob("results_*.json")).read_text(encoding="utf-8"))["results"]
+    scores = {
+        (task, key): value for task, row in results.items() for key, value in row.items() if not isinstance(value, str)
+    }
+    answers: list[Any] = []
+    for path in sorted(folder.rglob("samples_*.jsonl")):
+        rows = sorted(map(json.loads, path.read_text(encoding="utf-8").splitlines()), key=lambda row: row["doc_id"])
+        for row in rows:
+            for (answer,) in row["resps"]:
+                answers.append(float(answer[0]) if isinstance(answer, list) else answer)
+    return {"scores": scores, "answers": answers}
 
 
 def test_a_checkpoint_without_a_tokenizer_and_ranks_that_do_not_fit(written: tuple[Path, Path]) -> None:
