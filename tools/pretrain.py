@@ -8,7 +8,7 @@ import sys
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import ConfigError
 from mocte_ds.hosts import local
-from mocte_ds.shipped import LAUNCH, shipped_names
+from mocte_ds.shipped import LAUNCH, shipped_file, shipped_names
 
 _SCRIPT = LAUNCH / "pretrain.py"
 _MOST = 1 << 10
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.processes is not None and not 1 <= args.processes <= _MOST:
         raise ConfigError(f"--processes {args.processes} must lie between 1 and {_MOST}.")
     processes = args.processes or local.usual_count()
-    command = local.command(_SCRIPT, ["--run", args.run, *options], processes)
-    return local.run(command, local.environment(processes))
+    run = str(shipped_file("runs", args.run))
+    return local.run(local.command(_SCRIPT, ["--run", run, *options], processes), local.environment(processes))
 
 
 if __name__ == "__main__":
