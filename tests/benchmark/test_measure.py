@@ -103,7 +103,7 @@ def test_runs_that_cannot_be_planned(tmp_path: Path, change: tuple[str, str], ra
 
 
 def test_a_run_file_that_is_not_there() -> None:
-    with pytest.raises(MocteError, match=r"no run file nothing.*llama-7b, .*quickstart"):
+    with pytest.raises(MocteError, match=r"no file nothing.*llama-7b, .*quickstart"):
         read_plan("nothing", 1)
 
 
