@@ -263,7 +263,8 @@ def initialize(
         warnings.warn(f"mocte.total_steps is missing: it is taken to be {total_steps}.", stacklevel=2)
     mesh = make_mesh(block.ep_size, resolved.use_data_before_expert_parallel_, mpu)
     parameters = count_parameters(model)
-    blocks = attach(model, block)
+    # Stage 3 cuts the weights of experts up before it lets them go.
+    blocks = attach(model, block, free_idle=resolved.zero_config.stage < 3)
     front = find_front(model, blocks, block.freeze.prefix.layers)
     registry = UnitRegistry(model, blocks, mesh.expert.rank, model_parameters, front)
     controller = Controller(block, blocks, registry, mesh, total_steps)

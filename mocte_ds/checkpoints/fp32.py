@@ -19,6 +19,8 @@ from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.values import only_plausible, require_keys
 from mocte_ds.checkpoints.weights import Made
 from mocte_ds.errors import CheckpointError
+from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.moe.idle import free
 from mocte_ds.ownership import require_outside_whole
 from mocte_ds.ownership.manifest import Manifest
 from mocte_ds.shown import one_line
@@ -31,8 +33,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
 ) -> dict[str, Tensor]:
     """Every weight and buffer in fp32, under the names of a model whose experts lie on one rank.
 
-    What trains comes from the optimizer's master weights; what is frozen or dormant in the precision in which it was
-    trained.
+    What trains comes from the optimizer's master weights; what is frozen in the precision in which it was trained. What
+    does not run is left out: experts that have not emerged, and FFNs that experts have replaced.
 
     Args:
         checkpoint_dir: a folder of checkpoints, or the folder of one tag; only read.
@@ -82,10 +84,10 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 def load_state_dict_from_zero_checkpoint(
     model: nn.Module, checkpoint_dir: str | Path, tag: str | int | None = None
 ) -> nn.Module:
-    """Give a model the fp32 weights of a checkpoint, every one of them.
+    """Give a model the fp32 weights of a checkpoint, every one of them, and its blocks their modes.
 
     Args:
-        model: with the blocks of the run, all experts local (`mocte_ds.moe.attach` with ep_size 1).
+        model: with the blocks of the run, all experts local (`mocte_ds.moe.attach` with ep_size 1), no part freed.
         checkpoint_dir: as of :func:`get_fp32_state_dict_from_zero_checkpoint`.
         tag: as there.
 
@@ -93,6 +95,19 @@ def load_state_dict_from_zero_checkpoint(
         CheckpointError: as there; or the checkpoint is of another model.
     """
     weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    folder = _folder(checkpoint_dir, tag)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    with only_plausible(folder):
+        entries = SavedCheckpoint(folder, Manifest.read(folder)).blocks
+        if [entry["name"] for entry in entries] != [block.name for block in blocks]:
+            raise CheckpointError(
+                f"the checkpoint {folder} has the blocks {[entry['name'] for entry in entries]}, the model has "
+                f"{[block.name for block in blocks]}."
+            )
+        for block, entry in zip(blocks, entries, strict=True):
+            block.mode = BlockMode(entry["mode"])
+            for path in block.idle:
+                free(block.parts[path])
     try:
         model.float().load_state_dict(weights)
     except RuntimeError as error:
@@ -101,8 +116,12 @@ def load_state_dict_from_zero_checkpoint(
     return model
 
 
+def _folder(checkpoint: str | Path, tag: str | int | None) -> Path:
+    return find_tag(checkpoint) if tag is None else Path(checkpoint) / str(tag)
+
+
 def _weights(checkpoint: str | Path, tag: str | int | None, trained_only: bool) -> dict[str, Made]:
-    folder = find_tag(checkpoint) if tag is None else Path(checkpoint) / str(tag)
+    folder = _folder(checkpoint, tag)
     manifest = require_whole(folder)
     with only_plausible(folder):
         return _weights_of(folder, manifest, trained_only)
@@ -122,6 +141,7 @@ def _weights_of(folder: Path, manifest: Manifest, trained_only: bool) -> dict[st
     stored: dict[str, DiskTensor] = dict(content["module"])
     for name in sorted(filter(EXPERT_NAME.fullmatch, manifest.files)):
         stored.update(require_keys(read_disk_tensors(folder / name), (), folder / name))
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(written.idle)}
     found = {name: _made(tensor) for name, tensor in stored.items()}
     if written.precision is None:
         return found

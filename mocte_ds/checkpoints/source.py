@@ -19,7 +19,7 @@ from mocte_ds.claims import require_backed
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.attach import attach
-from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.moe.block import Block, BlockMode, idle_prefixes, running_state
 from mocte_ds.ownership.manifest import Manifest
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,7 +41,8 @@ class Source:
             dtype: `fp32`, or one of NARROW: weights are rounded to it; gates keep their precision.
         """
         self.model, self.state, self.dtype = model, state, dtype
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in running_state(model).items()}
+        """Of every tensor that the model computes with."""
 
     def read(self, name: str) -> Tensor:
         """A copy of a tensor: fp32, rounded to ``dtype``, or integers as they are.
@@ -62,7 +63,7 @@ class Source:
 
     def stored_dtype(self) -> str:
         """What the weights lie there as, gates apart: `fp32` or one of NARROW; `fp32` where they differ."""
-        names = [name for name, like in self.model.state_dict().items() if like.is_floating_point()]
+        names = [name for name, like in running_state(self.model).items() if like.is_floating_point()]
         found = {self._dtype(name) for name in names if not is_gate(name)}
         return next((name for name, kind in NARROW.items() if found == {kind}), "fp32")
 
@@ -115,7 +116,7 @@ class StoredSource(Source):
         saved = read_state(folder.parent, folder.name, None, None) if has_blocks else None
         client = saved["client_state"] if saved else shared
         if saved:
-            require_experts(saved["mocte"]["config"], manifest.files, folder / STATE_FILE)
+            require_experts(saved["mocte"], manifest.files, folder / STATE_FILE)
         state: dict[str, Any] = {"step": shared["global_steps"], "mocte": None, "blocks": [], "tokenizer": None}
         state["tokens"] = client.get("tokens", 0)
         self.of_a_run = "base" in client
@@ -131,9 +132,12 @@ class StoredSource(Source):
             state.update(mocte=mocte["config"], tokens=mocte["tokens"])
             state["blocks"] = [{key: entry[key] for key in ("name", "mode", "experts")} for entry in mocte["blocks"]]
         super().__init__(model, state, dtype)
-        self._files = dict.fromkeys(shared["module"], self._model_file)
+        # Checkpoints of earlier versions hold what does not run, too.
+        without = idle_prefixes(model)
+        kept = {name: tensor for name, tensor in shared["module"].items() if not name.startswith(without)}
+        self._files = dict.fromkeys(kept, self._model_file)
         self._files.update(self._find_experts())
-        self._require_fit(shared["module"])
+        self._require_fit(kept)
         self._open: tuple[str, dict[str, Tensor]] = ("", {})
         self._read_bytes = 0
 
@@ -181,6 +185,8 @@ class StoredSource(Source):
             for k, expert in enumerate(block.banks[number].local_experts):
                 path = self.folder / EXPERT_FILE.format(layer=layer, expert=k)
                 known.add(path.name)
+                if block.mode is BlockMode.WARMUP:
+                    continue
                 prefix = expert_parameter(block.name, number, k, "")
                 found = require_keys(read_plain(path, mmap=True), (), path)
                 wrong = [key for key in found if not str(key).startswith(prefix)]

@@ -15,7 +15,7 @@ from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, is_gate
 from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.errors import CheckpointError
-from mocte_ds.moe.block import Block
+from mocte_ds.moe.block import Block, running_state
 from mocte_ds.ownership.facts import FileFacts
 from mocte_ds.ownership.manifest import Manifest
 
@@ -51,7 +51,7 @@ Tensors = dict[str, Made | Tensor]
 def tensors_of(source: Source) -> Tensors:
     """The weights of a source, in the dtypes of a training: where it rounds to bf16, all but gates and integers."""
     found: Tensors = {}
-    for name, like in source.model.state_dict().items():
+    for name, like in running_state(source.model).items():
         narrow = source.dtype in NARROW and like.is_floating_point() and not is_gate(name)
         dtype = NARROW[source.dtype] if narrow else torch.float32 if like.is_floating_point() else like.dtype
         found[name] = Made(dtype, tuple(like.shape), (), partial(_read, source, name, dtype))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mocte_ds.controller.birth import copy_dense_weights, draw_bypasses, inherit, redraw_units, set_gate
+from mocte_ds.controller.birth import copy_buffers, copy_dense_weights, draw_bypasses, inherit, redraw_units, set_gate
 from mocte_ds.controller.decide import Change
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.reading import BlockReading
@@ -15,7 +15,17 @@ from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, ExpertMode
 from mocte_ds.moe.forward import ForwardState
-from mocte_ds.zero import UnitState, dense_unit, expert_unit, follow_groups, let_go, on_its_own, whole
+from mocte_ds.zero import (
+    UnitState,
+    allocate_experts,
+    dense_unit,
+    expert_unit,
+    follow_groups,
+    follow_mode,
+    let_go,
+    on_its_own,
+    whole,
+)
 
 
 def apply_changes(
@@ -81,14 +91,18 @@ def apply_changes(
 
 
 def _give_birth(run: RunState, block: Block) -> UnitState:
-    """Weights of a block's experts, and the dense FFN's state, from which that of `ffn` experts is made."""
+    """Memory and weights of a block's experts, and the dense FFN's state, from which that of `ffn` experts is made."""
+    allocate_experts(block)
     experts = [parameter for bank in block.banks for parameter in bank.local_experts.parameters()]
     of_dense = block.kind == "ffn" or run.config.expert.redraw > 0
     with whole([*(block.dense.parameters() if of_dense else ()), *experts], changed=True):
         if block.kind == "lora":
+            for parameter in experts:
+                parameter.detach().zero_()  # a run that has gone back to an earlier checkpoint may have trained it
             draw_bypasses(block, run.config, run.mesh.expert.rank)
         else:
             copy_dense_weights(block)
+        copy_buffers(block)
         drawn = redraw_units(block, run.config, run.mesh.expert.rank)
         if block.kind == "lora" or run.config.expert.redraw == 1.0:
             return {}  # nothing of the dense FFN is in them: their moments start anew
@@ -96,6 +110,9 @@ def _give_birth(run: RunState, block: Block) -> UnitState:
 
 
 def _rebuild_partition(run: RunState, born: UnitState) -> None:
+    """Let the memory of the blocks' parts, and then the optimizer, follow from the modes (collective)."""
+    for handle in run.blocks:
+        follow_mode(handle.block)
     trainable = run.trainable_units()
     if run.registry.front is not None:
         run.registry.front.run_without_graph(run.module, run.frozen_layers)

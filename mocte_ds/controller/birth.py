@@ -73,6 +73,17 @@ def copy_dense_weights(block: Block) -> None:
 
 
 @torch.no_grad()
+def copy_buffers(block: Block) -> None:
+    """Give experts the dense FFN's buffers: no checkpoint holds those of experts that wait for their birth."""
+    dense = dict(block.dense.named_buffers())
+    for bank in block.banks:
+        for name, buffer in bank.local_experts.named_buffers():
+            source = dense.get(name.partition(".")[2])
+            if source is not None and source.shape == buffer.shape:
+                buffer.copy_(source)
+
+
+@torch.no_grad()
 def redraw_units(block: Block, config: MocteConfig, ep_rank: int) -> dict[nn.Parameter, Drawn]:
     """Redraw the share `expert.redraw` of each local expert; the result does not depend on the number of ranks.
 

@@ -25,7 +25,7 @@ from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.watch import phase
-from mocte_ds.zero import TRUNK, UnitOptimizer, UnitRegistry
+from mocte_ds.zero import TRUNK, UnitOptimizer, UnitRegistry, follow_mode
 
 
 class Controller:
@@ -62,6 +62,8 @@ class Controller:
         run = self.run
         run.module, run.optimizer, run.scheduler = module, optimizer, scheduler
         run.sequences_per_step = sequences_per_step
+        for handle in run.blocks:
+            follow_mode(handle.block)  # what stage 3 has cut up
         self.progress.bind(module)
         self.checks.set_window(sequences_per_step)
         # Whoever calls backward, of the engine or of the loss: gradients wait from then on.

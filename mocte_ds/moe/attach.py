@@ -11,25 +11,28 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.moe.ffn_shape import ffn_shape
+from mocte_ds.moe.idle import free, require_unshared
 from mocte_ds.moe.keys import key_class
 
 
-def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
+def attach(model: nn.Module, config: MocteConfig, free_idle: bool = False) -> list[Block]:
     """Replace the FFNs that ``config.modules`` names by blocks, in the order of the model.
 
     Args:
         model: any model; changed in place.
         config: the "mocte" block; with ep_size 1 no process group is needed.
+        free_idle: the experts get no memory before they are born.
 
     Returns:
         The blocks.
 
     Raises:
-        ConfigError: a pattern matches nothing, a match lies inside another one or is not an FFN, or the model is an
-            encoder-decoder.
+        ConfigError: a pattern matches nothing, a match lies inside another one, is not an FFN or shares weights, or the
+            model is an encoder-decoder.
     """
     _require_one_stream(model)
     names = matching_modules(model, config.modules)
+    require_unshared(model, {name: model.get_submodule(name) for name in names})
     context = BatchContext(config.eod_id)
     context.follow(model, names)
     kinds = [router.kind for router in config.routers if key_class(router.kind).reads_ids]
@@ -39,6 +42,9 @@ def attach(model: nn.Module, config: MocteConfig) -> list[Block]:
         ffn = model.get_submodule(name)
         _require_one_argument(ffn, name)
         block = Block(name, ffn, config, context, vocab_size).train(ffn.training)
+        if free_idle:
+            for part in block.idle:
+                free(block.parts[part])
         model.set_submodule(name, block)
         block.layer = layer_number(model, block)
         blocks.append(block)

@@ -11,8 +11,12 @@ from mocte_ds.moe.balance import Balance, with_loss
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.dispatch import route_through
 from mocte_ds.moe.gate import ClusterGate
+from mocte_ds.moe.idle import leave_out_when_freed
 from mocte_ds.moe.loads import Loads
 from mocte_ds.router_config import RouterConfig
+
+EXPERTS = "deepspeed_moe.experts"
+"""Path of a bank's experts in it."""
 
 
 class ClusterMOELayer(MOELayer):
@@ -127,6 +131,7 @@ class Bank(MoE):
         self.deepspeed_moe = ClusterMOELayer(gate, self.deepspeed_moe, context)
         for parameter in self.parameters():
             parameter.requires_grad_(False)  # dormant until emergence
+        leave_out_when_freed(self, EXPERTS)
 
     def forward(self, hidden: Tensor, state: ForwardState, again: bool = False) -> Tensor:
         """See :meth:`ClusterMOELayer.forward`."""
@@ -143,9 +148,14 @@ class Bank(MoE):
         return self.deepspeed_moe.loads
 
     @property
+    def experts(self) -> nn.Module:
+        """DeepSpeed's module around this rank's experts."""
+        return self.deepspeed_moe.experts
+
+    @property
     def local_experts(self) -> nn.ModuleList:
         """This rank's experts."""
-        return self.deepspeed_moe.experts.deepspeed_experts
+        return self.experts.deepspeed_experts
 
     def first_local(self, ep_rank: int) -> int:
         """Global number of the first expert that expert-parallel rank ``ep_rank`` holds."""

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError
-from mocte_ds.moe.bank import Bank
+from mocte_ds.moe.bank import EXPERTS, Bank
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.experts import feature_size, make_expert
 from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.graph import tag_made, tag_read
+from mocte_ds.moe.idle import leave_out_when_freed
 from mocte_ds.watch import phase
 
 
@@ -74,11 +75,24 @@ class Block(nn.Module):
             )
             self.banks.append(Bank(self.hidden_size, expert, config, router, context, vocab_size))
             self.banks[number].gate.key.name = f"{name}.{number}"
+        leave_out_when_freed(self, "dense")
 
     @property
     def num_experts(self) -> int:
         """Experts of all banks together."""
         return sum(bank.num_experts for bank in self.banks)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What has weights beside the gates, by its path in the block: the dense FFN, and each bank's experts."""
+        return {"dense": self.dense, **{f"banks.{b}.{EXPERTS}": bank.experts for b, bank in enumerate(self.banks)}}
+
+    @property
+    def idle(self) -> list[str]:
+        """Paths of the parts that do not run: experts before their birth, the dense FFN that `ffn` experts replace."""
+        if self.mode is BlockMode.WARMUP:
+            return [path for path in self.parts if path != "dense"]
+        return ["dense"] if self.kind == "ffn" else []
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Features (..., d) to outputs (..., d)."""
@@ -131,3 +145,15 @@ class Block(nn.Module):
 
     def extra_repr(self) -> str:
         return f"name={self.name}, mode={self.mode.value}, kind={self.kind}, num_experts={self.num_experts}"
+
+
+def idle_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of tensors begin with that take no part in what a model computes, and are in no checkpoint."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    return tuple(f"{block.name}.{path}." for block in blocks for path in block.idle)
+
+
+def running_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model whose weights may lie elsewhere, without what does not run."""
+    without = idle_prefixes(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(without)}

@@ -70,10 +70,14 @@ def memory(task: Task, layout: Layout, phase: str) -> dict[str, float]:
     local = p.in_experts // layout.ep_size
     born = phase != "warm-up" and p.blocks > 0
     frozen = 0.5 if phase == "half frozen" else 0.0
-    trained = p.trunk + p.blocks * p.router * born + (p.dense if not born or p.keeps_dense else 0)
+    dense = p.dense if not born or p.keeps_dense else 0
+    trained = p.trunk + p.blocks * p.router * born + dense
     experts = local * (1 - frozen) * born
     three = layout.stage == 3
-    weights = (p.trunk + p.dense + p.blocks * p.router) / (layout.ranks if three else 1) + local / (cut if three else 1)
+    if phase == "emergence" and p.blocks:
+        dense = max(dense, p.dense // p.blocks)  # the FFN of the last block, until its experts have been born
+    weights = (p.trunk + dense + p.blocks * p.router) / (layout.ranks if three else 1)
+    weights += local * born / (cut if three else 1)
     optimizer = MASTER * (trained / layout.ranks + experts / cut)
     # Stage 1 adds up whole gradients over the passes of a step, and cuts them at the last.
     whole = layout.stage < 2 and layout.passes > 1
@@ -92,8 +96,8 @@ def memory(task: Task, layout: Layout, phase: str) -> dict[str, float]:
     if phase == "emergence" and p.blocks:
         # What the experts inherit: masters and moments of one dense FFN, beside its own features.
         found["transient"] = MASTER * p.dense / p.blocks
-    if phase == "save":
-        found["transient"] = float(task.width * local) if p.blocks else 0.0  # copies until they are written
+    if phase == "save" and born:
+        found["transient"] = float(task.width * local)  # copies until they are written
     return {**found, "sum": sum(found.values())}
 
 
@@ -124,13 +128,17 @@ def _samples(task: Task, layout: Layout) -> float:
 
 
 def host_memory(task: Task, layout: Layout, per_host: int) -> float:
-    """Bytes on a host at the start: every rank makes the whole model in fp32, and its experts, before it moves."""
+    """Bytes on a host at the start: every rank makes the whole model in fp32 before it moves, and experts on the way.
+
+    Those of one block at a time; under stage 3 all of a rank's experts.
+    """
     p = task.parameters
-    return 4.0 * per_host * (p.trunk + p.dense + p.in_experts / layout.ep_size)
+    together = p.blocks if layout.stage < 3 and p.blocks else 1
+    return 4.0 * per_host * (p.trunk + p.dense + p.in_experts / layout.ep_size / together)
 
 
 def checkpoint(task: Task, born: bool) -> float:
-    """Bytes of one checkpoint: weights, dormant experts too, and what the optimizer holds."""
+    """Bytes of one checkpoint: what the model computes with, and what the optimizer holds of it."""
     p = task.parameters
     trained = p.trunk + (p.in_experts if born else 0) + (p.dense if not born or p.keeps_dense else 0)
-    return task.width * (p.trunk + p.dense + p.in_experts) + MASTER * trained
+    return (task.width + MASTER) * trained

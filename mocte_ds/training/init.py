@@ -16,6 +16,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.router_config import RouterConfig
+from mocte_ds.zero import allocate_experts
 
 _OF_TRAINING = ("aux", "balance_rate", "centroid_rate", "rate", "redraw", "shuffled")
 """Keys of routers and experts that are about how they are born or trained."""
@@ -79,7 +80,8 @@ class InitialWeights:
         for name, tensor in model.state_dict().items():
             block = next((block for block in self._blocks if name.startswith(f"{block}.")), None)
             stored = f"{block}.dense.{name.removeprefix(f'{block}.')}" if block else name
-            tensor.copy_(self._source.read(stored))
+            if block is None or "dense" not in self._blocks[block].idle:  # which experts have taken the place of
+                tensor.copy_(self._source.read(stored))
 
     @torch.no_grad()
     def begin(self, mocte: Controller) -> None:
@@ -94,6 +96,7 @@ class InitialWeights:
         for handle in run.blocks:
             if handle.name not in self._emerged:
                 continue
+            allocate_experts(handle.block)
             for number, bank in enumerate(handle.block.banks):
                 path = f"{handle.name}.banks.{number}.deepspeed_moe.gate."
                 for name, tensor in bank.gate.state_dict().items():

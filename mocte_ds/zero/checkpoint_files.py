@@ -13,6 +13,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from mocte_ds.checkpoints.files import put_file
+from mocte_ds.checkpoints.names import EXPERT_FILE
 from mocte_ds.checkpoints.place import Place
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
 from mocte_ds.checkpoints.reshaping.layout import Layout
@@ -44,6 +45,8 @@ class CheckpointFiles(CheckpointEngine):
         """How the checkpoint that was loaded last was brought into the run's layout; None where it had it already."""
         self._collected: dict[str, Any] | None = None
         self._reshaped: Reshaped | None = None
+        self._unborn: set[str] = set()
+        """Names that files of experts would have which have not emerged in the checkpoint that is loaded."""
         self._copy = False
         self._refused: CheckpointError | None = None
 
@@ -112,13 +115,17 @@ class CheckpointFiles(CheckpointEngine):
             CheckpointError: of another data type, or of an architecture that cannot be brought into the run's layout.
         """
         self.saver.run = manifest.run
+        with only_plausible(folder):
+            written = SavedCheckpoint(folder, manifest)
+        experts = range(written.num_experts)
+        banks = set(range(len(written.blocks) * written.banks)) - set(written.born)
+        self._unborn = {EXPERT_FILE.format(layer=bank, expert=k) for bank in banks for k in experts}
         if self._engine.zero_optimization_partition_weights():  # refused before, where the layout is another one
             yield self._read
             return
         data = self._mesh.data
         layout = Layout(data.size, ep_size, self._engine._config.use_data_before_expert_parallel_)
         with only_plausible(folder):
-            written = SavedCheckpoint(folder, manifest)
             written.require_precision(self._engine.bfloat16_enabled())
             self._reshaped = Reshaped(written, layout, data.rank)
             self.note = self._reshaped.note(self._engine.train_batch_size())
@@ -190,6 +197,8 @@ class CheckpointFiles(CheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Content of one of DeepSpeed's files, in CPU memory; nothing in it is executed."""
+        if Path(path).name in self._unborn:
+            return {}
         content = from_plain(self._read(Path(path)), _CLASSES)
         if isinstance(content, dict) and isinstance(content.get("optimizer_state_dict"), dict):
             self._fit(content["optimizer_state_dict"], Path(path))

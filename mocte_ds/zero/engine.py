@@ -11,6 +11,7 @@ from deepspeed.utils import logger
 
 from mocte_ds.dist.mesh import Mesh
 from mocte_ds.errors import ConfigError
+from mocte_ds.moe.idle import freed_parameters
 from mocte_ds.zero.checkpoint_files import CheckpointFiles, use_checkpoint_files
 from mocte_ds.zero.conformance import with_unit_optimizer
 from mocte_ds.zero.gathered_weights import (
@@ -60,7 +61,7 @@ class UnitEngine(DeepSpeedEngine):
     def load_module_state_dict(self, checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """As DeepSpeed's; under stage 3 weights come from the optimizer's files and from each rank's frozen parts."""
         if self.zero_optimization_partition_weights():
-            checkpoint = without_weights(checkpoint, self.module)
+            checkpoint = without_weights(checkpoint, self.module, self.param_names)
         super().load_module_state_dict(checkpoint, *args, **kwargs)
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +112,15 @@ class UnitEngine(DeepSpeedEngine):
         # over the frozen experts of all other ranks when it loads. The expert files hold each of them already.
         if attr_func == self._get_param_fragment_func and not self.zero_optimization_partition_weights():
             return None
-        return super()._get_zero_frozen_param_attributes(attr_func)
+        return self._without_freed(super()._get_zero_frozen_param_attributes(attr_func))
+
+    def _get_shared_params(self) -> Any:
+        # At stages 1 and 2 DeepSpeed takes parameters at one address for one, and all that are freed are at 0.
+        return self._without_freed(super()._get_shared_params())
+
+    def _without_freed(self, found: dict[str, Any]) -> dict[str, Any]:
+        freed = {self.param_names[parameter] for parameter in freed_parameters(self.module)}
+        return type(found)((name, value) for name, value in found.items() if name not in freed)
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
         wrapper = super()._do_optimizer_sanity_check(basic_optimizer)

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
+from mocte_ds.moe.idle import freed_parameters
+
 
 def held(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """What this rank holds of each parameter between two passes: a flat part with its padding, or all of it."""
@@ -101,8 +103,10 @@ def on_its_own(module: nn.Module) -> Iterator[None]:
     """Context manager: the module has all its weights, and this rank may call it alone (collective like :func:`whole`).
 
     DeepSpeed's hooks count every call of a module. Ranks that called different ones would wait for each other forever.
+    Parts of it that are freed stay so.
     """
-    parameters = list(module.parameters())
+    freed = freed_parameters(module)
+    parameters = [parameter for parameter in module.parameters() if parameter not in freed]
     if not any(hasattr(parameter, "ds_tensor") for parameter in parameters):
         yield
         return

@@ -182,13 +182,13 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
         """Reduce the bucket that is full, or at the end of the backward pass both."""
         with phase("reduction of gradients", waits=True):
             super().reduce_ipg_grads(comm_dtype)
-            if comm_dtype is None and not self._in_expert_bucket:
+            if comm_dtype is None and not self._in_expert_bucket and self._has_experts:
                 with self._expert_bucket():
                     super().reduce_ipg_grads(None)
 
     def setup_buckets(self) -> None:
-        """Allocate the buffers of both kinds."""
-        if not self.ready_for_gradients:
+        """Allocate the buffers; those of the experts where one trains."""
+        if not self.ready_for_gradients and self._has_experts:
             micro_step = self.micro_step_id
             with self._expert_bucket():
                 super().setup_buckets()

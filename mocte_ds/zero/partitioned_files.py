@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS as _FROZEN
 from torch import Tensor, nn
 
 from mocte_ds.checkpoints.names import file_names
 from mocte_ds.dist.mesh import Mesh
 from mocte_ds.errors import CheckpointError
+from mocte_ds.moe.idle import freed_parameters
 from mocte_ds.zero.gather import whole
 
 
@@ -26,7 +28,7 @@ def weights_in_state_dicts(model: nn.Module) -> Iterator[None]:
     They are gathered into CPU memory here: the dense ones on rank 0, each expert on the first rank that holds it.
     """
     copies: dict[nn.Parameter, Tensor] = {}
-    hooks, done = [], set()
+    hooks, done = [], freed_parameters(model)
     for module in model.modules():
         own = [parameter for parameter in module.parameters(recurse=False) if parameter not in done]
         done.update(own)  # tied ones are gathered once, by all
@@ -44,14 +46,24 @@ def weights_in_state_dicts(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def without_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A checkpoint of DeepSpeed with empty tensors for all weights, as partitioned parameters are."""
+def without_weights(
+    checkpoint: Mapping[str, Any], model: nn.Module, paths: Mapping[nn.Parameter, str]
+) -> dict[str, Any]:
+    """A checkpoint of DeepSpeed with empty tensors for all weights, as partitioned parameters are.
+
+    Args:
+        checkpoint: the checkpoint.
+        model: whose parts are freed as they are in the checkpoint.
+        paths: names that DeepSpeed gives the parameters.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     module = {
         name: torch.empty(0, dtype=parameters[name].dtype) if name in parameters else value
         for name, value in checkpoint["module"].items()
     }
-    return {**checkpoint, "module": module}
+    # DeepSpeed restores everything that does not train from here; what is freed is in no checkpoint.
+    frozen = {**(checkpoint.get(_FROZEN) or {}), **{paths[p]: p.ds_tensor.detach() for p in freed_parameters(model)}}
+    return {**checkpoint, "module": module, _FROZEN: frozen}
 
 
 def require_same_partition(folder: Path, stage: int, mesh: Mesh) -> None:

@@ -73,7 +73,7 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
     def _build(self, optimizer: torch.optim.Optimizer) -> None:
         module, names = self._fixed
         self._construct(optimizer.param_groups, module, optimizer, names)
-        if self.contiguous_gradients:
+        if self.contiguous_gradients and self._has_experts:
             for dtype, bucket in self._expert_buckets.items():
                 device = get_accelerator().current_device_name()
                 bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)

@@ -228,6 +228,11 @@ class UnitOptimizer(ZeROOptimizer):
         finally:
             self.ipg_buckets, self._in_expert_bucket = dense, False
 
+    @property
+    def _has_experts(self) -> bool:
+        """Whether an expert of this rank trains, so that there are gradients for their bucket."""
+        return any(group.get("moe") for group in self.optimizer.param_groups)
+
     def _bucket_of(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
         """The bucket of a gradient's kind."""
         return self._expert_bucket() if is_moe_param(parameter) else contextlib.nullcontext()

@@ -40,13 +40,14 @@ def test_the_engine_gives_the_experts_of_all_ranks(tmp_path):
     assert (tmp_path / "mine" / "thesis.bin").read_text() == "the only copy"
     found = torch.load(tmp_path / "w[*]" / "all.bin", weights_only=True)
     own = {**results[1]["weights"], **results[0]["weights"]}
-    assert found.keys() == own.keys() and sum("deepspeed_experts" in name for name in found) == 2 * 4 * 3
+    # One of two blocks has emerged.
+    assert found.keys() == own.keys() and sum("deepspeed_experts" in name for name in found) == 4 * 3
     assert all(np.array_equal(tensor.float().numpy(), own[name]) for name, tensor in found.items())
     assert {tensor.dtype for name, tensor in found.items() if "gate.key" not in name} == {torch.bfloat16}
     trained = torch.load(tmp_path / "w[*]" / "trained.bin", weights_only=True)
     left_out = found.keys() - trained.keys()
     assert any(".deepspeed_experts.1." in name for name in left_out), "the frozen expert of block 0"
-    assert all("deepspeed_experts" in name or ".dense." in name for name in left_out)
+    assert all("deepspeed_experts" in name for name in left_out) and not any("0.mlp.dense." in name for name in found)
 
 
 def test_master_weights_of_all_ranks(written, tmp_path):
@@ -69,7 +70,7 @@ def test_master_weights_of_all_ranks(written, tmp_path):
     attach(model, MocteConfig.from_dict({**runs.config()["mocte"], "ep_size": 1}))
     load_state_dict_from_zero_checkpoint(model, written.folder / "ffn")
     assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
-    with raises(CheckpointError, match="does not fit the model: .*Missing key"):
+    with raises(CheckpointError, match="the model has \\[\\]"):
         load_state_dict_from_zero_checkpoint(torch.nn.Linear(2, 2), written.folder / "ffn")
     assert main([str(written.folder / "ffn"), str(tmp_path / "out"), "--tag", folder.name]) == 0
     loaded = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)

@@ -265,7 +265,8 @@ def run_distributed(case: Case) -> dict[str, Any]:
         sizes.append(engine.mocte.optimizer_bytes())
     modes = [[str(expert.mode) for expert in handle.experts] for handle in engine.mocte.blocks]
     masters = {n: safe_get_full_fp32_param(named[n]).cpu() for n in sorted(named) if named[n].requires_grad}
-    weights = {name: weight(parameter) for name, parameter in named.items()}
+    # Experts have replaced the dense FFNs, which are freed.
+    weights = {name: weight(parameter) for name, parameter in named.items() if ".dense." not in name}
     result = {"losses": losses, "norms": norms, "bytes": sizes, "weights": weights, "masters": masters, "modes": modes}
     return {**result, "moved": sorted(moved), "gradients": gradients, "rate": engine.get_lr()}
 

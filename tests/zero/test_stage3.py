@@ -269,7 +269,9 @@ def test_tied_weights_through_emergence_and_a_resume(tmp_path: Path, persist: in
         assert result["losses"][0] == result["losses"][1]
     assert {"inlet.weight", "other.weight", "matrix.weight", "layers.1.dense.up_proj.weight"} <= set(first["names"])
     if not persist:  # each rank is the first that holds its experts
-        assert all(".experts." in name or ".gate." in name for name in second["names"]) and len(second["names"]) >= 12
+        assert all(".experts." in name or ".gate." in name for name in second["names"])
+        # Two experts of the block that has emerged, three matrices each.
+        assert sum(".experts." in name for name in second["names"]) == 6
 
 
 def what_a_freeze_leaves(bf16: bool) -> dict[str, list[bool]]:

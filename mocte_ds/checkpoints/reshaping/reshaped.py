@@ -132,7 +132,7 @@ class Reshaped:
         """Shapes of this rank's parameters that are in no optimizer."""
         found = OrderedDict((name, size) for name, size in before.items() if not EXPERT_PARAMETER.fullmatch(name))
         first = self._optimizer.first_expert(self.layout, self.rank)
-        for layer in range(len(self.written.blocks) * self.written.banks):
+        for layer in self.written.born:
             for expert in range(first, first + self.written.num_experts // self.layout.ep_size):
                 path = self.written.folder / EXPERT_FILE.format(layer=layer, expert=expert)
                 own = {renumbered(name, -first): stored.shape for name, stored in read_disk_tensors(path).items()}

@@ -18,26 +18,41 @@ from mocte_ds.checkpoints.names import (
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME
 from mocte_ds.checkpoints.reshaping.layout import Layout
 from mocte_ds.checkpoints.values import require_keys
+from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
+from mocte_ds.moe.block import BlockMode
 from mocte_ds.ownership.manifest import Manifest
 
 
-def require_experts(config: dict[str, Any], files: Iterable[str], path: Path) -> None:
-    """Refuse a number of experts that the checkpoint has no files of, before anything is built for them.
+def require_experts(mocte: dict[str, Any], files: Iterable[str], path: Path) -> None:
+    """Refuse a number of experts that the checkpoint does not hold, before anything is built for them.
+
+    Each block lists its experts one by one; those that have been born have files.
 
     Args:
-        config: the "mocte" block.
+        mocte: what the file of the blocks says.
         files: names of all files of the checkpoint.
-        path: where the block stands, for the message.
+        path: of that file, for the message.
 
     Raises:
         CheckpointError: names both numbers.
     """
+    config, blocks = mocte["config"], mocte["blocks"]
     count, experts, banks = sum(1 for _ in filter(EXPERT_NAME.fullmatch, files)), config["num_experts"], 1
     if isinstance(config.get("banks"), list):
         banks = len(config["banks"])
-    if type(experts) is not int or not 1 <= experts * banks <= count:
-        raise CheckpointError(f"{path} has {experts!r:.80} experts in {banks} banks, with files of {count} experts.")
+    listed = [len(block["experts"]) for block in blocks]
+    possible = type(experts) is int and experts >= 1 and bool(listed) and set(listed) == {experts * banks}
+    if not possible or sum(map(is_born, blocks)) * experts * banks > count:
+        raise CheckpointError(
+            f"{path} has {experts!r:.80} experts in {banks} banks, with {sum(listed)} experts in {len(listed)} blocks "
+            f"and files of {count} experts."
+        )
+
+
+def is_born(block: dict[str, Any]) -> bool:
+    """Whether the experts of a block have emerged, as its state says: earlier there are no files of them."""
+    return block["mode"] != BlockMode.WARMUP.value
 
 
 class SavedCheckpoint:
@@ -61,7 +76,7 @@ class SavedCheckpoint:
             self.state = require_keys(read_disk_tensors(path), ("mocte",), path)
             require_keys(self.state["mocte"], ("config", "blocks", "tokens"), path)
             require_keys(self.state["mocte"]["config"], ("num_experts", "ep_size"), path)
-            require_experts(self.state["mocte"]["config"], manifest.files, path)
+            require_experts(self.state["mocte"], manifest.files, path)
         found = [match for match in map(OPTIMIZER_NAME.fullmatch, manifest.files) if match]
         self.precision: str | None = found[0][1] or "" if found else None
         """`bf16_` or nothing: how the names of the optimizer's files start; None where it has no files of its own."""
@@ -141,6 +156,27 @@ class SavedCheckpoint:
     def banks(self) -> int:
         """Banks of a block."""
         return len(self.state["mocte"]["config"].get("banks") or [None]) if self.state else 0
+
+    @property
+    def born(self) -> list[int]:
+        """Numbers of the banks, in the order of the model, whose experts have emerged."""
+        return [
+            b * self.banks + bank for b, block in enumerate(self.blocks) if is_born(block) for bank in range(self.banks)
+        ]
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """What the names of weights begin with that nothing runs with; only earlier versions have kept them."""
+        if self.state is None:
+            return ()
+        replaced = MocteConfig.from_dict(self.state["mocte"]["config"]).expert.kind == "ffn"
+        found = []
+        for block in self.blocks:
+            if not is_born(block):
+                found += [f"{block['name']}.banks.{bank}.deepspeed_moe.experts." for bank in range(self.banks)]
+            elif replaced:
+                found.append(f"{block['name']}.dense.")
+        return tuple(found)
 
     def require_precision(self, bf16: bool) -> None:
         """Refuse a checkpoint whose model had another data type.

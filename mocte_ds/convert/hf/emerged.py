@@ -24,7 +24,7 @@ from mocte_ds.data.stored_tokenizer import AnyTokenizer
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import DataError
 from mocte_ds.moe.attach import matching_modules
-from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.moe.block import Block, BlockMode, running_state
 from mocte_ds.moe.experts import draw_bypass, make_expert
 from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.forward import ForwardState
@@ -101,7 +101,7 @@ class Emerged:
             dense: those of the dense model.
         """
         found: Tensors = {}
-        for name, like in self.model.state_dict().items():
+        for name, like in running_state(self.model).items():
             block = next((block for block in self.blocks if name.startswith(f"{block}.")), None)
             expert = EXPERT_PARAMETER.fullmatch(name)
             if block is None:

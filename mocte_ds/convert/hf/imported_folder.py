@@ -23,7 +23,7 @@ from mocte_ds.convert.hf.load import ONLY_LOCAL, load_model, refusing
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_object, require_small
-from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.moe.block import BlockMode, ExpertMode, running_state
 from mocte_ds.ownership.checksums import Checksums
 from mocte_ds.shown import one_line
 
@@ -216,12 +216,10 @@ def _take(source: ImportedSource, files: Folder, name: str) -> None:
     left = {key: file for key, file in left.items() if key in _known(files, name, run.count)}
     if left:
         raise CheckpointError(f"{files.folder} has the tensor {min(left)}, which its architecture lacks.")
-    # What only training needs: the FFN of which experts would have been born, and what routers are to learn.
-    narrow = files.blanks[embedding].dtype
-    for ours, like in source.model.state_dict().items():
+    # What only training needs: what routers are to learn.
+    for ours, like in running_state(source.model).items():
         if ours not in source.made:
-            dtype = narrow if ".dense." in ours else like.dtype
-            source.take(ours, dtype, partial(torch.zeros, tuple(like.shape), dtype=dtype))
+            source.take(ours, like.dtype, partial(torch.zeros, tuple(like.shape), dtype=like.dtype))
 
 
 def _usual_dtype(folder: Path) -> torch.dtype:

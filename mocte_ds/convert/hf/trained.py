@@ -19,6 +19,7 @@ from mocte_ds.convert.hf.shards import SHARD_BYTES
 from mocte_ds.convert.hf.tokenizer import SpecialIds
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.moe.idle import free
 from mocte_ds.remote_code.experts_mocte import sizes_of
 from mocte_ds.shown import one_line
 
@@ -178,6 +179,9 @@ def trained_model(source: Source) -> Any:
                 module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         if source.state["mocte"] is not None:
             with_blocks(model, {"config": source.state["mocte"], "blocks": source.state["blocks"]}, STATE)
+        for block in (module for module in model.modules() if isinstance(module, Block)):
+            for path in block.idle:
+                free(block.parts[path])
         model.load_state_dict({name: source.read(name) for name in source.shapes}, assign=True)
         model.tie_weights()
         return model.eval()
@@ -214,15 +218,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _stored_name(name: str, blocks: list[Block]) -> str | None:
-    """Name of one of our tensors in the class, after its prefix; None for one that takes no part in its calls."""
+    """Name of one of our tensors in the class, after its prefix; None for a gate that no token has passed yet."""
     block = next((block for block in blocks if name.startswith(f"{block.name}.")), None)
     if block is None:
         return name
-    dense, warm = name.startswith(f"{block.name}.dense."), block.mode is BlockMode.WARMUP
-    if warm:
+    if block.mode is BlockMode.WARMUP:
+        dense = name.startswith(f"{block.name}.dense.")
         return f"{block.name}.{name.removeprefix(f'{block.name}.dense.')}" if dense else None
-    if dense and block.kind == "ffn":
-        return None
     for ours, theirs in _RENAMED:
         name = name.replace(ours, theirs, 1)
     return name

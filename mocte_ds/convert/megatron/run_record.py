@@ -18,6 +18,7 @@ from mocte_ds.convert.megatron.settings import Settings, settings_of
 from mocte_ds.convert.megatron.tensor_map import Pair, all_pairs, unused
 from mocte_ds.errors import CheckpointError, MocteError
 from mocte_ds.json_files import read_object
+from mocte_ds.moe.block import running_state
 from mocte_ds.ownership.facts import hash_file
 from mocte_ds.ownership.manifest import Manifest
 
@@ -41,7 +42,7 @@ def write_record(folder: Path, source: Source, settings: Settings, pairs: list[P
     """
     record = folder / RECORD_FOLDER
     record.mkdir()
-    like = source.model.state_dict()
+    like = running_state(source.model)
 
     def dtype(name: str) -> torch.dtype:
         if not like[name].is_floating_point():
@@ -105,7 +106,7 @@ class MegatronSource(Source):
         # The least that lies there of so many layers and experts: a vector of features each.
         least = max(base["config"]["num_hidden_layers"], experts) * base["config"]["hidden_size"]
         model = empty_model(base, mocte, path) if least <= there else None
-        if model is None or sum(tensor.numel() for tensor in model.state_dict().values()) > there:
+        if model is None or sum(tensor.numel() for tensor in running_state(model).values()) > there:
             raise CheckpointError(
                 f"{folder} has {there:,} bytes, fewer than the parameters of the model that its {path.name} describes: "
                 "it is damaged, or files are missing."

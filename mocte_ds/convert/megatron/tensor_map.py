@@ -83,7 +83,7 @@ def all_pairs(source: Source, settings: Settings) -> list[Pair]:
 
 
 def unused(source: Source, pairs: list[Pair]) -> list[str]:
-    """Names of ours that take no part in what the model computes: FFNs and experts that do not run, equal biases.
+    """Names of ours that take no part in what the model computes: gates before emergence, equal biases.
 
     Raises:
         CheckpointError: another tensor has no place in GPTModel, or one that it has is missing.
@@ -91,7 +91,7 @@ def unused(source: Source, pairs: list[Pair]) -> list[str]:
     idle: tuple[str, ...] = ()
     for block in blocks_by_layer(source).values():
         warm = block.mode is BlockMode.WARMUP
-        idle += (f"{block.name}.banks.",) if warm else (f"{block.name}.dense.", GATE.format(block=block.name))
+        idle += (f"{block.name}.banks." if warm else GATE.format(block=block.name),)
     used = {name for pair in pairs for name in pair.sources}
     if missing := used - source.shapes.keys():
         raise CheckpointError(f"megatron-core's GPTModel needs {min(missing)}, which the model does not have.")
