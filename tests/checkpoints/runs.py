@@ -24,7 +24,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "ep_size": 2,
         "auto": False,
         "total_steps": 100,
-        "router": {"bias": False},
+        "router": {"kind": "token", "bias": False},
         "spectrum": {"rank": 4, "rows": 256, "documents": 32},
         "freeze": {"rows": 32, "iterations": 2},
     }

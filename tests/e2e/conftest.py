@@ -59,7 +59,7 @@ def _run_values(prepared: Path, blocks: bool) -> dict:
             "num_experts": 4,
             "ep_size": 2,
             "check_every": 0.1,
-            "router": {"bias": False},
+            "router": {"kind": "token", "bias": False},
             "spectrum": {"rank": 4, "rows": 128, "documents": 64},
             "clusters": {"deadline": 0.3},
             "freeze": {"rows": 32, "iterations": 4},

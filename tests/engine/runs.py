@@ -37,7 +37,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": {"lr": 5e-3, "torch_adam": True, "weight_decay": 0.1}},
         "gradient_clipping": 1.0,
         "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": STEPS, "warmup_num_steps": 2}},
-        "mocte": {**block, **changes},
+        "mocte": {**block, **({} if "banks" in changes else {"router": {"kind": "token"}}), **changes},
     }
 
 

@@ -15,7 +15,12 @@ RUN = {
     "training": {"steps": 300, "batch_tokens": 8192},
     "deepspeed": {
         "bf16": {"enabled": True},
-        "mocte": {"modules": "model.layers.*.mlp", "num_experts": 4, "ep_size": 2, "router": {"bias": False}},
+        "mocte": {
+            "modules": "model.layers.*.mlp",
+            "num_experts": 4,
+            "ep_size": 2,
+            "router": {"kind": "token", "bias": False},
+        },
     },
 }
 

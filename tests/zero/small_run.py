@@ -143,6 +143,7 @@ def config(case: Case) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": DECAY}},
         "mocte": {"modules": "layers.*", "num_experts": EXPERTS, "ep_size": case.ep, "auto": False},
     }
+    settings["mocte"]["router"] = {"kind": "token"}
     if case.sums:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     settings["optimizer"]["params"]["torch_adam"] = case.optimizer == "torch"

@@ -34,7 +34,7 @@ print(facts["architecture"], facts["checkpoint_bytes"], facts["start_bytes"], fa
 @mark.parametrize(
     ("dtype", "settings", "name"),
     [
-        ("bf16", {"router": {"bias": False}}, "MixtralForCausalLM"),
+        ("bf16", {"router": {"kind": "token", "bias": False}}, "MixtralForCausalLM"),
         ("fp32", {"banks": [{"kind": "previous"}, {"kind": "type"}], "eod_id": 3}, "MocteBlocksForCausalLM"),
     ],
 )

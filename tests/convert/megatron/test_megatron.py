@@ -39,7 +39,7 @@ from tools import to_megatron as tool
 
 ROOT = Path(__file__).resolve().parents[3]
 ALL, VOCAB = "model.layers.*.mlp", 96
-SOFTMAX = {"bias": False, "weight": "softmax"}
+SOFTMAX = {"kind": "token", "bias": False, "weight": "softmax"}
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
@@ -48,10 +48,14 @@ SOME_LAYERS = {"use_sliding_window": True, "sliding_window": 9, "max_window_laye
 
 # Name: keys of the model's config, "mocte" block, blocks that stay in warm-up.
 CASES = {
-    "hard": ({}, {"modules": ALL, "router": {"bias": False}}, ()),
+    "hard": ({}, {"modules": ALL, "router": {"kind": "token", "bias": False}}, ()),
     "softmax": ({}, {"modules": ALL, "router": SOFTMAX}, ()),
     "some layers, tied": ({"tie_word_embeddings": True}, {"modules": ["model.layers.1.mlp"], "router": SOFTMAX}, ()),
-    "a block in warm-up, all kv heads": ({"num_key_value_heads": 4}, {"modules": ALL, "router": {"bias": False}}, (0,)),
+    "a block in warm-up, all kv heads": (
+        {"num_key_value_heads": 4},
+        {"modules": ALL, "router": {"kind": "token", "bias": False}},
+        (0,),
+    ),
     "biases of queries, wide heads": ({"style": "qwen2", "head_dim": 12}, {"modules": ALL, "router": SOFTMAX}, ()),
     "learned": ({}, {"modules": ALL, "router": {"kind": "random", "weight": "softmax", "learn": True}}, ()),
     "two a token, positions of Llama 3": (
@@ -241,10 +245,22 @@ def test_what_megatron_trained_on_comes_back(converted, tmp_path):
         ("llama", {"router": {"kind": "type"}}, "layers.0.mlp has the router.kind 'type', which.*router.kind 'token'"),
         ("llama", {"router": {"kind": "prefix", "bias": False}}, "the router.kind 'prefix'"),
         ("llama", {"router": {"kind": "hash"}}, "the router.kind 'hash'"),
-        ("llama", {"expert": {"kind": "lora", "width": 12}, "router": {"bias": False}}, "experts of the kind 'lora'"),
+        (
+            "llama",
+            {"expert": {"kind": "lora", "width": 12}, "router": {"kind": "token", "bias": False}},
+            "experts of the kind 'lora'",
+        ),
         ("llama", {"banks": [{"kind": "token"}, {"kind": "hash"}]}, "2 banks of experts"),
-        ("gpt2", {"router": {"bias": False}}, "step7 cannot be converted to megatron-core: it holds a GPT2LMHeadModel"),
-        ("gemma", {"router": {"bias": False}}, "it holds a GemmaForCausalLM; these can be converted: LlamaForCausalLM"),
+        (
+            "gpt2",
+            {"router": {"kind": "token", "bias": False}},
+            "step7 cannot be converted to megatron-core: it holds a GPT2LMHeadModel",
+        ),
+        (
+            "gemma",
+            {"router": {"kind": "token", "bias": False}},
+            "it holds a GemmaForCausalLM; these can be converted: LlamaForCausalLM",
+        ),
     ],
 )
 def test_what_megatron_does_not_compute_is_refused(style, block, message, tmp_path):
@@ -273,7 +289,7 @@ def test_what_megatron_does_not_compute_is_refused(style, block, message, tmp_pa
     ],
 )
 def test_keys_whose_values_megatron_does_not_compute_are_refused(keys, message, tmp_path):
-    checkpoint = write(tmp_path / "run" / "step7", keys, {"modules": ALL, "router": {"bias": False}})
+    checkpoint = write(tmp_path / "run" / "step7", keys, {"modules": ALL, "router": {"kind": "token", "bias": False}})
     with raises(CheckpointError, match=message):
         to_megatron(checkpoint, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
