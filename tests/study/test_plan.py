@@ -47,7 +47,7 @@ def test_arms_with_shared_changes_and_a_dense_twin(study_file: Write, run_file: 
         assert ("mocte" in run.deepspeed) is (name != "dense")
     read = configs(study)
     assert read["plain", 3].deepspeed["mocte"]["freeze"] == {"policy": "off"}  # a word, as it was written
-    assert read["plain", 3].deepspeed["mocte"]["router"] == {"bias": False}
+    assert read["plain", 3].deepspeed["mocte"]["router"] == {"kind": "token", "bias": False}
     # A section as a value takes the place of the whole section.
     assert read["hash", 3].deepspeed["mocte"]["router"] == {"kind": "hash"}
 

@@ -52,6 +52,7 @@ def with_an_idle_layer() -> dict[str, torch.Tensor]:
         "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": DECAY, "torch_adam": True}},
         "mocte": {"modules": "layers.*", "num_experts": 4, "ep_size": case.ep, "auto": False},
     }
+    settings["mocte"]["router"] = {"kind": "token"}
     engine, *_ = mocte_ds.initialize(model=Sometimes(), config=settings)
     for step in range(5):
         features, target = batch(step, 0)

@@ -107,7 +107,7 @@ def settings(world: int, ep_size: int, first: bool = False, **changes: Any) -> d
     block = {"modules": "model.layers.*.mlp", "num_experts": 4, "ep_size": ep_size, "auto": False, "total_steps": 100}
     block.update(spectrum={"rank": 4, "rows": 256, "documents": 32})
     if "banks" not in changes:
-        block["router"] = {"bias": False}
+        block["router"] = {"kind": "token", "bias": False}
     return {
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": MICRO,
