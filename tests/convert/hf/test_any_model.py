@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mocte_ds.base_model import base_facts, require_base
 from mocte_ds.claims import require_blocks
-from mocte_ds.config import MocteConfig
 from mocte_ds.convert.hf.export import export_trained
 from mocte_ds.convert.hf.trained import GatheredSource, trained_model
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe import Block
+from mocte_ds.moe.block import running_state
 from mocte_ds.remote_code.blocks_mocte import Running
 from mocte_ds.remote_code.calls_mocte import Call
 from mocte_ds.remote_code.modeling_blocks_mocte import MocteBlocksForCausalLM
@@ -86,10 +86,9 @@ def source_of(
 ) -> GatheredSource:
     """What a run would hand over whose experts and routers all differ; ``model`` gets blocks."""
     added = tiny.add_blocks(model, modules, warmup, **blocks)
-    config = MocteConfig.from_dict({"modules": modules, "num_experts": tiny.EXPERTS, **blocks})
     entries = [{"name": b.name, "mode": str(b.mode), "experts": ["training"] * b.num_experts} for b in added]
-    mocte = {"config": config.to_dict(), "blocks": entries, "tokens": 100, "step": 7}
-    return GatheredSource(model.eval().state_dict(), base, mocte)
+    mocte = {"config": model.settings.to_dict(), "blocks": entries, "tokens": 100, "step": 7}
+    return GatheredSource(running_state(model.eval()), base, mocte)
 
 
 class Exported:
