@@ -348,7 +348,7 @@ def test_names_of_checkpoints(tmp_path, tag):
         ),
         (
             {"router": {"kind": "hash"}, "spectrum": {"rank": 6}},
-            ["router.kind: checkpoint 'token'", "rank: checkpoint 8"],
+            ["router.kind: checkpoint 'type'", "rank: checkpoint 8"],
         ),
         (
             {

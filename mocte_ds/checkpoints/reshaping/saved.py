@@ -25,9 +25,9 @@ from mocte_ds.ownership.manifest import Manifest
 
 
 def require_experts(mocte: dict[str, Any], files: Iterable[str], path: Path) -> None:
-    """Refuse a number of experts that the checkpoint does not hold, before anything is built for them.
+    """Refuse a number of experts that nothing in the checkpoint bears out, before anything is built for them.
 
-    Each block lists its experts one by one; those that have been born have files.
+    Blocks list their experts one by one; those that have been born have files.
 
     Args:
         mocte: what the file of the blocks says.
@@ -35,18 +35,17 @@ def require_experts(mocte: dict[str, Any], files: Iterable[str], path: Path) -> 
         path: of that file, for the message.
 
     Raises:
-        CheckpointError: names both numbers.
+        CheckpointError: names the numbers.
     """
-    config, blocks = mocte["config"], mocte["blocks"]
+    config = mocte["config"]
     count, experts, banks = sum(1 for _ in filter(EXPERT_NAME.fullmatch, files)), config["num_experts"], 1
     if isinstance(config.get("banks"), list):
         banks = len(config["banks"])
-    listed = [len(block["experts"]) for block in blocks]
-    possible = type(experts) is int and experts >= 1 and bool(listed) and set(listed) == {experts * banks}
-    if not possible or sum(map(is_born, blocks)) * experts * banks > count:
+    listed = max([len(block["experts"]) for block in mocte["blocks"]], default=0)
+    if type(experts) is not int or not 1 <= experts * banks <= max(count, listed):
         raise CheckpointError(
-            f"{path} has {experts!r:.80} experts in {banks} banks, with {sum(listed)} experts in {len(listed)} blocks "
-            f"and files of {count} experts."
+            f"{path} has {experts!r:.80} experts in {banks} banks, with {listed} experts in a block and files of "
+            f"{count} experts."
         )
 
 
