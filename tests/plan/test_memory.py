@@ -27,7 +27,8 @@ LAYOUTS = [(2, 1, 1, {}), (2, 2, 2, {}), (2, 2, 2, LORA), (2, 1, 3, {}), (4, 2, 
 def settings(ep_size: int, stage: int, changes: dict[str, Any]) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000},
+        # All weights are cut up at stage 3, as those of large models are.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 0},
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "mocte": {**BLOCK, "ep_size": ep_size, **changes},

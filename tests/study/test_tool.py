@@ -191,7 +191,7 @@ def test_a_failed_run_says_why_and_goes_again_at_the_next_call(
         ({"arms": {"a": None, "b": {"training.steps": 200}}}, "b-seed0 holds .*: training.steps is 300, not 200"),
         (
             {"arms": {"a": None, "b": {"deepspeed.mocte.router.kind": "hash"}}},
-            "deepspeed.mocte.router.kind is 'type', not 'hash'",
+            "deepspeed.mocte.router.kind is 'token', not 'hash'",
         ),
         (
             {"arms": {"a": None, "b": {"deepspeed.mocte.router": None, "deepspeed.mocte.banks": [{"kind": "hash"}]}}},
