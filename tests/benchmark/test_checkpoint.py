@@ -37,7 +37,7 @@ def test_a_small_run(tmp_path, capsys, monkeypatch) -> None:
     size = numbers["checkpoint"]["bytes"]
     # Weights in bf16, three numbers in fp32 of each that trains; what else lies there is small but for the sizes here.
     assert numbers["checkpoint"]["parameters"] == trained
-    assert 14 * trained + 2 * LAYERS * expert < size < 14 * trained + 2 * LAYERS * expert + 200_000
+    assert 14 * trained < size < 14 * trained + 200_000
     assert numbers["exported_as"] == "MixtralForCausalLM"
     parts, disk = numbers["parts"], numbers["disk"]
     assert list(parts) == ["save", "save beside training", "load", "reshape", "export"]
@@ -51,7 +51,7 @@ def test_a_small_run(tmp_path, capsys, monkeypatch) -> None:
         assert part["bytes"] == size or name in ("reshape", "export")
     assert abs(parts["reshape"]["bytes"] - size) < 100_000
     # The weights, each once, and the file of the blocks' states.
-    assert 2 * (trained + LAYERS * expert) < parts["export"]["bytes"] < 2 * (trained + LAYERS * expert) + 100_000
+    assert 2 * trained < parts["export"]["bytes"] < 2 * trained + 100_000
     beside = parts["save beside training"]
     assert 0 < beside["in_step"] < beside["seconds"] and beside["steps_beside"] >= 0 and beside["step"] > 0
     text = load("checkpoint").text(numbers)

@@ -62,7 +62,7 @@ class CheckpointSizes:
     def estimated_bytes(self) -> int:
         """Of a checkpoint: weights, and fp32 weights and two moments of those that train."""
         width = 2 if self.dtype == "bf16" else 4
-        return (width + 12) * self.parameters + width * self.dormant
+        return (width + 12) * self.parameters
 
     def config(self, asynchronous: bool) -> dict[str, Any]:
         """The DeepSpeed config; blocks change by hand only, and their router is one of stock Mixtral."""

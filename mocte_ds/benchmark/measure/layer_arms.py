@@ -76,7 +76,7 @@ def make_arms(sizes: LayerSizes, gate: Tensor, device: torch.device) -> dict[str
     arms: dict[str, nn.Module] = {"dense": _ffn(sizes), "slices": _Slices(sizes, even.rows())}
     if sizes.ep == 1:
         arms["given_loads"], arms["grouped"] = _Slices(sizes, sizes.rows()), _Grouped(sizes, gate)
-    arms["block"] = _block(sizes, gate, {})
+    arms["block"] = _block(sizes, gate, {"kind": "token"})
     arms["block_learned"] = _block(sizes, gate, {"kind": "random", "weight": "softmax", "learn": True, "aux": 0.0})
     arms["deepspeed"], arms["deepspeed_no_drop"] = _deepspeed(sizes, gate, True), _deepspeed(sizes, gate, False)
     if sizes.ep == 1:
