@@ -48,7 +48,7 @@ def _run() -> int | None:
 
 
 def _loaded(name: str) -> ModuleType:
-    """The tool as a module: in a checkout its folder is no part of the package."""
+    """The tool as a module, loaded by its path: in a checkout tools/ is not part of the package."""
     spec = importlib.util.spec_from_file_location(f"mocte_ds.tools.{name}", TOOLS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

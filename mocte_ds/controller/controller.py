@@ -148,7 +148,7 @@ class Controller:
 
         `mocte-ds report FOLDER` and `mocte-ds inspect-run FOLDER` read them, and run.json beside them. Rank 0 writes,
         and holds the folder's lock. After `load_checkpoint`, which may come before or after this call, the logs go on
-        behind the checkpoint's step; at step 0 those of an earlier run are kept under another name.
+        after the checkpoint's step; at step 0 those of an earlier run are kept under another name.
 
         Args:
             folder: on the machine of rank zero; is made if it is not there, and may hold other files.

@@ -10,7 +10,7 @@ from pathlib import Path
 from mocte_ds.data.manifest import FORMAT, NAME, SPLITS, Manifest, open_indexed, prefix
 from mocte_ds.data.merge import merge_shards
 from mocte_ds.data.shard import TOOL, Made, Share, make_shard
-from mocte_ds.data.shard_record import ShardRecord, read_shards
+from mocte_ds.data.shard_record import ShardRecord, read_shards, sources_of
 from mocte_ds.data.stored_tokenizer import (
     AnyTokenizer,
     open_tokenizer,
@@ -18,7 +18,7 @@ from mocte_ds.data.stored_tokenizer import (
     tokenizer_files,
     tokenizer_in,
 )
-from mocte_ds.data.units import Corpus, hash_of_domain, hash_of_file
+from mocte_ds.data.units import Corpus, hash_of_file, hashes_of_domains
 from mocte_ds.data.verify import chunk_hashes
 from mocte_ds.errors import DataError
 from mocte_ds.ownership import put, remove, require_apart, require_new_or_ours, require_ours
@@ -64,10 +64,7 @@ def prepare(
     out, tokenizer, found = Path(out), open_tokenizer(tokenizer_path), Corpus.look(corpus)
     require_apart(out, Path(corpus))
     with _told(out, workers):
-        hashes: dict[str, list[str]] = {}
-        for file in found.files:
-            hashes.setdefault(file.domain, []).append(hash_of_file(found.folder / file.name))
-        sources = {domain: hash_of_domain(of_files) for domain, of_files in hashes.items()}
+        sources = hashes_of_domains(found.files, lambda name: hash_of_file(found.folder / name))
         shard = out / UNFINISHED
         old = _reusable(out, tokenizer, validation_share, sources)
         if old and not shard.exists():
@@ -135,13 +132,9 @@ def merge(
     out, tokenizer = Path(out), open_tokenizer(tokenizer_path)
     shards = read_shards([Path(folder) for folder in folders], tokenizer)
     require_apart(out, *shards)
-    hashes = {name: digest for shard in shards.values() for name, digest in shard.hashes.items()}
-    sources: dict[str, list[str]] = {}
-    for file in next(iter(shards.values())).as_corpus().files:
-        sources.setdefault(file.domain, []).append(hashes.get(file.name, ""))
-    wanted = {domain: hash_of_domain(of_files) for domain, of_files in sources.items()}
+    sources = sources_of(shards)
     with _told(out, 1):
-        if old := _reusable(out, tokenizer, validation_share, wanted):
+        if old := _reusable(out, tokenizer, validation_share, sources):
             return old, False
         require_apart(out, tokenizer.path)
         _require_ours(out, tokenizer, sources)

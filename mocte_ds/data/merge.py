@@ -10,11 +10,11 @@ from tqdm import tqdm
 from mocte_ds.data.manifest import SPLITS, prefix
 from mocte_ds.data.piece_file import read_arrays, read_signatures
 from mocte_ds.data.shard import require_text
-from mocte_ds.data.shard_record import ShardRecord, pieces_of
+from mocte_ds.data.shard_record import ShardRecord, pieces_of, sources_of
 from mocte_ds.data.signatures import LEVELS, halvings_for
 from mocte_ds.data.split import Split, Splitter
 from mocte_ds.data.token_file import TokenFile
-from mocte_ds.data.units import Unit, hash_of_domain
+from mocte_ds.data.units import Unit
 
 _Pieces = list[tuple[Unit, Path | None]]
 
@@ -40,19 +40,17 @@ def merge_shards(
     """
     record = next(iter(shards.values()))
     corpus = record.as_corpus()
-    hashes = {name: digest for shard in shards.values() for name, digest in shard.hashes.items()}
     domains: dict[str, _Pieces] = {file.domain: [] for file in corpus.files}
     for unit, _, path in pieces_of(shards, corpus.units(record.of)):
         domains[unit.files[0].domain].append((unit, path))
     split = _split(domains, corpus.folder, share)
     total = sum(len(pieces) for pieces in domains.values())
-    facts = {}
+    facts, sources = {}, sources_of(shards)
     with tqdm(total=total, desc="writing", unit="piece", disable=None if progress else True) as bar:
         for domain, pieces in domains.items():
-            mine = [hashes[file.name] for file in corpus.files if file.domain == domain]
             counts = _write(out, domain, pieces, split.held_out[domain], record.settings["vocab_size"], bar)
             facts[domain] = {
-                "source_sha256": hash_of_domain(mine),
+                "source_sha256": sources[domain],
                 **counts,
                 "near_duplicates": split.found[domain],
             }

@@ -10,7 +10,7 @@ from typing import Any
 from mocte_ds.data import signatures, units
 from mocte_ds.data.grams import GRAM
 from mocte_ds.data.stored_tokenizer import AnyTokenizer
-from mocte_ds.data.units import Corpus, SourceFile, Unit
+from mocte_ds.data.units import Corpus, SourceFile, Unit, hashes_of_domains
 from mocte_ds.errors import DataError
 from mocte_ds.json_files import parse_json, read_text
 
@@ -34,7 +34,7 @@ def settings_of(tokenizer: AnyTokenizer) -> dict[str, Any]:
 
 
 def piece_name(settings: dict[str, Any], hashes: Sequence[str], piece: int) -> str:
-    """Name of a piece's file: it says what it was made from, so that what is there by it need not be made again."""
+    """Name of a piece's file, made from all that the piece depends on: a file of that name need not be made again."""
     key = [sorted(settings.items()), list(hashes), piece]
     return f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npz"
 
@@ -124,6 +124,13 @@ def read_shards(folders: Sequence[Path], tokenizer: AnyTokenizer) -> dict[Path, 
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise DataError(f"shards are missing: {shown}; name the folders of all {first[1].of}.")
     return shards
+
+
+def sources_of(shards: dict[Path, ShardRecord]) -> dict[str, str]:
+    """Hash of each domain of the corpus that shards were made from; a file that no shard has read counts as empty."""
+    hashes = {name: digest for shard in shards.values() for name, digest in shard.hashes.items()}
+    files = next(iter(shards.values())).as_corpus().files
+    return hashes_of_domains(files, lambda name: hashes.get(name, ""))
 
 
 def pieces_of(shards: dict[Path, ShardRecord], chosen: list[Unit]) -> Iterator[tuple[Unit, int, Path | None]]:

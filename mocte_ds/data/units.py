@@ -4,7 +4,7 @@ import hashlib
 import heapq
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,9 +150,20 @@ def hash_of_file(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def hash_of_domain(hashes: list[str]) -> str:
-    """Hash of a domain: that of its only file, or of the hashes of its files."""
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+def hashes_of_domains(files: Iterable[SourceFile], hash_of: Callable[[str], str]) -> dict[str, str]:
+    """Hash of each domain: that of its only file, or of the hashes of its files.
+
+    Args:
+        files: of the corpus, in its order.
+        hash_of: gives the hash of the file of a name.
+    """
+    found: dict[str, list[str]] = {}
+    for file in files:
+        found.setdefault(file.domain, []).append(hash_of(file.name))
+    return {
+        domain: hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+        for domain, hashes in found.items()
+    }
 
 
 def _changed(path: Path) -> DataError:
