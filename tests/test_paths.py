@@ -23,6 +23,7 @@ TOOLS: dict[str, list[str]] = {
     "zero_to_fp32": ["checkpoints", "OUT"],
     "reshape": ["checkpoints", "OUT", "--world-size", "2"],
     "to_megatron": ["checkpoints", "OUT"],
+    "quickstart": ["--out", "OUT"],
     "study": [str(ROOT / "launch" / "studies" / "policies.yaml"), "--out", "OUT"],
 }
 
