@@ -50,12 +50,10 @@ class Controller:
         self.checks = Checks(self.run, self.passes, self.progress, self.proof, self.events, self.changer)
         self.mid_step = False
         """Whether gradients wait for an optimizer step."""
+        # What `export` and `log_to` call; the engine hands them over.
         self.exporter: Callable[..., dict[str, Any]] | None = None
-        """What :meth:`export` calls; the engine hands it over."""
         self.logger: Callable[[str | Path], None] | None = None
-        """What :meth:`log_to` calls; likewise."""
         self._domain: Tensor | None = None
-        """Of the next forward pass."""
 
     def bind(self, module: torch.nn.Module, optimizer: UnitOptimizer, scheduler: Any, sequences_per_step: int) -> None:
         """Hand over the engine's module, optimizer and scheduler, and the global batch size."""
