@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from pytest import CaptureFixture, mark, raises
 
@@ -101,3 +102,24 @@ def test_what_is_no_checkpoint(written, tmp_path):
         checkpoint_facts(folder)
     ended = subprocess.run([sys.executable, TOOL, tmp_path], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "is not a checkpoint" in ended.stderr and "Traceback" not in ended.stderr
+
+
+@mark.parametrize("name", ["ffn", "lora"])
+def test_how_far_experts_have_grown_apart(written, name, capsys: CaptureFixture):
+    """Against numpy, with every expert as one vector; a block in warm-up has no experts to compare."""
+    (folder,) = [path for path in (written.folder / name).iterdir() if path.is_dir()]
+    blocks = torch.load(folder / STATE_FILE, weights_only=True)["mocte"]["blocks"]
+    assert main([str(folder), "--experts", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["likeness"]
+    assert [entry["block"] for entry in found] == [entry["name"] for entry in blocks if entry["mode"] != "warmup"]
+    for layer, entry in enumerate(found):
+        experts = [torch.load(folder / EXPERT_FILE.format(layer=layer, expert=k)) for k in range(entry["experts"])]
+        rows = np.stack([np.concatenate([t.double().numpy().ravel() for t in expert.values()]) for expert in experts])
+        size, mean = np.linalg.norm(rows, axis=1), rows.mean(0)
+        np.testing.assert_allclose(entry["cosine"], rows @ rows.T / np.outer(size, size), atol=1e-9)
+        apart = np.linalg.norm(rows - mean, axis=1) / np.linalg.norm(mean)
+        np.testing.assert_allclose(entry["apart"], apart, rtol=1e-6)
+        assert apart.max() > 1e-4, "they have trained"
+    assert main([str(folder), "--experts"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{entry['block']} " in text for entry in found) and "cosine, mean" in text
