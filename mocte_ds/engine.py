@@ -29,6 +29,7 @@ from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.dist.shared_memory import forget_shared_memory
 from mocte_ds.engine_settings import read_config, require_supported
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.flops.mfu import utilisation_of
 from mocte_ds.logs.run_facts import count_parameters, run_facts
 from mocte_ds.logs.step_log import StepLog
 from mocte_ds.moe.attach import attach
@@ -263,6 +264,7 @@ def initialize(
         warnings.warn(f"mocte.total_steps is missing: it is taken to be {total_steps}.", stacklevel=2)
     mesh = make_mesh(block.ep_size, resolved.use_data_before_expert_parallel_, mpu)
     parameters = count_parameters(model)
+    utilisation = utilisation_of(model, block, mesh.world.size, settings)
     # Stage 3 cuts the weights of experts up before it lets them go.
     blocks = attach(model, block, free_idle=resolved.zero_config.stage < 3)
     front = find_front(model, blocks, block.freeze.prefix.layers)
@@ -289,7 +291,7 @@ def initialize(
     engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval, mesh.world)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, engine.train_batch_size())
     controller.exporter = lambda **how: export_run(engine, **how)
-    engine.step_log = StepLog(engine, lambda: run_facts(engine, settings, parameters))
+    engine.step_log = StepLog(engine, lambda: run_facts(engine, settings, parameters), utilisation)
     controller.logger = engine.step_log.log_to
     if block.log is not None:
         controller.log_to(block.log)

@@ -154,6 +154,8 @@ class TrainsBlocks:
             mocte = self.engine.mocte
             logs |= {f"mocte/{name}": count for name, count in mode_counts(mocte.blocks).items()}
             logs["mocte/tokens"] = mocte.tokens
+            if "mfu" in self.engine.step_log.last:
+                logs["mocte/mfu"] = self.engine.step_log.last["mfu"]
         super().log(logs, *args, **more)  # type: ignore[misc]
 
     def _tell(self, event: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ import torch
 from mocte_ds.convert.hf.export import export
 from mocte_ds.report import read_run
 from tests.engine import runs
+from tests.flops.test_mfu import DENSE
 from tests.integrations import trainer_runs
 from tests.spawn import spawn
 
-EVERY = 4
+EVERY, PEAK = 4, 1e9
 _LOAD = """import sys, torch
 from transformers import AutoModelForCausalLM
 import mocte_ds.convert.hf.register
@@ -39,9 +40,11 @@ def by_trainer(folder: str, stage: int, resume: bool) -> dict[str, Any]:
             self.heard.append((event["step"], event["event"]))
 
     out, Ear.heard = Path(folder) / "out", []
+    config = trainer_runs.config(stage, peak_tflops=PEAK / 1e12)
+    config["csv_monitor"] = {"enabled": True, "output_path": f"{folder}/csv", "job_name": f"resumed-{resume}"}
     args = trainer_runs.arguments(
         out,
-        trainer_runs.config(stage),
+        config,
         eval_strategy="steps",
         eval_steps=EVERY,
         save_strategy="steps",
@@ -165,6 +168,13 @@ def test_trains_as_a_loop_by_hand_and_exports(tmp_path: Path, stage: int) -> Non
     assert [row["step"] for row in log.metrics] == list(range(1, trainer_runs.STEPS + 1)), "both starts, no step twice"
     assert [row["loss"] for row in log.metrics] == pytest.approx(losses_of(first["log"]), abs=1e-4)
     assert [event["step"] for event in log.of_kind("emergence")] == [5, 5] and len(log.of_kind("resume")) == 1
+    told = [row["mocte/mfu"] for row in first["log"] if "loss" in row]
+    rows = [line.split(",") for line in (tmp_path / "csv" / "resumed-False" / "mocte_mfu.csv").read_text().splitlines()]
+    assert [float(value) for _, value in rows[1:]] == pytest.approx(told) and len(told) == trainer_runs.STEPS
+    for row in log.metrics[:EVERY]:  # of the first start, before the emergence
+        flops = DENSE * trainer_runs.MICRO * trainer_runs.TURNS * 2 * runs.LENGTH / 768
+        assert row["mfu"] == pytest.approx(flops / row["seconds"] / (2 * PEAK))
+        assert row["mfu"] == pytest.approx(told[row["step"] - 1])
     assert log.facts["training"]["steps"] == trainer_runs.STEPS and log.facts["model"]["hf.model_type"] == "llama"
 
 
