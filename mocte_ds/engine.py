@@ -15,7 +15,7 @@ from mocte_ds.base_model import base_facts, refuse_saving_alone
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.names import CONVERTERS_FILE
-from mocte_ds.checkpoints.place import resolve_tag
+from mocte_ds.checkpoints.place import require_tag, resolve_tag
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.config import MocteConfig
@@ -122,6 +122,7 @@ class MocteEngine(UnitEngine):
         if exclude_frozen_parameters:
             raise CheckpointError("exclude_frozen_parameters is not supported: frozen experts would be lost.")
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        require_tag(tag)
         client, started = dict(client_state or {}), time.perf_counter()
         save = super().save_checkpoint
 

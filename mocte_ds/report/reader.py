@@ -9,6 +9,7 @@ import numpy as np
 
 from mocte_ds.errors import MocteError
 from mocte_ds.report.run import Row, Run
+from mocte_ds.secret_keys import command_shown, without_secrets
 from mocte_ds.value_bounds import require_plain
 
 
@@ -47,10 +48,21 @@ def read_run(folder: Path | str) -> Run:
         metrics=metrics,
         events=events,
         ledger={k: v for k, v in _json_file(folder / "ledger.json", notes).items() if _is_number(v)},
-        facts=_json_file(folder / "run.json", notes),
+        facts=_facts(folder / "run.json", notes),
         evaluation=_json_file(folder / "evaluation" / "results.json", notes),
         notes=notes,
     )
+
+
+def _facts(path: Path, notes: list[str]) -> dict[str, Any]:
+    """run.json; what an earlier version has kept there of keys and passwords is left out."""
+    facts = _json_file(path, notes)
+    if isinstance(command := facts.get("command"), str):
+        facts["command"] = command_shown(command.split(" "))
+    if isinstance(settings := facts.get("deepspeed"), dict):
+        block = {"mocte": settings["mocte"]} if "mocte" in settings else {}
+        facts["deepspeed"] = {**without_secrets({k: v for k, v in settings.items() if k != "mocte"}), **block}
+    return facts
 
 
 def _is_number(value: Any) -> bool:

@@ -23,6 +23,7 @@ from mocte_ds.logs.monitors import block_modes, mode_counts
 from mocte_ds.logs.run_facts import start_facts
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
+from mocte_ds.secret_keys import without_secrets
 from mocte_ds.seeds import derived_seed
 from mocte_ds.stop import end_soon, handles_signals
 from mocte_ds.training.changes import changes_so_far, told_changes
@@ -342,7 +343,7 @@ class Trainer:
             "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
             "evaluation": asdict(run.evaluation),
             "watch": asdict(run.watch),
-            "deepspeed": {**start.settings, **mocte},
+            "deepspeed": {**without_secrets(start.settings), **mocte},
             "changes": changes,
         }
 
