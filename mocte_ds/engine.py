@@ -143,6 +143,14 @@ class MocteEngine(UnitEngine):
         self.step_log.saved(tag, time.perf_counter() - started)
         return True
 
+    def log_validation(self, losses: Mapping[str, float]) -> None:
+        """Tell the logs and monitors what a script's own validation has found after the last step.
+
+        Args:
+            losses: on held-out text, in nats per token, by domain or data set; agreed between the ranks.
+        """
+        self.step_log.validated(losses)
+
     def destroy(self) -> None:
         """DeepSpeed's; the folder of the logs is free again."""
         if "step_log" in vars(self):  # DeepSpeed calls it for an engine that could not be made, too

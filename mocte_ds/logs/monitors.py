@@ -33,9 +33,11 @@ class Monitors:
         self._write(step_scalars(metrics), metrics["tokens"])
 
     def event(self, event: dict[str, Any]) -> None:
-        """Show what a check has measured; other events have no numbers of their own."""
+        """Show what a check has measured, or a validation; other events have no numbers of their own."""
         if event["event"] == "check":
             self._write(check_scalars(event), event["tokens"])
+        if event["event"] == "validation":
+            self._write({f"validation/{name}": loss for name, loss in event["validation"].items()}, event["tokens"])
 
     def _write(self, scalars: dict[str, float | None], tokens: int) -> None:
         if not self.enabled:

@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,17 @@ class StepLog:
         self._write("events", {"event": "save", **stamp, "checkpoint": checkpoint, "seconds": seconds})
         if self._last is not None:
             self._last = time.perf_counter()  # a save is beside training
+
+    def validated(self, losses: Mapping[str, float]) -> None:
+        """See MocteEngine.log_validation."""
+        engine = self._engine
+        stamp = {"step": engine.global_steps, "tokens": engine.mocte.tokens}
+        event = {"event": "validation", **stamp, "validation": {name: float(loss) for name, loss in losses.items()}}
+        self._write("events", event)
+        if engine.mesh.world.rank == 0:
+            self._monitors.event(event)
+        if self._last is not None:
+            self._last = time.perf_counter()  # a validation is beside training
 
     def loaded(self, checkpoint: str) -> None:
         """Go on from a checkpoint: what follows stands behind its step (collective)."""

@@ -43,6 +43,7 @@ def read_run(folder: Path | str) -> Run:
     metrics = _last_of_each_step(rows, notes)
     events = _without_undone(_json_lines(folder / "events.jsonl", notes), notes)
     _place_events(events, metrics, notes)
+    _place_validations(events, metrics)
     return Run(
         folder=folder,
         metrics=metrics,
@@ -153,6 +154,18 @@ def _without_undone(rows: list[Row], notes: list[str]) -> list[Row]:
             f"events.jsonl: {undone} event(s) after the checkpoint of a resume were taken back and are left out."
         )
     return kept
+
+
+def _place_validations(events: list[Row], metrics: list[Row]) -> None:
+    """Give a step the losses that a script has told of it, by events of their own: they come after the step's line."""
+    rows = {row["step"]: row for row in metrics}
+    for event in events:
+        told, row = event.get("validation"), rows.get(event["step"])
+        if event["event"] != "validation" or row is None or not isinstance(told, dict):
+            continue
+        losses = {**(row.get("validation") or {}), **{str(name): loss for name, loss in told.items()}}
+        known = [loss for name, loss in losses.items() if name != "mean" and _is_number(loss)]
+        row["validation"] = {**losses, "mean": sum(known) / len(known) if known else None}
 
 
 def _place_events(events: list[Row], metrics: list[Row], notes: list[str]) -> None:

@@ -175,7 +175,45 @@ def test_trains_as_a_loop_by_hand_and_exports(tmp_path: Path, stage: int) -> Non
         flops = DENSE * trainer_runs.MICRO * trainer_runs.TURNS * 2 * runs.LENGTH / 768
         assert row["mfu"] == pytest.approx(flops / row["seconds"] / (2 * PEAK))
         assert row["mfu"] == pytest.approx(told[row["step"] - 1])
+    evaluated = [row["eval_loss"] for row in first["log"] if "eval_loss" in row]
+    assert [row["validation"]["eval"] for row in log.validations] == pytest.approx(evaluated, abs=1e-4)
     assert log.facts["training"]["steps"] == trainer_runs.STEPS and log.facts["model"]["hf.model_type"] == "llama"
+
+
+def by_epochs(folder: str) -> dict[str, Any]:
+    """Two epochs of 18 sequences in batches of 4, two of them a step: the last step of an epoch has one, of two."""
+    from mocte_ds.integrations.transformers import MocteTrainer
+
+    args = trainer_runs.arguments(
+        Path(folder), trainer_runs.config(ep_size=1), max_steps=-1, num_train_epochs=2, eval_strategy="epoch"
+    )
+    data = trainer_runs.rows(18)
+    trainer = MocteTrainer(
+        model=runs.model(), args=args, train_dataset=data, eval_dataset={"near": data[:8], "far": data[8:12]}
+    )
+    trainer.train()
+    engine = trainer.engine
+    births = [str(block.mode) for block in engine.mocte.blocks]
+    return {
+        "steps": (engine.mocte.total_steps, trainer.state.max_steps, trainer.state.global_step, engine.global_steps),
+        "tokens": engine.tokens_seen,
+        "modes": births,
+        "log": trainer.state.log_history,
+    }
+
+
+def test_epochs_are_the_budget_and_evaluations_are_logged(tmp_path: Path) -> None:
+    (found,) = spawn(by_epochs, 1, str(tmp_path), timeout=240, deepspeed=True)
+    assert found["steps"] == (6, 6, 6, 6)
+    assert found["tokens"] == 2 * 18 * runs.LENGTH and found["modes"] == ["specialising"] * 2
+    log = read_run(tmp_path)
+    assert log.facts["training"]["steps"] == 6
+    for name in ("near", "far"):
+        told = [row[f"eval_{name}_loss"] for row in found["log"] if f"eval_{name}_loss" in row]
+        assert [row["validation"][name] for row in log.validations] == pytest.approx(told) and len(told) == 2
+    assert [row["step"] for row in log.validations] == [3, 6]
+    near, far, mean = (log.validations[-1]["validation"][name] for name in ("near", "far", "mean"))
+    assert mean == pytest.approx((near + far) / 2)
 
 
 def best_of(folder: str, stage: int) -> dict[str, Any]:
