@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import mocte_ds
 
-CONTEXT, MICRO, TURNS, STEPS = 64, 4, 2, 80
+CONTEXT, MICRO, TURNS, STEPS = 64, 4, 2, 40
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIG = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -31,9 +31,9 @@ CONFIG = {
         "num_experts": 4,
         "ep_size": 2,
         "total_steps": STEPS,
-        # Early and often, for a run of 80 steps.
-        "check_every": 0.05,
-        "clusters": {"deadline": 0.15, "not_before": 0.05},
+        # Early and often, for a run of 40 steps.
+        "check_every": 0.1,
+        "clusters": {"deadline": 0.3, "not_before": 0.1},
         "freeze": {"alpha": 0.95, "beta": 1.0, "checks": 1, "after_checks": 2, "rows": 64},
     },
 }

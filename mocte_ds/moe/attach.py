@@ -130,8 +130,8 @@ def find_ffns(model: nn.Module) -> list[str]:
     if not found:
         raise ConfigError(
             f"mocte.modules = '{AUTO}' finds no FFN in {type(model).__name__}. One is a module of its own, in a list "
-            f"of layers, with {FORMS}. Name the modules, or put the matrices into a module first where a layer calls them "
-            "itself (fc1 and fc2 of OPT)."
+            f"of layers, with {FORMS}. Name the modules, or put the matrices into a module first where a layer calls "
+            "them itself (fc1 and fc2 of OPT)."
         )
     return found
 

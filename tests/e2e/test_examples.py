@@ -39,16 +39,16 @@ def test_routing_key(launch: Launcher, tmp_path: Path) -> None:
 def test_accelerate(launch: Launcher, tmp_path: Path) -> None:
     """A loop of accelerate goes on from its state; experts emerge and freeze, and the folder is what was trained."""
     script = "examples/accelerate_loop.py"
-    code, output = launch(script, "--out", tmp_path, "--steps", 24, through="accelerate")
+    code, output = launch(script, "--out", tmp_path, "--steps", 16, through="accelerate")
     assert code == 0 and len(re.findall(r"^\d+ emergence ", output, re.MULTILINE)) == 2, output
     code, output = launch(script, "--out", tmp_path, through="accelerate")
     assert code == 0 and not re.search(r"^\d+ emergence ", output, re.MULTILINE), output
     steps = [int(step) for step in re.findall(r"^(\d+) freeze ", output, re.MULTILINE)]
-    assert steps and min(steps) > 24 and "'frozen'" in output, output
+    assert steps and min(steps) > 16 and "'frozen'" in output, output
     (difference,) = re.findall(r"MocteBlocksForCausalLM from .*: logits differ by at most (\S+)", output)
     assert float(difference) < 1e-4, output
     log = read_run(tmp_path)
-    assert [row["step"] for row in log.metrics] == list(range(1, 81)) and len(log.of_kind("resume")) == 1
+    assert [row["step"] for row in log.metrics] == list(range(1, 41)) and len(log.of_kind("resume")) == 1
     assert log.metrics[-1]["loss"] < 4.0, "bytes without any learning cost ln 256 = 5.5"
 
 

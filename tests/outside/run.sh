@@ -48,7 +48,7 @@ has $name 'MocteBlocksForCausalLM .* differ by at most [0-9.]+e-(0[5-9]|[1-9])'
 
 name=accelerate-before
 launch accelerate launch --use_deepspeed --num_machines 1 --mixed_precision no --dynamo_backend no --num_processes 2 \
-  accelerate_loop.py --out accelerate --steps 24
+  accelerate_loop.py --out accelerate --steps 16
 has $name '^[0-9]+ emergence '
 name=accelerate-after
 launch accelerate launch --use_deepspeed --num_machines 1 --mixed_precision no --dynamo_backend no --num_processes 2 \
