@@ -4,7 +4,7 @@
 #     bash tests/outside/run.sh [FOLDER]          (default: a new folder under ${TMPDIR:-/tmp}; some GB)
 #
 # PYTHON names another interpreter. DEPENDENCIES names a folder of site-packages whose packages are used, mocte_ds
-# excepted, where nothing can be downloaded.
+# excepted, instead of downloading them.
 #
 # Trainer and accelerate on two ranks with emergence, freezing, an interruption in the middle and an export; then GPT2,
 # Qwen3, Gemma3, Phi3 and GPT-NeoX by mocte_ds.initialize alone. Ends with "all of it works", or with what did not.
@@ -32,9 +32,9 @@ if [ ! -x "$folder/venv/bin/mocte-ds" ]; then
     printf '#!/bin/sh\nexec "%s" -m accelerate.commands.accelerate_cli "$@"\n' "$folder/venv/bin/python" > "$folder/venv/bin/accelerate"
     printf '#!/bin/sh\nexec "%s" -m deepspeed.launcher.runner "$@"\n' "$folder/venv/bin/python" > "$folder/venv/bin/deepspeed"
     chmod +x "$folder"/venv/bin/{accelerate,deepspeed}
-    offline=(--no-deps --no-build-isolation)
+    offline=(--no-deps)
   fi
-  "$folder/venv/bin/pip" wheel --quiet --no-deps "${offline[@]}" --wheel-dir "$folder/wheel" "$folder/source"
+  "$folder/venv/bin/pip" wheel --quiet --no-deps --wheel-dir "$folder/wheel" "$folder/source"
   wheel=$(echo "$folder"/wheel/mocte_ds-*.whl)
   "$folder/venv/bin/pip" install --quiet "${offline[@]}" "$wheel[trainer,report]"
 fi
