@@ -250,15 +250,12 @@ class Trainer:
         return block_modes(self.engine.mocte.blocks), self.engine.mocte.frozen_layers
 
     def _count_flops(self, blocks: list[dict[str, Any]], frozen: int, seconds: float) -> dict[str, Any]:
-        """Add a step to the ledger (collective).
+        """Add a step to the ledger (collective); what metrics.jsonl has of it: FLOPs, MFU if the peak is known, loads.
 
         Args:
             blocks: as the step found them, not as a check behind it has left them.
             frozen: layers of the front, likewise.
             seconds: that the step took.
-
-        Returns:
-            What metrics.jsonl has of it: FLOPs of the run, MFU if the peak is known, tokens of each expert by block.
         """
         loads = self.engine.mocte.expert_load() if self.config else []
         blocks = [{**block, "load": counts} for block, counts in zip(blocks, loads, strict=True)]
