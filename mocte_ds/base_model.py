@@ -56,11 +56,13 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def refuse_saving_alone(model: nn.Module) -> None:
-    """Let ``model.save_pretrained`` of a model with blocks raise: it would write the experts of one rank, under names
-    that transformers pass over when they load the folder, and nothing of what ZeRO stage 3 has partitioned.
+    """Let ``save_pretrained`` of a model with blocks raise, and that of every part of it that could be saved by itself:
+    it would write the experts of one rank, under names that transformers pass over when they load the folder, and
+    nothing of what ZeRO stage 3 has partitioned.
     """
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+    for part in model.modules():
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained = _refuse_to_save  # type: ignore[assignment]
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mocte_ds.bars import bars_as_lines
+from mocte_ds.colour import paint
 from mocte_ds.errors import MocteError
 
 _ROOM, _PLACE = "make room, or name another folder", "name another path"
@@ -61,35 +62,36 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         with bars_as_lines():
             code = main() or 0
     except MocteError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _complain(str(error))
         code = error.exit_code
     except OSError as error:
         if error.errno not in _WAYS_OUT:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        told = f"error: {where}{error.strerror}; {_WAYS_OUT[error.errno]}."
-        print(told, file=sys.stderr, flush=True)
+        _complain(f"{where}{error.strerror}; {_WAYS_OUT[error.errno]}.")
         code = 2
     except UnicodeDecodeError as error:
         if error.encoding != "ascii":
             raise
-        told = (
-            "error: this Python takes text for ASCII (PYTHONUTF8=0 in an environment without a language), and files of "
+        _complain(
+            "this Python takes text for ASCII (PYTHONUTF8=0 in an environment without a language), and files of "
             "torch are UTF-8: unset PYTHONUTF8, or set LC_ALL=C.UTF-8."
         )
-        print(told, file=sys.stderr, flush=True)
         code = 2
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        told = f"error: this needs the package {package}; pip install 'mocte-ds[{_EXTRAS[package]}]', or [all]."
-        print(told, file=sys.stderr, flush=True)
+        _complain(f"this needs the package {package}; pip install 'mocte-ds[{_EXTRAS[package]}]', or [all].")
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     sys.exit(code)
+
+
+def _complain(text: str) -> None:
+    print(f"{paint('error:', 'red', sys.stderr)} {text}", file=sys.stderr, flush=True)
 
 
 def seconds(text: str) -> float:

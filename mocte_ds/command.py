@@ -7,6 +7,8 @@ from types import ModuleType
 
 import mocte_ds
 from mocte_ds.cli import run_cli
+from mocte_ds.colour import paint
+from mocte_ds.completion import SHELLS, script
 from mocte_ds.errors import ConfigError
 from mocte_ds.shipped import TOOLS
 from mocte_ds.shown import name_shown, nearest
@@ -35,8 +37,14 @@ def _run() -> int | None:
         return 0
     known = tools()
     if word in ("-h", "--help"):
-        print("usage: mocte-ds TOOL [options]      mocte-ds TOOL --help      mocte-ds --version\n")
-        print("\n".join(f"  {name:<18} {text}" for name, text in known.items()))
+        print("usage: mocte-ds TOOL [options]      mocte-ds TOOL --help      mocte-ds --version")
+        print("       source <(mocte-ds completion bash)                     (or zsh)\n")
+        print("\n".join(f"  {paint(f'{name:<18}', 'bold', sys.stdout)} {text}" for name, text in known.items()))
+        return 0
+    if word == "completion":
+        if len(sys.argv) != 3:
+            raise ConfigError(f"mocte-ds completion SHELL: one of {', '.join(SHELLS)}.")
+        print(script(sys.argv[2], known), end="")
         return 0
     name = word.replace("-", "_")
     if name in CHECKOUT_ONLY and name not in known:

@@ -11,7 +11,7 @@ from pydantic import Field
 from mocte_ds.errors import ConfigError
 from mocte_ds.registry import OFF, POLICIES
 from mocte_ds.router_config import RouterConfig
-from mocte_ds.sections import Count, CountOrZero, NotNegative, Seed, Share, parse_section, section
+from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shown import shown
 
 
@@ -163,7 +163,8 @@ class MocteConfig:
     """The "mocte" block of a DeepSpeed config."""
 
     modules: str | list[str]
-    """Glob, or list of globs, of the FFN modules that become blocks, e.g. `model.layers.*.mlp`."""
+    """Glob, or list of globs, of the FFN modules that become blocks, e.g. `model.layers.*.mlp`. `auto`: every FFN
+    in the layers of the model, found by its shape and told in the log."""
     preset: Literal["default", "paper"] = "default"
     """Where the keys that are left out come from. `default`: this page. `paper`: the published rules, `token` as the
     router's kind and policy `paper` with alpha 0.1 and beta 0.001."""
@@ -189,6 +190,10 @@ class MocteConfig:
     log: str | None = None
     """Folder of the run's logs, as by engine.mocte.log_to (docs/watch.md). Null: none, or that of MocteTrainer. Not in
     run files, whose logs lie in --out."""
+    peak_tflops: Positive | None = None
+    """Peak of one device in TFLOP/s, for the type that the model computes in: logs then have the model FLOPs
+    utilisation, `mfu` (docs/watch.md). Null: that of a GPU that is known by its name. Not in run files, which have
+    `watch.peak_tflops`."""
     auto: bool = True
     """Whether checks run. False: blocks change only by emerge(), freeze() and thaw()."""
     seed: Seed = 0

@@ -15,7 +15,7 @@ from mocte_ds.base_model import base_facts, refuse_saving_alone
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.names import CONVERTERS_FILE
-from mocte_ds.checkpoints.place import resolve_tag
+from mocte_ds.checkpoints.place import require_tag, resolve_tag
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.config import MocteConfig
@@ -29,6 +29,7 @@ from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.dist.shared_memory import forget_shared_memory
 from mocte_ds.engine_settings import read_config, require_supported
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.flops.mfu import utilisation_of
 from mocte_ds.logs.run_facts import count_parameters, run_facts
 from mocte_ds.logs.step_log import StepLog
 from mocte_ds.moe.attach import attach
@@ -121,6 +122,7 @@ class MocteEngine(UnitEngine):
         if exclude_frozen_parameters:
             raise CheckpointError("exclude_frozen_parameters is not supported: frozen experts would be lost.")
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        require_tag(tag)
         client, started = dict(client_state or {}), time.perf_counter()
         save = super().save_checkpoint
 
@@ -140,6 +142,14 @@ class MocteEngine(UnitEngine):
         )
         self.step_log.saved(tag, time.perf_counter() - started)
         return True
+
+    def log_validation(self, losses: Mapping[str, float]) -> None:
+        """Tell the logs and monitors what a script's own validation has found after the last step.
+
+        Args:
+            losses: on held-out text, in nats per token, by domain or data set; agreed between the ranks.
+        """
+        self.step_log.validated(losses)
 
     def destroy(self) -> None:
         """DeepSpeed's; the folder of the logs is free again."""
@@ -263,6 +273,7 @@ def initialize(
         warnings.warn(f"mocte.total_steps is missing: it is taken to be {total_steps}.", stacklevel=2)
     mesh = make_mesh(block.ep_size, resolved.use_data_before_expert_parallel_, mpu)
     parameters = count_parameters(model)
+    utilisation = utilisation_of(model, block, mesh.world.size, settings)
     # Stage 3 cuts the weights of experts up before it lets them go.
     blocks = attach(model, block, free_idle=resolved.zero_config.stage < 3)
     front = find_front(model, blocks, block.freeze.prefix.layers)
@@ -289,7 +300,7 @@ def initialize(
     engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval, mesh.world)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, engine.train_batch_size())
     controller.exporter = lambda **how: export_run(engine, **how)
-    engine.step_log = StepLog(engine, lambda: run_facts(engine, settings, parameters))
+    engine.step_log = StepLog(engine, lambda: run_facts(engine, settings, parameters), utilisation)
     controller.logger = engine.step_log.log_to
     if block.log is not None:
         controller.log_to(block.log)

@@ -17,7 +17,7 @@ from mocte_ds.benchmark.trainability import (
     require_expert_memory,
     trainability_work,
 )
-from mocte_ds.training.ledger import forward_flops
+from mocte_ds.flops.ledger import forward_flops
 
 _TIMED_EXPERTS = 2
 

@@ -14,7 +14,8 @@ from mocte_ds.ownership import workshop
 from mocte_ds.ownership.durable import sync_folder, write_new
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from mocte_ds.ownership.marker import Marker
-from mocte_ds.ownership.proof import is_checkpoint_of_ours, is_pointer
+from mocte_ds.ownership.proof import LONGEST_NAME, is_checkpoint_of_ours, is_pointer
+from mocte_ds.shown import shown
 
 PARTIAL, REPLACED = ".{}.mocte-partial", ".{}.mocte-replaced"
 _LEFTOVER = re.compile(r"\.(.+)\.mocte-(partial|replaced)")
@@ -31,10 +32,7 @@ class Place:
     _held: list[int] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.tag or Path(self.tag).name != self.tag or self.tag.startswith("."):
-            raise CheckpointError(
-                f"a checkpoint cannot be named {self.tag!r}: take a name without '/', and no dot first."
-            )
+        require_tag(self.tag)
 
     @property
     def final(self) -> Path:
@@ -142,6 +140,20 @@ class Place:
     def _let_go(self) -> None:
         while self._held:
             os.close(self._held.pop())
+
+
+def require_tag(tag: str) -> None:
+    """Refuse a name that no checkpoint can have: `latest` holds it, and would not be taken for one of ours.
+
+    Raises:
+        CheckpointError: says what a name may be.
+    """
+    wrong = not tag or Path(tag).name != tag or tag.startswith(".") or any(sign.isspace() for sign in tag)
+    if wrong or not tag.isprintable() or len(PARTIAL.format(tag).encode()) > LONGEST_NAME:
+        raise CheckpointError(
+            f"a checkpoint cannot be named {shown(tag)}: take a name without '/' and white space, no dot first, and of "
+            f"at most {LONGEST_NAME - len(PARTIAL.format(''))} bytes, e.g. 'step100'."
+        )
 
 
 def remove_leftovers(root: Path) -> None:

@@ -111,7 +111,9 @@ def has_block(config: Any) -> bool:
 def with_blocks(given: Mapping[str, Any], config: Any) -> tuple[Any, Any, Any, Any]:
     """mocte_ds.initialize for the arguments of deepspeed.initialize, with a config in place of theirs."""
     from mocte_ds.engine import initialize
+    from mocte_ds.integrations.accelerate import refuse_partial_state_dicts
 
+    refuse_partial_state_dicts()
     rest = {name: value for name, value in given.items() if name not in ("config", "config_params")}
     return initialize(**rest, config=config)
 

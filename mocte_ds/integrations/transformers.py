@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from mocte_ds.integrations.given_optimizer import refilled
 from mocte_ds.integrations.saved_model import export_into, write_companions
 from mocte_ds.integrations.stock_calls import config_of, has_block, replaced_by, with_blocks
 from mocte_ds.logs.monitors import mode_counts
+
+_EVAL_LOSS = re.compile(r"eval_(?:(.+)_)?loss")
+"""Names of losses in what Trainer logs of an evaluation: of its only data set, or of one of several."""
 
 
 class TrainsBlocks:
@@ -154,6 +158,11 @@ class TrainsBlocks:
             mocte = self.engine.mocte
             logs |= {f"mocte/{name}": count for name, count in mode_counts(mocte.blocks).items()}
             logs["mocte/tokens"] = mocte.tokens
+            if "mfu" in self.engine.step_log.last:
+                logs["mocte/mfu"] = self.engine.step_log.last["mfu"]
+        losses = {found[1] or "eval": loss for name, loss in logs.items() if (found := _EVAL_LOSS.fullmatch(name))}
+        if self.engine is not None and losses:
+            self.engine.log_validation(losses)
         super().log(logs, *args, **more)  # type: ignore[misc]
 
     def _tell(self, event: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from mocte_ds.logs.files import cannot_write
 from mocte_ds.moe.block import BlockMode, ExpertMode
 
 OF_STEPS = (
-    "loss lr grad_norm tokens_per_second optimizer_bytes blocks_with_experts training_experts frozen_experts".split()
+    *("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "optimizer_bytes"),
+    *("blocks_with_experts", "training_experts", "frozen_experts"),
 )
 """Numbers of a line of metrics.jsonl."""
 OF_BLOCKS = ("silhouette", "stability", "clusters", "nmi", "purity")
@@ -32,9 +33,11 @@ class Monitors:
         self._write(step_scalars(metrics), metrics["tokens"])
 
     def event(self, event: dict[str, Any]) -> None:
-        """Show what a check has measured; other events have no numbers of their own."""
+        """Show what a check has measured, or a validation; other events have no numbers of their own."""
         if event["event"] == "check":
             self._write(check_scalars(event), event["tokens"])
+        if event["event"] == "validation":
+            self._write({f"validation/{name}": loss for name, loss in event["validation"].items()}, event["tokens"])
 
     def _write(self, scalars: dict[str, float | None], tokens: int) -> None:
         if not self.enabled:
@@ -67,6 +70,18 @@ def check_scalars(event: dict[str, Any]) -> dict[str, float | None]:
         for number, load in enumerate(entry.get("load") or []):
             scalars[f"load/{block}/expert{number}"] = load
     return scalars
+
+
+def block_modes(blocks: Sequence[Any]) -> list[dict[str, Any]]:
+    """Layer and modes of every block, as the ledger of FLOPs reads them.
+
+    Args:
+        blocks: `engine.mocte.blocks`.
+    """
+    return [
+        {"layer": b.block.layer, "mode": str(b.mode), "experts": [str(expert.mode) for expert in b.experts]}
+        for b in blocks
+    ]
 
 
 def mode_counts(blocks: Sequence[Any]) -> dict[str, int]:

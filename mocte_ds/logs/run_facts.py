@@ -9,9 +9,8 @@ from torch import nn
 
 from mocte_ds.base_model import base_facts
 from mocte_ds.logs import LOGGED_BY
+from mocte_ds.secret_keys import command_shown, without_secrets
 from mocte_ds.versions import versions
-
-_SECRET = ("api_key", "token", "password")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -26,7 +25,7 @@ def start_facts(ranks: int) -> dict[str, Any]:
         ranks: of the run.
     """
     device = get_accelerator().device_name()
-    return {"command": " ".join(sys.argv), "world_size": ranks, "device": device, "versions": versions()}
+    return {"command": command_shown(sys.argv), "world_size": ranks, "device": device, "versions": versions()}
 
 
 def run_facts(engine: Any, settings: Mapping[str, Any], parameters: int) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def run_facts(engine: Any, settings: Mapping[str, Any], parameters: int) -> dict
         "model": {"class": type(engine.module).__name__, **values},
         "parameters": parameters,
         "training": {"steps": mocte.total_steps, "micro_batch": engine.train_micro_batch_size_per_gpu()},
-        "deepspeed": {**_shown(settings), "mocte": mocte.config.to_dict()},
+        "deepspeed": {**_shown(without_secrets(settings)), "mocte": mocte.config.to_dict()},
     }
 
 
@@ -54,9 +53,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _shown(value: Any) -> Any:
-    """A config as JSON has it, without what nobody else may read."""
+    """A config as JSON has it."""
     if isinstance(value, Mapping):
-        return {str(key): _shown(inner) for key, inner in value.items() if not str(key).lower().endswith(_SECRET)}
+        return {str(key): _shown(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_shown(inner) for inner in value]
     return value if _is_plain(value) else str(value)

@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,25 @@ from torch import Tensor
 
 from mocte_ds.dist.collectives import first_problem, gather_rows, require_same
 from mocte_ds.errors import MocteError
+from mocte_ds.flops.mfu import Utilisation
 from mocte_ds.logs.folder import LogFolder
-from mocte_ds.logs.monitors import Monitors, mode_counts
+from mocte_ds.logs.monitors import Monitors, block_modes, mode_counts
 
 
 class StepLog:
     """Watches the calls of one engine; it works where a folder was named or DeepSpeed's config turns a monitor on."""
 
-    def __init__(self, engine: Any, facts: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, engine: Any, facts: Callable[[], dict[str, Any]], utilisation: Utilisation | None = None
+    ) -> None:
         """Nothing is written yet.
 
         Args:
             engine: of mocte_ds.initialize.
             facts: makes the content of run.json, on rank 0.
+            utilisation: None: lines have no `mfu`.
         """
-        self._engine, self._facts = engine, facts
+        self._engine, self._facts, self._utilisation = engine, facts, utilisation
         self._monitors = Monitors(getattr(engine, "monitor", None))
         self._named: str | None = None
         """The folder's name, on all ranks."""
@@ -40,7 +44,12 @@ class StepLog:
         self._loss_known, self._before = True, (0.0, 0)
         self._last: float | None = None
         """When the step began."""
-        self._tokens = 0
+        self._tokens, self._sequences = 0, 0
+        self._modes: list[dict[str, Any]] = []
+        """Of each block, as the step found them: a check after it may change them."""
+        self._frozen_layers = 0
+        self.last: dict[str, Any] = {}
+        """The line of the last step."""
         self._routed = self._counted() if self.active else []
         engine.mocte.on_event(self._event)
 
@@ -114,9 +123,11 @@ class StepLog:
     def before_step(self) -> None:
         """Remember the rate and the optimizer's bytes that a step begins with."""
         if self.active and self._engine.is_gradient_accumulation_boundary():
-            groups = self._engine.optimizer.param_groups
+            mocte, groups = self._engine.mocte, self._engine.optimizer.param_groups
             rate = float(groups[0]["lr"]) if groups else 0.0
-            self._before = rate, self._engine.mocte.optimizer_bytes()
+            self._before = rate, mocte.optimizer_bytes()
+            if self._utilisation is not None:
+                self._modes, self._frozen_layers = block_modes(mocte.blocks), mocte.frozen_layers
 
     def after_step(self) -> None:
         """Write the line of an optimizer step (collective)."""
@@ -144,11 +155,21 @@ class StepLog:
             "expert_load": load,
             **mode_counts(mocte.blocks),
             "seconds": seconds,
+            **self._mfu(tokens - self._tokens, load, seconds),
         }
-        self._routed, self._tokens, self._last = routed, tokens, now
+        self._routed, self._tokens, self._last, self.last = routed, tokens, now, metrics
+        self._sequences = mocte.passes.sequences
         self._write("metrics", metrics)
         if engine.mesh.world.rank == 0:
             self._monitors.step(metrics)
+
+    def _mfu(self, tokens: int, load: list[list[int]], seconds: float | None) -> dict[str, float]:
+        """The key of a line where the peak of the devices is known."""
+        sequences = self._engine.mocte.passes.sequences - self._sequences
+        if self._utilisation is None or not (seconds and sequences and self._modes):
+            return {}
+        blocks = [{**block, "load": counts} for block, counts in zip(self._modes, load, strict=True)]
+        return {"mfu": self._utilisation.of_step(tokens, tokens / sequences, blocks, self._frozen_layers, seconds)}
 
     def saved(self, checkpoint: str, seconds: float) -> None:
         """Write the event of a checkpoint."""
@@ -158,12 +179,24 @@ class StepLog:
         if self._last is not None:
             self._last = time.perf_counter()  # a save is beside training
 
+    def validated(self, losses: Mapping[str, float]) -> None:
+        """See MocteEngine.log_validation."""
+        engine = self._engine
+        stamp = {"step": engine.global_steps, "tokens": engine.mocte.tokens}
+        event = {"event": "validation", **stamp, "validation": {name: float(loss) for name, loss in losses.items()}}
+        self._write("events", event)
+        if engine.mesh.world.rank == 0:
+            self._monitors.event(event)
+        if self._last is not None:
+            self._last = time.perf_counter()  # a validation is beside training
+
     def loaded(self, checkpoint: str) -> None:
         """Go on from a checkpoint: what follows stands behind its step (collective)."""
         mocte, step = self._engine.mocte, self._engine.global_steps
         self._resumed = {"event": "resume", "step": step, "tokens": mocte.tokens, "checkpoint": checkpoint}
         self._begins, self._start_step, self._last = True, step, None
         self._loss, self._loss_known, self._tokens = None, True, mocte.tokens
+        self._sequences = mocte.passes.sequences
         if self.active:
             self._routed = self._counted()
 

@@ -3,6 +3,9 @@
 import difflib
 import fnmatch
 import inspect
+import logging
+import os
+from collections import Counter
 
 from torch import nn
 
@@ -10,9 +13,12 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.context import BatchContext
-from mocte_ds.moe.ffn_shape import ffn_shape
+from mocte_ds.moe.ffn_shape import FORMS, ffn_shape, is_additive
 from mocte_ds.moe.idle import free, require_unshared
 from mocte_ds.moe.keys import key_class
+
+AUTO = "auto"
+"""Value of `modules` that stands for every FFN of the model."""
 
 
 def attach(model: nn.Module, config: MocteConfig, free_idle: bool = False) -> list[Block]:
@@ -32,6 +38,9 @@ def attach(model: nn.Module, config: MocteConfig, free_idle: bool = False) -> li
     """
     _require_one_stream(model)
     names = matching_modules(model, config.modules)
+    if config.modules == AUTO and os.environ.get("RANK", "0") == "0":
+        # A warning, because nobody sees less by default.
+        logging.getLogger("mocte_ds").warning(f"mocte.modules = '{AUTO}': blocks at {summary(names)}.")
     require_unshared(model, {name: model.get_submodule(name) for name in names})
     context = BatchContext(config.eod_id)
     context.follow(model, names)
@@ -72,11 +81,13 @@ def holds(module: nn.Module, block: Block) -> bool:
 
 
 def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:
-    """Names of the modules that match; every pattern must match at least one.
+    """Names of the modules that match; every pattern must match at least one. :data:`AUTO` finds all FFNs.
 
     Raises:
         ConfigError: see :func:`attach`.
     """
+    if patterns == AUTO:
+        return find_ffns(model)
     all_names = [name for name, _ in model.named_modules() if name]
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -100,6 +111,35 @@ def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:
         if outer:
             raise ConfigError(f"mocte.modules matches '{name}' inside of '{outer[0]}'; name only one of them.")
     return [name for name in all_names if name in found]
+
+
+def find_ffns(model: nn.Module) -> list[str]:
+    """Names of all FFNs in a model's lists of layers: of an FFN's shape, with hidden units that add up to the output.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found: list[str] = []
+    for name, part in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if inside or "expert" in name or not any(step.isdigit() for step in name.split(".")):
+            continue
+        shape = ffn_shape(part)
+        if shape is not None and is_additive(part, shape):
+            found.append(name)
+    if not found:
+        raise ConfigError(
+            f"mocte.modules = '{AUTO}' finds no FFN in {type(model).__name__}. One is a module of its own, in a list "
+            f"of layers, with {FORMS}. Name the modules, or put the matrices into a module first where a layer calls "
+            "them itself (fc1 and fc2 of OPT)."
+        )
+    return found
+
+
+def summary(names: list[str]) -> str:
+    """``model.layers.*.mlp (12)`` for modules that differ by numbers in their paths alone."""
+    counts = Counter(".".join("*" if step.isdigit() else step for step in name.split(".")) for name in names)
+    return ", ".join(f"{pattern} ({count})" for pattern, count in counts.items())
 
 
 def _require_one_argument(ffn: nn.Module, name: str) -> None:

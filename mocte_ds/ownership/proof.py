@@ -14,7 +14,7 @@ from mocte_ds.ownership.marker import MARKER, Entry, Marker
 from mocte_ds.ownership.workshop import is_in_use, is_unfinished_work
 
 LATEST = "latest"
-_LONGEST_TAG = 255  # bytes
+LONGEST_NAME = 255  # bytes of a file, in every common file system
 _SHOWN = 3
 
 Known = list[tuple[Path, Marker]]
@@ -135,7 +135,7 @@ def _listed(folder: Path) -> dict[str, FileFacts]:
 def is_pointer(path: Path) -> bool:
     """Whether a file `latest` is what DeepSpeed and we write: the name of a checkpoint and nothing else."""
     try:
-        if path.is_symlink() or path.stat().st_size > _LONGEST_TAG + 1:
+        if path.is_symlink() or path.stat().st_size > LONGEST_NAME + 1:
             return False
         tag = path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):

@@ -7,8 +7,8 @@ follow arXiv 2205.05198, equation 2, without the scores of attention, which fuse
 from dataclasses import dataclass
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.flops.model_sizes import ModelSizes
 from mocte_ds.plan.parameters import Parameters
-from mocte_ds.training.model_sizes import ModelSizes
 
 PHASES = ("warm-up", "emergence", "after", "half frozen", "save")
 MASTER = 12

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.flops.model_sizes import ModelSizes, model_sizes
 from mocte_ds.moe.attach import attach
 from mocte_ds.training.model import make_model
-from mocte_ds.training.model_sizes import ModelSizes, model_sizes
 from mocte_ds.training.run_config import RunConfig
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.errors import ConfigError
+from mocte_ds.flops.ledger import Ledger
 from mocte_ds.plan.memory import Layout, Task
 from mocte_ds.sections import Positive, parse_section, section
-from mocte_ds.training.ledger import Ledger
 from mocte_ds.yaml_files import read_yaml
 
 SHIPPED = Path(__file__).with_name("hardware.yaml")

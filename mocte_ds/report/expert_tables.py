@@ -30,7 +30,7 @@ def blocks_table(run: Run) -> str:
                 decimal(entry.get("stability"), 2),
                 decimal(entry.get("nmi"), 2),
                 decimal(entry.get("purity"), 2),
-                decimal(unevenness(run, block)[1], 2) if block in loaded else MISSING,
+                decimal(_imbalance(run, block, entry, block in loaded), 2),
                 f"{gone} of {run.experts[block]}",
             ]
         )
@@ -38,6 +38,15 @@ def blocks_table(run: Run) -> str:
         return paragraph("The run has no blocks.")
     head = ["block", "experts since", "variance held", "clusters K", "silhouette", "stability", "NMI", "purity"]
     return table("blocks-table", [*head, "load, max/mean", "frozen"], rows, "wwnnnnnnnn")
+
+
+def _imbalance(run: Run, block: int, entry: Row, loaded: bool) -> float | None:
+    """Largest load over mean load: of the check's own probe tokens, mean over banks; without a probe set, of the last
+    steps of the log."""
+    own = [value for value in entry.get("imbalance") or [] if value is not None]
+    if own:
+        return sum(own) / len(own)
+    return unevenness(run, block)[1] if loaded else None
 
 
 def purity_table(run: Run) -> str:

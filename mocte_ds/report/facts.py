@@ -26,7 +26,7 @@ def budget(run: Run) -> int | None:
 
 
 def is_of_script(run: Run) -> bool:
-    """Whether a script of a user's own has logged the run: nobody has told the log of FLOPs and validations."""
+    """Whether a script of a user's own has logged the run: nobody has told the log of FLOPs."""
     return fact(run, "logged_by") == LOGGED_BY
 
 

@@ -47,11 +47,15 @@ def overhead(run: Run) -> float | None:
     return sum(run.ledger.get(name, 0.0) for name in OWN_WORK) / total(run) if total(run) else None
 
 
+def share(run: Run, name: str) -> float:
+    """A component over what training spent; what freezing saved over what would have been spent without it."""
+    without = sum(run.ledger.get(part, 0.0) for part in SAVED) if name in SAVED else 0.0
+    return run.ledger[name] / (total(run) + without)
+
+
 def saved(run: Run) -> float | None:
     """FLOPs that freezing experts saved over those that the run would have spent without freezing anything."""
-    if not total(run) or "wgrad_saved" not in run.ledger:
-        return None
-    return run.ledger["wgrad_saved"] / (total(run) + sum(run.ledger.get(name, 0.0) for name in SAVED))
+    return share(run, "wgrad_saved") if total(run) and "wgrad_saved" in run.ledger else None
 
 
 def check_seconds(run: Run) -> dict[str, float]:

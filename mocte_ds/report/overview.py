@@ -1,11 +1,12 @@
 """Facts about a run for the report: model, machine, data, method, versions, command."""
 
 import json
+import statistics
 from typing import Any
 
 from mocte_ds.report.facts import MOCTE, fact
 from mocte_ds.report.run import Run
-from mocte_ds.report.wording import integer
+from mocte_ds.report.wording import integer, percent
 
 SHOWN = (
     ("parameters of the dense model", ("parameters",)),
@@ -51,6 +52,8 @@ def fact_rows(run: Run) -> list[tuple[str, str]]:
     rates = [row["lr"] for row in run.metrics if row.get("lr") is not None]
     if rates:
         rows.append(("learning rate, largest and last", f"{max(rates):.3g}, {rates[-1]:.3g}"))
+    if known := [row["mfu"] for row in run.metrics if row.get("mfu") is not None]:
+        rows.append(("model FLOPs utilisation (MFU), median of the steps", percent(statistics.median(known), 1)))
     versions = fact(run, "versions")
     if isinstance(versions, dict):
         rows.append(("versions", ", ".join(f"{name} {value}" for name, value in versions.items())))

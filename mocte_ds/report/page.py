@@ -20,6 +20,7 @@ SECTIONS = {
     "cost": "What it cost",
     "events": "Events",
     "tasks": "Tasks",
+    "glossary": "Words",
     "facts": "The run",
 }
 
@@ -79,6 +80,8 @@ def page(run: Run, pictures: Pictures) -> str:
         _heading("tasks"),
         paragraph("Scores of the trained model on tasks of lm-evaluation-harness (lm-eval)."),
         tables.scores_table(run),
+        _heading("glossary"),
+        f'<dl class="words">{"".join(_entry(name, meaning) for name, meaning in words.WORDS)}</dl>',
         _heading("facts"),
         _facts(run),
     ]
@@ -95,8 +98,7 @@ def _entry(name: str, value: str) -> str:
 
 def _introduction() -> str:
     stages = "".join(f"<li><b>{text(name)}</b>{text(meaning)}</li>" for name, meaning in words.STAGES)
-    meanings = "".join(_entry(name, meaning) for name, meaning in words.WORDS)
-    return f'{paragraph(words.INTRODUCTION)}<ol class="stages">{stages}</ol><dl class="words">{meanings}</dl>'
+    return f'{paragraph(words.INTRODUCTION)}<ol class="stages">{stages}</ol>'
 
 
 def _figure(kind: FigureKind, run: Run, picture: tuple[bytes, bytes] | None) -> str:

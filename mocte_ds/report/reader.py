@@ -9,6 +9,7 @@ import numpy as np
 
 from mocte_ds.errors import MocteError
 from mocte_ds.report.run import Row, Run
+from mocte_ds.secret_keys import command_shown, without_secrets
 from mocte_ds.value_bounds import require_plain
 
 
@@ -42,15 +43,27 @@ def read_run(folder: Path | str) -> Run:
     metrics = _last_of_each_step(rows, notes)
     events = _without_undone(_json_lines(folder / "events.jsonl", notes), notes)
     _place_events(events, metrics, notes)
+    _place_validations(events, metrics)
     return Run(
         folder=folder,
         metrics=metrics,
         events=events,
         ledger={k: v for k, v in _json_file(folder / "ledger.json", notes).items() if _is_number(v)},
-        facts=_json_file(folder / "run.json", notes),
+        facts=_facts(folder / "run.json", notes),
         evaluation=_json_file(folder / "evaluation" / "results.json", notes),
         notes=notes,
     )
+
+
+def _facts(path: Path, notes: list[str]) -> dict[str, Any]:
+    """run.json; what an earlier version has kept there of keys and passwords is left out."""
+    facts = _json_file(path, notes)
+    if isinstance(command := facts.get("command"), str):
+        facts["command"] = command_shown(command.split(" "))
+    if isinstance(settings := facts.get("deepspeed"), dict):
+        block = {"mocte": settings["mocte"]} if "mocte" in settings else {}
+        facts["deepspeed"] = {**without_secrets({k: v for k, v in settings.items() if k != "mocte"}), **block}
+    return facts
 
 
 def _is_number(value: Any) -> bool:
@@ -141,6 +154,18 @@ def _without_undone(rows: list[Row], notes: list[str]) -> list[Row]:
             f"events.jsonl: {undone} event(s) after the checkpoint of a resume were taken back and are left out."
         )
     return kept
+
+
+def _place_validations(events: list[Row], metrics: list[Row]) -> None:
+    """Give a step the losses that a script has told of it, by events of their own: they come after the step's line."""
+    rows = {row["step"]: row for row in metrics}
+    for event in events:
+        told, row = event.get("validation"), rows.get(event["step"])
+        if event["event"] != "validation" or row is None or not isinstance(told, dict):
+            continue
+        losses = {**(row.get("validation") or {}), **{str(name): loss for name, loss in told.items()}}
+        known = [loss for name, loss in losses.items() if name != "mean" and _is_number(loss)]
+        row["validation"] = {**losses, "mean": sum(known) / len(known) if known else None}
 
 
 def _place_events(events: list[Row], metrics: list[Row], notes: list[str]) -> None:

@@ -27,6 +27,12 @@ class Score:
         error = self.error if self.chance_error is None else self.chance_error
         return None if self.chance is None or error is None else self.value > self.chance + 2 * error
 
+    @property
+    def below_chance(self) -> bool:
+        """Whether the value is more than two standard errors under chance."""
+        error = self.error if self.chance_error is None else self.chance_error
+        return self.chance is not None and error is not None and self.value < self.chance - 2 * error
+
 
 def scores(run: Run) -> list[Score]:
     """Scores of evaluation/results.json, as tools/evaluate.py or lm-eval itself writes it; empty without any."""

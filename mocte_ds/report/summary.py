@@ -4,6 +4,7 @@ import math
 
 from mocte_ds.report import ledger
 from mocte_ds.report.facts import MOCTE, budget, fact, is_dense, is_of_script
+from mocte_ds.report.figures.optimizer import before_experts
 from mocte_ds.report.run import Row, Run
 from mocte_ds.report.wording import decimal, flops, integer, listing, percent, plural, size
 
@@ -117,18 +118,26 @@ def _freezing(run: Run) -> str:
             text += " (the freeze policy is off)"
         text += ", so freezing has saved nothing"
         if cost is not None:
-            text += f", while MO-CTE's own work took {percent(cost)} of all FLOPs"
+            text += f", while MO-CTE's own work took {percent(cost)} of all FLOPs{_time(run)}"
         return text + "."
     text = f"{len(frozen)} of {plural(everything, 'expert')} {'is' if len(frozen) == 1 else 'are'} frozen at the end "
     text += f"({plural(len(events), 'freeze')}, {plural(len(thaws), 'thaw')})"
     if gain is not None and cost is not None:
-        text += f"; that saved {percent(gain)} of the FLOPs, and MO-CTE's own work took {percent(cost)}: "
+        text += f"; that saved {percent(gain)} of the FLOPs, and MO-CTE's own work took {percent(cost)}{_time(run)}: "
         text += "a saving" if run.ledger["wgrad_saved"] > cost * ledger.total(run) else "no saving"
         text += " in computation, taken together"
     before, after = _bytes(events[0], "before"), _bytes(events[-1], "after")
     if before is not None and after is not None and not thaws:
+        dense = before_experts(run)
         text += f"; the optimizer's state went from {size(before)} to {size(after)} over all ranks"
+        text += f" ({size(dense)} while the model was dense)" if dense is not None else ""
     return text + "."
+
+
+def _time(run: Run) -> str:
+    """Share of the wall time that checks took, which may be far from their share of the FLOPs."""
+    seconds, wall = sum(ledger.check_seconds(run).values()), ledger.wall_seconds(run)
+    return f" (its checks {percent(seconds / wall, 1)} of the wall time)" if seconds and wall else ""
 
 
 def _bytes(event: Row, when: str) -> float | None:

@@ -7,8 +7,8 @@ from mocte_ds.report.facts import is_of_script
 from mocte_ds.report.figures.loss import validation_series
 from mocte_ds.report.markup import paragraph, table
 from mocte_ds.report.run import Run
-from mocte_ds.report.scores import scores
-from mocte_ds.report.wording import MISSING, decimal, duration, flops, integer, percent, plural
+from mocte_ds.report.scores import Score, scores
+from mocte_ds.report.wording import MISSING, decimal, duration, flops, integer, listing, percent, plural
 
 
 def validation_table(run: Run) -> str:
@@ -21,7 +21,7 @@ def validation_table(run: Run) -> str:
             change = f"{losses[-1] - losses[0]:+.4f}" if len(losses) > 1 else MISSING
             rows.append([domain, decimal(losses[0]), decimal(losses[-1]), change, perplexity, integer(len(losses))])
     if not rows:
-        own = "No validation is in the log: the script validates by itself, if it does."
+        own = "No validation is in the log: a script tells its own by engine.log_validation."
         return paragraph(own if is_of_script(run) else "Not in the log yet.")
     head = ["domain", "first loss (nats)", "last loss (nats)", "change", "last perplexity", "validations"]
     remark = "Loss per token of held-out text; mean: over the domains, each counted alike; perplexity: exp(loss)."
@@ -34,15 +34,16 @@ def ledger_table(run: Run) -> str:
     if not whole:
         own = "There is no ledger: FLOPs of a script's own model are not counted."
         return paragraph(own if is_of_script(run) else "The run has not written its ledger yet.")
-    rows = [_ledger_row(run, name, whole) for name in ledger.spent(run)]
+    rows = [_ledger_row(run, name) for name in ledger.spent(run)]
     rows.append(["all", "everything that training spent", flops(whole), "100.00 %"])
-    rows += [_ledger_row(run, name, whole) for name in ledger.beside(run)]
+    rows += [_ledger_row(run, name) for name in ledger.beside(run)]
     head = ["component", "what it is", "FLOPs", "share of all"]
-    return table("ledger-table", head, rows, "wtnn") + paragraph(ledger_remark(run), "soft")
+    remark = "Shares are of everything that training spent; what was not spent, of what would have been spent with it. "
+    return table("ledger-table", head, rows, "wtnn") + paragraph(remark + ledger_remark(run), "soft")
 
 
-def _ledger_row(run: Run, name: str, whole: float) -> list[str]:
-    return [name, ledger.COMPONENTS.get(name, ""), flops(run.ledger[name]), percent(run.ledger[name] / whole)]
+def _ledger_row(run: Run, name: str) -> list[str]:
+    return [name, ledger.COMPONENTS.get(name, ""), flops(run.ledger[name]), percent(ledger.share(run, name))]
 
 
 def ledger_remark(run: Run) -> str:
@@ -94,15 +95,21 @@ def scores_table(run: Run) -> str:
     return table("scores-table", head, rows, "ttnnnn") + paragraph(scores_remark(run), "soft")
 
 
+def _named(found: list[Score]) -> str:
+    return listing([f"{score.task} ({score.metric})" for score in found])
+
+
 def scores_remark(run: Run) -> str:
     """What to make of the scores, and how they were made."""
     known = [score.above_chance for score in scores(run) if score.above_chance is not None]
     text = "Chance: what guessing gives. "
     if known:
         text += f"{sum(known)} of {plural(len(known), 'value')} with a known chance "
-        text += (
-            f"{'is' if sum(known) == 1 else 'are'} more than two standard errors above it; the others show no skill. "
-        )
+        text += f"{'is' if sum(known) == 1 else 'are'} more than two standard errors above it. "
+        below = [score for score in scores(run) if score.below_chance]
+        within = [score for score in scores(run) if score.above_chance is False and not score.below_chance]
+        text += f"Within two standard errors of chance, so that no skill is shown: {_named(within)}. " if within else ""
+        text += f"Below chance by more than two standard errors: {_named(below)}. " if below else ""
     limit, version = run.evaluation.get("limit"), run.evaluation.get("lm_eval")
     text += f"The first {integer(limit)} items of each task were used. " if isinstance(limit, int) else ""
     return text + (f"lm-eval {version}." if version else "")

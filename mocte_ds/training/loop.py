@@ -15,20 +15,22 @@ from mocte_ds.data import BlendedLoader, validation_batches
 from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, tokenizer_in
 from mocte_ds.dist.collectives import gather_rows, wait_for_all
 from mocte_ds.dist.mesh import mesh_of_processes
+from mocte_ds.flops.ledger import Ledger
+from mocte_ds.flops.mfu import Utilisation, device_peak
+from mocte_ds.flops.model_sizes import model_sizes
 from mocte_ds.logs.files import write_json
-from mocte_ds.logs.monitors import mode_counts
+from mocte_ds.logs.monitors import block_modes, mode_counts
 from mocte_ds.logs.run_facts import start_facts
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
+from mocte_ds.secret_keys import without_secrets
 from mocte_ds.seeds import derived_seed
 from mocte_ds.stop import end_soon, handles_signals
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
-from mocte_ds.training.ledger import Ledger
 from mocte_ds.training.left_out import LeftOut
 from mocte_ds.training.make_engine import make_engine, seed_everything
 from mocte_ds.training.model import Forward, make_model, model_facts, model_record
-from mocte_ds.training.model_sizes import model_sizes
 from mocte_ds.training.run_folder import TOOL, checkpoint_tag, prune_checkpoints
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
@@ -62,6 +64,8 @@ class Trainer:
         self.forward = Forward(model, start.manifest.eod_id if self.run.data.document_mask else None)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.sizes = model_sizes(model, matching_modules(model, self.config.modules) if self.config else ())
+        peak, ranks = device_peak(self.run.watch.peak_tflops, settings), mesh_of_processes().world.size
+        self.utilisation = Utilisation(self.sizes, self.config, ranks, peak) if peak else None
         if init:
             init.require_fit(self.config, model, (settings.get("zero_optimization") or {}).get("stage", 0))
             init.fill(model)
@@ -223,18 +227,17 @@ class Trainer:
         norm = engine.get_global_grad_norm()
         if norm is not None:
             self.watch.require_finite("gradient norm", float(norm), engine.global_steps, self.loader.position)
-        load = self._count_flops(blocks, frozen)
+        seconds = time.perf_counter() - started
         metrics = {
             "step": engine.global_steps,
             "tokens": engine.global_steps * t.batch_tokens,
             "loss": losses.mean().item(),
             "lr": float(rate),
             "grad_norm": float(norm) if norm is not None else None,
-            "tokens_per_second": t.batch_tokens / (time.perf_counter() - started),
-            "flops": self.ledger.total,
+            "tokens_per_second": t.batch_tokens / seconds,
             "optimizer_bytes": int(sizes.sum()),
             "optimizer_bytes_by_rank": [int(size) for size in sizes.tolist()],
-            "expert_load": load,
+            **self._count_flops(blocks, frozen, seconds),
             **(mode_counts(engine.mocte.blocks) if self.config else {}),
             **self.watch.facts(worked.tolist(), engine.global_steps % self.run.validate_every == 0),
         }
@@ -242,30 +245,27 @@ class Trainer:
 
     def _modes(self) -> tuple[list[dict[str, Any]], int]:
         """Layer and modes of every block, and the frozen layers of the front."""
-        blocks = []
-        for handle in self.engine.mocte.blocks if self.config else []:
-            blocks.append(
-                {
-                    "layer": handle.block.layer,
-                    "mode": str(handle.mode),
-                    "experts": [str(e.mode) for e in handle.experts],
-                }
-            )
-        return blocks, self.engine.mocte.frozen_layers if self.config else 0
+        if not self.config:
+            return [], 0
+        return block_modes(self.engine.mocte.blocks), self.engine.mocte.frozen_layers
 
-    def _count_flops(self, blocks: list[dict[str, Any]], frozen: int) -> list[list[int]] | None:
-        """Add a step to the ledger; the tokens of each expert of each block (collective).
+    def _count_flops(self, blocks: list[dict[str, Any]], frozen: int, seconds: float) -> dict[str, Any]:
+        """Add a step to the ledger (collective); what metrics.jsonl has of it: FLOPs, MFU if the peak is known, loads.
 
         Args:
             blocks: as the step found them, not as a check behind it has left them.
             frozen: layers of the front, likewise.
+            seconds: that the step took.
         """
         loads = self.engine.mocte.expert_load() if self.config else []
         blocks = [{**block, "load": counts} for block, counts in zip(blocks, loads, strict=True)]
         sampled = bool(self.config) and self.engine.mocte.checks.samples_after(self.engine.global_steps - 1)
-        tokens = self.run.training.batch_tokens
-        self.ledger.step(self.sizes, tokens, self.run.context, self.config, blocks, frozen, sampled)
-        return loads or None
+        tokens, context = self.run.training.batch_tokens, self.run.context
+        self.ledger.step(self.sizes, tokens, context, self.config, blocks, frozen, sampled)
+        found = {"flops": self.ledger.total, "expert_load": loads or None}
+        if self.utilisation:
+            found["mfu"] = self.utilisation.of_step(tokens, context, blocks, frozen, seconds)
+        return found
 
     def _give_probe(self, held_out: dict[str, torch.Tensor]) -> None:
         """Checks look at held-out sequences which are not those that validation scores: experts are chosen by them."""
@@ -340,7 +340,7 @@ class Trainer:
             "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
             "evaluation": asdict(run.evaluation),
             "watch": asdict(run.watch),
-            "deepspeed": {**start.settings, **mocte},
+            "deepspeed": {**without_secrets(start.settings), **mocte},
             "changes": changes,
         }
 

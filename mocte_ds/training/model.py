@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mocte_ds.base_model import base_facts, changes_context, config_values, make_config, make_dense, with_floats
 from mocte_ds.cpu_attention import use_cpu_attention
 from mocte_ds.errors import ConfigError
+from mocte_ds.flops.model_sizes import ModelSizes, model_sizes
 from mocte_ds.sections import Plain, section
 from mocte_ds.shown import one_line, shown
 from mocte_ds.training.model_config import config_from, config_of
@@ -284,3 +285,9 @@ def _fresh(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # transformers raise many types for values that they do not take
         raise ConfigError(f"model: transformers make no model of this config: {one_line(error)}") from error
+
+
+def config_sizes(config: ModelConfig) -> ModelSizes:
+    """What the FLOPs ledger needs to know of a model, which need not be made for it."""
+    with torch.device("meta"):
+        return model_sizes(make_model(config, weights=False))

@@ -110,6 +110,9 @@ class WatchSection:
     leave_out: CountOrZero = 0
     """How many batches a run may leave out because their loss or gradient is NaN or infinite: it ends, and the next
     start goes on from the last good checkpoint without them. 0: none; the user has to decide."""
+    peak_tflops: Positive | None = None
+    """Peak of one device in TFLOP/s, for the type that the model computes in: metrics.jsonl then has the model FLOPs
+    utilisation, `mfu` (docs/watch.md). Null: that of a GPU that is known by its name."""
     prometheus: bool = False
     """Whether metrics.prom in the run's folder holds the latest numbers for Prometheus' node exporter."""
 
@@ -186,6 +189,8 @@ class RunConfig:
             settings["mocte"].setdefault("seed", t.seed)
             if settings["mocte"].get("log") is not None:
                 raise ConfigError("deepspeed.mocte.log: the logs of a run file lie in --out; remove the key.")
+            if settings["mocte"].get("peak_tflops") is not None:
+                raise ConfigError("deepspeed.mocte.peak_tflops: a run file says it in watch.peak_tflops; move the key.")
             MocteConfig.from_dict(settings["mocte"], world_size)
         return settings
 

@@ -9,12 +9,14 @@ from typing import Any
 from tqdm import tqdm
 
 from mocte_ds.bars import SECONDS
+from mocte_ds.colour import paint
 from mocte_ds.logs.files import LogFiles, cannot_write
 from mocte_ds.logs.monitors import Monitors
 from mocte_ds.ownership import note_coming
 from mocte_ds.training.run_folder import TOOL
 
-_SHOWN = ("emergence", "freeze", "thaw", "prefix")
+_SHOWN = {"emergence": "green", "freeze": "cyan", "thaw": "yellow", "prefix": "cyan"}
+"""Events that people wait for, and their colours on a terminal."""
 
 
 class Telemetry:
@@ -66,7 +68,8 @@ class Telemetry:
         if event["event"] in _SHOWN:
             which = f"block {event['block']}" + (f" expert {event['expert']}" if "expert" in event else "")
             which = which if event["block"] is not None else f"{event['layers']} layers"
-            self._bar.write(f"step {event['step']}: {event['event']} of {which} ({event['reason']})", file=sys.stderr)
+            what = paint(event["event"], _SHOWN[event["event"]], sys.stderr)
+            self._bar.write(f"step {event['step']}: {what} of {which} ({event['reason']})", file=sys.stderr)
 
     def note(self) -> None:
         """Note that the files are ours as they are now; what is added to them is looked at line by line.

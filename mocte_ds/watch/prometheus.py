@@ -18,6 +18,7 @@ _HELP = {
     "lr": "learning rate of the last step",
     "grad_norm": "norm of the gradient of the last step",
     "tokens_per_second": "of the last step, all ranks together",
+    "mfu": "model FLOPs utilisation of the last step, as a share of one",
     "seconds": "of the last step, with validation",
     "optimizer_bytes": "of master weights and optimizer state, all ranks together",
     "slowest_rank": "the rank that worked longest in the last step",

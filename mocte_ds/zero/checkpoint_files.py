@@ -25,7 +25,10 @@ from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.dist.mesh import Axis, Mesh
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.ownership.manifest import Manifest
+from mocte_ds.secret_keys import without_secrets
 
+_CONFIG = "ds_config"
+"""Key under which DeepSpeed keeps its config in each of its files."""
 # Objects that DeepSpeed's ZeRO optimizers put into their state.
 _CLASSES = {kind.__name__: kind for kind in (DynamicLossScaler, LossScaler, fragment_address)}
 
@@ -182,6 +185,8 @@ class CheckpointFiles(CheckpointEngine):
             NotOurs: a file lies there that this did not write.
         """
         name = Path(path).name
+        if isinstance(state_dict, dict) and _CONFIG in state_dict:
+            state_dict = {**state_dict, _CONFIG: without_secrets(state_dict[_CONFIG])}
         if self._collected is None:
             try:
                 put_file(Path(path), to_plain(state_dict, name, classes=_CLASSES), "DeepSpeed")

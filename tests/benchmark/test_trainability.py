@@ -15,8 +15,8 @@ from mocte_ds.benchmark.trainability import ExpertSizes, trainability_work
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import MocteError
+from mocte_ds.flops.ledger import forward_flops
 from mocte_ds.trainability import top_eigenpair
-from mocte_ds.training.ledger import forward_flops
 from tests.benchmark.conftest import BATCH
 from tools.benchmark import main
 

@@ -330,7 +330,7 @@ def test_a_rank_that_does_not_see_the_folder(saved, monkeypatch):
         Place(saved, "two").require_seen()
 
 
-@mark.parametrize("tag", ["", "a/b", "../one", ".hidden", "."])
+@mark.parametrize("tag", ["", "a/b", "../one", ".hidden", ".", "one born", "one\n", "\u00a0x", "x" * 250, "bell\a"])
 def test_names_of_checkpoints(tmp_path, tag):
     with raises(CheckpointError, match="cannot be named"):
         Saver(ALONE).save(tmp_path / "new", tag, {}, 1)

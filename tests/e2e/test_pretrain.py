@@ -16,8 +16,9 @@ from tests.e2e.conftest import LIMIT, ROOT, Launcher, read_log, wait_for_step
 from tests.spawn import free_port
 
 Write = Callable[[bool], Path]
-VARYING = ("seconds", "tokens_per_second", "rank_seconds", "slowest_rank")
+VARYING = ("seconds", "mfu", "tokens_per_second", "rank_seconds", "slowest_rank")
 VARYING += ("rank_seconds_p50", "rank_seconds_p95", "slowest_of_last")
+COMET = "deepspeed.comet={enabled: false, api_key: S3CRET}"
 
 
 def what_is_learned(folder: Path) -> list[dict]:
@@ -28,7 +29,7 @@ def what_is_learned(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
 def test_interrupted_run_equals_uninterrupted(launch: Launcher, run_file: Write, tmp_path: Path, blocks: bool) -> None:
     run, whole, parts = run_file(blocks), tmp_path / "whole", tmp_path / "parts"
-    code, output = launch.pretrain(run, whole)
+    code, output = launch.pretrain(run, whole, "--set", "watch.peak_tflops=0.001", "--set", COMET)
     assert code == 0, output
     code, output = launch.pretrain(run, parts, "--stop-after", 10)
     assert code == 0, output
@@ -36,6 +37,8 @@ def test_interrupted_run_equals_uninterrupted(launch: Launcher, run_file: Write,
     code, output = launch.pretrain(run, parts)
     assert code == 0, output
     assert what_is_learned(parts) == what_is_learned(whole)
+    assert '"comet"' in (whole / "run.json").read_text(encoding="utf-8")
+    assert not [path for path in whole.rglob("*") if path.is_file() and b"S3CRET" in path.read_bytes()]
 
     rows = read_log(whole)
     assert [row["step"] for row in rows] == list(range(1, 21))
@@ -50,7 +53,11 @@ def test_interrupted_run_equals_uninterrupted(launch: Launcher, run_file: Write,
         events = [event["event"] for event in read_log(whole, "events")]
         assert events.count("check") == 10 and events.count("emergence") == 2
         assert all(sum(load) == 512 for load in rows[-1]["expert_load"])
+        assert all(row["mfu"] > 0 for row in rows) and "mfu" not in read_log(parts)[0]
         return
+    # All that a dense run spends is the model's; two devices of 1e9 FLOP/s.
+    for before, row in zip(rows, rows[1:], strict=False):
+        assert row["mfu"] == pytest.approx((row["flops"] - before["flops"]) * row["tokens_per_second"] / 512 / 2e9)
 
     code, output = launch.pretrain(run, whole)
     assert code == 0 and "done already" in output

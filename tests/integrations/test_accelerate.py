@@ -1,5 +1,6 @@
 """accelerate by itself: with its own accumulation every sequence is numbered once, and can be sampled."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import mocte_ds
+from mocte_ds.errors import MocteError
 from mocte_ds.spectrum.sample import hash_keys
 from tests.engine import runs
 from tests.integrations import trainer_runs
@@ -63,7 +65,27 @@ def accumulate(stage: int, folder: str) -> dict[str, Any]:
     accelerator.load_state(folder)
     found["modes"] = [str(block.mode) for block in engine.mocte.blocks]
     engine.mocte.emerge(0)
-    return {**found, "again": epoch()}
+    found["again"] = epoch()
+    bare = accelerator.unwrap_model(engine)
+    found["refused"] = [
+        refusal(lambda: accelerator.save_model(engine, f"{folder}/model")),
+        refusal(lambda: accelerator.save_model(bare, f"{folder}/model")),
+        refusal(lambda: accelerator.get_state_dict(engine)),
+        refusal(lambda: bare.save_pretrained(f"{folder}/model", state_dict=bare.state_dict())),
+        refusal(lambda: bare.model.save_pretrained(f"{folder}/model")),
+    ]
+    other = torch.nn.Linear(2, 2)
+    found["other"] = sorted(accelerator.get_state_dict(other))
+    return found
+
+
+def refusal(save: Callable[[], object]) -> str:
+    """The error of a way to save that would lose experts."""
+    try:
+        save()
+    except MocteError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -73,6 +95,8 @@ def test_every_token_is_sampled_in_its_place(tmp_path: Path, stage: int) -> None
         assert found["steps"] == STEPS and found["sequences"] == SEQUENCES
         assert found["tokens"] == SEQUENCES * runs.LENGTH
         assert len(found["sampled"]) == SEQUENCES * runs.LENGTH // RANKS
+        assert all("engine.mocte.export(FOLDER)" in text for text in found["refused"]), found["refused"]
+        assert found["other"] == ["bias", "weight"], "a model without blocks is accelerate's"
         assert found["modes"] == ["warmup"] * 2 and found["again"] == found["once"]
     expected = {}
     places = torch.arange(runs.LENGTH)
@@ -80,4 +104,5 @@ def test_every_token_is_sampled_in_its_place(tmp_path: Path, stage: int) -> None
         keys = hash_keys(torch.tensor(number), places, ranks[0]["seed"])
         expected |= dict(zip(keys.tolist(), row["input_ids"].tolist(), strict=True))
     assert ranks[0]["sampled"] | ranks[1]["sampled"] == expected
+    assert not (tmp_path / "state" / "model").exists()
     assert len(torch.cat([found["documents"] for found in ranks]).unique()) == SEQUENCES

@@ -121,7 +121,7 @@ def with_plain_trainer(folder: str) -> list[tuple[str, list[int] | None, list[st
 
 
 def test_a_plain_trainer_has_blocks(tmp_path: Path) -> None:
-    for rank, (before, during, after) in enumerate(spawn(with_plain_trainer, 2, str(tmp_path), timeout=240)):
+    for before, during, after in spawn(with_plain_trainer, 2, str(tmp_path), timeout=240):
         assert before == after == ("DeepSpeedEngine", [], "")
         assert during[:2] == ("MocteEngine", ["specialising"] * 2)
-        assert ("engine.mocte.export(FOLDER)" in during[2]) == (rank == 0)  # the only one that stock Trainer lets write
+        assert "engine.mocte.export(FOLDER)" in during[2]

@@ -12,10 +12,11 @@ import torch
 from mocte_ds.convert.hf.export import export
 from mocte_ds.report import read_run
 from tests.engine import runs
+from tests.flops.test_mfu import DENSE
 from tests.integrations import trainer_runs
 from tests.spawn import spawn
 
-EVERY = 4
+EVERY, PEAK = 4, 1e9
 _LOAD = """import sys, torch
 from transformers import AutoModelForCausalLM
 import mocte_ds.convert.hf.register
@@ -39,9 +40,11 @@ def by_trainer(folder: str, stage: int, resume: bool) -> dict[str, Any]:
             self.heard.append((event["step"], event["event"]))
 
     out, Ear.heard = Path(folder) / "out", []
+    config = trainer_runs.config(stage, peak_tflops=PEAK / 1e12)
+    config["csv_monitor"] = {"enabled": True, "output_path": f"{folder}/csv", "job_name": f"resumed-{resume}"}
     args = trainer_runs.arguments(
         out,
-        trainer_runs.config(stage),
+        config,
         eval_strategy="steps",
         eval_steps=EVERY,
         save_strategy="steps",
@@ -165,7 +168,52 @@ def test_trains_as_a_loop_by_hand_and_exports(tmp_path: Path, stage: int) -> Non
     assert [row["step"] for row in log.metrics] == list(range(1, trainer_runs.STEPS + 1)), "both starts, no step twice"
     assert [row["loss"] for row in log.metrics] == pytest.approx(losses_of(first["log"]), abs=1e-4)
     assert [event["step"] for event in log.of_kind("emergence")] == [5, 5] and len(log.of_kind("resume")) == 1
+    told = [row["mocte/mfu"] for row in first["log"] if "loss" in row]
+    rows = [line.split(",") for line in (tmp_path / "csv" / "resumed-False" / "mocte_mfu.csv").read_text().splitlines()]
+    assert [float(value) for _, value in rows[1:]] == pytest.approx(told) and len(told) == trainer_runs.STEPS
+    for row in log.metrics[:EVERY]:  # of the first start, before the emergence
+        flops = DENSE * trainer_runs.MICRO * trainer_runs.TURNS * 2 * runs.LENGTH / 768
+        assert row["mfu"] == pytest.approx(flops / row["seconds"] / (2 * PEAK))
+        assert row["mfu"] == pytest.approx(told[row["step"] - 1])
+    evaluated = [row["eval_loss"] for row in first["log"] if "eval_loss" in row][:-1]  # the last one came after train()
+    assert [row["validation"]["eval"] for row in log.validations] == pytest.approx(evaluated, abs=1e-4)
     assert log.facts["training"]["steps"] == trainer_runs.STEPS and log.facts["model"]["hf.model_type"] == "llama"
+
+
+def by_epochs(folder: str) -> dict[str, Any]:
+    """Two epochs of 18 sequences in batches of 4, two of them a step: the last step of an epoch has one, of two."""
+    from mocte_ds.integrations.transformers import MocteTrainer
+
+    args = trainer_runs.arguments(
+        Path(folder), trainer_runs.config(ep_size=1), max_steps=-1, num_train_epochs=2, eval_strategy="epoch"
+    )
+    data = trainer_runs.rows(18)
+    trainer = MocteTrainer(
+        model=runs.model(), args=args, train_dataset=data, eval_dataset={"near": data[:8], "far": data[8:12]}
+    )
+    trainer.train()
+    engine = trainer.engine
+    births = [str(block.mode) for block in engine.mocte.blocks]
+    return {
+        "steps": (engine.mocte.total_steps, trainer.state.max_steps, trainer.state.global_step, engine.global_steps),
+        "tokens": engine.tokens_seen,
+        "modes": births,
+        "log": trainer.state.log_history,
+    }
+
+
+def test_epochs_are_the_budget_and_evaluations_are_logged(tmp_path: Path) -> None:
+    (found,) = spawn(by_epochs, 1, str(tmp_path), timeout=240, deepspeed=True)
+    assert found["steps"] == (6, 6, 6, 6)
+    assert found["tokens"] == 2 * 18 * runs.LENGTH and found["modes"] == ["specialising"] * 2
+    log = read_run(tmp_path)
+    assert log.facts["training"]["steps"] == 6
+    for name in ("near", "far"):
+        told = [row[f"eval_{name}_loss"] for row in found["log"] if f"eval_{name}_loss" in row]
+        assert [row["validation"][name] for row in log.validations] == pytest.approx(told) and len(told) == 2
+    assert [row["step"] for row in log.validations] == [3, 6]
+    near, far, mean = (log.validations[-1]["validation"][name] for name in ("near", "far", "mean"))
+    assert mean == pytest.approx((near + far) / 2)
 
 
 def best_of(folder: str, stage: int) -> dict[str, Any]:

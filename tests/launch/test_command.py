@@ -31,6 +31,28 @@ def test_version() -> None:
     assert done.returncode == 0 and done.stdout == f"mocte-ds {metadata.version('mocte-ds')}\n"
 
 
+def complete(*words: str) -> list[str]:
+    """What bash offers for the last of the words."""
+    typed = " ".join(f"'{word}'" for word in ("mocte-ds", *words))
+    ask = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _mocte_ds; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    text = f"{command('completion', 'bash').stdout}\ncd {ROOT / 'launch'}\n{ask}"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout.split()
+
+
+def test_completion() -> None:
+    assert complete("prep") == ["prepare_data"] and "--version" in complete("--")
+    assert complete("prepare-data", "--valid") == ["--validation-share"]
+    assert {"--processes", "--stop-after", "--set"} <= set(complete("pretrain", "--"))
+    assert "--local_rank" not in complete("pretrain", "--")
+    assert complete("pretrain", "--run", "gpt-1") == ["gpt-140m"]
+    assert complete("report", "run") == ["runs"], "a file of the folder"
+    assert "bashcompinit" in command("completion", "zsh").stdout
+    done = command("completion", "fish")
+    assert done.returncode == 2 and "shells: bash, zsh" in done.stderr
+
+
 def test_errors() -> None:
     done = command("prepare_date")
     assert done.returncode == 2 and "no tool prepare_date. Did you mean 'prepare_data'?" in done.stderr

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 VOCAB, LENGTH, MICRO, TURNS, STEPS, SAVED_AT = 48, 24, 4, 2, 20, 10
+SECRET = "nobody-may-read-this"
 
 
 class Model(nn.Module):
@@ -47,6 +48,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": {"lr": 5e-3, "torch_adam": True}},
         "gradient_clipping": 1.0,
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 5e-3}},
+        "comet": {"enabled": False, "api_key": SECRET},
         "mocte": {**block, **changes},
     }
 

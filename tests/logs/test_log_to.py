@@ -66,6 +66,13 @@ def test_report_and_inspect_run(run: tuple[Path, dict, dict], tmp_path: Path) ->
     assert "step 20 of 20" in run_text(read_run(folder))
 
 
+def test_secrets_are_nowhere(run: tuple[Path, dict, dict]) -> None:
+    """DeepSpeed keeps its config in each file of a checkpoint."""
+    paths = [path for path in run[0].rglob("*") if path.is_file()]
+    assert any(b"csv_monitor" in path.read_bytes() for path in paths if path.suffix == ".pt")
+    assert not [path for path in paths if hand_made.SECRET.encode() in path.read_bytes()]
+
+
 def series(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Rows of every file of DeepSpeed's CSV monitor that is ours."""
     found = {}

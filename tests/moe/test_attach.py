@@ -116,6 +116,43 @@ def test_name_that_deepspeed_would_lose():
         attach(model, MocteConfig.from_dict({"modules": "expert_mlp"}))
 
 
+FAMILIES = {
+    "llama": (llama, "model.layers.{}.mlp"),
+    "gpt2": (gpt2, "transformer.h.{}.mlp"),
+    "phi3": ({"pad_token_id": 0}, "model.layers.{}.mlp"),
+    "gpt_neox": ({}, "gpt_neox.layers.{}.mlp"),
+    "gemma3_text": ({"num_key_value_heads": 1, "head_dim": 16}, "model.layers.{}.mlp"),
+    "gpt_bigcode": ({"n_embd": 32, "n_layer": 3, "n_head": 2, "multi_query": True}, "transformer.h.{}.mlp"),
+}
+"""GPTBigCode's attention has matrices of the shapes of a fused FFN, but is none."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_ffn_is_found(name, caplog):
+    made, path = FAMILIES[name]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {} if name == "gpt_bigcode" else sizes
+    values = {} if callable(made) else {"vocab_size": 64, **sizes, **made}
+    model = made() if callable(made) else AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **values))
+    with caplog.at_level("WARNING", "mocte_ds"):
+        blocks = attach(model, MocteConfig.from_dict({"modules": "auto"}))
+    assert [block.name for block in blocks] == [path.format(i) for i in range(3)]
+    assert f"mocte.modules = 'auto': blocks at {path.format('*')} (3)." in caplog.messages
+
+
+def test_a_model_whose_layers_call_the_matrices_themselves():
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", vocab_size=64, **sizes))
+    with pytest.raises(ConfigError, match="finds no FFN in OPTForCausalLM.*fc1 and fc2 of OPT"):
+        attach(model, MocteConfig.from_dict({"modules": "auto"}))
+
+
 def test_an_ffn_that_reads_something_else_is_refused():
     values = {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **values))

@@ -12,6 +12,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights, inherit
 from mocte_ds.controller.look import Look
 from mocte_ds.errors import ConfigError
+from mocte_ds.flops.ledger import gate_flops
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.balance import Balance
 from mocte_ds.moe.context import Tokens
@@ -19,7 +20,6 @@ from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.moe.keys import KEYS, PrefixKey, PreviousKey, TypeKey
 from mocte_ds.router_config import RouterConfig
-from mocte_ds.training.ledger import gate_flops
 from tests.moe.random_keys import randomise_key
 from tests.small_models import small_llama
 

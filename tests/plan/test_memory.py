@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from mocte_ds.flops.model_sizes import model_sizes
 from mocte_ds.plan.layouts import Machine, layout_of, plan, task_of
 from mocte_ds.plan.memory import Layout, Task, memory
 from mocte_ds.plan.parameters import count_parameters
 from mocte_ds.plan.speed import Hardware, speed
-from mocte_ds.training.model_sizes import model_sizes
 from mocte_ds.training.run_config import RunConfig, read_run
 from tests.spawn import spawn
 

@@ -170,6 +170,7 @@ def _block(story: Story, b: int, step: int) -> dict[str, Any]:
         "nmi": float(0.2 + 0.4 * share),
         "purity": float(0.4 + 0.3 * share),
         "load": [512] * story.experts if live else None,
+        "imbalance": [1.5, 2.0] if live and not b else None,
         "domain_load": table if live else None,
         "experts": experts,
     }

@@ -1,5 +1,6 @@
 """Every figure has named axes with units, its sample size, a legend beside the data, and nothing that is cut off."""
 
+import copy
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ LABELS = {
     "load": {"tokens seen (thousand)", "expert (number)", "load (1 = even share)"},
     "trainability": {"tokens seen (thousand)", "trainability λ\n(per token)"},
     "optimizer": {"tokens seen (thousand)", "optimizer state (MB)"},
-    "flops": {"share of all FLOPs spent (%, log)", "component"},
+    "flops": {"share of all FLOPs (%, log)", "component"},
 }
 SAMPLES = {
     "loss": "n = 120 steps of 8,192 tokens; 12 validations of 4 domains, at most 8 × 128 tokens each",
@@ -46,7 +47,7 @@ SAMPLES = {
 LEGENDS = {
     "loss": ["training, every step", "emergence"],
     "clocks": ["training", "validation, mean of the domains"],
-    "clusters": ["accepted", "not accepted", "least for emergence", "emergence"],
+    "clusters": ["accepted", "not accepted", "each check", "mean of 5 checks", "least for emergence", "emergence"],
     "load": ["warm-up", "freeze", "thaw"],
     "trainability": ["each check", "mean of 3 checks", "emergence", "freeze", "thaw"],
     "optimizer": ["emergence", "freeze", "thaw"],
@@ -177,11 +178,30 @@ def test_a_hundred_categories_look_different() -> None:
 def test_captions_tell_what_the_run_did(run: Run) -> None:
     captions = {name: kind.caption(run) for name, kind in ALL.items()}
     assert "2 emergences, 2 freezes and 1 thaw" in captions["loss"]
+    assert "Emergences: b0, b1. Freezes: b0e0, b1e1. Thaws: b0e0." in captions["loss"]
     assert "2 freezes, 1 thaw" in captions["trainability"]
+    # 72 % at every check, by the way in which these logs are made.
+    assert (
+        "hold 72.0 % of the features' variance at the first check, 72.0 % at emergence and 72.0 %"
+        in captions["spectrum"]
+    )
+    dense = sum(run.metrics[11]["optimizer_bytes_by_rank"]) / 1e6
+    assert f"before there are moments, {dense:.2f} MB with them while the model was dense" in captions["optimizer"]
     assert "983,040 tokens" in captions["clocks"] and "1 min 30 s" not in captions["clocks"]
     assert "90.0 s of wall time" in captions["clocks"]
     for name, kind in ALL.items():
         assert kind.title and kind.reading and "nan" not in captions[name], name
+
+
+def test_the_spectrum_at_emergence_is_told(run: Run) -> None:
+    """Those of block 0 and block 1, which emerge at steps 12 and 18, are the highest of the run."""
+    events = copy.deepcopy(run.events)
+    for event in events:
+        for entry in event.get("blocks") or []:
+            if event["step"] == (12, 18)[entry["block"]]:
+                entry["explained"] = [0.8 + 0.1 * entry["block"]]
+    told = ALL["spectrum"].caption(Run(run.folder, run.metrics, events, facts=run.facts))
+    assert "hold 72.0 % of the features' variance at the first check, 80.0 % to 90.0 % at emergence and 72.0 %" in told
 
 
 def test_a_dense_run_has_the_figures_that_need_no_blocks(dense: Run) -> None:

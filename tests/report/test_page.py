@@ -17,6 +17,7 @@ from mocte_ds.report.page import SECTIONS, page
 from mocte_ds.report.reader import read_run
 from mocte_ds.report.run import Run
 from mocte_ds.report.scores import scores
+from mocte_ds.report.tables import scores_remark
 from tests.report.parsed import Page
 from tests.report.synthetic import DOMAINS, write_run
 
@@ -92,7 +93,10 @@ def test_summary(parsed: Page, report: tuple[Path, dict[str, Any]], logs: Logs) 
     own = sum(ledger[name] for name in ("routing", "sampling", "spectrum", "clusters", "trainability"))
     saved = ledger["wgrad_saved"]
     assert f"saved {100 * saved / (ledger['total'] + saved):.2f} % of the FLOPs" in freezing
-    assert f"own work took {100 * own / ledger['total']:.2f} %: a saving" in freezing
+    assert f"own work took {100 * own / ledger['total']:.2f} % (its checks " in freezing
+    seconds = sum(sum(check["seconds"].values()) for check in checks(logs))
+    wall = sum(row["seconds"] for row in logs["metrics"])
+    assert f"(its checks {100 * seconds / wall:.1f} % of the wall time): a saving" in freezing
     assert (report[1]["steps"], report[1]["budget"], report[1]["tokens"]) == (120, 120, last["tokens"])
     assert (report[1]["emerged"], report[1]["frozen"], report[1]["missing"]) == ([0, 1], [[1, 1]], {})
 
@@ -115,7 +119,8 @@ def test_blocks_table(parsed: Page, logs: Logs) -> None:
             f"{100 * sum(entry['explained']):.1f} %",
             str(entry["clusters"]),
             *(f"{entry[key]:.2f}" for key in ("silhouette", "stability", "nmi", "purity")),
-            f"{3 * max(load) / sum(load):.2f}",
+            # The check's own, of the probe tokens, where it has one.
+            f"{3 * max(load) / sum(load):.2f}" if block else "1.75",
             ("0 of 3", "1 of 3")[block],
         ]
 
@@ -140,7 +145,11 @@ def test_ledger_table(parsed: Page, logs: Logs) -> None:
     assert set(rows) == set(ledger) - {"total"} | {"all"}
     assert rows["all"] == [f"{ledger['total']:.3e}", "100.00 %"]
     for name in ("forward", "dgrad", "wgrad", "trainability", "wgrad_saved", "validation"):
-        assert rows[name] == [f"{ledger[name]:.3e}", f"{100 * ledger[name] / ledger['total']:.2f} %"]
+        # What was not spent is no part of what was.
+        whole = ledger["total"] + (ledger["wgrad_saved"] if name == "wgrad_saved" else 0)
+        assert rows[name] == [f"{ledger[name]:.3e}", f"{100 * ledger[name] / whole:.2f} %"]
+    assert f"saved weight gradients worth {rows['wgrad_saved'][1]}" in parsed.captions["figure-flops"]
+    assert f"saved {rows['wgrad_saved'][1]} of the FLOPs" in parsed.text, "one saving, one number"
     assert rows["clusters"][1] == "0.00020 %"
     assert "The log of steps counts the same sum" in parsed.text
 
@@ -175,7 +184,20 @@ def test_scores_table(parsed: Page) -> None:
         ["cloze_offline", "word_perplexity", "931.2500", "–", "–", "62"],
     ]
     assert "1 of 3 values with a known chance is more than two standard errors above it" in parsed.text
+    assert "so that no skill is shown: copa_offline (acc) and piqa_offline (acc_norm). " in parsed.text
     assert "lm-eval 0.4.13" in parsed.text
+
+
+def test_scores_below_chance_are_said_to_be(run: Run) -> None:
+    made = Run(run.folder, run.metrics, evaluation={"tasks": {"a": {"acc": 0.3, "acc_stderr": 0.05, "chance": 0.5}}})
+    assert "Below chance by more than two standard errors: a (acc). " in scores_remark(made)
+    assert "no skill" not in scores_remark(made)
+
+
+def test_words_stand_after_the_figures(parsed: Page) -> None:
+    places = parsed.attributes("id")
+    assert places.index("words") < places.index("figure-loss") < places.index("figure-flops") < places.index("glossary")
+    assert parsed.text.index("How to read it") < parsed.text.index("Unit of the loss, per token")
 
 
 def test_results_that_lm_eval_itself_wrote_are_read(run: Run) -> None:

@@ -16,6 +16,23 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_validations_that_a_script_tells_by_events(tmp_path: Path) -> None:
+    """Each belongs to its step; those of several calls stand together, and one that was taken back stands nowhere."""
+    rows = [{"step": step, "tokens": 8 * step, "loss": 2.0} for step in (1, 2, 3)]
+    events = [("validation", 2, {"a": 3.0}), ("validation", 2, {"b": 5.0}), ("validation", 3, {"a": 9.0})]
+    told = [{"event": kind, "step": step, "tokens": 8 * step, "validation": losses} for kind, step, losses in events]
+    told += [{"event": "resume", "step": 2, "tokens": 16}, {**told[0], "step": 3, "validation": {"a": 1.0}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told))
+    found = read_run(tmp_path)
+    assert [row.get("validation") for row in found.metrics] == [
+        None,
+        {"a": 3.0, "b": 5.0, "mean": 4.0},
+        {"a": 1.0, "mean": 1.0},
+    ]
+    assert found.domains == ["a", "b"] and len(found.validations) == 2
+
+
 def test_a_whole_run_is_read_as_it_was_written(run: Run, logs: dict[str, Any]) -> None:
     assert run.metrics == logs["metrics"]
     assert run.events == logs["events"]

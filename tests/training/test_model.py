@@ -12,8 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mocte_ds.base_model import base_facts
 from mocte_ds.errors import ConfigError
 from mocte_ds.sections import parse_section
-from mocte_ds.training.model import Forward, StoredModel, TransformersModel, make_model, model_facts
-from mocte_ds.training.model_sizes import config_sizes
+from mocte_ds.training.model import Forward, StoredModel, TransformersModel, config_sizes, make_model, model_facts
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 END = 2

@@ -55,13 +55,14 @@ def test_tensorboard(tmp_path: Path) -> None:
     written: list[tuple] = []
     monitor = SimpleNamespace(enabled=True, write_events=written.extend)
     log = Telemetry(tmp_path, True, 5, 0, monitor)
-    log.step({**metrics(2), "optimizer_bytes": 96, "expert_load": [[30, 10], [0, 0]]})
+    log.step({**metrics(2), "mfu": 0.25, "optimizer_bytes": 96, "expert_load": [[30, 10], [0, 0]]})
     block = {"block": 1, "silhouette": 0.5, "load": [7, 9], "experts": [{"expert": 0, "lambda": 0.25}]}
     log.event({"event": "check", "step": 2, "tokens": 20, "blocks": [block]})
     log.close()
     assert ("mocte/optimizer_bytes", 96, 20) in written and ("mocte/load_max_mean/block0", 1.5, 20) in written
     assert ("mocte/silhouette/block1", 0.5, 20) in written and ("mocte/load/block1/expert1", 9, 20) in written
     assert ("mocte/lambda/block1/expert0", 0.25, 20) in written
+    assert ("mocte/mfu", 0.25, 20) in written
     assert ("mocte/loss", 5.0, 20) in written and ("mocte/validation/a", 4.0, 20) in written
     assert all(value is not None for _, value, _ in written)
 

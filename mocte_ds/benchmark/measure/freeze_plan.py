@@ -7,9 +7,8 @@ import torch
 
 from mocte_ds.benchmark.measure.llama import llama
 from mocte_ds.config import MocteConfig
-from mocte_ds.training.ledger import Ledger
-from mocte_ds.training.model import TransformersModel, make_model
-from mocte_ds.training.model_sizes import config_sizes
+from mocte_ds.flops.ledger import Ledger
+from mocte_ds.training.model import TransformersModel, config_sizes, make_model
 
 FORMULAS = {
     "optimizer": "12 bytes (fp32 weight and two moments) x trainable parameters / ranks that share them, each group of "

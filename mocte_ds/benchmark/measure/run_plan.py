@@ -7,11 +7,11 @@ import torch
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import MocteError
+from mocte_ds.flops.ledger import Ledger
+from mocte_ds.flops.model_sizes import ModelSizes
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.shipped import shipped_file
-from mocte_ds.training.ledger import Ledger
-from mocte_ds.training.model import ModelConfig, make_model
-from mocte_ds.training.model_sizes import ModelSizes, config_sizes
+from mocte_ds.training.model import ModelConfig, config_sizes, make_model
 from mocte_ds.training.run_config import RunConfig, read_run
 
 

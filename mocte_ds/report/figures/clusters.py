@@ -1,5 +1,7 @@
 """Figure: number of clusters, silhouette, stability and agreement with domains, by layer over time."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,10 +13,13 @@ from mocte_ds.report.figures.labels import EndLabel, label_ends
 from mocte_ds.report.figures.layout import columns_for, legend, sheet, token_axis
 from mocte_ds.report.figures.marks import emergence_lines, legend_of_events
 from mocte_ds.report.figures.palette import INK, QUALITATIVE, SOFT
+from mocte_ds.report.figures.trainability import smoothed
 from mocte_ds.report.run import Run
 from mocte_ds.report.wording import listing, plural, spread
 
 INDICES = {"silhouette": QUALITATIVE[0], "stability": QUALITATIVE[1], "nmi": QUALITATIVE[2], "purity": QUALITATIVE[3]}
+SMOOTHING = 5
+"""Checks that a strong line averages: single checks, of some dozens of documents, jump."""
 NAMES = {"nmi": "NMI"}
 THRESHOLDS = {"silhouette": "min_silhouette", "stability": "stability"}
 """Setting that holds the least value for emergence."""
@@ -32,6 +37,16 @@ def clustered_blocks(run: Run) -> list[int]:
 def series(run: Run, block: int, key: str) -> tuple[list[int], list[float]]:
     """(tokens, value) of one number of a block, where a check has it."""
     found = [(tokens, entry[key]) for tokens, entry in run.block_history(block) if entry.get(key) is not None]
+    return [tokens for tokens, _ in found], [value for _, value in found]
+
+
+def index_series(run: Run, block: int, key: str) -> tuple[list[int], list[float]]:
+    """As :func:`series`; a silhouette only where there are two clusters, without which the log has 0."""
+    found = [
+        (tokens, entry[key])
+        for tokens, entry in run.block_history(block)
+        if entry.get(key) is not None and (key != "silhouette" or (entry.get("clusters") or 0) > 1)
+    ]
     return [tokens for tokens, _ in found], [value for _, value in found]
 
 
@@ -67,7 +82,8 @@ def draw(run: Run, narrow: bool) -> Figure:
     for axis in [*grid[-2, len(blocks) - columns * (rows - 1) :], *grid[-1, len(blocks) - columns * (rows - 1) :]]:
         axis.remove()
     dot = {"ls": "", "marker": "o", "ms": 4, "mec": INK}
-    looks = {"accepted": {**dot, "mfc": INK}, "not accepted": {**dot, "mfc": "white"}}
+    looks: dict[str, dict[str, Any]] = {"accepted": {**dot, "mfc": INK}, "not accepted": {**dot, "mfc": "white"}}
+    looks |= {"each check": {"color": INK, "lw": 0.6, "alpha": 0.3}, f"mean of {SMOOTHING} checks": {"color": INK}}
     looks |= {"least for emergence": {"color": SOFT, "ls": ":"}} if thresholds(run) else {}
     legend(figure, narrow, looks | legend_of_events(run, "emergence"))
     label_ends(ends)
@@ -89,11 +105,12 @@ def _draw_count(axis: Axes, run: Run, block: int, most: float) -> None:
 def _draw_indices(axis: Axes, run: Run, block: int) -> list[EndLabel]:
     labels = []
     for key, color in INDICES.items():
-        x, y = series(run, block, key)
+        x, y = index_series(run, block, key)
         if x:
-            axis.plot(x, y, color=color, lw=1.0, marker="o" if len(x) == 1 else None, ms=4)
-            labels.append((y[-1], NAMES.get(key, key), color))
-    lowest = min((value for key in INDICES for value in series(run, block, key)[1]), default=0.0)
+            axis.plot(x, y, color=color, lw=0.6, alpha=0.3, marker="o" if len(x) == 1 else None, ms=4)
+            axis.plot(x, smoothed(y, SMOOTHING), color=color, lw=1.5)
+            labels.append((smoothed(y, SMOOTHING)[-1], NAMES.get(key, key), color))
+    lowest = min((value for key in INDICES for value in index_series(run, block, key)[1]), default=0.0)
     axis.set_ylim(min(-0.05, lowest - 0.05), 1.05)
     for name, needed in thresholds(run).items():
         axis.axhline(needed, color=INDICES[name], lw=0.9, ls=":")
@@ -114,8 +131,9 @@ def caption(run: Run) -> str:
         f"Dense groups of documents, found without knowing their domains: {spread(counts)} in a block at a check, "
         f"accepted as clusters in {good} of {plural(len(entries), 'look')}. "
         + (f"Emergence needs at least {needed} at two checks in a row. " if needed else "")
-        + "Stability, NMI and purity are those of another clustering of the same documents, into as many parts as "
-        "there are experts: with fewer experts than domains its purity cannot reach 1."
+        + f"Faint: each check; strong: mean of {SMOOTHING} checks in a row. A silhouette "
+        "needs two clusters. Stability, NMI and purity are those of another clustering of the same documents, into as "
+        "many parts as there are experts: with fewer experts than domains its purity cannot reach 1."
     )
 
 

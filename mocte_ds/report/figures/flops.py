@@ -11,7 +11,7 @@ from mocte_ds.report.facts import is_of_script
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.layout import legend, sheet
 from mocte_ds.report.figures.palette import GRID, INK, QUALITATIVE, SOFT
-from mocte_ds.report.ledger import OWN_WORK, SAVED, beside, overhead, saved, spent, total
+from mocte_ds.report.ledger import OWN_WORK, SAVED, beside, overhead, saved, share, spent, total
 from mocte_ds.report.run import Run
 from mocte_ds.report.wording import flops, percent, plural
 
@@ -37,13 +37,13 @@ def draw(run: Run, narrow: bool) -> Figure:
     sample = f"n = {plural(len(run.metrics), 'step')}, {flops(whole)} FLOPs in all"
     figure = sheet(narrow, 1.0 + 0.27 * len(rows), sample)
     axis = figure.subplots()
-    smallest = min(run.ledger[name] for name in rows if run.ledger[name] > 0) / whole
+    smallest = min(share(run, name) for name in rows if run.ledger[name] > 0)
     floor = 10.0 ** (int(f"{smallest:e}".split("e")[1]) - 1)
     looks = {}
     for height, name in enumerate(reversed(rows)):
         kind = _kind(name)
         looks[kind] = LOOKS[kind]
-        _draw_row(axis, height, run.ledger[name] / whole, floor, LOOKS[kind], 1 if narrow else 2)
+        _draw_row(axis, height, share(run, name), floor, LOOKS[kind], 1 if narrow else 2)
     axis.set_xscale("log")
     axis.set_xlim(floor, 1.3)
     axis.xaxis.set_major_locator(LogLocator(numticks=5 if narrow else 12))
@@ -52,14 +52,14 @@ def draw(run: Run, narrow: bool) -> Figure:
     axis.set_yticks(range(len(rows)), [name.replace("_", " ") for name in reversed(rows)])
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0, labelcolor=INK)
-    axis.set_xlabel("share of all FLOPs spent (%, log)")
+    axis.set_xlabel("share of all FLOPs (%, log)")
     axis.set_ylabel("component")
     legend(figure, narrow, {kind: look for kind, look in LOOKS.items() if kind in looks})
     return figure
 
 
-def _percents(share: float, _position: int | None = None) -> str:
-    return np.format_float_positional(100 * share, precision=3, fractional=False, trim="-")
+def _percents(part: float, _position: int | None = None) -> str:
+    return np.format_float_positional(100 * part, precision=3, fractional=False, trim="-")
 
 
 def _kind(name: str) -> str:
@@ -70,15 +70,15 @@ def _kind(name: str) -> str:
     return "what MO-CTE adds" if name in OWN_WORK else "the model's own work"
 
 
-def _draw_row(axis: Axes, height: int, share: float, floor: float, look: dict[str, Any], digits: int) -> None:
+def _draw_row(axis: Axes, height: int, part: float, floor: float, look: dict[str, Any], digits: int) -> None:
     """One component: a dot with its share, or the word for none."""
     axis.axhline(height, color=GRID, lw=0.7, zorder=0.5)
-    left = share > 0.02
-    if share > 0:
-        axis.plot(share, height, **look)
+    left = part > 0.02
+    if part > 0:
+        axis.plot(part, height, **look)
     axis.annotate(
-        percent(share, digits) if share > 0 else "none",
-        (max(share, floor), height),
+        percent(part, digits) if part > 0 else "none",
+        (max(part, floor), height),
         (-9 if left else 9, 0),
         textcoords="offset points",
         va="center",
@@ -96,7 +96,7 @@ def caption(run: Run) -> str:
             f"; freezing saved weight gradients worth {percent(saved(run))} of what would have been spent without it"
         )
     if run.ledger.get("prefix_saved"):
-        text += f"; the frozen front of the model saved {percent(run.ledger['prefix_saved'] / total(run))} more"
+        text += f"; the frozen front of the model saved {percent(share(run, 'prefix_saved'))} more"
     return f"{text}. The table below says what each component is."
 
 

@@ -9,7 +9,7 @@ from mocte_ds.report.facts import fact, is_of_script
 from mocte_ds.report.figures.drawing import FigureKind
 from mocte_ds.report.figures.labels import label_ends
 from mocte_ds.report.figures.layout import legend, sheet, token_axis
-from mocte_ds.report.figures.marks import KINDS, emergence_lines, event_strip, legend_of_events
+from mocte_ds.report.figures.marks import KINDS, emergence_lines, event_names, event_strip, legend_of_events
 from mocte_ds.report.figures.palette import INK, category_color, category_marker
 from mocte_ds.report.run import Run
 from mocte_ds.report.wording import decimal, integer, listing, plural
@@ -95,7 +95,8 @@ def caption(run: Run) -> str:
     counts = {kind: len(run.of_kind(kind)) for kind in KINDS}
     text += f" Strip below: {listing([plural(count, kind) for kind, count in counts.items()])}"
     if counts["freeze"] or counts["thaw"]:
-        return f"{text} (b0 is block 0, b0e2 its expert 2; 3×: three that are too close for names)."
+        text += " (b0 is block 0, b0e2 its expert 2; 3×: three that are too close for names)."
+        return text + "".join(f" {kind.capitalize()}s: {event_names(run, kind)}." for kind in KINDS if counts[kind])
     return f"{text} (b0 is block 0; 3×: three that are too close for names)." if counts["emergence"] else f"{text}."
 
 

@@ -11,6 +11,7 @@ from mocte_ds.report.run import Row, Run
 
 KINDS = {"emergence": "o", "freeze": "v", "thaw": "^"}
 """Marker of each kind of event."""
+_NAMED = 40
 EMERGENCE_LINE: dict[str, Any] = {"color": INK, "lw": 0.8, "ls": (0, (4, 3))}
 
 
@@ -49,6 +50,13 @@ def event_strip(axis: Axes, run: Run, narrow: bool) -> None:
     axis.set_ylim(-0.6, len(heights) - 0.2)
     axis.set_yticks(list(heights.values()), [f"{kind} ({len(run.of_kind(kind))})" for kind in heights])
     axis.set_ylabel("event (count)")
+
+
+def event_names(run: Run, kind: str) -> str:
+    """Names of all events of a kind in order, as the strip has them, of very many the first ones."""
+    names = [_names([event]) for event in run.of_kind(kind)]
+    more = f" and {len(names) - _NAMED} more, in the table of events" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _neighbours(events: Sequence[Row], gap: float) -> list[list[Row]]:

@@ -86,11 +86,25 @@ def totals(run: Run) -> tuple[float, float, float]:
     return sums[0], max(sums), sums[-1]
 
 
+def before_experts(run: Run) -> float | None:
+    """Bytes on all ranks together in the last step before experts emerged: masters and moments of the dense model.
+
+    None where no experts have emerged, or the log has no such step with moments.
+    """
+    births = [event["step"] for event in run.of_kind("emergence")]
+    rows = [row for row in run.metrics if births and row["step"] <= min(births)]
+    known = [row.get("optimizer_bytes_by_rank") or [None] for row in rows[1:]]  # the first step has no moments yet
+    return float(sum(known[-1])) if known and None not in known[-1] else None
+
+
 def caption(run: Run) -> str:
     first, peak, last = totals(run)
+    dense = before_experts(run)
+    start = f"{size(first)} in the first step, before there are moments"
+    start += f", {size(dense)} with them while the model was dense" if dense is not None else ""
     text = (
         "fp32 master weights and optimizer moments, on each rank (process) of the run; all ranks together "
-        f"{size(first)} in the first step, before there are moments, {size(peak)} at most, {size(last)} at last."
+        f"{start}, {size(peak)} at most, {size(last)} at last."
     )
     if run.of_kind("freeze", "thaw"):
         text += " Triangles: on the ranks that hold the expert."

@@ -75,12 +75,14 @@ def caption(run: Run) -> str:
     found = [moments(run, block) for block in measured_blocks(run)]
     width = max(len(entry["singular_values"]) for moment in found for entry in moment.values())
     first = [held(moment["first check"]) for moment in found]
+    born = [held(moment["emergence"]) for moment in found if "emergence" in moment]
     last = [held(list(moment.values())[-1]) for moment in found]
+    between = f", {_range(born)} at emergence" if any(value is not None for value in born) else ""
     return (
         "Spread of the token features (the input of the FFN, centred) along their leading directions, strongest first, "
         f"at the first check, at emergence and at the last of {plural(len(run.checks), 'check')}. The {width} "
-        f"directions hold {_range(first)} of the features' variance at the first check and {_range(last)} at the last, "
-        "depending on the block."
+        f"directions hold {_range(first)} of the features' variance at the first check{between} and "
+        f"{_range(last)} at the last, depending on the block."
     )
 
 

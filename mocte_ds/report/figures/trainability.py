@@ -40,9 +40,9 @@ def series(run: Run, block: int, expert: int) -> tuple[list[int], list[float]]:
     return tokens, values
 
 
-def smoothed(values: list[float]) -> np.ndarray:
-    """(n,) mean of each value and the two before it, as far as they exist."""
-    return np.array([np.mean(values[max(0, i + 1 - SMOOTHING) : i + 1]) for i in range(len(values))])
+def smoothed(values: list[float], width: int = SMOOTHING) -> np.ndarray:
+    """(n,) mean of each value and those before it, ``width`` in all, as far as they exist."""
+    return np.array([np.mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))])
 
 
 def measured(run: Run, block: int) -> dict[int, tuple[list[int], list[float]]]:

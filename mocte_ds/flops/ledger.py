@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.flops.model_sizes import ModelSizes
 from mocte_ds.moe.keys import Key, key_class
 from mocte_ds.remote_code.keys_mocte import accepted
-from mocte_ds.training.model_sizes import ModelSizes
 
 
 @dataclass
@@ -53,6 +53,11 @@ class Ledger:
         spent = "forward dgrad wgrad recompute routing sampling spectrum clusters trainability progress"
         return sum(getattr(self, name) for name in spent.split())
 
+    @property
+    def model(self) -> float:
+        """What the model itself needs: without recomputation, and without what checks spend."""
+        return self.forward + self.dgrad + self.wgrad + self.routing
+
     def to_dict(self) -> dict[str, float]:
         """Totals by component."""
         return {key: value for key, value in asdict(self).items() if key != "parts"} | {"total": self.total}
@@ -67,7 +72,7 @@ class Ledger:
         self,
         model: ModelSizes,
         tokens: int,
-        context: int,
+        context: float,
         config: MocteConfig | None,
         blocks: Sequence[dict[str, Any]],
         frozen_layers: int = 0,
@@ -78,7 +83,7 @@ class Ledger:
         Args:
             model: its sizes.
             tokens: of the global batch.
-            context: tokens of a sequence.
+            context: tokens of a sequence, on average.
             config: the "mocte" block, None for a dense run.
             blocks: for each block "layer", "mode" and, for each expert, "experts" (modes) and "load" (tokens of this
                 step).
@@ -117,7 +122,7 @@ class Ledger:
             self._freeze_front(model, tokens, context, config, blocks, frozen_layers)
 
     def _recompute(
-        self, model: ModelSizes, tokens: int, context: int, emerged: Mapping[int, float], frozen_layers: int
+        self, model: ModelSizes, tokens: int, context: float, emerged: Mapping[int, float], frozen_layers: int
     ) -> None:
         """Layers that run again in the backward pass.
 
@@ -133,7 +138,7 @@ class Ledger:
         self,
         model: ModelSizes,
         tokens: int,
-        context: int,
+        context: float,
         config: MocteConfig,
         blocks: Sequence[dict[str, Any]],
         layers: int,

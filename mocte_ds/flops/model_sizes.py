@@ -10,7 +10,6 @@ from torch import nn
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.ffn_shape import ffn_shape
 from mocte_ds.remote_code.experts_mocte import is_matrix
-from mocte_ds.training.model import ModelConfig, make_model
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,7 @@ def model_sizes(model: nn.Module, ffns: Collection[str] = ()) -> ModelSizes:
     Raises:
         MocteError: it has no list of layers, or its config says nothing of attention heads.
     """
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    if not lists:
-        raise MocteError(f"{type(model).__name__} has no nn.ModuleList of layers, so that its FLOPs cannot be counted.")
-    stack = max(lists, key=_parameters)
+    stack = layer_stack(model)
     inside = {id(part) for part in stack.modules()}
     blocks = {id(model.get_submodule(name)) for name in ffns}
     outside = [part for part in model.modules() if is_matrix(part) and id(part) not in inside]
@@ -77,28 +73,34 @@ def model_sizes(model: nn.Module, ffns: Collection[str] = ()) -> ModelSizes:
         hidden_size=hidden_size,
         query_size=query_size,
         layers=tuple(_layer(layer, blocks) for layer in stack),
-        outside=sum(weight.numel() for weight in weights),
-        tied=sum(weight.numel() for weight in weights if any(weight is table for table in tables)),
+        outside=sum(_numel(weight) for weight in weights),
+        tied=sum(_numel(weight) for weight in weights if any(weight is table for table in tables)),
         recomputes=_recomputes(model),
     )
 
 
-def config_sizes(config: ModelConfig) -> ModelSizes:
-    """Of a model that need not be made."""
-    with torch.device("meta"):
-        return model_sizes(make_model(config, weights=False))
+def layer_stack(model: nn.Module) -> nn.ModuleList:
+    """The layers of a model: its largest list of modules.
+
+    Raises:
+        MocteError: it has none.
+    """
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    if not lists:
+        raise MocteError(f"{type(model).__name__} has no nn.ModuleList of layers, so that its FLOPs cannot be counted.")
+    return max(lists, key=_parameters)
 
 
 def _layer(layer: nn.Module, blocks: Collection[int]) -> LayerSizes:
-    matrices = sum(part.weight.numel() for part in layer.modules() if is_matrix(part))
+    matrices = sum(_numel(part.weight) for part in layer.modules() if is_matrix(part))
     likely = [part for part in layer.modules() if id(part) in blocks or ffn_shape(part) is not None]
     if not likely:
         return LayerSizes(matrices, 0, 1, 0)
     ffn = max(likely, key=lambda part: (id(part) in blocks, _parameters(part)))
-    shape, inside = ffn_shape(ffn), sum(part.weight.numel() for part in ffn.modules() if is_matrix(part))
+    shape, inside = ffn_shape(ffn), sum(_numel(part.weight) for part in ffn.modules() if is_matrix(part))
     if shape is None:
         return LayerSizes(matrices, inside, 1, 0)
-    return LayerSizes(matrices, inside, shape.width, ffn.get_submodule(shape.output).weight.numel())
+    return LayerSizes(matrices, inside, shape.width, _numel(ffn.get_submodule(shape.output).weight))
 
 
 def _attention(model: nn.Module) -> tuple[int, int]:
@@ -119,4 +121,9 @@ def _recomputes(model: nn.Module) -> bool:
 
 
 def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(_numel(parameter) for parameter in module.parameters())
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    """Of the whole parameter, also where ZeRO stage 3 has partitioned it."""
+    return getattr(parameter, "ds_numel", parameter.numel())

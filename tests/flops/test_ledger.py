@@ -14,14 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import set_gate
 from mocte_ds.dist.mesh import mesh_of_processes
+from mocte_ds.flops.ledger import Ledger
+from mocte_ds.flops.model_sizes import model_sizes
 from mocte_ds.moe import BlockMode, attach
 from mocte_ds.moe import rows as moved
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.router_config import RouterConfig
-from mocte_ds.training.ledger import Ledger
-from mocte_ds.training.model import TransformersModel, make_model
-from mocte_ds.training.model_sizes import config_sizes, model_sizes
+from mocte_ds.training.model import TransformersModel, config_sizes, make_model
 
 MESH = mesh_of_processes()
 
