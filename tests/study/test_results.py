@@ -67,6 +67,9 @@ def test_without_a_probe_set_the_load_is_the_last_steps(tmp_path: Path) -> None:
     logs["facts"]["deepspeed"]["mocte"]["banks"] = [{"kind": "hash"}, {"kind": "type"}]
     logs["metrics"][-1]["expert_load"] = [[30, 10, 20, 20], [0, 0, 0, 0]]
     write_lines(tmp_path / "metrics.jsonl", logs["metrics"])
+    for entry in (block for event in logs["events"] for block in event.get("blocks", ())):
+        entry.pop("imbalance", None)
+    write_lines(tmp_path / "events.jsonl", logs["events"])
     (tmp_path / "run.json").write_text(json.dumps(logs["facts"]), encoding="utf-8")
     found = read_result(tmp_path, planned("mine"), SIZES)
     # Banks of two experts: 30 of 40 where 20 would be even, and 20 of 40; the other block routes nothing yet.
