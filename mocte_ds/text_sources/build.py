@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.errors import DataError
-from mocte_ds.json_files import read_json
+from mocte_ds.json_files import read_object
 from mocte_ds.ownership import hash_file, put, require_ours
 from mocte_ds.ownership.workshop import workshop
 from mocte_ds.packages import Package, file_of, read_members
@@ -108,7 +108,7 @@ def _recipe(domain: Domain) -> str:
 
 def _known(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / FACTS_FILE
-    return read_json(path, "the list of what is there", DataError) if path.is_file() else {}
+    return read_object(path, DataError) if path.is_file() else {}
 
 
 def _is_there(folder: Path, name: str, facts: dict[str, Any] | None, recipe: str) -> bool:

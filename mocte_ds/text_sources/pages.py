@@ -64,7 +64,7 @@ def html_text(page: str) -> str:
 
 def without_english(text: str) -> str:
     """Lines of a translation that are not English; a line of few words stays."""
-    return "\n".join(line for line in text.split("\n") if not _is_english(line))
+    return "\n".join(line for line in text.split("\n") if not _is_english(line)).strip("\n")
 
 
 def _is_english(line: str) -> bool:
@@ -73,7 +73,7 @@ def _is_english(line: str) -> bool:
 
 
 _POD_CODE = re.compile(r"([A-Z])(?:<([^<>]*)>|<<+\s(.*?)\s>>+)", re.DOTALL)
-_POD_BEGIN = re.compile(r"^=(?:begin|for)\b.*?(?:^=end\b[^\n]*$|\n\s*\n)", re.DOTALL | re.MULTILINE)
+_POD_BEGIN = re.compile(r"^=begin\b.*?^=end\b[^\n]*$|^=for\b.*?\n\s*\n", re.DOTALL | re.MULTILINE)
 
 
 def pod_text(page: str) -> str:

@@ -107,7 +107,8 @@ def test_pod() -> None:
 
 
 def test_metamath() -> None:
-    database = "$( Section $)\n${ $( Addition\n commutes. $)\n addcom $p |- ( A +  B ) $= x y $. $}\n$( An axiom. $) ax $a |- A $."
+    database = "$( Section $)\n${ $( Addition\n commutes. $)\n addcom $p |- ( A +  B ) $= x y $. $}\n"
+    database += "$( An axiom. $) ax $a |- A $."
     assert list(texts.metamath("", database.encode())) == [
         "Addition commutes.\naddcom: |- ( A + B )",
         "An axiom.\nax: |- A",
