@@ -81,8 +81,8 @@ class RouterConfig:
     expert had fewer tokens of the global batch than the mean and down where it had more. Only with `sigmoid` or kind
     `online`; DeepSeek used 0.001, short runs need 0.01. Give aux = 0 with it."""
     rate: Positive = 1.0
-    """Factor of the learning rate of a trained router, which has no weight decay. Switch and mixtures from scratch are
-    steadier with 0.1 to 0.3."""
+    """Factor of the learning rate of a trained router, which has no weight decay. Published routers have 0.1 to 1;
+    in short runs a slow router hardly leaves its start (docs/results/tuned.md)."""
 
     @property
     def learns_choice(self) -> bool:
