@@ -30,11 +30,11 @@ from tools.import_hf import main
 
 COMMON = {**SIZES, **HEADS, "eos_token_id": 0}
 MIXTRAL = {"num_local_experts": 4, "sliding_window": None}
-# One hidden unit of zeros: the class insists on a shared expert.
+# Hidden units of zeros: the class insists on a shared expert.
 QWEN = {
     "num_experts": 4,
     "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 1,
+    "shared_expert_intermediate_size": 8,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
