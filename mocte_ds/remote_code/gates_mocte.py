@@ -81,7 +81,7 @@ class Gate(nn.Module):
         return self.key.learned_logits(features, tokens, self.cluster_residual.float(), **prior)
 
     def compared(self, features: Tensor, tokens: Tokens) -> Tensor:
-        """(n, E) fp32 logits of the choice, or of the weights where those are a softmax or sigmoids; as :meth:`choose`."""
+        """(n, E) fp32 logits that :meth:`choose` decides by, or weighs by where weights are a softmax or sigmoids."""
         with torch.autocast(features.device.type, enabled=False):
             if self.router.weight in ("hard", "gain"):
                 return self.key.logits(features.detach().float(), tokens)

@@ -76,7 +76,7 @@ def test_ten_steps_of_fine_tuning(name, tmp_path):
         assert moved & gates == ({key for key in gates if "cluster_residual" in key} if "learned" in name else set())
         assert sum(".experts." in key for key in moved) > 9
     else:
-        # Stock routers are parameters. Hard weights are 1 whatever the logits, so that these move by weight decay alone.
+        # Stock routers are parameters. Hard weights are 1 whatever the logits: these move by weight decay alone.
         assert gates <= moved
     model.save_pretrained(tmp_path / "tuned")
     again = loaded(tmp_path / "tuned")

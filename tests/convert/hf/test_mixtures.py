@@ -100,7 +100,7 @@ def empty_shared_experts(model: torch.nn.Module) -> None:
             buffer.copy_(0.3 * torch.randn(buffer.shape))
     for name, parameter in model.named_parameters():
         if "shared_expert." in name or "shared_expert_gate" in name:
-            parameter.data.zero_()
+            parameter.data.fill_("shared_expert_gate" in name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

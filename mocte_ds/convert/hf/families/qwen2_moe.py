@@ -60,12 +60,13 @@ class Qwen2Moe(QwenMoe):
 
     architecture = "Qwen2MoeForCausalLM"
     bases = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-    # The class insists on a shared expert; hidden units of zeros add exactly nothing. torchao cannot quantise a single one.
+    # The class insists on a shared expert; hidden units of zeros add exactly nothing. torchao cannot quantise a single
+    # one, and llama.cpp divides by what the expert's own gate gives, so that this is not zero.
     empty = (
-        ("mlp.shared_expert.gate_proj.weight", (_EMPTY, None)),
-        ("mlp.shared_expert.up_proj.weight", (_EMPTY, None)),
-        ("mlp.shared_expert.down_proj.weight", (None, _EMPTY)),
-        ("mlp.shared_expert_gate.weight", (1, None)),
+        ("mlp.shared_expert.gate_proj.weight", (_EMPTY, None), 0.0),
+        ("mlp.shared_expert.up_proj.weight", (_EMPTY, None), 0.0),
+        ("mlp.shared_expert.down_proj.weight", (None, _EMPTY), 0.0),
+        ("mlp.shared_expert_gate.weight", (1, None), 1.0),
     )
 
     def config_to(self, run: Mixture) -> dict[str, Any]:
