@@ -36,6 +36,7 @@ BESIDE = {"tools": [], "launch": ["runs/*.yaml", "studies/*.yaml"], "ds_configs"
 DEV = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.5",
+    "peft>=0.19",
     "pytest>=8",
     "pytest-cov>=5",
     "pytest-xdist>=3.6",

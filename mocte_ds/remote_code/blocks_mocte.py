@@ -60,7 +60,10 @@ class MocteBank(nn.Module):
 
     def forward(self, features: Tensor, call: Call, shape: torch.Size) -> Tensor:
         """Outputs (n, d) of features (n, d) that had the shape (..., d)."""
-        index, weight, _ = self.gate.choose(features, call.tokens(shape, self.gate.key.remembers))
+        tokens = call.tokens(shape, self.gate.key.remembers)
+        index, weight, _ = self.gate.choose(features, tokens)
+        if call.router_logits is not None:
+            call.router_logits.append(self.gate.compared(features, tokens))
         output = torch.zeros_like(features)
         for k in index.unique().tolist():
             places = index == k

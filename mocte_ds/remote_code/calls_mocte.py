@@ -31,6 +31,8 @@ class Call:
     """Tokens in it before this call."""
     previous: Tensor | None = None
     """(n,) ids of the tokens before, where the ids (n,) are of rows that stand alone."""
+    router_logits: list[Tensor] | None = None
+    """Collects what each bank of each block compares (n, E), in the order in which they run; None: nobody asks."""
     _tokens: dict[tuple[int, ...], Tokens] = field(default_factory=dict)
 
     @classmethod

@@ -80,6 +80,13 @@ class Gate(nn.Module):
         prior = {"prior": self.cluster_prior.float()} if self.learns_prior else {}
         return self.key.learned_logits(features, tokens, self.cluster_residual.float(), **prior)
 
+    def compared(self, features: Tensor, tokens: Tokens) -> Tensor:
+        """(n, E) fp32 logits that :meth:`choose` decides by, or weighs by where weights are a softmax or sigmoids."""
+        with torch.autocast(features.device.type, enabled=False):
+            if self.router.weight in ("hard", "gain"):
+                return self.key.logits(features.detach().float(), tokens)
+            return self.logits(features.float(), tokens)
+
     def _gain(self, features: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The key's choice, and the factor 2 sigmoid(w_e h), which is 1 at birth."""
         index = self.key.choose(features.detach(), tokens)[:, None]

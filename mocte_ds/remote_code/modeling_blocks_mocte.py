@@ -57,12 +57,14 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
         return_dict: bool | None = None,
+        output_router_logits: bool = False,
         **kwargs: Any,
     ) -> Any:
         """What the base model returns; arguments are the base model's (``cache`` is ``past_key_values``).
 
         Routing starts over at each new document: after ``document_end_id``, where position_ids begin at 0 again, and
-        as transformers' `cu_seq_lens_q` or `seq_idx` say.
+        as transformers' `cu_seq_lens_q` or `seq_idx` say. With ``output_router_logits`` the output has
+        `router_logits`: (tokens, experts) fp32 of every bank of every block, in order, as mixtures of transformers.
 
         Raises:
             ValueError: something that a router needs is missing, or a cache that it cannot use.
@@ -81,12 +83,15 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             given["logits_to_keep"] = logits_to_keep
         call = Call.of_call(given, None, self.config.document_end_id)
+        call.router_logits = [] if output_router_logits else None
         before, self._running.call = self._running.call, call
         try:
             output = self.base(**given, return_dict=True)
         finally:
             self._running.call = before
         call.leave(cache_in(output))
+        if call.router_logits is not None:
+            output["router_logits"] = tuple(call.router_logits)
         as_tuple = (self.config.return_dict if return_dict is None else return_dict) is False
         return output.to_tuple() if as_tuple else output
 

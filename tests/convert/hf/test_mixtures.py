@@ -30,11 +30,11 @@ from tools.import_hf import main
 
 COMMON = {**SIZES, **HEADS, "eos_token_id": 0}
 MIXTRAL = {"num_local_experts": 4, "sliding_window": None}
-# One hidden unit of zeros: the class insists on a shared expert.
+# Hidden units of zeros: the class insists on a shared expert.
 QWEN = {
     "num_experts": 4,
     "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 1,
+    "shared_expert_intermediate_size": 8,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
@@ -100,7 +100,7 @@ def empty_shared_experts(model: torch.nn.Module) -> None:
             buffer.copy_(0.3 * torch.randn(buffer.shape))
     for name, parameter in model.named_parameters():
         if "shared_expert." in name or "shared_expert_gate" in name:
-            parameter.data.zero_()
+            parameter.data.fill_("shared_expert_gate" in name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

@@ -66,8 +66,8 @@ class Family:
     """of the numbers that are added to the scores for the choice alone,"""
     shared: str | None = None
     """of the matrices of the FFN beside the experts,"""
-    empty: tuple[tuple[str, str], ...] = ()
-    """and tensors that the class insists on, with their shapes (`1d`, `d1`), which are zeros."""
+    empty: tuple[tuple[str, tuple[int | None, int | None], float], ...] = ()
+    """and tensors that the class insists on, with their shapes (None is d), and the number that fills them."""
     names: Mapping[str, str] = dict(zip(MATRICES, MATRICES, strict=True))
     """Names of an expert's matrices."""
     routing = "softmax over the experts"
@@ -178,9 +178,9 @@ class Family:
             for matrix in MATRICES:
                 name = prefix + self.shared.format(matrix=matrix)
                 yield padded_pair(name, f"{block.name}.dense.{matrix}.weight", matrix, filled, d)
-        for name, form in self.empty:
-            shape = (1, d) if form == "1d" else (d, 1)
-            yield Pair(prefix + name, shape, (), partial(torch.zeros, shape))
+        for name, (rows, columns), value in self.empty:
+            shape = (rows or d, columns or d)
+            yield Pair(prefix + name, shape, (), partial(torch.full, shape, value))
 
     def gate_pair(self, run: Mixture, layer: int, block: Block) -> Pair:
         """The router: the prior of the clusters and what was learned, (E, d).

@@ -5,6 +5,9 @@ from typing import Any
 from mocte_ds.convert.hf.families.family import Family, Refusal, Start, kept_block, register
 from mocte_ds.convert.hf.families.run import Mixture
 
+_EMPTY = 8
+"""Hidden units of an empty shared expert."""
+
 
 class QwenMoe(Family):
     """What the two generations share."""
@@ -57,17 +60,18 @@ class Qwen2Moe(QwenMoe):
 
     architecture = "Qwen2MoeForCausalLM"
     bases = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-    # The class insists on a shared expert; one hidden unit of zeros adds exactly nothing.
+    # The class insists on a shared expert; hidden units of zeros add exactly nothing. torchao cannot quantise a single
+    # one, and llama.cpp divides by what the expert's own gate gives, so that this is not zero.
     empty = (
-        ("mlp.shared_expert.gate_proj.weight", "1d"),
-        ("mlp.shared_expert.up_proj.weight", "1d"),
-        ("mlp.shared_expert.down_proj.weight", "d1"),
-        ("mlp.shared_expert_gate.weight", "1d"),
+        ("mlp.shared_expert.gate_proj.weight", (_EMPTY, None), 0.0),
+        ("mlp.shared_expert.up_proj.weight", (_EMPTY, None), 0.0),
+        ("mlp.shared_expert.down_proj.weight", (None, _EMPTY), 0.0),
+        ("mlp.shared_expert_gate.weight", (1, None), 1.0),
     )
 
     def config_to(self, run: Mixture) -> dict[str, Any]:
         """See :meth:`Family.config_to`."""
-        found = {**super().config_to(run), "shared_expert_intermediate_size": 1}
+        found = {**super().config_to(run), "shared_expert_intermediate_size": _EMPTY}
         if run.architecture == self.architecture:
             return found
         return {**found, "qkv_bias": run.architecture == "Qwen2ForCausalLM"}

@@ -30,7 +30,7 @@ class Pair:
     shape: tuple[int, ...]
     """In the files."""
     ours: tuple[str, ...] = ()
-    """None: only zeros fit."""
+    """None: only zeros fit, or what is made of nothing."""
     make: Callable[..., Tensor] = lambda tensor: tensor
     """Theirs, from ours in fp32."""
     exact: bool = False
