@@ -87,7 +87,7 @@ def test_a_domain_without_its_package_is_named_and_the_others_are_built(packages
         module.build(out, ["nothing"], packages)
 
 
-def test_a_damaged_file_is_built_again_and_a_strangers_is_left(packages: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_gone_is_built_again_and_a_strangers_is_left(packages: Path, tmp_path: Path) -> None:
     out = tmp_path / "corpus"
     facts = module.build(out, ["wiki_en"], packages)
     path = out / "wiki_en.jsonl.gz"
