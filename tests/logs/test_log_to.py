@@ -57,7 +57,10 @@ def test_report_and_inspect_run(run: tuple[Path, dict, dict], tmp_path: Path) ->
     assert result["emerged"] == [0, 1] and result["tokens"] == second["steps"][-1]["tokens"]
     page = (tmp_path / "index.html").read_text()
     assert "Experts have emerged in 2 of 2 blocks" in page and "1 of 4 experts is frozen" in page
-    for remark in ("a script tells its own by engine.log_validation", "FLOPs of a script&#x27;s own model are not counted"):
+    for remark in (
+        "a script tells its own by engine.log_validation",
+        "FLOPs of a script&#x27;s own model are not counted",
+    ):
         assert remark in page, "what a script does not tell is said to be missing"
     assert "nothing has been validated yet" not in page and "launch/pretrain" not in page
     facts = run_facts(read_run(folder))
