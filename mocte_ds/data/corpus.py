@@ -10,8 +10,9 @@ from pathlib import Path
 from mocte_ds.data.documents import FORMATS, DocumentFile, file_suffix
 from mocte_ds.errors import DataError
 from mocte_ds.ownership.marker import MARKER
+from mocte_ds.text_sources.licences import FACTS_FILE, LICENCES_FILE
 
-NOTES = (MARKER, ".domains.json", "LICENSES.md")
+NOTES = (MARKER, FACTS_FILE, LICENCES_FILE)
 """What tools/get_corpus.py writes beside the texts."""
 _SHOWN = 8
 

