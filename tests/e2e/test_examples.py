@@ -42,11 +42,7 @@ def test_accelerate(launch: Launcher, tmp_path: Path) -> None:
     code, output = launch(script, "--out", tmp_path, "--steps", 16, through="accelerate")
     assert code == 0 and len(re.findall(r"^\d+ emergence ", output, re.MULTILINE)) == 2, output
     code, output = launch(script, "--out", tmp_path, through="accelerate")
-    assert code == 0 and not re.search(r"^\d+ emergence ", output, re.MULTILINE), output
-    steps = [int(step) for step in re.findall(r"^(\d+) freeze ", output, re.MULTILINE)]
-    assert steps and min(steps) > 16 and "'frozen'" in output, output
-    (difference,) = re.findall(r"MocteBlocksForCausalLM from .*: logits differ by at most (\S+)", output)
-    assert float(difference) < 1e-4, output
+    _resumed(code, output)
     log = read_run(tmp_path)
     assert [row["step"] for row in log.metrics] == list(range(1, 41)) and len(log.of_kind("resume")) == 1
     assert log.metrics[-1]["loss"] < 4.0, "bytes without any learning cost ln 256 = 5.5"
@@ -85,11 +81,17 @@ def test_trainer(launch: Launcher, tmp_path: Path) -> None:
     )
     assert code == 0 and (tmp_path / "checkpoint-18").is_dir() and "emergence" not in output, output
     code, output = launch("examples/trainer.py", "--out", tmp_path, "--steps", 40, through="accelerate")
+    steps = _resumed(code, output)
+    log = read_run(tmp_path)
+    assert [row["step"] for row in log.metrics] == list(range(1, 41)) and len(log.of_kind("resume")) == 2
+    assert [event["step"] for event in log.of_kind("freeze")] == steps
+
+
+def _resumed(code: int, output: str) -> list[int]:
+    """Steps at which a run that went on from a checkpoint froze experts; it has exported what it trained."""
     assert code == 0 and not re.search(r"^\d+ emergence ", output, re.MULTILINE), output
     steps = [int(step) for step in re.findall(r"^(\d+) freeze ", output, re.MULTILINE)]
     assert steps and min(steps) > 16 and "'frozen'" in output, output
     (difference,) = re.findall(r"MocteBlocksForCausalLM from .*: logits differ by at most (\S+)", output)
     assert float(difference) < 1e-4, output
-    log = read_run(tmp_path)
-    assert [row["step"] for row in log.metrics] == list(range(1, 41)) and len(log.of_kind("resume")) == 2
-    assert [event["step"] for event in log.of_kind("freeze")] == steps
+    return steps
