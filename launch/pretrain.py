@@ -39,6 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", default="auto", help="auto (default), no, or the folder of a run to go on from")
     parser.add_argument("--stop-after", type=int, default=None, metavar="STEP", help="save and end after this step")
     parser.add_argument(
+        "--profile",
+        default=None,
+        metavar="STEPS",
+        help="record a step or a range of steps, such as 20-24: traces and the share of each part, in OUT/profile",
+    )
+    parser.add_argument(
         "--allow-data-change", action="store_true", help="go on with other data, another mix or another seed"
     )
     looks = parser.add_mutually_exclusive_group()
@@ -66,6 +72,10 @@ def _checked(args: argparse.Namespace, out: Path) -> "Start":
     require_folder_for(out, "--out")
     from mocte_ds.training.start import make_start
 
+    if args.profile is not None:
+        from mocte_ds.watch.profile import read_steps
+
+        args.profile = read_steps(args.profile, run.training.steps)
     return make_start(run, out, args.resume, int(os.environ.get("WORLD_SIZE", "1")), args.allow_data_change)
 
 
@@ -118,7 +128,7 @@ def _train(args: argparse.Namespace, start: "Start", rank: int, lock: RunLock | 
             end_process_groups()
             return 0
     trainer = Trainer(start, lock)
-    finished = trainer.train(args.stop_after)
+    finished = trainer.train(args.stop_after, args.profile)
     if rank == 0:
         step = trainer.engine.global_steps
         print(f"{'done' if finished else 'stopped'} at step {step}; the run is in {start.out}", file=sys.stderr)

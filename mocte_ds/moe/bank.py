@@ -1,5 +1,7 @@
 """A set of experts, of which every token uses one or a few: DeepSpeed's MoE layer with a cluster gate, dropless."""
 
+from collections.abc import Sequence
+
 import torch
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE
@@ -14,6 +16,7 @@ from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.moe.idle import leave_out_when_freed
 from mocte_ds.moe.loads import Loads
 from mocte_ds.router_config import RouterConfig
+from mocte_ds.watch import part
 
 EXPERTS = "deepspeed_moe.experts"
 """Path of a bank's experts in it."""
@@ -28,49 +31,44 @@ class ClusterMOELayer(MOELayer):
         self.exp_counts: Tensor | None = None
         """(E,) rows that the last forward pass sent to each expert, padding included."""
 
-    def forward(self, hidden: Tensor, state: ForwardState, again: bool = False) -> Tensor:
-        """Features (..., d) to outputs (..., d).
+    def choose(
+        self, hidden: Tensor, counted: Tensor | None, state: ForwardState, again: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The experts (T, k) int64 of the T tokens of features (..., d), and their weights (T, k) in fp32; None: 1.
 
         Args:
             hidden: features.
+            counted: False for padding, or None; see :meth:`ForwardState.counted`.
             state: of the pass that they belong to.
             again: whether this is a recomputation, whose tokens have been counted already.
         """
-        features = hidden.reshape(-1, hidden.shape[-1])
-        counted = state.counted(hidden.shape)
         tokens = state.tokens(hidden.shape, self.gate.key.remembers)
-        counts_now = self.gate.key.counting = state.counting and not again
-        index, weight, loss = self.gate(features, tokens, self._balance(state, counted))
+        self.gate.key.counting = state.counting and not again
+        index, weight, loss = self.gate(hidden.reshape(-1, hidden.shape[-1]), tokens, self._balance(state, counted))
         self.gate.key.counting = False
         if loss is not None and weight is not None and self.gate.balanced and self.training:
             weight = with_loss(weight, loss, state, self, self.context)
             if not again:
                 state.losses[self] = state.losses.get(self, 0.0) + loss.detach()
-        outputs, counts = route_through(
-            features,
-            index,
-            weight,
-            list(self.experts.deepspeed_experts),
-            len(self.loads.total),
-            self.ep_group,
-            self.ep_size,
-        )
-        if counts_now:
-            self._count(index, weight, counts, counted, state)
-        if state.observer is not None and not again:
-            state.observer.routed(self, hidden, index, state)
-        self.exp_counts = counts
-        return outputs.view_as(hidden)
+        return index, weight
 
     def _balance(self, state: ForwardState, counted: Tensor | None) -> Balance | None:
         if not self.gate.balanced:
             return None
         return Balance(state.shares.setdefault(self, self.loads.share), counted, state.usual_tokens)
 
-    def _count(
+    def count(
         self, index: Tensor, weight: Tensor | None, counts: Tensor, counted: Tensor | None, state: ForwardState
     ) -> None:
-        """Tokens of each expert, and the sum of their weights where the gate asks; padding is left out."""
+        """Count tokens of each expert, and the sum of their weights where the gate asks; padding is left out.
+
+        Args:
+            index: from :meth:`choose`.
+            weight: from there.
+            counts: (E,) int64 choices of each expert by this rank's tokens.
+            counted: as there.
+            state: as there.
+        """
         real = None if counted is None else counted.reshape(-1, 1).expand_as(index).to(index.device)
         if real is not None:
             counts = torch.bincount(index[real], minlength=len(counts))
@@ -134,8 +132,8 @@ class Bank(MoE):
         leave_out_when_freed(self, EXPERTS)
 
     def forward(self, hidden: Tensor, state: ForwardState, again: bool = False) -> Tensor:
-        """See :meth:`ClusterMOELayer.forward`."""
-        return self.deepspeed_moe(hidden, state, again)
+        """The bank alone; see :func:`run_banks`."""
+        return run_banks([self], hidden, state, again)
 
     @property
     def gate(self) -> ClusterGate:
@@ -160,3 +158,43 @@ class Bank(MoE):
     def first_local(self, ep_rank: int) -> int:
         """Global number of the first expert that expert-parallel rank ``ep_rank`` holds."""
         return ep_rank * self.num_local_experts
+
+
+def run_banks(banks: Sequence[Bank], hidden: Tensor, state: ForwardState, again: bool = False) -> Tensor:
+    """Features (..., d) to the sum of what each bank makes of them, (..., d); a token's rows for all banks go together.
+
+    Args:
+        banks: of one block.
+        hidden: features.
+        state: of the pass that they belong to.
+        again: whether this is a recomputation, whose tokens have been counted already.
+    """
+    layers, counted = [bank.deepspeed_moe for bank in banks], state.counted(hidden.shape)
+    with part("gate"):
+        found = [layer.choose(hidden, counted, state, again) for layer in layers]
+    first, total = layers[0], sum(bank.num_experts for bank in banks)
+    local, weights = first.num_local_experts, [weight for _, weight in found]
+    # Numbered by rank, then bank: a rank's experts stand together.
+    places = [index + (index // local * (len(banks) - 1) + b) * local for b, (index, _) in enumerate(found)]
+    weight = None
+    if any(w is not None for w in weights):
+        weight = torch.cat([i.new_ones(i.shape, dtype=torch.float32) if w is None else w for i, w in found], dim=1)
+    outputs, counts = route_through(
+        hidden.reshape(-1, hidden.shape[-1]),
+        torch.cat(places, dim=1),
+        weight,
+        [expert for layer in layers for expert in layer.experts.deepspeed_experts],
+        total,
+        first.ep_group,
+        first.ep_size,
+    )
+    by_bank = counts.view(first.ep_size, len(banks), local).transpose(0, 1).flatten(1)
+    for layer, (index, own_weight), own_counts in zip(layers, found, by_bank, strict=True):
+        layer.exp_counts = own_counts
+        if again:
+            continue
+        if state.counting:
+            layer.count(index, own_weight, own_counts, counted, state)
+        if state.observer is not None:
+            state.observer.routed(layer, hidden, index, state)
+    return outputs.view_as(hidden)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError
-from mocte_ds.moe.bank import EXPERTS, Bank
+from mocte_ds.moe.bank import EXPERTS, Bank, run_banks
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.experts import feature_size, make_expert
 from mocte_ds.moe.ffn_shape import Part
@@ -127,11 +127,8 @@ class Block(nn.Module):
             return self.dense(hidden)
         output = self.dense(hidden) if self.kind == "lora" else None
         with phase(f"experts of {self.name}"):
-            for bank in self.banks:
-                added = bank(hidden, state, again)
-                output = added if output is None else output + added
-        assert output is not None
-        return output
+            added = run_banks(list(self.banks), hidden, state, again)
+        return added if output is None else output + added
 
     def auxiliary_loss(self) -> Tensor | None:
         """The balance loss that the next backward pass adds, without a graph; None if there is none.

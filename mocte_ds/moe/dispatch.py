@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mocte_ds.dist.exchange import exchange_counts, exchange_rows
 from mocte_ds.moe.rows import gather_chunks, scatter_chunks
+from mocte_ds.watch import part
 
 # Shapes: T tokens, k experts per token, d features, E experts.
 
@@ -38,8 +39,9 @@ def route_through(
         (T, d) outputs in the order of ``features``, and (E,) int64 choices of each expert by this rank's tokens.
     """
     choices = index.flatten()
-    order = torch.argsort(choices, stable=True)
-    counts = torch.bincount(choices, minlength=num_experts)
+    with part("dispatch"):
+        order = torch.argsort(choices, stable=True)
+        counts = torch.bincount(choices, minlength=num_experts)
     if ep_size == 1:
         outputs = _run(features, order, counts.tolist(), index.shape[1], weight, experts, observe)
         return outputs, counts
@@ -51,7 +53,8 @@ def route_through(
         # Nothing below trains. Ranks whose experts are all frozen would build no graph, and the others' backward
         # pass would wait for them.
         features = features.detach().requires_grad_()
-    rows = gather_chunks(features, order, [len(order)], index.shape[1], fill=False)[0]
+    with part("dispatch"):
+        rows = gather_chunks(features, order, [len(order)], index.shape[1], fill=False)[0]
     arrived = exchange_rows(rows, send, receive, group)
     # Rows arrive by source rank, then expert; experts want them by expert, then source rank.
     chunk = torch.arange(ep_size * local, device=features.device).repeat_interleave(arriving.reshape(-1))
@@ -61,7 +64,8 @@ def route_through(
     outputs = exchange_rows(processed, receive, send, group)
     # In pieces only where weights need room in fp32.
     sizes = [len(order)] if weight is None else counts.tolist()
-    return scatter_chunks(outputs.split(sizes), order, sizes, index.shape[1], weight), counts
+    with part("dispatch"):
+        return scatter_chunks(outputs.split(sizes), order, sizes, index.shape[1], weight), counts
 
 
 def _run(
@@ -77,10 +81,12 @@ def _run(
 
     An expert without rows still runs on padding, so that it stays in the graph and no rank waits.
     """
-    chunks, outputs = gather_chunks(rows, order, sizes, k), []
+    with part("dispatch"):
+        chunks, outputs = gather_chunks(rows, order, sizes, k), list[Tensor]()
     for number, (chunk, expert) in enumerate(zip(chunks, experts, strict=True)):
         if observe is not None:
             observe(number, chunk[: sizes[number]])
         output = expert(chunk)
         outputs.append(output[0] if isinstance(output, tuple) else output)
-    return scatter_chunks(outputs, order, sizes, k, weight)
+    with part("dispatch"):
+        return scatter_chunks(outputs, order, sizes, k, weight)

@@ -7,6 +7,7 @@ from mocte_ds.report import expert_tables, tables, words
 from mocte_ds.report.figures import ALL, FigureKind
 from mocte_ds.report.markup import document, figure, paragraph, table, text
 from mocte_ds.report.overview import everything, fact_rows
+from mocte_ds.report.profile_table import profile_table
 from mocte_ds.report.rank_table import ranks_table
 from mocte_ds.report.run import Run
 from mocte_ds.report.summary import sentences, tiles
@@ -74,6 +75,8 @@ def page(run: Run, pictures: Pictures) -> str:
         tables.seconds_table(run),
         "<h3>Working time of the ranks</h3>",
         ranks_table(run),
+        "<h3>Parts of a profiled step</h3>",
+        profile_table(run),
         _heading("events"),
         expert_tables.events_table(run),
         paragraph(expert_tables.other_events(run), "soft"),

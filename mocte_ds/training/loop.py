@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -37,7 +38,8 @@ from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry, expect_board
 from mocte_ds.training.validation import Validation
 from mocte_ds.training.watching import Watch
-from mocte_ds.watch import HEART, phase
+from mocte_ds.watch import HEART, part, phase
+from mocte_ds.watch.profile import Profile, parts_text
 
 PROBE_SEQUENCES = 8
 """Of a domain at most, for the probe set of checks."""
@@ -131,8 +133,12 @@ class Trainer:
             self.engine.mocte.on_event(self._mocte_event)
         self.watch = Watch(self.run.watch, self.out, self.loader.batch_size, left_out, self.mesh.world)
 
-    def train(self, stop_after: int | None) -> bool:
+    def train(self, stop_after: int | None, profiled: range | None = None) -> bool:
         """Train to the end of the budget, or up to ``stop_after``; SIGTERM and SIGINT save behind the current step.
+
+        Args:
+            stop_after: step.
+            profiled: steps that a profiler records.
 
         Returns:
             True if the budget is done.
@@ -144,7 +150,8 @@ class Trainer:
         before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.watch.begin()
-            done = self._train(stop_after)
+            profile = Profile(profiled, self.engine.module, self.out, self.rank, TOOL) if profiled else None
+            done = self._train(stop_after, profile)
             self.watch.end()
             self.telemetry.close()
             code = 0
@@ -162,7 +169,7 @@ class Trainer:
             if ours:
                 end_soon(code)
 
-    def _train(self, stop_after: int | None) -> bool:
+    def _train(self, stop_after: int | None, profile: Profile | None) -> bool:
         t = self.run.training
         last = min(t.steps, stop_after if stop_after is not None else t.steps)
         batches, started, metrics = iter(self.loader), time.perf_counter(), None
@@ -170,6 +177,8 @@ class Trainer:
             if self.lock:
                 self.lock.require_held()
             HEART.begin_step(self.engine.global_steps + 1)
+            if profile:
+                profile.begin(self.engine.global_steps + 1)
             with phase("first step", long=True) if metrics is None else contextlib.nullcontext():
                 metrics, stopping = self._step(batches)
             step = metrics["step"]
@@ -180,9 +189,12 @@ class Trainer:
                 self.ledger.validate(self.sizes, tokens, self.run.context, self.config, blocks)
             now = time.perf_counter()
             metrics["seconds"], started = now - started, now
-            self.telemetry.step(metrics)
-            self.watch.publish(metrics, step == last or stopping)
-            self.watch.look_at_loss(metrics["loss"], self.loader.position, self._event)
+            with part("logging"):
+                self.telemetry.step(metrics)
+                self.watch.publish(metrics, step == last or stopping)
+                self.watch.look_at_loss(metrics["loss"], self.loader.position, self._event)
+            if profile:
+                self._end_profile(profile, step)
             if step % self.run.checkpoint_every == 0 or step == last or stopping:
                 with phase("checkpoint", long=True):
                     self._save(step)
@@ -195,6 +207,14 @@ class Trainer:
             finish(self.engine)
             self._prune()  # the last one may have come just now
         return self.engine.global_steps >= t.steps
+
+    def _end_profile(self, profile: Profile, step: int) -> None:
+        with phase("profile", long=True):
+            found = profile.end(step)
+        if found:
+            self._event("profile", **found)
+            if self.rank == 0:
+                print(f"{parts_text(found)}\ntraces: {profile.folder}", file=sys.stderr)
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """One optimizer step: its line of metrics.jsonl, and whether any rank was asked to stop."""

@@ -1,5 +1,7 @@
 """Pre-training through the real launcher on two processes: interrupted runs, bad values, full disks."""
 
+import gzip
+import json
 import math
 import shutil
 import signal
@@ -26,13 +28,27 @@ def what_is_learned(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in VARYING} for row in read_log(folder)]
 
 
+def require_profile(folder: Path, output: str, parts: set[str]) -> None:
+    """The parts of two profiled steps: in the log, on the screen, and a trace of each rank."""
+    (event,) = [event for event in read_log(folder, "events") if event["event"] == "profile"]
+    assert event["step"] == 8 and event["steps"] == 2
+    assert parts | {"self_attn", "data", "optimizer", "logging", "reduction of gradients"} <= event["parts"].keys()
+    assert all(min(event["parts"][name]) > 0 for name in ("self_attn", "lm_head"))
+    assert sum(map(sum, event["parts"].values())) == pytest.approx(event["seconds"])
+    assert "backward ms" in output
+    for rank in range(2):
+        with gzip.open(folder / "profile" / f"rank-{rank}.json.gz", "rt", encoding="utf-8") as trace:
+            assert json.load(trace)["traceEvents"]
+
+
 @pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
 def test_interrupted_run_equals_uninterrupted(launch: Launcher, run_file: Write, tmp_path: Path, blocks: bool) -> None:
     run, whole, parts = run_file(blocks), tmp_path / "whole", tmp_path / "parts"
     code, output = launch.pretrain(run, whole, "--set", "watch.peak_tflops=0.001", "--set", COMET)
     assert code == 0, output
-    code, output = launch.pretrain(run, parts, "--stop-after", 10)
+    code, output = launch.pretrain(run, parts, "--stop-after", 10, "--profile", "7-8")
     assert code == 0, output
+    require_profile(parts, output, {"gate", "dispatch", "experts", "all-to-all"} if blocks else {"mlp"})
     assert len(read_log(parts)) == 10 and "stopped at step 10" in output
     code, output = launch.pretrain(run, parts)
     assert code == 0, output

@@ -60,13 +60,16 @@ class Clock:
             times.append(seconds)
         return min(times), result
 
+    def now(self) -> float:
+        """Seconds, when the device has done all that was asked of it."""
+        self.synchronise()
+        return time.perf_counter()
+
     def once(self, work: Callable[[], Result]) -> tuple[float, Result]:
         """Wall time of one call of ``work``, and its result."""
-        self.synchronise()
-        started = time.perf_counter()
+        started = self.now()
         result = work()
-        self.synchronise()
-        return time.perf_counter() - started, result
+        return self.now() - started, result
 
     def gemm_rate(self, dtype: str, size: int | None = None) -> float:
         """FLOP/s of a square matrix product in ``dtype`` (`fp32` or `bf16`), the best of five.

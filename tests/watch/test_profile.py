@@ -1,0 +1,86 @@
+"""--profile: which steps, and which part of the model an operation belongs to, forward and backward."""
+
+import gzip
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mocte_ds.errors import ConfigError
+from mocte_ds.watch import HEART, part, phase
+from mocte_ds.watch.profile import UNNAMED, Profile, parts_text, read_steps
+
+
+class Small(nn.Module):
+    """Two layers and a head that takes nearly all of the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"first": nn.Linear(8, 8), "second": nn.ReLU()}) for _ in range(2))
+        self.head = nn.Linear(8, 20000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer["second"](layer["first"](x))
+        with part("inside"):
+            x = x * 2
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("text", "steps"), [("20", range(20, 21)), ("3-5", range(3, 6)), ("1-30", range(1, 31))])
+def test_steps(text: str, steps: range) -> None:
+    assert read_steps(text, 30) == steps
+
+
+@pytest.mark.parametrize("text", ["", "0", "x", "5-3", "3-", "-3", "30-31", "1-2-3", "1.5"])
+def test_no_steps(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--profile {text}: .*between 1 and 30"):
+        read_steps(text, 30)
+
+
+def test_parts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Small(), torch.randn(512, 8)
+    profile = Profile(range(2, 4), model, tmp_path, 0, "a test")
+    found, calls = [], 0
+    for step in range(1, 5):
+        profile.begin(step)
+        marked = HEART.mark is not None
+        assert marked == (step in (2, 3))
+        with phase("forward"):
+            loss = model(x).sum()
+        with phase("backward"):
+            loss.backward()
+        if step == 3:
+            time.sleep(0.05)
+        calls += marked
+        found.append(profile.end(step))
+    assert HEART.mark is None and not any(module._forward_hooks for module in model.modules())
+    result = found.pop(2)
+    assert found == [None] * 3 and calls == result["steps"] == 2
+    parts = result["parts"]
+    assert {"first", "second", "inside", "head", "forward", "backward", UNNAMED} == parts.keys()
+    assert sum(map(sum, parts.values())) == pytest.approx(result["seconds"])
+    assert parts[UNNAMED][0] >= 0.05
+    # A product's backward pass is two products; sum's node belongs to the phase around the model.
+    assert all(parts[name][0] > 0 and parts[name][1] > 0 for name in ("first", "second", "inside", "head", "forward"))
+    assert min(parts["head"]) > 3 * max(*parts["first"], *parts["second"], *parts["inside"])
+    assert parts["backward"][0] == 0
+    rows = parts_text(result).splitlines()
+    assert len(rows) >= 8 and rows[0].split()[:2] == ["part", "forward"]
+    with gzip.open(tmp_path / "profile" / "rank-0.json.gz", "rt", encoding="utf-8") as trace:
+        names = [event.get("name") for event in json.load(trace)["traceEvents"]]
+    assert names.count("mocte: head") == names.count("aten::addmm") / 3 == 2
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "rank-0.json.gz").write_text("somebody's")
+    profile = Profile(range(1, 2), Small(), tmp_path, 0, "a test")
+    profile.begin(1)
+    assert profile.end(1)
+    assert "no trace of rank 0 was written" in caplog.text and "rank-0.json.gz" in caplog.text
+    assert (tmp_path / "profile" / "rank-0.json.gz").read_text() == "somebody's"
