@@ -209,8 +209,7 @@ class Trainer:
         return self.engine.global_steps >= t.steps
 
     def _end_profile(self, profile: Profile, step: int) -> None:
-        with phase("profile", long=True):
-            found = profile.end(step)
+        found = profile.end(step)
         if found:
             self._event("profile", **found)
             if self.rank == 0:

@@ -97,7 +97,12 @@ class Profile:
         seconds = time.perf_counter() - self._started
         self._open.close()
         recorded, self._profile = self._profile, None
-        parts = parts_of(recorded.events(), seconds)
+        with HEART.phase("profile", long=True):
+            parts = parts_of(recorded.events(), seconds)
+            self._write(recorded)
+        return {"steps": self._recorded, "seconds": seconds, "parts": parts}
+
+    def _write(self, recorded: profile) -> None:
         try:
             with workshop(self.folder) as work:
                 trace = work / "trace.json.gz"
@@ -105,7 +110,6 @@ class Profile:
                 put(self.folder, {f"rank-{self._rank}.json.gz": trace}, self._by)
         except (OSError, NotOurs) as error:  # a trace is not worth the run
             logging.getLogger("mocte_ds").warning(f"no trace of rank {self._rank} was written: {error}")
-        return {"steps": self._recorded, "seconds": seconds, "parts": parts}
 
 
 def parts_of(events: Iterable["FunctionEvent"], seconds: float) -> dict[str, list[float]]:
