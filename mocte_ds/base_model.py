@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mocte_ds.bigrams import bigrams_of, put_bigrams, require_bigrams
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.remote_code.experts_mocte import put_dense_ffns
 from mocte_ds.shown import one_line, shown
@@ -20,6 +21,7 @@ REFUSED = "refused"
 """Key of the reason why nothing is kept."""
 _KEYS = ("architecture", "model_type", "config")
 _DENSE = "dense_ffns"
+_BIGRAM = "bigram"
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Keys of the number of experts, in the configs of transformers."""
 _LEFT_OUT = ("_name_or_path", "architectures", "auto_map", "transformers_version")
@@ -36,7 +38,8 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
     Returns:
         "architecture" (name of the class), "model_type", "config" and "generation" (values of its two configs, as
         JSON has them), "dense_ffns" (hidden units of the dense FFNs that stand where the class has experts of its own,
-        by their paths); or "refused": why they cannot be kept.
+        by their paths), with a table of hashed pairs "bigram" (what it takes to make it again); or "refused": why they
+        cannot be kept.
     """
     transformers = sys.modules.get("transformers.modeling_utils")  # there, if the model is one of theirs
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
@@ -52,7 +55,8 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
     except Exception as error:  # a config is whatever its author has made of it
         return {REFUSED: f"the config of {name} cannot be kept in plain values: {error}"}
     facts = {"architecture": name, "model_type": model.config.model_type, "config": config, "generation": values}
-    return {**facts, _DENSE: dict(getattr(model, _DENSE, {}))}
+    bigrams = bigrams_of(model)
+    return {**facts, _DENSE: dict(getattr(model, _DENSE, {})), **({_BIGRAM: bigrams.facts} if bigrams else {})}
 
 
 def refuse_saving_alone(model: nn.Module) -> None:
@@ -95,6 +99,7 @@ def require_base(facts: Any, where: object) -> dict[str, Any]:
     widths = facts.get(_DENSE, {})
     if not isinstance(widths, dict) or any(type(width) is not int or width < 1 for width in widths.values()):
         raise CheckpointError(f"{where}: {_DENSE} of its base model are no widths of FFNs; it is damaged.")
+    require_bigrams(facts.get(_BIGRAM), where)
     try:
         require_plain(facts, "base")
     except ConfigError as error:
@@ -164,7 +169,8 @@ def _of_config(config: Any) -> nn.Module:
 
 
 def make_dense(make: Callable[[Any], nn.Module], config: Any, base: dict[str, Any], where: object) -> Any:
-    """A base model of its config; where an imported mixture has experts of its own, dense FFNs stand.
+    """A base model of its config, with its table of hashed pairs, if it has one; where an imported mixture has experts
+    of its own, dense FFNs stand.
 
     Args:
         make: a model of a config of transformers.
@@ -177,7 +183,7 @@ def make_dense(make: Callable[[Any], nn.Module], config: Any, base: dict[str, An
     """
     widths = base.get(_DENSE, {})
     if not widths:
-        return make(config)
+        return put_bigrams(make(config), base.get(_BIGRAM))
     # The class's own experts take no memory worth the name before they go.
     few = copy.deepcopy(config)
     text = few.get_text_config()
@@ -192,7 +198,7 @@ def make_dense(make: Callable[[Any], nn.Module], config: Any, base: dict[str, An
     for key, value in counts.items():
         setattr(model.config.get_text_config(), key, value)
     model.config.output_router_logits = False  # there are no routers of the class any more
-    return model
+    return put_bigrams(model, base.get(_BIGRAM))
 
 
 def changes_context(config: Any) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.sections import PLACES, bounds, meanings, type_name
+from mocte_ds.sections import PLACES, bounds, meanings, type_name, without_null
 from mocte_ds.training.model import TransformersModel
 from mocte_ds.training.presets import PRESETS
 from mocte_ds.training.run_config import DataSection, EvaluationSection, TrainingSection, WatchSection
@@ -55,14 +55,15 @@ def _tables(cls: type) -> Iterator[str]:
         yield f"| `{field.name}` | {_type(hint)} | {_default(default)} | {_bounds(hint)} | {_text(told[field.name])} |"
     yield ""
     for hint in hints.values():
-        if is_dataclass(hint):
-            yield from _tables(typing.cast(type, hint))
+        if is_dataclass(bare := without_null(hint)):
+            yield from _tables(typing.cast(type, bare))
 
 
 def _type(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
-    inner = [hint, *(part for option in typing.get_args(hint) for part in typing.get_args(option))]
+    options = typing.get_args(hint)
+    inner = [hint, *options, *(part for option in options for part in typing.get_args(option))]
     link = next((f"[section](#{PLACES[part].replace('.', '')})" for part in inner if part in PLACES), "section")
     return type_name(hint).replace("section", link)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.base_model import with_floats
+from mocte_ds.bigrams import with_bigrams
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import NARROW, StoredSource
 from mocte_ds.convert.hf.kept_tokenizer import run_tokenizer
@@ -68,7 +69,7 @@ def _network(source: StoredSource, special: SpecialIds, replicas: Replicas) -> A
         empty = empty_class(source, target)
     config = empty.config
     read = {name: functools.partial(tensor_of, source, ours) for name, ours in target.names.items()}
-    network = _filled(type(empty), config, read, source, replicas)
+    network = _filled(with_bigrams(type(empty), source.base.get("bigram")), config, read, source, replicas)
     stored = source.base.get("generation")
     if stored is not None and network.can_generate():
         network.generation_config = type(network.generation_config).from_dict(with_floats(stored))

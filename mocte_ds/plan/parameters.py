@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mocte_ds.bigrams import bigrams_of
 from mocte_ds.config import MocteConfig
 from mocte_ds.flops.model_sizes import ModelSizes, model_sizes
 from mocte_ds.moe.attach import attach
@@ -34,7 +35,8 @@ class Parameters:
     per_token: int
     """Experts that a token visits in each block, over all banks."""
     embedding: int = 0
-    """Of the trunk, in the input embedding; 0 where the output matrix shares it."""
+    """Of the trunk, in tables that tokens look rows up in: the input embedding, unless the output matrix shares it, and
+    the hashed pairs of `model.bigram`."""
 
     @property
     def in_experts(self) -> int:
@@ -70,6 +72,8 @@ def count_parameters(run: RunConfig) -> tuple[Parameters, ModelSizes, MocteConfi
         whole = sum(parameter.numel() for parameter in model.parameters())
         inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings()
         embedding = 0 if outputs is None or outputs.weight is inputs else inputs.numel()
+        bigrams = bigrams_of(model)
+        embedding += bigrams.table.weight.numel() if bigrams else 0
         if config is None:
             return Parameters(whole, 0, 0, 0, 0, 0, 0, True, 0, embedding), model_sizes(model), None
         sizes = model_sizes(model)

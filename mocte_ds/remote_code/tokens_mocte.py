@@ -246,11 +246,12 @@ class Tokens:
         self.state.append(self.kept)
         self.kept = {}
 
-    def before(self, keep: bool = True) -> Tensor:
+    def before(self, keep: bool = True, itself: bool = True) -> Tensor:
         """(B, T) id of the token before in the same document; its own id for a document's first token.
 
         Args:
             keep: whether the last id is kept for the next pass.
+            itself: False: NO_TOKEN for a document's first token.
 
         Raises:
             RoutingError: nothing is known of what stands before the tokens.
@@ -276,7 +277,7 @@ class Tokens:
         if keep:
             self.kept["id"] = after
         before = torch.cat([first, after[:, :-1]], dim=1)
-        return torch.where((before < 0) | self.begins.to(ids.device), ids, before)
+        return torch.where((before < 0) | self.begins.to(ids.device), ids if itself else NO_TOKEN, before)
 
     def _last(self, name: str) -> Tensor | None:
         """State before the first of these tokens, also when they are computed again."""

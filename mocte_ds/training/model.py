@@ -2,14 +2,16 @@
 
 import copy
 import functools
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mocte_ds.base_model import base_facts, changes_context, config_values, make_config, make_dense, with_floats
+from mocte_ds.bigrams import Bigram, bigram_facts, bigram_of, put_bigrams
 from mocte_ds.cpu_attention import use_cpu_attention
 from mocte_ds.errors import ConfigError
 from mocte_ds.flops.model_sizes import ModelSizes, model_sizes
@@ -27,6 +29,8 @@ class _OfTransformers:
 
     config: Any
     """As transformers have it."""
+    bigram: Bigram | None
+    """Its table of hashed pairs of tokens."""
 
     @property
     def max_positions(self) -> int:
@@ -48,7 +52,8 @@ class _OfTransformers:
     def num_params(self) -> int:
         """Parameters of the dense model, tied ones once."""
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in self.fresh().parameters())
+            model = make_model(cast("ModelConfig", self), weights=False)
+        return sum(parameter.numel() for parameter in model.parameters())
 
     def fresh(self) -> Any:
         """A model of the config with random weights.
@@ -70,6 +75,8 @@ class TransformersModel(_OfTransformers):
     """Folder in Hugging Face format that the config and the first weights come from."""
     activation_checkpointing: bool = False
     """Whether the backward pass computes each layer again from its input: less memory, more time."""
+    bigram: Bigram | None = None
+    """Adds a row of a hashed-bigram embedding to what each layer reads."""
 
     def __post_init__(self) -> None:
         if (self.hf is None) == (self.pretrained is None):
@@ -105,6 +112,11 @@ class StoredModel(_OfTransformers):
         """The config as transformers have it."""
         return make_config(self.base, "model.init")
 
+    @property
+    def bigram(self) -> Bigram | None:  # type: ignore[override]
+        """As of :class:`TransformersModel`."""
+        return bigram_of(self.base.get("bigram"))
+
     def fresh(self) -> Any:
         """As of :class:`TransformersModel`; where the base model's class has experts of its own, dense FFNs stand."""
         return make_dense(_fresh, self.config, self.base, "model.init")
@@ -135,6 +147,8 @@ def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = T
         if weights and isinstance(config, TransformersModel) and not next(model.parameters()).is_meta:
             scale_residual_outputs(model)
         _take_generation(model, folder, config.base.get("generation") if isinstance(config, StoredModel) else None)
+    if isinstance(config, TransformersModel):  # a stored model has come with its own
+        put_bigrams(model, bigram_facts(config.bigram, eod_id))
     for settings in (model.config, model.generation_config):
         if settings is not None and settings.eos_token_id is None:
             settings.eos_token_id = eod_id
@@ -246,7 +260,8 @@ def model_facts(config: ModelConfig) -> dict[str, Any]:
     values = {f"hf.{key}": value for key, value in config_values(config.config, "the config").items()}
     values.pop("hf.dtype", None)  # of a folder's files; runs train as their DeepSpeed config says
     start = {"pretrained": config.pretrained} if isinstance(config, TransformersModel) else {}
-    return {**start, **values, "activation_checkpointing": config.activation_checkpointing}
+    bigram = None if config.bigram is None else asdict(config.bigram)
+    return {**start, **values, "activation_checkpointing": config.activation_checkpointing, "bigram": bigram}
 
 
 def set_longest_context(config: Any, positions: int) -> None:

@@ -24,7 +24,7 @@ from mocte_ds.training.schedule import warmup_cosine
 
 # Changing these does not change what is learned.
 FREE_TRAINING_KEYS = ("micro_batch", "checkpoint_every", "keep_checkpoints")
-OF_THE_RUN = ("activation_checkpointing",)
+OF_THE_RUN = ("activation_checkpointing", "bigram")
 """Keys of `model` that are not of the config of transformers."""
 
 
@@ -145,6 +145,11 @@ class RunConfig:
                 f"{self.model.max_positions} (max_position_embeddings of most models)."
             )
         if "mocte" in self.deepspeed:
+            if self.model.bigram is not None:
+                raise ConfigError(
+                    "model.bigram is for dense runs, and deepspeed.mocte makes this one a mixture; remove one of them "
+                    "(--set deepspeed.mocte=null is the dense twin)."
+                )
             MocteConfig.from_dict(self.deepspeed["mocte"])
 
     def resolve(self, world_size: int, eod_id: int, vocab_size: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 from mocte_ds.base_model import longest_context, make_config
+from mocte_ds.bigrams import refuse_bigrams
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
 from mocte_ds.convert.hf.card import model_card
@@ -114,6 +115,7 @@ def export_trained(
         raise ConfigError(
             f"dtype = {dtype!r}, class = {choice!r}: not one of {['fp32', *NARROW]} and of {list(CHOICES)}."
         )
+    refuse_bigrams(source.base.get("bigram"), "the checkpoint", "a folder in Hugging Face format")
     source.dtype, out = dtype or source.stored_dtype(), Path(out)
     config = make_config(source.base, out).get_text_config()
     ids = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}

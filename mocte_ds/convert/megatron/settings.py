@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mocte_ds.base_model import make_config, require_base
+from mocte_ds.bigrams import refuse_bigrams
 from mocte_ds.checkpoints.names import expert_parameter
 from mocte_ds.checkpoints.source import Source
 from mocte_ds.convert.megatron.base_config import arguments_of
@@ -47,6 +48,7 @@ def settings_of(source: Source, where: object) -> Settings:
         CheckpointError: there is none; says which key or setting stands in the way.
     """
     base = require_base(source.base, where)
+    refuse_bigrams(base.get("bigram"), where, "a checkpoint of megatron-core")
     config = make_config(base, where).get_text_config()
     try:
         transformer, model = arguments_of(base["architecture"], config)
