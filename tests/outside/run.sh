@@ -3,7 +3,8 @@
 #
 #     bash tests/outside/run.sh [FOLDER]          (default: a new folder under ${TMPDIR:-/tmp}; some GB)
 #
-# PYTHON names another interpreter. DEPENDENCIES names a folder of site-packages whose packages are used, mocte_ds
+# PYTHON names another interpreter, MOCTE_TORCH words for pip that install torch before the rest (torch==2.13.0, say,
+# where this fetches a CPU build). DEPENDENCIES names a folder of site-packages whose packages are used, mocte_ds
 # excepted, instead of downloading them.
 #
 # Trainer and accelerate on two ranks with emergence, freezing, an interruption in the middle and an export; then GPT2,
@@ -33,6 +34,10 @@ if [ ! -x "$folder/venv/bin/mocte-ds" ]; then
     printf '#!/bin/sh\nexec "%s" -m deepspeed.launcher.runner "$@"\n' "$folder/venv/bin/python" > "$folder/venv/bin/deepspeed"
     chmod +x "$folder"/venv/bin/{accelerate,deepspeed}
     offline=(--no-deps)
+  fi
+  if [ -n "${MOCTE_TORCH:-}" ]; then
+    # shellcheck disable=SC2086  several words on purpose
+    "$folder/venv/bin/pip" install --quiet $MOCTE_TORCH
   fi
   "$folder/venv/bin/pip" wheel --quiet --no-deps --wheel-dir "$folder/wheel" "$folder/source"
   wheel=$(echo "$folder"/wheel/mocte_ds-*.whl)
