@@ -1,9 +1,13 @@
 """The console command finds the tools of the installed package and passes their options and errors on."""
 
+import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,9 +52,24 @@ def test_completion() -> None:
     assert "--local_rank" not in complete("pretrain", "--")
     assert complete("pretrain", "--run", "gpt-1") == ["gpt-140m"]
     assert complete("report", "run") == ["runs"], "a file of the folder"
-    assert "bashcompinit" in command("completion", "zsh").stdout
     done = command("completion", "fish")
     assert done.returncode == 2 and "shells: bash, zsh" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_completion_in_zsh(tmp_path: Path) -> None:
+    """What stands in the line after the tab key, in a zsh with a terminal of its own."""
+    (tmp_path / "completion").write_text(command("completion", "zsh").stdout, encoding="utf-8")
+    lines = ["mocte-ds prepare-data --valid\\t", "mocte-ds pretrain --run gpt-1\\t", "mocte-ds quick\\t"]
+    text = "zmodload zsh/zpty; zpty z zsh -f -i\nzpty -w z '. ./completion; mocte-ds() { print -r -- $* >> words; }'\n"
+    text += "".join(f"zpty -w z $'{line}'\n" for line in [*lines, "exit"]) + "while zpty -r z; do :; done\n"
+    environment = {**os.environ, "ZDOTDIR": str(tmp_path), "TERM": "xterm"}
+    done = subprocess.run(
+        ["zsh", "-f", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    wanted = "prepare-data --validation-share\npretrain --run gpt-140m\nquickstart\n"
+    assert (tmp_path / "words").is_file(), done.stdout + done.stderr
+    assert (tmp_path / "words").read_text(encoding="utf-8") == wanted, done.stdout
 
 
 def test_errors() -> None:
