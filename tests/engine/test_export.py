@@ -14,7 +14,7 @@ import mocte_ds.convert.hf.register  # noqa: F401
 from mocte_ds.checkpoints.load import read_state
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.convert.hf.export import export
-from mocte_ds.convert.hf.running import _require_as_made
+from mocte_ds.convert.hf.running import _language_model, _require_as_made, _seen_from
 from mocte_ds.convert.hf.trained import tensor_of
 from mocte_ds.errors import CheckpointError
 from tests.engine import runs
@@ -94,6 +94,56 @@ def test_two_ranks_export_the_experts_of_both(tmp_path: Path) -> None:
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     sums = json.loads((tmp_path / "live" / "checksums.json").read_text())
     assert set(sums["tensors"]) == set(weights[0]) and "keys_mocte.py" in sums["files"]
+
+
+class Wrapped(torch.nn.Module):
+    """As a LightningModule is: the model as a part, and more beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = runs.model(), torch.nn.Linear(1, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids=ids, labels=ids).loss * self.scale.weight.exp().sum()
+
+
+def train_wrapped(folder: str) -> tuple[dict[str, Any], Any]:
+    """Facts of the export of the inner model, and its logits."""
+    import mocte_ds
+
+    settings = runs.config(auto=False, router={"kind": "prefix"}, total_steps=10, modules="inner.model.layers.*.mlp")
+    settings.update(bf16={"enabled": False}, gradient_accumulation_steps=1)
+    del settings["scheduler"]
+    engine, *_ = mocte_ds.initialize(model=Wrapped(), config=settings)
+    for step in range(4):
+        if step == 2:
+            engine.mocte.emerge(1)
+        engine.backward(engine(runs.batch(step, torch.distributed.get_rank())[0]))
+        engine.step()
+    facts = engine.mocte.export(Path(folder) / "live")
+    inner = engine.module.inner.eval()
+    with torch.no_grad():
+        return facts, inner(input_ids=runs.batch(9, 0)[0]).logits.numpy()
+
+
+@torch.no_grad()
+def test_a_model_within_another_module_is_exported(tmp_path: Path) -> None:
+    (facts, logits), (others, _) = spawn(train_wrapped, 2, str(tmp_path), timeout=180, deepspeed=True)
+    assert facts == others and facts["architecture"] == "MocteBlocksForCausalLM" and facts["experts_compared"] == 4
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "live", dtype=torch.float32).eval()
+    expected = torch.from_numpy(logits)
+    found = model(runs.batch(9, 0)[0], use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+
+
+def test_which_model_is_exported() -> None:
+    wrapped, plain = Wrapped(), runs.model()
+    assert _language_model(wrapped) == ("inner.", wrapped.inner) and _language_model(plain) == ("", plain)
+    both = torch.nn.ModuleList([plain, runs.model()])
+    assert _language_model(both) == ("", both)
+    state = {"config": {"modules": "*"}, "blocks": [{"name": "inner.model.layers.0.mlp"}, {"name": "other.mlp"}]}
+    with pytest.raises(CheckpointError, match="block other.mlp lies outside of the model of transformers, inner"):
+        _seen_from("inner.", state)
 
 
 def test_a_part_that_was_replaced_is_named() -> None:

@@ -1,5 +1,6 @@
 """The model of a run that goes on, in any script, as a Hugging Face folder."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def export_run(
     """Gather all weights on rank zero, which writes and compares the folder (collective).
 
     Args:
-        engine: of mocte_ds.initialize.
+        engine: of mocte_ds.initialize. Its module is a model of transformers, or holds one with all blocks (a
+            LightningModule, a loss around it); what else it holds is left out.
         folder: as of :func:`mocte_ds.convert.hf.export.export`; on the machine of rank zero.
         dtype: as there; None: as it trains.
         tokenizer: as there.
@@ -45,7 +47,9 @@ def export_run(
         from mocte_ds.convert.hf.trained import GatheredSource
     except ModuleNotFoundError as error:
         raise ConfigError(f"engine.mocte.export needs {error.name}: pip install 'mocte-ds[hf]'.") from error
-    base, rank = require_base(base_facts(engine.module), "the run"), engine.mesh.world.rank
+    prefix, model = _language_model(engine.module)
+    base, rank = require_base(base_facts(model), "the run"), engine.mesh.world.rank
+    state = _seen_from(prefix, engine.mocte.run.state_dict())
     out = Path(folder)
     failure: Exception | None = None
     if rank == 0:
@@ -58,8 +62,9 @@ def export_run(
     facts: dict[str, Any] | None = None
     if weights is not None:
         try:
-            source = GatheredSource(weights, base, engine.mocte.run.state_dict())
-            _require_as_made(engine.module, source.model)
+            inner = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+            source = GatheredSource(inner, base, state)
+            _require_as_made(model, source.model, prefix)
             goes_along = None if tokenizer is None else run_tokenizer(tokenizer, None, out)
             facts = export_trained(source, out, dtype, goes_along, choice=choice)
         except Exception as error:  # the other ranks must not wait for ever
@@ -68,14 +73,46 @@ def export_run(
     return from_rank_zero(facts, engine.mesh.world)
 
 
-def _require_as_made(model: nn.Module, made: nn.Module) -> None:
+def _language_model(module: nn.Module) -> tuple[str, nn.Module]:
+    """The model of transformers that a module is or holds, behind its path (with a dot at the end, or empty).
+
+    Where there is none, or several side by side, the module itself.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or isinstance(module, transformers.PreTrainedModel):
+        return "", module
+    theirs = transformers.PreTrainedModel
+    found = {f"{name}.": part for name, part in module.named_modules() if isinstance(part, theirs)}
+    outermost = [name for name in found if not any(name.startswith(other) for other in found.keys() - {name})]
+    return (outermost[0], found[outermost[0]]) if len(outermost) == 1 else ("", module)
+
+
+def _seen_from(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a run with the names that its blocks have in the model at ``prefix``.
+
+    Raises:
+        CheckpointError: a block lies elsewhere.
+    """
+    if not prefix:
+        return state
+    names = [entry["name"] for entry in state["blocks"]]
+    outside = next((name for name in names if not name.startswith(prefix)), None)
+    if outside is not None:
+        raise CheckpointError(f"the block {outside} lies outside of the model of transformers, {prefix[:-1]}.")
+    names = [name.removeprefix(prefix) for name in names]
+    blocks = [{**entry, "name": name} for entry, name in zip(state["blocks"], names, strict=True)]
+    return {**state, "config": {**state["config"], "modules": names}, "blocks": blocks}
+
+
+def _require_as_made(model: nn.Module, made: nn.Module, prefix: str = "") -> None:
     """Refuse a model of which a part was replaced after it was made: the folder would compute something else.
 
     Args:
         model: that trains.
         made: of the same config, on the meta device.
+        prefix: where the first one lies, which its blocks know.
     """
-    found, expected = _parts(model), _parts(made)
+    found, expected = _parts(model, prefix), _parts(made)
     for name in {**found, **expected}:
         if found.get(name) != expected.get(name):
             raise CheckpointError(
@@ -85,10 +122,11 @@ def _require_as_made(model: nn.Module, made: nn.Module) -> None:
             )
 
 
-def _parts(model: nn.Module) -> dict[str, str]:
+def _parts(model: nn.Module, prefix: str = "") -> dict[str, str]:
     """Class and settings of each module, experts apart: each rank has its own."""
     parts = ((name, part) for name, part in model.named_modules() if ".banks" not in name)
-    return {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in parts}
+    shown = {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in parts}
+    return {name: text.replace(f"(name={prefix}", "(name=", 1) for name, text in shown.items()}
 
 
 def _agree(failure: Exception | None, axis: Axis) -> None:
