@@ -49,7 +49,7 @@ def install() -> None:
 def uninstall() -> None:
     """Give ``deepspeed.initialize`` back; engines that exist stay as they are. Without :func:`install` nothing happens.
 
-    What keeps accelerate from saving a part of an engine's model stays, too; for any other model it is accelerate's own.
+    What keeps accelerate from saving a part of an engine's model stays; other models are saved as accelerate does it.
 
     Raises:
         MocteError: somebody else has replaced it since.
