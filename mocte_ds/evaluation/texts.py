@@ -1,4 +1,4 @@
-"""How well a model predicts texts: bits per byte of each domain, and the loss by place in the context."""
+"""How well a model predicts texts: bits per byte of each domain, the loss by place in the context, and calibration."""
 
 import itertools
 import math
@@ -14,6 +14,9 @@ from mocte_ds.data import read_corpus
 from mocte_ds.dist.collectives import sum_over_ranks
 
 Windows = Iterator[tuple[list[int], list[int]]]
+
+LEVELS = 10
+"""Bins of equal width that the probability of the likeliest token falls into."""
 
 
 def score_corpus(model: Any, folder: str | Path, limit: int | None, batch_size: int) -> dict[str, dict[str, Any]]:
@@ -49,13 +52,17 @@ def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: in
 
     Returns:
         For each domain: "documents", "tokens", "bytes", "bits_per_byte" (nats of all tokens, over ln 2
-        and the UTF-8 bytes), "nats_per_token", and "by_position": for places 0, 1, 2 to 3, 4 to 7, ... in the window
-        {"first", "last", "tokens", "nats_per_token"}.
+        and the UTF-8 bytes), "nats_per_token", "by_position": for places 0, 1, 2 to 3, 4 to 7, ... in the window
+        {"first", "last", "tokens", "nats_per_token"}, and of the likeliest token at each place "accuracy",
+        "by_probability": for each of LEVELS bins that has tokens {"tokens", "probability", "accuracy"} (means), and
+        "calibration_error": the mean of |accuracy - probability| over bins, weighted by tokens (Guo et al., 2017,
+        equation 3).
     """
     names = sorted(domains)
     bins = max(1, model.max_length).bit_length() + 1
     sums = torch.zeros(len(names), bins, dtype=torch.float64)
     counts, sizes = torch.zeros(len(names), bins, dtype=torch.int64), torch.zeros(len(names), 2, dtype=torch.int64)
+    levels = torch.zeros(len(names), LEVELS, 3, dtype=torch.float64)
     replicas = model.replicas
     for row, name in enumerate(names):
         mine = itertools.islice(domains[name], replicas.number, None, replicas.count)
@@ -67,18 +74,19 @@ def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: in
                 model.tok_encode(text, add_special_tokens=False), model.prefix_token_id, model.max_length
             )
             while len(windows) >= batch_size:
-                _add(model, windows[:batch_size], sums[row], counts[row])
+                _add(model, windows[:batch_size], sums[row], counts[row], levels[row])
                 del windows[:batch_size]
         if windows:
-            _add(model, windows, sums[row], counts[row])
+            _add(model, windows, sums[row], counts[row], levels[row])
     if replicas.place != 0:  # the ranks of a replica have seen the same texts
-        sums.zero_()
-        counts.zero_()
-    sums, counts, sizes = (sum_over_ranks(t, replicas.world) for t in (sums, counts, sizes))
-    found = {
-        name: _facts(sums[i], counts[i], sizes[i], model.max_length) for i, name in enumerate(names) if sizes[i, 0]
+        for seen in (sums, counts, levels):
+            seen.zero_()
+    sums, counts, levels, sizes = (sum_over_ranks(t, replicas.world) for t in (sums, counts, levels, sizes))
+    return {
+        name: {**_facts(sums[i], counts[i], sizes[i], model.max_length), **_calibration(levels[i])}
+        for i, name in enumerate(names)
+        if sizes[i, 0]
     }
-    return found
 
 
 def _windows(ids: list[int], begin: int, length: int) -> Windows:
@@ -89,21 +97,25 @@ def _windows(ids: list[int], begin: int, length: int) -> Windows:
 
 
 @torch.no_grad()
-def _add(model: Any, windows: list[tuple[list[int], list[int]]], sums: Tensor, counts: Tensor) -> None:
-    """Add the losses of some windows to the bins of their places."""
+def _add(model: Any, windows: list[tuple[list[int], list[int]]], sums: Tensor, counts: Tensor, levels: Tensor) -> None:
+    """Add the losses of some windows to the bins of their places, and the likeliest tokens to those of probability."""
     longest = max(len(inputs) for inputs, _ in windows)
     inputs = torch.zeros(len(windows), longest, dtype=torch.int64)
     labels = torch.full_like(inputs, -100)
     for row, (before, after) in enumerate(windows):
         inputs[row, : len(before)], labels[row, : len(after)] = torch.tensor(before), torch.tensor(after)
     # Padding stands behind the texts, where causal attention and routing do not look.
-    logits = model._model_call(inputs.to(model.device)).float()
-    flat = labels.flatten().to(logits.device)
-    losses = F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-100, reduction="none").double().cpu()
-    bins = _bin(torch.arange(longest)).expand_as(labels).flatten()
     real = (labels != -100).flatten()
-    sums.index_add_(0, bins[real], losses[real])
-    counts.index_add_(0, bins[real], torch.ones_like(bins[real]))
+    logits = model._model_call(inputs.to(model.device)).flatten(0, 1)[real.to(model.device)].float()
+    after = labels.flatten()[real].to(logits.device)
+    losses = F.cross_entropy(logits, after, reduction="none").double().cpu()
+    bins = _bin(torch.arange(longest)).expand_as(labels).flatten()[real]
+    sums.index_add_(0, bins, losses)
+    counts.index_add_(0, bins, torch.ones_like(bins))
+    best, likeliest = logits.max(dim=-1)
+    probability, right = (best - logits.logsumexp(dim=-1)).exp(), likeliest == after
+    seen = torch.stack([torch.ones_like(probability), probability, right.to(probability)], dim=1).double().cpu()
+    levels.index_add_(0, (seen[:, 1] * LEVELS).long().clamp(max=LEVELS - 1), seen)
 
 
 def _bin(place: Tensor) -> Tensor:
@@ -131,12 +143,27 @@ def _facts(sums: Tensor, counts: Tensor, sizes: Tensor, length: int) -> dict[str
     }
 
 
+def _calibration(levels: Tensor) -> dict[str, Any]:
+    """What (LEVELS, 3) tokens, their probabilities and how many were right come to."""
+    tokens, _, right = levels.sum(0).tolist()
+    tokens = max(1.0, tokens)
+    bins = [
+        {"tokens": int(count), "probability": p / count, "accuracy": hits / count}
+        for count, p, hits in levels.tolist()
+        if count
+    ]
+    error = sum(abs(p - hits) for _, p, hits in levels.tolist()) / tokens
+    return {"accuracy": right / tokens, "by_probability": bins, "calibration_error": error}
+
+
 def texts_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Domains as lines to read, and the loss by place over all of them."""
     wide = max([len(name) for name in found] + [12]) + 2
-    lines = [f"{'domain':<{wide}}{'documents':>10}{'bytes':>12}{'bits/byte':>11}{'nats/token':>12}"]
+    head = f"{'domain':<{wide}}{'documents':>10}{'bytes':>12}{'bits/byte':>11}{'nats/token':>12}"
+    lines = [head + f"{'accuracy':>10}{'calib. error':>14}"]
     for name, facts in found.items():
         numbers = f"{facts['bits_per_byte']:>11.4f}{facts['nats_per_token']:>12.4f}"
+        numbers += f"{facts['accuracy']:>10.4f}{facts['calibration_error']:>14.4f}"
         lines.append(f"{name:<{wide}}{facts['documents']:>10,}{facts['bytes']:>12,}{numbers}")
     places: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for facts in found.values():

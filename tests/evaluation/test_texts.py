@@ -3,7 +3,9 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -51,6 +53,34 @@ def by_hand(folder: Path, text: str) -> list[tuple[int, float]]:
     return found
 
 
+def sure_by_hand(folder: Path, text: str) -> list[tuple[float, bool]]:
+    """Probability of the likeliest token at every place, and whether it was the right one."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids, found = [0, *tokenizer.encode(text, add_special_tokens=False)], []
+    for i in range(1, len(ids)):
+        begin = i - 1 - (i - 1) % CONTEXT
+        with torch.no_grad():
+            probability = model(input_ids=torch.tensor([ids[begin:i]])).logits[0, -1].softmax(-1)
+        found.append((float(probability.max()), int(probability.argmax()) == ids[i]))
+    return found
+
+
+def assert_calibrated(facts: dict[str, Any], pairs: list[tuple[float, bool]]) -> None:
+    """Against numpy: accuracy, means by tenths of probability, and the mean of their differences."""
+    probability, right = np.array([p for p, _ in pairs]), np.array([r for _, r in pairs], dtype=float)
+    level = np.minimum((probability * 10).astype(int), 9)
+    there = [number for number in range(10) if (level == number).any()]
+    assert facts["accuracy"] == pytest.approx(right.mean())
+    error = 0.0
+    for number, found in zip(there, facts["by_probability"], strict=True):
+        inside = level == number
+        assert found["tokens"] == inside.sum()
+        assert found["probability"] == pytest.approx(probability[inside].mean(), rel=1e-5)
+        assert found["accuracy"] == pytest.approx(right[inside].mean())
+        error += inside.mean() * abs(probability[inside].mean() - right[inside].mean())
+    assert facts["calibration_error"] == pytest.approx(error, rel=1e-5)
+
+
 def test_numbers_are_those_of_transformers_and_of_two_ranks(folder: Path) -> None:
     found = evaluate(folder, [], batch_size=2, texts=folder / "corpus")
     assert found["tasks"] == {} and sorted(found["texts"]) == ["letters", "words"]
@@ -65,6 +95,9 @@ def test_numbers_are_those_of_transformers_and_of_two_ranks(folder: Path) -> Non
             assert place["tokens"] == len(inside)
             assert place["nats_per_token"] == pytest.approx(sum(inside) / len(inside), rel=1e-5)
         assert sum(place["tokens"] for place in facts["by_position"]) == len(losses)
+        assert_calibrated(facts, [pair for text in texts for pair in sure_by_hand(folder, text)])
+    letters = found["texts"]["letters"]
+    assert len(letters["by_probability"]) > 2 and 0 < letters["accuracy"] < 1
     lines = texts_table(found["texts"]).splitlines()
     assert lines[1].split()[:3] == ["letters", "3", str(found["texts"]["letters"]["bytes"])]
     assert [line.split()[0] for line in lines[5:]] == ["0", "1", "2-3", "4-5"]
