@@ -17,6 +17,7 @@ TOOLS: dict[str, list[str]] = {
     "train_tokenizer": ["--out", "OUT"],
     "prepare_data": ["--tokenizer", "none.model", "--out", "OUT"],
     "export_hf": ["checkpoints", "OUT"],
+    "btm": ["cluster", "prepared", "OUT"],
     "import_hf": ["folder", "OUT"],
     "evaluate": ["model", "--output", "OUT"],
     "report": ["run", "--out", "OUT"],

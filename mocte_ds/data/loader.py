@@ -243,8 +243,8 @@ def validation_batches(
         verify: how much is held against its hashes; None: nothing, since that was done already.
 
     Returns:
-        By domain: input_ids and labels, both (n, context). A domain with less than one sequence is left out with a
-        warning.
+        By domain: input_ids and labels, both (n, context). A domain without validation text is left out, and one with
+        less than one sequence with a warning.
 
     Raises:
         DataError: no domain has a whole sequence, or files are missing or damaged.
@@ -253,6 +253,8 @@ def validation_batches(
     manifest = Manifest.read(folder)
     for domain, facts in sorted(manifest.domains.items()):
         tokens = facts["validation"]["tokens"]
+        if not tokens:  # a cluster of training documents
+            continue
         if tokens <= context:
             warnings.warn(
                 f"domain '{domain}' is not validated: its {tokens} tokens are fewer than a sequence of {context} + 1.",
