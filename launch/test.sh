@@ -26,7 +26,7 @@ ruff format --check .
 echo "checks: mypy"
 mypy
 echo "checks: mkdocs"
-NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict
+NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict  # with --quiet no warning would count
 # Before the tests, while the compiler has the machine's memory for itself.
 [ ${#fast[@]} -gt 0 ] || python -m mocte_ds.dist.cpu_op cpu_adam fused_adam
 if [ "$options" = 0 ]; then

@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import pytest
@@ -54,6 +55,16 @@ def test_what_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, owner: object, n
 def test_another_order_of_the_constructor_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeepSpeedZeroOptimizer, "__init__", lambda self: None)
     assert any("no longer flattens" in text for text in broken_assumptions())
+
+
+def _with_a_set(self: Any) -> None:
+    self.sparse_tensor_module_names = set()
+
+
+def test_a_set_in_every_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 0.19.7 has it."""
+    monkeypatch.setattr(DeepSpeedEngine, "__init__", _with_a_set)
+    assert broken_assumptions() == ["DeepSpeedEngine saves a set, sparse_tensor_module_names, which is no plain value"]
 
 
 def _imports(tree: ast.AST) -> dict[str, str]:
