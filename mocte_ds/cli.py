@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -56,14 +57,21 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
     Errors that a user can mend, ours (:class:`MocteError`) and the machine's (a full disk, a path that cannot be
     used, a package of an extra that is not installed), are printed as one message; the exit code is 2, or the error's
-    own. Anything else is a defect of ours and keeps its stack trace.
+    own. A reader of the output that goes away ends it without a word, with the exit code that other programs have then.
+    Anything else is a defect of ours and keeps its stack trace.
     """
     try:
         with bars_as_lines():
             code = main() or 0
+        sys.stdout.flush()
     except MocteError as error:
         _complain(str(error))
         code = error.exit_code
+    except BrokenPipeError:
+        # Who reads has seen enough (`| head`). Python would complain again when it closes stdout.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _WAYS_OUT:
             raise
@@ -108,13 +116,3 @@ def count_or_zero(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
     return number
-
-
-def print_all(text: str) -> None:
-    """Print a long text; a reader that has seen enough (`| head`) ends it without a complaint."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python would complain again when it closes stdout.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

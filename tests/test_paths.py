@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -134,3 +137,14 @@ def test_a_python_that_reads_ascii(
 def test_other_text_that_cannot_be_read_keeps_its_stack_trace() -> None:
     with pytest.raises(UnicodeDecodeError):
         run_cli(lambda: b"\xff".decode() and 0)
+
+
+def test_a_reader_that_goes_away_ends_a_tool_without_a_word() -> None:
+    """As in `mocte-ds study --list | head -1`; the output is larger than what a pipe holds."""
+    script = "from mocte_ds.cli import run_cli\nrun_cli(lambda: [print('x' * 99) for _ in range(10000)] and 0)"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    assert process.stdout.readline().startswith(b"xxx")
+    process.stdout.close()
+    complaint = process.stderr.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE and complaint == b""
