@@ -73,7 +73,7 @@ def _checked(args: argparse.Namespace, out: Path) -> "Start":
     from mocte_ds.training.start import make_start
 
     if args.profile is not None:
-        from mocte_ds.watch.profile import read_steps
+        from mocte_ds.training.profile import read_steps
 
         args.profile = read_steps(args.profile, run.training.steps)
     return make_start(run, out, args.resume, int(os.environ.get("WORLD_SIZE", "1")), args.allow_data_change)

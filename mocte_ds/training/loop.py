@@ -32,6 +32,7 @@ from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.left_out import LeftOut
 from mocte_ds.training.make_engine import make_engine, seed_everything
 from mocte_ds.training.model import Forward, make_model, model_facts, model_record
+from mocte_ds.training.profile import Profile, parts_text
 from mocte_ds.training.run_folder import TOOL, checkpoint_tag, prune_checkpoints
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
@@ -39,7 +40,6 @@ from mocte_ds.training.telemetry import Telemetry, expect_board
 from mocte_ds.training.validation import Validation
 from mocte_ds.training.watching import Watch
 from mocte_ds.watch import HEART, part, phase
-from mocte_ds.watch.profile import Profile, parts_text
 
 PROBE_SEQUENCES = 8
 """Of a domain at most, for the probe set of checks."""

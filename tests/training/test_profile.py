@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.errors import ConfigError
+from mocte_ds.training.profile import UNNAMED, Profile, parts_text, read_steps
 from mocte_ds.watch import HEART, part, phase
-from mocte_ds.watch.profile import UNNAMED, Profile, parts_text, read_steps
 
 
 class Small(nn.Module):

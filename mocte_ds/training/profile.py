@@ -18,10 +18,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mocte_ds.errors import ConfigError, NotOurs
+from mocte_ds.flops.model_sizes import layer_stack
 from mocte_ds.ownership import put
 from mocte_ds.ownership.workshop import workshop
 from mocte_ds.text_table import brief, percent, text_table
-from mocte_ds.watch.heartbeat import HEART
+from mocte_ds.watch import HEART
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
@@ -195,8 +196,6 @@ def _marked(model: nn.Module) -> Iterator[None]:
 
 def _named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The parts of each layer, and the modules without parts that lie outside of the layers, by their last names."""
-    from mocte_ds.flops.model_sizes import layer_stack
-
     stack = layer_stack(model)
     inside = {id(module) for module in stack.modules()}
     for layer in stack:
