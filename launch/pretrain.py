@@ -75,7 +75,8 @@ def _checked(args: argparse.Namespace, out: Path) -> "Start":
     if args.profile is not None:
         from mocte_ds.training.profile import read_steps
 
-        args.profile = read_steps(args.profile, run.training.steps)
+        steps = run.training.steps
+        args.profile = read_steps(args.profile, steps if args.stop_after is None else min(steps, args.stop_after))
     return make_start(run, out, args.resume, int(os.environ.get("WORLD_SIZE", "1")), args.allow_data_change)
 
 

@@ -150,8 +150,7 @@ class Trainer:
         before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.watch.begin()
-            profile = Profile(profiled, self.engine.module, self.out, self.rank, TOOL) if profiled else None
-            done = self._train(stop_after, profile)
+            done = self._train(stop_after, self._begin_profile(profiled))
             self.watch.end()
             self.telemetry.close()
             code = 0
@@ -193,8 +192,8 @@ class Trainer:
                 self.telemetry.step(metrics)
                 self.watch.publish(metrics, step == last or stopping)
                 self.watch.look_at_loss(metrics["loss"], self.loader.position, self._event)
-            if profile:
-                self._end_profile(profile, step)
+            if profile and self._end_profile(profile, step, step == last or stopping):
+                started = time.perf_counter()
             if step % self.run.checkpoint_every == 0 or step == last or stopping:
                 with phase("checkpoint", long=True):
                     self._save(step)
@@ -208,12 +207,26 @@ class Trainer:
             self._prune()  # the last one may have come just now
         return self.engine.global_steps >= t.steps
 
-    def _end_profile(self, profile: Profile, step: int) -> None:
-        found = profile.end(step)
-        if found:
-            self._event("profile", **found)
-            if self.rank == 0:
-                print(f"{parts_text(found)}\ntraces: {profile.folder}", file=sys.stderr)
+    def _begin_profile(self, steps: range | None) -> Profile | None:
+        done = self.engine.global_steps
+        if not steps or steps[-1] > done:
+            return Profile(steps, self.engine.module, self.out, self.rank, TOOL) if steps else None
+        if self.rank == 0:  # started again by the same command, perhaps
+            text = f"--profile: the run goes on from step {done}, behind step {steps[-1]}; nothing is recorded"
+            logging.getLogger("mocte_ds").warning(text)
+        return None
+
+    def _end_profile(self, profile: Profile, step: int, stops: bool) -> bool:
+        """Tell what was recorded up to this step, if it is the last one of the profile (collective)."""
+        found = profile.end(step, stops)
+        if not found:
+            return False
+        self._event("profile", **found)
+        if self.rank == 0:
+            print(f"{parts_text(found)}\ntraces: {profile.folder}", file=sys.stderr)
+        with phase("profile", long=True):  # nobody stands in a step while another rank writes its trace
+            wait_for_all(self.mesh.world)
+        return True
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """One optimizer step: its line of metrics.jsonl, and whether any rank was asked to stop."""

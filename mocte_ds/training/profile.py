@@ -1,8 +1,8 @@
 """Where the time of some steps goes, by part of the model and of the step: `--profile STEPS`.
 
 A trace of torch.profiler for each rank, and a table made from it. A part is the innermost mark around an operation:
-marks are the phases of the heartbeat and the names of the model's modules. An operation of the backward pass belongs to
-the part whose forward pass made its node: both have the same sequence number.
+marks are the phases of the heartbeat and the names of the model's modules. An operation of the backward pass without a
+mark of its own belongs to the part whose forward pass made its node: both have the same sequence number.
 """
 
 import contextlib
@@ -31,6 +31,8 @@ FOLDER = "profile"
 """Of a run's folder."""
 _MARK = "mocte: "
 _NODE = "autograd::engine::evaluate_function: "
+_Node = tuple[int, int]
+"""Thread whose forward pass made a node of the graph, and the node's number in it."""
 UNNAMED = "between operations"
 """Wall time in which no operation of torch ran: Python, and waiting for a device."""
 
@@ -40,13 +42,13 @@ def read_steps(text: str, last: int) -> range:
 
     Args:
         text: as given.
-        last: step of the run.
+        last: step that is trained.
 
     Raises:
         ConfigError: no such steps.
     """
     first, _, end = text.partition("-")
-    if first.isdigit() and (end.isdigit() or (end == "" and "-" not in text)):
+    if first.isdecimal() and (end.isdecimal() or (end == "" and "-" not in text)):
         steps = range(int(first), int(end or first) + 1)
         if len(steps) and 1 <= steps[0] and steps[-1] <= last:
             return steps
@@ -83,17 +85,18 @@ class Profile:
             self._profile = self._open.enter_context(profile(activities=activities))
             self._started = time.perf_counter()
 
-    def end(self, step: int) -> dict[str, Any] | None:
+    def end(self, step: int, stops: bool = False) -> dict[str, Any] | None:
         """Write what was recorded, after the last of the steps.
 
         Args:
             step: that has ended.
+            stops: whether no other step follows.
 
         Returns:
             For the log, once: "steps" (how many), "seconds" of all of them, and "parts": of each on this rank the
             seconds of the forward pass and of the backward pass.
         """
-        if self._profile is None or step < self._steps[-1]:
+        if self._profile is None or (step < self._steps[-1] and not stops):
             return None
         seconds = time.perf_counter() - self._started
         self._open.close()
@@ -109,7 +112,7 @@ class Profile:
                 trace = work / "trace.json.gz"
                 recorded.export_chrome_trace(str(trace))
                 put(self.folder, {f"rank-{self._rank}.json.gz": trace}, self._by)
-        except (OSError, NotOurs) as error:  # a trace is not worth the run
+        except (OSError, RuntimeError, NotOurs) as error:  # a trace is not worth the run
             logging.getLogger("mocte_ds").warning(f"no trace of rank {self._rank} was written: {error}")
 
 
@@ -124,20 +127,21 @@ def parts_of(events: Iterable["FunctionEvent"], seconds: float) -> dict[str, lis
     """
     events = sorted(events, key=lambda event: event.time_range.start)
     on_device = any(event.self_device_time_total for event in events)
-    made_by: dict[int, str | None] = {}
+    made_by: dict[_Node, str | None] = {}
     for event in events:
-        name, node = _mark(event)
+        name, node, _ = _mark(event)
         if event.sequence_nr >= 0 and node is None:
-            made_by[event.sequence_nr] = name  # of operations with one number the last one makes the node
+            # Of operations with one number the last one makes the node. Every thread has its own numbers.
+            made_by[event.thread, event.sequence_nr] = name
     found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in events:
         own = event.self_device_time_total if on_device else event.self_cpu_time_total
         if own <= 0 or event.device_type != torch.autograd.DeviceType.CPU:
             continue
-        name, node = _mark(event)
+        name, node, backward = _mark(event)
         if node is not None:
             name = made_by.get(node, name)
-        found[name or "other"][node is not None or name == "backward"] += own / 1e6
+        found[name or "other"][backward] += own / 1e6
     rest = seconds - sum(map(sum, found.values()))
     found[UNNAMED] = [max(0.0, rest), 0.0]
     return dict(sorted(found.items(), key=lambda item: -sum(item[1])))
@@ -153,17 +157,20 @@ def parts_text(found: dict[str, Any]) -> str:
     return text_table(["part", "forward ms", "backward ms", "share"], rows, left=("part",))
 
 
-def _mark(event: "FunctionEvent") -> tuple[str | None, int | None]:
-    """The innermost mark around an operation; and, where a node of the graph stands closer, its sequence number."""
+def _mark(event: "FunctionEvent") -> tuple[str | None, _Node | None, bool]:
+    """The innermost mark around an operation, the node of the graph that stands closer, and whether it is backward."""
     at: FunctionEvent | None = event
-    node = None
+    name, node, backward = None, None, False
     while at is not None:
         if at.name.startswith(_MARK):
-            return at.name.removeprefix(_MARK), node
-        if node is None and at.name.startswith(_NODE):
-            node = at.sequence_nr
+            found = at.name.removeprefix(_MARK)
+            name, backward = found if name is None else name, backward or found == "backward"
+        elif at.name.startswith(_NODE):
+            backward = True
+            if name is None and node is None:
+                node = (at.fwd_thread, at.sequence_nr)
         at = at.cpu_parent
-    return None, node
+    return name, node, backward
 
 
 @contextlib.contextmanager

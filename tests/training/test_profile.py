@@ -4,6 +4,7 @@ import gzip
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,47 @@ def test_parts(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "profile" / "rank-0.json.gz", "rt", encoding="utf-8") as trace:
         names = [event.get("name") for event in json.load(trace)["traceEvents"]]
     assert names.count("mocte: head") == names.count("aten::addmm") / 3 == 2
+
+
+class Sent(torch.autograd.Function):
+    """Its backward pass has a mark of its own, as an exchange has, and is long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with phase("sent"):
+            return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        with phase("sent"):
+            for _ in range(50):
+                gradient = gradient.clone()
+            return gradient
+
+
+def test_marks_within_the_backward_pass_are_backward(tmp_path: Path) -> None:
+    model, x = Small(), torch.randn(512, 8)
+    for name in ("backward", "any other"):  # a device's gradients are made in a thread without marks of the main one
+        profile = Profile(range(1, 2), model, tmp_path, 0, "a test")
+        profile.begin(1)
+        loss = Sent.apply(model(x)).sum()
+        with phase(name):
+            loss.backward()
+        found = profile.end(1)
+        assert found is not None
+        forward, backward = found["parts"]["sent"]
+        assert backward > 5 * forward > 0
+
+
+def test_a_run_that_ends_within_the_range_writes_what_it_has(tmp_path: Path) -> None:
+    profile = Profile(range(2, 9), Small(), tmp_path, 0, "a test")
+    for step in (1, 2, 3):
+        profile.begin(step)
+        found = profile.end(step, stops=step == 3)
+        assert (found is not None) == (step == 3)
+    assert found["steps"] == 2 and HEART.mark is None
+    assert (tmp_path / "profile" / "rank-0.json.gz").is_file()
+    assert Profile(range(5, 6), Small(), tmp_path, 0, "a test").end(3, stops=True) is None
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
