@@ -4,10 +4,11 @@ import argparse
 import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from mocte_ds.bars import bars_as_lines
 from mocte_ds.colour import paint
@@ -68,6 +69,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         _complain(str(error))
         code = error.exit_code
     except BrokenPipeError:
+        if not any(map(_unread, (sys.stdout, sys.stderr))):
+            raise  # another pipe or socket: a process that we talk to is gone
         # Who reads has seen enough (`| head`). Python would complain again when it closes stdout.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,6 +101,16 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
+def _unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe or socket whose reader is gone."""
+    try:
+        look = select.poll()
+        look.register(stream.fileno(), 0)
+        return any(found & (select.POLLERR | select.POLLHUP) for _, found in look.poll(0))
+    except (OSError, ValueError, AttributeError):  # no file behind it
+        return False
+
+
 def _complain(text: str) -> None:
     print(f"{paint('error:', 'red', sys.stderr)} {text}", file=sys.stderr, flush=True)
 
@@ -107,6 +120,14 @@ def seconds(text: str) -> float:
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be a finite number greater than 0")
+    return number
+
+
+def count(text: str) -> int:
+    """A number of things that must be there, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
     return number
 
 

@@ -139,6 +139,14 @@ def test_other_text_that_cannot_be_read_keeps_its_stack_trace() -> None:
         run_cli(lambda: b"\xff".decode() and 0)
 
 
+def test_another_broken_pipe_keeps_its_stack_trace() -> None:
+    """That of a worker that was killed, say."""
+    script = "import os\nfrom mocte_ds.cli import run_cli\nr, w = os.pipe()\nos.close(r)\n"
+    script += "run_cli(lambda: os.write(w, b'x') and 0)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr
+
+
 def test_a_reader_that_goes_away_ends_a_tool_without_a_word() -> None:
     """As in `mocte-ds study --list | head -1`; the output is larger than what a pipe holds."""
     script = "from mocte_ds.cli import run_cli\nrun_cli(lambda: [print('x' * 99) for _ in range(10000)] and 0)"
