@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+import torch
+
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.memory import require_memory
 from mocte_ds.benchmark.measure.share import require_at_least
@@ -12,7 +14,9 @@ from mocte_ds.cli import seconds
 from mocte_ds.config import MocteConfig
 from mocte_ds.dist.processes import run_ranks
 from mocte_ds.errors import MocteError
+from mocte_ds.flops.model_sizes import model_sizes
 from mocte_ds.text_table import brief, text_table
+from mocte_ds.training.model import make_model
 from mocte_ds.training.presets import PRESETS
 
 WORDS = {
@@ -24,10 +28,10 @@ WORDS = {
     "lora": "MO-CTE, dense FFN and narrow experts (lora)",
     "deepspeed": "DeepSpeed MoE as Switch, capacity 1.25",
 }
-# The quickstart's step on a CPU.
+# The quickstart's step on a CPU; all engines in 80 GB of a GPU.
 _DEFAULTS = {
     "cpu": {"preset": "quickstart", "context": 256, "micro_batch": 16, "experts": 4, "ranks": 2, "ep": 2},
-    "cuda": {"preset": "llama-1b", "context": 2048, "micro_batch": 4, "experts": 8, "ranks": 1, "ep": 1},
+    "cuda": {"preset": "gpt-140m", "context": 1024, "micro_batch": 8, "experts": 8, "ranks": 1, "ep": 1},
 }
 _NUMBERS = {
     "context": "tokens per sequence",
@@ -106,9 +110,12 @@ def text(numbers: dict[str, Any]) -> str:
 
 
 def _bytes(sizes: StepSizes, device: str) -> float:
-    """Upper bound for all engines together: all experts on every rank, and one step's activations."""
+    """Upper bound for the engines of all ranks on one device: two without experts, and one step's activations."""
+    with torch.device("meta"):
+        model = model_sizes(make_model(sizes.model, weights=False))
     dense, config = sizes.model.num_params(), sizes.model.config
+    experts = sum(layer.ffn for layer in model.layers) * sizes.experts / sizes.ep
     logits = 14 * sizes.micro_batch * sizes.context * sizes.model.vocab_size
     inside = 64 * config.hidden_size * config.num_hidden_layers * sizes.micro_batch * sizes.context
-    one = 16 * dense * (1 + sizes.experts / sizes.ep)
-    return (len(WORDS) * one + logits + inside) * (sizes.ranks if device == "cpu" else 1)
+    engines = 16 * (len(WORDS) * dense + (len(WORDS) - 2) * experts)
+    return (engines + logits + inside) * (sizes.ranks if device == "cpu" else 1)

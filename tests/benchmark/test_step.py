@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mocte_ds.benchmark.measure.step_arms import AUX, StepSizes, make_arms
-from mocte_ds.benchmark.step import WORDS
+from mocte_ds.benchmark.step import _DEFAULTS, WORDS, _bytes
 from tests.spawn import spawn
 from tools.benchmark import main
 
@@ -53,6 +53,12 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     counted = {name for name, arm in arms.items() if arm["load"] is not None}
     assert counted == {"hash", "token", "banks", "lora"}
     assert all(1.0 <= arms[name]["load"] <= 4.0 for name in counted)
+
+
+def test_the_default_sizes_fit_on_a_gpu_of_80_gb() -> None:
+    needed = _bytes(StepSizes(**_DEFAULTS["cuda"], stage=2, dtype="bf16"), "cuda")
+    # Five engines with eight experts for each FFN of gpt-140m, 16 bytes a parameter, are 42 GB beside seven dense ones.
+    assert 42e9 + 7 * 16 * 138e6 < needed < 75e9
 
 
 def test_more_context_than_positions_is_refused() -> None:
