@@ -70,6 +70,9 @@ def test_the_same_twice_and_in_place_of_itself(prepared: Path, tmp_path: Path, c
 
 
 def test_refusals(prepared: Path, tmp_path: Path) -> None:
+    for option in ("--clusters", "--rank"):
+        with pytest.raises(SystemExit):
+            btm.main(["cluster", str(prepared), str(tmp_path / "none"), option, "0"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis").write_text("the only copy")
     for out in (tmp_path / "mine", prepared, prepared / "below"):
