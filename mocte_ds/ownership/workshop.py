@@ -109,21 +109,27 @@ def is_in_use(folder: Path) -> bool:
 def clear(parent: Path) -> None:
     """Remove the unfinished work of killed processes from a folder; what stood in its place before comes back."""
     for folder in parent.iterdir():
-        marker = _work_in(folder) if folder.name.startswith(PREFIX) else None
-        if marker is None:
-            if _is_bare(folder) and time.time() - folder.stat().st_mtime > _BEGUN:
-                discard(folder)
-            continue
-        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if marker.target and (folder / OLD).exists() and not os.path.lexists(parent / marker.target):
-                os.rename(folder / OLD, parent / marker.target)
+        if folder.name.startswith(PREFIX):
+            with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
+                _clear(parent, folder)
+
+
+def _clear(parent: Path, folder: Path) -> None:
+    marker = _work_in(folder)
+    if marker is None:
+        if _is_bare(folder) and time.time() - folder.stat().st_mtime > _BEGUN:
             discard(folder)
-        except OSError:  # somebody works in it, or a file system without locks
-            continue
-        finally:
-            os.close(number)
+        return
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if marker.target and (folder / OLD).exists() and not os.path.lexists(parent / marker.target):
+            os.rename(folder / OLD, parent / marker.target)
+        discard(folder)
+    except OSError:  # somebody works in it, or a file system without locks
+        return
+    finally:
+        os.close(number)
 
 
 def _is_bare(folder: Path) -> bool:

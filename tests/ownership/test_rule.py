@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -284,6 +285,25 @@ def test_work_under_way_is_left_alone(tmp_path: Path) -> None:
     with workshop(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [MARKER, ".mocte-work-mine", "a"]
+
+
+def test_work_that_ends_while_another_process_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks of a run end theirs in one folder at about the same time."""
+    read = Marker.read
+
+    def read_and_lose(folder: Path) -> Marker | None:
+        found = read(folder)
+        if folder.name.startswith(".mocte-work-other"):
+            shutil.rmtree(folder)
+        return found
+
+    other = tmp_path / ".mocte-work-other"
+    other.mkdir()
+    (other / MARKER).write_text(Marker(work=other.name).text())
+    monkeypatch.setattr(Marker, "read", read_and_lose)
+    with workshop(tmp_path):
+        pass
+    assert not other.exists()
 
 
 def test_files_whose_names_come_later(tmp_path: Path) -> None:
