@@ -115,7 +115,7 @@ def _add(model: Any, windows: list[tuple[list[int], list[int]]], sums: Tensor, c
     best, likeliest = logits.max(dim=-1)
     probability, right = (best - logits.logsumexp(dim=-1)).exp(), likeliest == after
     seen = torch.stack([torch.ones_like(probability), probability, right.to(probability)], dim=1).double().cpu()
-    levels.index_add_(0, (seen[:, 1] * LEVELS).long().clamp(max=LEVELS - 1), seen)
+    levels.index_add_(0, (seen[:, 1] * LEVELS).long().clamp(0, LEVELS - 1), seen)  # NaN counts too
 
 
 def _bin(place: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mocte_ds.errors import ConfigError, DataError
 from mocte_ds.evaluation import evaluate
-from mocte_ds.evaluation.texts import texts_table
+from mocte_ds.evaluation.replicas import Replicas
+from mocte_ds.evaluation.texts import score_texts, texts_table
 from tests.spawn import spawn
 
 CONTEXT = 6
@@ -108,6 +109,21 @@ def test_numbers_are_those_of_transformers_and_of_two_ranks(folder: Path) -> Non
     for domain, facts in found["texts"].items():
         assert first["texts"][domain]["bits_per_byte"] == pytest.approx(facts["bits_per_byte"], rel=1e-6)
         assert first["texts"][domain]["tokens"] == facts["tokens"]
+        assert first["texts"][domain]["calibration_error"] == pytest.approx(facts["calibration_error"], rel=1e-5)
+
+
+def test_a_model_that_says_nan_has_a_loss_of_nan() -> None:
+    class Diverged:
+        max_length, prefix_token_id, device, replicas = 4, 0, "cpu", Replicas(0, 1, 0, 1)
+
+        def tok_encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [1] * len(text)
+
+        def _model_call(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.full((*ids.shape, 3), torch.nan)
+
+    facts = score_texts(Diverged(), {"a": ["abc"]}, 2)["a"]
+    assert facts["tokens"] == 3 and math.isnan(facts["nats_per_token"]) and math.isnan(facts["calibration_error"])
 
 
 def test_some_texts_and_none(folder: Path, tmp_path: Path) -> None:
