@@ -212,7 +212,7 @@ class Trainer:
         if not steps or steps[-1] > done:
             return Profile(steps, self.engine.module, self.out, self.rank, TOOL) if steps else None
         if self.rank == 0:  # started again by the same command, perhaps
-            text = f"--profile: the run goes on from step {done}, behind step {steps[-1]}; nothing is recorded"
+            text = f"--profile: the run goes on from step {done}, after step {steps[-1]}; nothing is recorded"
             logging.getLogger("mocte_ds").warning(text)
         return None
 
