@@ -1,4 +1,4 @@
-"""A routing key of your own in the loop of plain_loop.py: letters, digits, spaces and the rest go to an expert each.
+"""A routing key of your own in deepspeed_loop.py's loop: letters, digits, spaces and the rest go to an expert each.
 
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 examples/routing_key.py --out runs/key
 
@@ -6,7 +6,7 @@ Register the key before `mocte_ds.initialize`, in every script that makes an eng
 docs/extending.md says what a key may read and what it must say of itself.
 """
 
-from plain_loop import CONFIG, main
+from deepspeed_loop import CONFIG, main
 from torch import Tensor
 
 from mocte_ds.moe.keys import KEYS, Key

@@ -13,7 +13,7 @@ _UP = "\x1b[A"  # from a bar below another one
 
 @contextlib.contextmanager
 def bars_as_lines() -> Iterator[None]:
-    """Context manager: where stderr is no terminal, bars of tqdm, whoever makes them, write lines that stay.
+    """Context manager: where stderr is not a terminal, bars of tqdm, whoever makes them, write lines that stay.
 
     tqdm takes the interval from the environment when it is imported; a bar that names its own keeps that.
     """

@@ -98,7 +98,7 @@ def require_base(facts: Any, where: object) -> dict[str, Any]:
         raise CheckpointError(f"{where} has no {', '.join(_KEYS)} of its base model; it is damaged.")
     widths = facts.get(_DENSE, {})
     if not isinstance(widths, dict) or any(type(width) is not int or width < 1 for width in widths.values()):
-        raise CheckpointError(f"{where}: {_DENSE} of its base model are no widths of FFNs; it is damaged.")
+        raise CheckpointError(f"{where}: {_DENSE} of its base model are not widths of FFNs; it is damaged.")
     require_bigrams(facts.get(_BIGRAM), where)
     try:
         require_plain(facts, "base")

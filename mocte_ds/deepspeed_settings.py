@@ -66,7 +66,7 @@ def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed co
 
     Raises:
         ConfigError: a key that nobody knows (with the nearest one that is known) or that is not supported (says why), a
-            section that is none, a key that is no text, a switch that is no boolean, a number that is NaN,
+            section that is none, a key that is not a text, a switch that is not a boolean, a number that is NaN,
             infinite or too large, or nesting deeper than any config.
     """
     require_plain(settings, where)

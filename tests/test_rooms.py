@@ -91,7 +91,8 @@ def test_what_is_imported_is_there() -> None:
 
 
 def test_names_of_files_say_what_they_hold() -> None:
-    files = [path for path in PACKAGE.rglob("*") if "__pycache__" not in path.parts]
+    folders = (PACKAGE, *(PACKAGE.parent / name for name in ("examples", "launch", "tools")))
+    files = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
     assert not [path for path in files if RIDDLES & set(re.split(r"[_.]", path.name))]
 
 

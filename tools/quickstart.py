@@ -22,7 +22,7 @@ done in {seconds:.0f} s. Everything is in {out}:
   report/index.html         what happened, with pictures
   export/                   the model in Hugging Face format
   evaluation/results.json   lm-eval's numbers
-  metrics.jsonl             a line a step;  events.jsonl: checks, emergence, freezing;  run.json: all settings
+  metrics.jsonl             a line per step;  events.jsonl: checks, emergence, freezing;  run.json: all settings
   checkpoints/              to go on training;  tensorboard/: for tensorboard --logdir {quoted}/tensorboard"""
 
 

@@ -140,7 +140,7 @@ def _read(args: argparse.Namespace, device: torch.device) -> CheckpointSizes:
     for name in _SIZES:
         require_at_least(args, name, 1)
     if device.type == "cuda" and args.ranks > torch.cuda.device_count():
-        raise MocteError(f"--ranks {args.ranks}: torch sees {torch.cuda.device_count()} CUDA devices, one a rank.")
+        raise MocteError(f"--ranks {args.ranks}: torch sees {torch.cuda.device_count()} CUDA devices, one per rank.")
     if not args.folder.is_dir():
         raise MocteError(f"--folder {args.folder} is not a folder.")
     sizes = CheckpointSizes(**{name: getattr(args, name) for name in _SIZES}, dtype=args.dtype)

@@ -95,7 +95,7 @@ def text(numbers: dict[str, Any]) -> str:
     lines = [
         f"{machine['device']}; {s['ranks']} ranks, ep_size {s['ep']}, ZeRO-{s['stage']}, {s['dtype']}; {s['layers']} "
         f"blocks of {s['experts']} experts of {s['d']:,} x {s['width']:,}; {s['micro_batch']} x {s['context']:,} "
-        "tokens a rank",
+        "tokens per rank",
         stops_text(numbers["stops"]),
         f"one block on {block['tokens']:,} tokens, no communication: forward and backward {brief(times['training'])} s "
         f"with all experts training, {brief(times['frozen'])} s with all frozen: {percent(block['share_saved'])} less "
@@ -115,7 +115,7 @@ def _read(args: argparse.Namespace, device: str) -> tuple[FreezeSizes, int]:
     for name in (*_SIZES, "ep", "steps", "repeats"):
         require_at_least(args, name, 1)
     if device == "cuda" and args.ranks > torch.cuda.device_count():
-        raise MocteError(f"--ranks {args.ranks}: torch sees {torch.cuda.device_count()} CUDA devices, one a rank.")
+        raise MocteError(f"--ranks {args.ranks}: torch sees {torch.cuda.device_count()} CUDA devices, one per rank.")
     names = ("d", "width", "layers", "experts", "ep", "stage", "micro_batch", "context", "dtype", "ranks", "steps")
     sizes = FreezeSizes(**{name: getattr(args, name) for name in names}, frozen=_shares(args.frozen, args.experts))
     # Refuses a number of experts or ranks, and a model, that make no sense.

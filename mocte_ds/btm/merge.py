@@ -50,7 +50,7 @@ def merge(
         NotOurs: ``out`` holds something else, or overlaps with a checkpoint.
     """
     if len(checkpoints) < 2:
-        raise CheckpointError("one model is no mixture; name two checkpoints or more.")
+        raise CheckpointError("one model is not a mixture; name two checkpoints or more.")
     parts = [StoredSource(checkpoint) for checkpoint in checkpoints]
     first = parts[0]
     for part in parts:

@@ -29,7 +29,7 @@ class Mixed:
     temperature: float
     top_k: int
     losses: dict[str, float]
-    """Mean loss in nats a token of each domain, and "mean": of the domains."""
+    """Mean loss in nats per token of each domain, and "mean": of the domains."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -45,7 +45,7 @@ class TermSpace:
             end_id: token that ends a document.
 
         Returns:
-            (T, r) of length one; zeros at the end of a document, behind which another one begins.
+            (T, r) of length one; zeros at the end of a document, after which another one begins.
         """
         sums = np.cumsum(self.idf[ids, None] * self.directions[ids], axis=0)
         ends = np.flatnonzero(ids == end_id)

@@ -172,7 +172,7 @@ class StoredSource(Source):
     def _find_experts(self) -> dict[str, str]:
         """The file of each expert's tensors.
 
-        DeepSpeed writes one file an expert; its layer number counts the banks in the order of the model.
+        DeepSpeed writes one file per expert; its layer number counts the banks in the order of the model.
 
         Raises:
             CheckpointError: a file is missing, damaged, incomplete, another expert's, or one too many.

@@ -142,7 +142,7 @@ class Controller:
         self.events.listen(listener)
 
     def log_to(self, folder: str | Path) -> None:
-        """Write metrics.jsonl (a line a step) and events.jsonl into a folder from now on (collective).
+        """Write metrics.jsonl (a line per step) and events.jsonl into a folder from now on (collective).
 
         `mocte-ds report FOLDER` and `mocte-ds inspect-run FOLDER` read them, and run.json beside them. Rank 0 writes,
         and holds the folder's lock. After `load_checkpoint`, which may come before or after this call, the logs go on

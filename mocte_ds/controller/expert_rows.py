@@ -11,7 +11,8 @@ from mocte_ds.dist.mesh import Axis
 from mocte_ds.seeds import derived_seed
 from mocte_ds.spectrum.sample import Selection, hash_keys
 
-# Shapes: T tokens of a micro-batch on this rank, k experts a token, E experts of a bank, n rows an expert, d features.
+# Shapes: T tokens of a micro-batch on this rank, k experts per token, E experts of a bank, n rows per expert, d
+# features.
 
 
 class ExpertRows:

@@ -22,7 +22,7 @@ class PackedDomain:
 
     Megatron-core's GPTDataset fixes the number of sequences, and with it the orders, when it is built; here the number
     is open, so that a run can be prolonged, and the order of an epoch follows from the seed alone. Tokens stay
-    memory-mapped; in memory are lengths and orders, some 40 bytes a document.
+    memory-mapped; in memory are lengths and orders, some 40 bytes per document.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class BlendedLoader:
         self.seek(position)
 
     def seek(self, position: int) -> None:
-        """Go on behind ``position`` consumed global sequences.
+        """Go on after ``position`` consumed global sequences.
 
         Raises:
             DataError: a negative position.

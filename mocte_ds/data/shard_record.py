@@ -101,8 +101,8 @@ def read_shards(folders: Sequence[Path], tokenizer: AnyTokenizer) -> dict[Path, 
     """Records of the shards of one corpus, in their order.
 
     Raises:
-        DataError: names the first folder that is no finished shard, is there twice, or was made with another setting,
-            tokenizer or input than the others; or the shards that are missing.
+        DataError: names the first folder that is not a finished shard, is there twice, or was made with another
+            setting, tokenizer or input than the others; or the shards that are missing.
     """
     found: dict[int, tuple[Path, ShardRecord]] = {}
     for folder in folders:

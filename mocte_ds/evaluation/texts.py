@@ -39,7 +39,7 @@ def score_corpus(model: Any, folder: str | Path, limit: int | None, batch_size: 
 
 
 def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: int) -> dict[str, dict[str, Any]]:
-    """Score texts, each by itself, behind the token that begins a text (collective).
+    """Score texts, each by itself, after the token that begins a text (collective).
 
     A text that is longer than the context is cut into windows that follow each other; the first token of a later one is
     predicted from the last token before it. lm-eval's rolling log-likelihood fills its last window up with tokens that
@@ -104,7 +104,7 @@ def _add(model: Any, windows: list[tuple[list[int], list[int]]], sums: Tensor, c
     labels = torch.full_like(inputs, -100)
     for row, (before, after) in enumerate(windows):
         inputs[row, : len(before)], labels[row, : len(after)] = torch.tensor(before), torch.tensor(after)
-    # Padding stands behind the texts, where causal attention and routing do not look.
+    # Padding stands after the texts, where causal attention and routing do not look.
     real = (labels != -100).flatten()
     logits = model._model_call(inputs.to(model.device)).flatten(0, 1)[real.to(model.device)].float()
     after = labels.flatten()[real].to(logits.device)

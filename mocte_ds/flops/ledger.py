@@ -127,7 +127,7 @@ class Ledger:
         """Layers that run again in the backward pass.
 
         A dense FFN's last matrix is left out: nothing in the backward pass reads what it gives, and torch stops there.
-        Where experts have emerged their outputs are put into the order of the tokens, which is behind it.
+        Where experts have emerged their outputs are put into the order of the tokens, which comes after it.
         """
         for layer in range(frozen_layers, len(model.layers)):
             flops = 2.0 * model.layers[layer].matrices + 4.0 * context * model.query_size

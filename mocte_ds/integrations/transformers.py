@@ -32,7 +32,7 @@ class TrainsBlocks:
     engine: Any = None
     """Of mocte_ds.initialize; None before `train`."""
 
-    # Of Trainer, which stands behind this class.
+    # Of Trainer, which follows this class among the bases.
     args: Any
     accelerator: Any
     callback_handler: Any

@@ -1,4 +1,4 @@
-"""metrics.jsonl and events.jsonl of a folder: a line a step and a line an event, and after a resume no step twice."""
+"""metrics.jsonl and events.jsonl of a folder: a line per step or event, and no step twice after a resume."""
 
 import json
 from collections.abc import Iterable
@@ -112,7 +112,7 @@ def write_json(path: Path, values: dict[str, Any], by: str) -> None:
 
 
 def keep_until(path: Path, step: int, by: str) -> None:
-    """Drop the lines of a log that lie behind ``step``, and a last line that was cut off.
+    """Drop the lines of a log that lie after ``step``, and a last line that was cut off.
 
     A log that somebody else has written or changed is kept under another name.
     """

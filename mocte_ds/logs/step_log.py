@@ -191,7 +191,7 @@ class StepLog:
             self._last = time.perf_counter()  # a validation is beside training
 
     def loaded(self, checkpoint: str) -> None:
-        """Go on from a checkpoint: what follows stands behind its step (collective)."""
+        """Go on from a checkpoint: what follows stands after its step (collective)."""
         mocte, step = self._engine.mocte, self._engine.global_steps
         self._resumed = {"event": "resume", "step": step, "tokens": mocte.tokens, "checkpoint": checkpoint}
         self._begins, self._start_step, self._last = True, step, None

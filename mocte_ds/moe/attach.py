@@ -120,9 +120,11 @@ def find_ffns(model: nn.Module) -> list[str]:
         ConfigError: there is none.
     """
     found: list[str] = []
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
+    in_lists = {part for members in lists for member in members for part in member.modules()}
     for name, part in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if inside or "expert" in name or not any(step.isdigit() for step in name.split(".")):
+        if inside or "expert" in name or part not in in_lists:
             continue
         shape = ffn_shape(part)
         if shape is not None and is_additive(part, shape):

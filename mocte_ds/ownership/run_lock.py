@@ -108,7 +108,7 @@ def require_idle(folder: Path) -> None:
         MocteError: names the process.
     """
     for path in sorted(folder.rglob(LOCK_FILE)):
-        # What cannot be opened is no run's lock, and not every file system has locks.
+        # What cannot be opened is not the lock of a run, and not every file system has locks.
         with contextlib.suppress(OSError), open(path, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -49,7 +49,7 @@ def read_members(path: Path, wanted: str) -> Iterator[tuple[str, bytes]]:
             with path.open("rb") as file, _data_of(path, file) as tar:
                 yield from _members(path, tar, match)
         else:
-            raise DataError(f"{path} is no wheel, npm tarball or Debian package.")
+            raise DataError(f"{path} is not a wheel, npm tarball or Debian package.")
     except (*_DAMAGE, OSError, ValueError) as error:
         raise DataError(f"{path} is damaged or no package: {error}; download it again.") from error
 
@@ -67,7 +67,7 @@ def _members(path: Path, tar: tarfile.TarFile, match: Any) -> Iterator[tuple[str
 def _data_of(path: Path, file: IO[bytes]) -> tarfile.TarFile:
     """The tarball of a Debian package's files; the package is an `ar` archive (deb(5))."""
     if file.read(len(_DEB)) != _DEB:
-        raise DataError(f"{path} is no Debian package.")
+        raise DataError(f"{path} is not a Debian package.")
     while len(head := file.read(_ENTRY)) == _ENTRY:
         name, size = head[:16].decode("ascii").strip().rstrip("/"), int(head[48:58])
         if name.startswith("data.tar"):

@@ -52,7 +52,7 @@ _COMMANDS = {
 _ADVICE = {
     "pypi": "pip reaches no index that has it",
     "npm": "npm is missing or reaches no registry",
-    "debian": "this is no Debian 12, its package lists are old (apt-get update), or there is no network",
+    "debian": "this is not Debian 12, its package lists are old (apt-get update), or there is no network",
 }
 
 

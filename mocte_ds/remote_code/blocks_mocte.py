@@ -13,7 +13,7 @@ from .gates_mocte import Gate
 from .known_keys_mocte import KEYS
 from .tokens_mocte import RoutingError
 
-# Shapes: B sequences of T tokens, n = B T rows, d features, E experts, k experts a token.
+# Shapes: B sequences of T tokens, n = B T rows, d features, E experts, k experts per token.
 
 
 class Running:
@@ -101,10 +101,11 @@ class MocteBlock(nn.Module):
                 raise RoutingError("its routers need token ids and padding: call the whole model, with input_ids.")
             call = Call()
         features = hidden.reshape(-1, hidden.shape[-1])
-        output = self.dense(hidden).reshape(features.shape) if self.has_dense else None
+        output: Tensor | None = self.dense(hidden).reshape(features.shape) if self.has_dense else None
         for bank in self.banks:
             added = bank(features, call, hidden.shape)
             output = added if output is None else output + added
+        assert output is not None  # a block has at least one bank
         return output.view_as(hidden)
 
 

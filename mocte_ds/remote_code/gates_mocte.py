@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .keys_mocte import Key
 from .tokens_mocte import Tokens
 
-# Shapes: n tokens, d features, E experts, k experts a token.
+# Shapes: n tokens, d features, E experts, k experts per token.
 
 _TINY = 1e-20
 

@@ -49,7 +49,7 @@ class Key(nn.Module):
     Its choice adds a buffer `cluster_bias` (E,), which `balance_rate` moves."""
     counting = False
     """Whether the tokens of the next choice count, so that :meth:`take_sums` follows: not in evaluation, and not in a
-    recomputation, which may end behind the choice."""
+    recomputation, which may end right after the choice."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Names of the router's settings that its constructor and :meth:`flops` are given, by name, if they take them."""
 

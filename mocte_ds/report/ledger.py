@@ -36,7 +36,7 @@ def spent(run: Run) -> list[str]:
 
 
 def beside(run: Run) -> list[str]:
-    """Names of the components that are no part of the total."""
+    """Names of the components that are not part of the total."""
     found = [name for name in COMPONENTS if name in run.ledger and name in BESIDE]
     # Most runs do not freeze their front.
     return [name for name in found if name != "prefix_saved" or run.ledger[name]]

@@ -22,7 +22,7 @@ def read_run(folder: Path | str) -> Run:
         folder: the run folder, with at least one readable line in metrics.jsonl.
 
     Raises:
-        MocteError: ``folder`` is no run folder, or has no step in its log yet.
+        MocteError: ``folder`` is not a run folder, or has no step in its log yet.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""A run's checks and changes as tables of text: a table of costs, one a block with a line a check, and the events."""
+"""A run's checks and changes as tables of text: costs, one table per block with a line per check, and the events."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def headline(run: Run) -> str:
 
 
 def costs_table(checks: list[Row]) -> str:
-    """One line a check: seconds and bytes of its parts, and new numbers that belong to no block."""
+    """One line per check: seconds and bytes of its parts, and new numbers that belong to no block."""
     seconds, moved = parts_of(checks, "seconds"), parts_of(checks, "bytes")
     extra = [new_fields(check, CHECK_FIELDS) for check in checks]
     names = list(dict.fromkeys(name for cells in extra for name in cells))
@@ -93,7 +93,7 @@ def costs_table(checks: list[Row]) -> str:
 
 
 def block_table(checks: list[Row], index: int) -> str:
-    """One line a check of one block; empty if no check has it."""
+    """One line per check of one block; empty if no check has it."""
     entries = [(check, entry) for check in checks for entry in check["blocks"] if entry["block"] == index]
     extra = [new_fields(entry, BLOCK_FIELDS) | new_expert_fields(entry) for _, entry in entries]
     names = list(dict.fromkeys(name for cells in extra for name in cells))

@@ -154,7 +154,7 @@ def _built(domain: Domain, find: Callable[[Package], Path | DataError]) -> tuple
 
 
 def _add(found: dict[bytes, str], source: Source, path: Path) -> int:
-    """Take a source's documents; how many files are no text in the encoding that they should have."""
+    """Take a source's documents; how many files are not text in the encoding that they should have."""
     unreadable = 0
     for name, content in read_members(path, source.members):
         try:

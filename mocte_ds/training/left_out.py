@@ -1,4 +1,4 @@
-"""Batches of the data that a run leaves out, because a step on them had a loss that is no number."""
+"""Batches of the data that a run leaves out, because a step on them had a loss that is not a number."""
 
 from pathlib import Path
 

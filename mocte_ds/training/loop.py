@@ -134,7 +134,7 @@ class Trainer:
         self.watch = Watch(self.run.watch, self.out, self.loader.batch_size, left_out, self.mesh.world)
 
     def train(self, stop_after: int | None, profiled: range | None = None) -> bool:
-        """Train to the end of the budget, or up to ``stop_after``; SIGTERM and SIGINT save behind the current step.
+        """Train to the end of the budget, or up to ``stop_after``; SIGTERM and SIGINT save after the current step.
 
         Args:
             stop_after: step.
@@ -285,7 +285,7 @@ class Trainer:
         """Add a step to the ledger (collective); what metrics.jsonl has of it: FLOPs, MFU if the peak is known, loads.
 
         Args:
-            blocks: as the step found them, not as a check behind it has left them.
+            blocks: as the step found them, not as a check after it has left them.
             frozen: layers of the front, likewise.
             seconds: that the step took.
         """

@@ -221,7 +221,7 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed, flat, for a comparison key by key."""
-        # Where weights come from is no matter once there is a checkpoint; where they stand counts.
+        # Where weights come from does not matter once there is a checkpoint; where they stand counts.
         free = ("activation_checkpointing", "pretrained")
         model = {f"model.{key}": value for key, value in model_facts(self.model).items() if key not in free}
         given = {**asdict(self.training), "context": self.context, "warmup_steps": self.warmup_steps}

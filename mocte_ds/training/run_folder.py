@@ -42,7 +42,7 @@ def resume_folder(out: Path, resume: str) -> Path | None:
 
 
 def checkpoint_tag(step: int) -> str:
-    """Name of the checkpoint behind ``step``."""
+    """Name of the checkpoint after ``step``."""
     return f"step{step}"
 
 

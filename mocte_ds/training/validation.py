@@ -39,7 +39,7 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, engine: Any) -> dict[str, float]:
-        """Mean loss in nats a token of each domain, and their mean (collective)."""
+        """Mean loss in nats per token of each domain, and their mean (collective)."""
         training = engine.module.training
         engine.eval()
         sums = torch.zeros(2, len(self.domains), dtype=torch.float64)

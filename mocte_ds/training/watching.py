@@ -1,4 +1,4 @@
-"""What watches a run: the watchdog, the pace of the ranks, loss spikes, and losses that are no number."""
+"""What watches a run: the watchdog, the pace of the ranks, loss spikes, and losses that are not numbers."""
 
 import logging
 import uuid

@@ -141,7 +141,7 @@ def broken_assumptions() -> list[str]:
     if "self.checkpoint_engine" not in inspect.getsource(engine._configure_checkpointing):
         broken.append("DeepSpeedEngine._configure_checkpointing no longer makes self.checkpoint_engine")
     if "self.sparse_tensor_module_names = set()" in inspect.getsource(engine.__init__):
-        broken.append("DeepSpeedEngine saves a set, sparse_tensor_module_names, which is no plain value")
+        broken.append("DeepSpeedEngine saves a set, sparse_tensor_module_names, which is not a plain value")
     broken += [
         f"{module.__name__} no longer says {sentence}"
         for module, sentence in _SENTENCES_3

@@ -87,7 +87,7 @@ def test_bytes_where_every_rank_holds_every_expert(capsys: pytest.CaptureFixture
 def test_bytes_where_the_ranks_share_the_experts(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = benchmark(capsys, "--ep", 2, "--stage", 1, "--dtype", "fp32")
     require_no_difference(numbers)
-    # A quarter is one of four: the first rank's. Means over both ranks, of which each holds two experts a block.
+    # A quarter is one of four: the first rank's. Means over both ranks, of which each holds two experts per block.
     for stop, training in zip(numbers["stops"], (4, 3, 0), strict=True):
         trunk, experts = MATRICES + VECTORS, training * EXPERT
         wire = stop["wire"]

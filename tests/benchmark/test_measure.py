@@ -60,7 +60,7 @@ def test_plan_of_the_large_run() -> None:
     plan = read_plan("llama-7b", 64)
     assert (plan.blocks, plan.interval, plan.window, plan.dtype) == (32, 2136, 32, "bf16")
     assert plan.local_experts == 32 and plan.tokens_per_step == 524288
-    # Six FLOPs a parameter and token, and attention: 12 T d a layer.
+    # Six FLOPs per parameter and token, and attention: 12 T d per layer.
     dense = 6 * plan.model.num_params() * plan.tokens_per_step
     attention = 12 * 4096 * 4096 * 32 * plan.tokens_per_step
     # Layers run again in the backward pass, but for the FFN's last matrix; embeddings and output do not.

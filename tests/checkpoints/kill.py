@@ -22,7 +22,7 @@ class Moment:
     """When a rank dies."""
 
     step: int
-    """The step in which, or behind which, it dies."""
+    """The step in which, or after which, it dies."""
     phase: str
     """A key of PHASES."""
     rank: int

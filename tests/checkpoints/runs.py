@@ -17,7 +17,7 @@ def model() -> Any:
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    """DeepSpeed config with two experts a rank."""
+    """DeepSpeed config with two experts per rank."""
     block = {
         "modules": "model.layers.*.mlp",
         "num_experts": 4,

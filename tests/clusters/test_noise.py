@@ -1,4 +1,4 @@
-"""From token ids to a verdict: documents of one source of noise are no clusters, those of four sources are four.
+"""From token ids to a verdict: documents of one source of noise are not clusters, those of four sources are four.
 
 The whole path of a check but the ranks: a decoder's forward passes, the collector's document means, their leading
 centred directions, detection.

@@ -164,7 +164,7 @@ def test_numbers_in_the_choice_even_out_skewed_loads() -> None:
     rows = torch.randn(8, D, generator=generator)
     index, weight, _ = gate(rows, Tokens())
     sigmoids = (rows @ gate.key.cluster_weight.T).sigmoid()
-    torch.testing.assert_close(weight, sigmoids.gather(1, index), msg="what is added is no part of a weight")
+    torch.testing.assert_close(weight, sigmoids.gather(1, index), msg="what is added is not part of a weight")
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_the_rows_are_spread_over_the_whole_batch() -> None:
 
 def test_few_rows_are_no_sample_and_a_checkpoint_holds_them() -> None:
     rows, again = ExpertRows(2, 8, seed=0), ExpertRows(2, 8, seed=0)
-    index = torch.tensor([[0, 1]] * 5 + [[1, 0]] * 2)  # two experts a token
+    index = torch.tensor([[0, 1]] * 5 + [[1, 0]] * 2)  # two experts per token
     rows.offer(torch.randn(7, 4), index, torch.zeros(7, dtype=torch.int64), torch.arange(7))
     assert rows.found(ALONE) == [7, 7]
     again.load_state_dict(rows.state_dict(), torch.device("cpu"))

@@ -51,7 +51,7 @@ def rewrite(folder: Path, change: Callable[[dict, dict], None]) -> None:
 
 
 def older(mocte: dict, identity: dict) -> None:
-    """As before several experts a token were known, and with a version of transformers that has other keys."""
+    """As before several experts per token were known, and with a version of transformers that has other keys."""
     for key in ("top_k", "normalise", "scale"):
         del mocte["router"][key]
     del identity["model.init"], identity["model.hf.pretraining_tp"]

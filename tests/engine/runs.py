@@ -9,7 +9,7 @@ VOCAB, LENGTH, MICRO, STEPS = 64, 48, 8, 40
 
 
 def batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences of two halves of the vocabulary, one document a sequence; and which half each is."""
+    """Sequences of two halves of the vocabulary, one document per sequence; and which half each is."""
     generator = torch.Generator().manual_seed(1000 * step + part)
     domain = torch.arange(MICRO) % 2
     half = VOCAB // 2

@@ -16,7 +16,7 @@ def test_emergence_is_decided_and_reported():
     events = result[0]["events"]
     assert result[1]["events"] == []
     checks = [event for event in events if event["event"] == "check"]
-    # Clusters are looked for beside the next step; what was found is acted on behind it.
+    # Clusters are looked for beside the next step; what was found is acted on after it.
     assert [event["measured_at"] for event in checks] == list(range(2, 16, 2))
     assert [event["step"] for event in checks] == list(range(3, 17, 2))
     assert all(event["beside"]["clusters"] > 0 and event["seconds"]["waiting"] >= 0 for event in checks)
@@ -53,7 +53,7 @@ BANKS = [{"kind": "token", "weight": "softmax", "learn": True}, {"kind": "prefix
     ids=["ffn", "lora", "banks", "progress"],
 )
 def test_resume_is_bitwise(tmp_path, changes, stop):
-    """The last step has measured; what follows from it is decided behind the next one, by another process."""
+    """The last step has measured; what follows from it is decided after the next one, by another process."""
     settings = runs.config(**{"freeze": FREEZING, **changes})
     whole = spawn(runs.run, 2, settings, 0, stop + 8, None, None, timeout=200, deepspeed=True)
     first = spawn(runs.run, 2, settings, 0, stop, None, str(tmp_path), timeout=150, deepspeed=True)

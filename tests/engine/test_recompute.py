@@ -1,4 +1,4 @@
-"""Activation checkpointing runs every block twice a micro-batch; its features, tokens and expert rows count once."""
+"""Activation checkpointing runs every block twice per micro-batch; its features, tokens and expert rows count once."""
 
 from typing import Any
 

@@ -45,7 +45,7 @@ def write_task(where: Path, name: str, **values: object) -> None:
 
 
 def by_hand(folder: Path, text: str) -> float:
-    """Log probability of a text behind one <s>."""
+    """Log probability of a text after one <s>."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([[0, *tokenizer.encode(text, add_special_tokens=False)]])
     with torch.no_grad():

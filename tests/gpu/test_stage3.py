@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 def train(stage: int, offload: bool, folder: Path | None) -> dict[str, Any]:
-    """A run with checks on one device, its weights' devices, and its checkpoint behind the 12th of 20 steps."""
+    """A run with checks on one device, its weights' devices, and its checkpoint after the 12th of 20 steps."""
     import mocte_ds
 
     freeze = {"policy": "random", "checks": 1, "after_checks": 2, "rows": 32, "iterations": 4}

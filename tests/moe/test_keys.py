@@ -18,7 +18,8 @@ from mocte_ds.moe.balance import Balance
 from mocte_ds.moe.context import Tokens
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
-from mocte_ds.moe.keys import KEYS, PrefixKey, PreviousKey, TypeKey
+from mocte_ds.moe.keys import BUILT_IN, KEYS, PrefixKey, PreviousKey, TypeKey
+from mocte_ds.remote_code.configuration_blocks_mocte import KINDS
 from mocte_ds.router_config import RouterConfig
 from tests.moe.random_keys import randomise_key
 from tests.small_models import small_llama
@@ -261,3 +262,8 @@ def test_a_table_that_takes_no_settings_still_works() -> None:
         assert gate_flops(sizes, config, 10).forward == (2 * E * 32 * 10 if "learn" in router else 70)
     with pytest.raises(ConfigError, match="prior, learn_prior and groups are for a table"):
         MocteConfig.from_dict({"modules": "m", "router": {**router, "prior": 1.0}})
+
+
+def test_the_config_of_an_exported_model_knows_every_key() -> None:
+    """It is read without torch, and so has the names once more."""
+    assert KINDS == tuple(BUILT_IN)

@@ -1,4 +1,4 @@
-"""Several experts a token: outputs, gradients, counts and the loss for even loads against sums over all experts."""
+"""Several experts per token: outputs, gradients, counts and the loss for even loads against sums over all experts."""
 
 from typing import Any
 

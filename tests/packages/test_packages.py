@@ -30,7 +30,7 @@ def test_a_damaged_package_is_refused(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DataError, match=rf"p\.{suffix} is damaged"):
         list(read_members(path, ".*"))
-    with pytest.raises(DataError, match="is no wheel, npm tarball or Debian package"):
+    with pytest.raises(DataError, match="is not a wheel, npm tarball or Debian package"):
         list(read_members(tmp_path / "p.exe", ".*"))
 
 

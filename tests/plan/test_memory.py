@@ -112,7 +112,7 @@ def test_the_7b_run_file_gives_the_numbers_of_the_real_layout() -> None:
     run = read_run(ROOT / "launch" / "runs" / "llama-7b.yaml")
     task, layout = task_of(run), layout_of(run, 64)
     after, before = memory(task, layout, "after"), memory(task, layout, "warm-up")
-    # Trunk and dense FFNs; trunk and one of eight experts a block; and the last block's FFN while its experts are born.
+    # Trunk and dense FFNs; trunk and one of eight experts per block; the last block's FFN while its experts are born.
     assert before["weights"] == after["weights"] == pytest.approx(13.48e9, rel=0.01)
     assert memory(task, layout, "emergence")["weights"] == pytest.approx(13.48e9 + 2 * 4.329e9 / 32, rel=0.001)
     assert before["optimizer"] == pytest.approx(1.26e9, rel=0.01)

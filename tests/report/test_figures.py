@@ -35,12 +35,12 @@ LABELS = {
 SAMPLES = {
     "loss": "n = 120 steps of 8,192 tokens; 12 validations of 4 domains, at most 8 × 128 tokens each",
     "clocks": "n = 120 steps of 8,192 tokens; 12 validations of 4 domains, at most 8 × 128 tokens each",
-    "spectrum": "n = 2,048 sampled tokens a check and block",
-    "clusters": "n = 412 to 418 documents a check; 60 checks",
-    "projection": "n = 300 documents a block",
-    "domains": "n = 1,536 sampled tokens a block",
+    "spectrum": "n = 2,048 sampled tokens per check and block",
+    "clusters": "n = 412 to 418 documents per check; 60 checks",
+    "projection": "n = 300 documents per block",
+    "domains": "n = 1,536 sampled tokens per block",
     "load": "n = 102 to 108 steps with experts, every routed token; a column adds up 2 steps",
-    "trainability": "n = 51 to 54 measurements an expert, each on at most 256 of its tokens a rank",
+    "trainability": "n = 51 to 54 measurements per expert, each on at most 256 of its tokens per rank",
     "optimizer": "n = 120 steps on 2 ranks",
     "flops": "n = 120 steps, 2.520e+14 FLOPs in all",
 }

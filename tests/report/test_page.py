@@ -145,7 +145,7 @@ def test_ledger_table(parsed: Page, logs: Logs) -> None:
     assert set(rows) == set(ledger) - {"total"} | {"all"}
     assert rows["all"] == [f"{ledger['total']:.3e}", "100.00 %"]
     for name in ("forward", "dgrad", "wgrad", "trainability", "wgrad_saved", "validation"):
-        # What was not spent is no part of what was.
+        # What was not spent is not part of what was.
         whole = ledger["total"] + (ledger["wgrad_saved"] if name == "wgrad_saved" else 0)
         assert rows[name] == [f"{ledger[name]:.3e}", f"{100 * ledger[name] / whole:.2f} %"]
     assert f"saved weight gradients worth {rows['wgrad_saved'][1]}" in parsed.captions["figure-flops"]

@@ -172,7 +172,7 @@ def test_a_failed_run_says_why_and_goes_again_at_the_next_call(
         tool()
     assert str(caught.value) == f"blocks-seed1 ended with exit code 1: no room. Its output is in {log}."
     assert launcher.started == ["dense-seed1", "blocks-seed1"] and kept(tmp_path) == ["dense-seed1"]
-    # Another reason, which is no message of ours: the end of what this start wrote, and of this start only.
+    # Another reason, which is not a message of ours: the end of what this start wrote, and of this start only.
     launcher.last_words = "Killed\n\n"
     with pytest.raises(MocteError) as caught:
         tool()

@@ -1,4 +1,4 @@
-"""A loss that is no number: the batch is left out from the next start on, and only where that is wanted."""
+"""A loss that is not a number: the batch is left out from the next start on, and only where that is wanted."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Logs of a run: a line a step, and after a resume no step twice."""
+"""Logs of a run: a line per step, and after a resume no step twice."""
 
 import json
 from pathlib import Path

@@ -95,7 +95,7 @@ def check_ranks(result: dict[str, Any], first: dict[str, Any]) -> None:
 
 def check_bytes(results: list[dict[str, Any]]) -> None:
     """The optimizer's bytes are those of the trainable parameters; for two ranks that hold two experts each."""
-    scalar_steps = 4  # torch's AdamW keeps one fp32 step a group
+    scalar_steps = 4  # torch's AdamW keeps one fp32 step per group
     for rank, result in enumerate(results):
         modes = {(block, k): "dormant" for block in range(2) for k in range(EXPERTS)}
         dense = {0, 1}

@@ -74,7 +74,7 @@ def learning_rate(schedule: str, step: int) -> float:
     if schedule == "torch":
         return LEARNING_RATE * (0.55 + 0.45 * math.cos(math.pi * step / STEPS))
     if schedule == "deepspeed":
-        # The scheduler is one step late: its first value is set before the first step and once more behind it.
+        # The scheduler is one step late: its first value is set before the first step and once more after it.
         done, warmup = max(0, step - 1), 4
         return LEARNING_RATE * min(done / warmup, (STEPS - done) / (STEPS - warmup))
     return LEARNING_RATE

@@ -29,7 +29,7 @@ def emerge(engine: Any, block: int) -> None:
 
 
 class WithOutlet(Net):
-    """Something trains behind the layers, and nothing below them."""
+    """Something trains after the layers, and nothing below them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from tests.spawn import spawn
 
 
 def look(stage: int, offload: bool) -> list[str]:
-    """Compare with our own view behind every change; what does not agree."""
+    """Compare with our own view after every change; what does not agree."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     import mocte_ds

@@ -1,4 +1,4 @@
-"""Freezing of the model's front: against plain PyTorch, by schedule, behind open blocks, and in a resumed run."""
+"""Freezing of the model's front: against plain PyTorch, by schedule, after open blocks, and in a resumed run."""
 
 import re
 from pathlib import Path
@@ -102,14 +102,14 @@ def test_front_is_frozen_as_in_plain_pytorch(stage: int, reentrant: bool | None)
         gone = [
             sum(p.numel() for p in module.parameters()) for module in [model.model.embed_tokens] + [*model.model.layers]
         ]
-        # 12 bytes a parameter over two ranks, and the fp32 step of every group that has gone.
+        # 12 bytes per parameter over two ranks, and the fp32 step of every group that has gone.
         assert result["bytes"][2] - result["bytes"][3] == 12 * (gone[0] + gone[1]) // 2 + 4 * 3
         assert result["bytes"][4] - result["bytes"][5] == 12 * gone[2] // 2 + 4 * 2
         assert "2 layers of the front are frozen" in result["problems"][0]
         assert "layers allows 2" in result["problems"][1]
 
 
-def behind_an_open_block() -> list[str]:
+def after_an_open_block() -> list[str]:
     """What freeze_prefix and thaw say while the first layer's block has experts to train, and once it is locked."""
     import mocte_ds
 
@@ -135,7 +135,7 @@ def behind_an_open_block() -> list[str]:
 
 
 def test_a_layer_waits_for_its_block() -> None:
-    for said in spawn(behind_an_open_block, 2, timeout=90, deepspeed=True):
+    for said in spawn(after_an_open_block, 2, timeout=90, deepspeed=True):
         assert ["still trains" in said[0], "still trains" in said[1], said[2]] == [True, True, "done"]
         assert "lies in a layer of the frozen front" in said[3]
 

@@ -1,4 +1,4 @@
-"""What the steps behind a change prove: each violation stops every rank and is named; and so does a plan of its own."""
+"""What the steps after a change prove: each violation stops every rank and is named; and so does a plan of its own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ FROZEN, LIVE = "layers.0.1", "layers.0.3"
 
 
 def start() -> Any:
-    """A run on two ranks with two experts each, some steps behind its emergence."""
+    """A run on two ranks with two experts each, some steps after its emergence."""
     import mocte_ds
 
     torch.manual_seed(0)

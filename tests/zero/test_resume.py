@@ -9,7 +9,7 @@ import torch
 from tests.spawn import spawn
 from tests.zero.small_run import Case, Net, act, config, global_step, named_parameters
 
-# Behind an emergence and freezes in one step; with all of one block frozen; with all of the model; behind a thaw.
+# After an emergence and freezes in one step; with all of one block frozen; with all of the model; after a thaw.
 STOPS, FOLLOWING = (5, 11, 14, 18), 8
 
 
@@ -25,7 +25,7 @@ def steps(case: Case, engine: Any, first: int, last: int) -> dict[str, Any]:
 
 
 def whole(case: Case, folder: str) -> dict[str, Any]:
-    """The run, saved at every stop; what it was ``FOLLOWING`` steps behind the last one."""
+    """The run, saved at every stop; what it was ``FOLLOWING`` steps after the last one."""
     import mocte_ds
 
     torch.manual_seed(torch.distributed.get_rank())

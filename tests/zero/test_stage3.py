@@ -40,7 +40,7 @@ def test_offloaded_optimizer_in_bf16_is_adamw_over_the_trainable_units() -> None
 
 
 def with_an_idle_layer() -> dict[str, torch.Tensor]:
-    """The second FFN runs at even steps only; the weights behind five steps."""
+    """The second FFN runs at even steps only; the weights after five steps."""
     import mocte_ds
 
     case = Case(1, 1, 3)
@@ -238,7 +238,7 @@ class Tied(Net):
 
 
 def tied_weights(folder: str, persist: int) -> dict[str, Any]:
-    """Emerge and train on, once in one go and once behind a resume; names of this rank's weights in a state_dict."""
+    """Emerge and train on, once in one go and once after a resume; names of this rank's weights in a state_dict."""
     import mocte_ds
 
     losses = []
@@ -276,7 +276,7 @@ def test_tied_weights_through_emergence_and_a_resume(tmp_path: Path, persist: in
 
 
 def what_a_freeze_leaves(bf16: bool) -> dict[str, list[bool]]:
-    """Which memory is gone behind the freezing of an expert, and which is still there."""
+    """Which memory is gone after the freezing of an expert, and which is still there."""
     import mocte_ds
 
     engine, *_ = mocte_ds.initialize(model=Net(), config=config(Case(1, 1, 3, bf16=bf16)))

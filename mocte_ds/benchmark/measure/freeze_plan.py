@@ -129,7 +129,7 @@ class Group:
 
 
 def groups(sizes: FreezeSizes, percent: int, rank: int) -> list[Group]:
-    """ZeRO's groups on a rank: matrices and vectors outside of the blocks, and one an expert that trains."""
+    """ZeRO's groups on a rank: matrices and vectors outside of the blocks, and one per expert that trains."""
     # Counted on a model without memory, so that nothing here depends on what DeepSpeed made of it.
     with torch.device("meta"):
         model = make_model(sizes.model)

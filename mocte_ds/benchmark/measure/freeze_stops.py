@@ -24,7 +24,7 @@ def stops(sizes: FreezeSizes, by_rank: Sequence[dict[str, Any]]) -> list[dict[st
 
     Returns:
         For each share "bytes" and "wire" (measured and by formula, means over the ranks, and the largest difference on
-        any rank), "freed", "step" (seconds of each phase) with the "flops" behind the expectation, and "freezing".
+        any rank), "freed", "step" (seconds of each phase) with the "flops" of the expectation, and "freezing".
     """
     found: list[dict[str, Any]] = []
     for number, share in enumerate(sizes.frozen):
@@ -90,10 +90,10 @@ def stops_text(found: Sequence[dict[str, Any]]) -> str:
     parts = " + ".join(f"{last[name]:,.0f}" for name in ("weights_and_moments", "step_counters", "padding"))
     return "\n\n".join(
         [
-            "MB a rank and step, measured (by formula); the last column: largest difference on any rank, bytes\n"
+            "MB per rank and step, measured (by formula); the last column: largest difference on any rank, bytes\n"
             + text_table(head, rows),
             f"optimizer bytes of a rank that freezing {found[-1]['frozen_percent']} % gives back: "
-            f"{last['measured']:,.0f}; by formula {parts} (12 bytes a parameter over its ranks, counters, padding), "
+            f"{last['measured']:,.0f}; by formula {parts} (12 bytes per parameter over its ranks, counters, padding), "
             f"off by {brief(last['difference'])}",
             "ms, shortest (by formula)\n"
             + text_table(["frozen", "forward", "backward", "optimizer", "step", "processor", "FLOPs not spent"], times),

@@ -37,7 +37,7 @@ class TimedPart:
     where: str
     """`device`; `host` for what runs on the CPU on any machine; `beside`: there in a thread beside the next step."""
     every_check: bool = True
-    """False: once a block (cold starts)."""
+    """False: once per block (cold starts)."""
 
     def for_work(self, work: Work) -> "TimedPart":
         """The part with its seconds scaled to other work."""

@@ -42,7 +42,7 @@ def _model(plan: RunPlan, clock: Clock, sequences: int | None = None) -> tuple[n
     """The model and token ids (B, T + 1) of a micro-batch."""
     sequences = sequences or plan.micro_batch
     tokens = sequences * plan.context
-    # Weights and gradients; some thirty numbers a token and feature in a layer; logits in fp32, three times.
+    # Weights and gradients; some thirty numbers per token and feature in a layer; logits in fp32, three times.
     layers = sum(34 * plan.sizes.hidden_size + 8 * layer.ffn_width for layer in plan.sizes.layers)
     scores = 6 * plan.model.num_heads * plan.context * len(plan.sizes.layers)
     needed = 8 * plan.model.num_params() + tokens * (layers + scores) * 2

@@ -29,7 +29,7 @@ class GroupPart:
     master: DiskTensor
     """(n,) master weights, without padding at the end."""
     padding: int
-    """Elements of padding that the rank holds behind them."""
+    """Elements of padding that the rank holds after them."""
     ranks: int
     """Ranks that share the group."""
     state: dict[str, Any]
@@ -37,7 +37,7 @@ class GroupPart:
     fragments: dict[str, tuple[int, int]]
     """Start in the part and elements of each parameter that lies in it; experts by their numbers in the bank."""
     alignment: list[int]
-    """Elements of padding behind each parameter of the whole group."""
+    """Elements of padding after each parameter of the whole group."""
 
     @property
     def is_expert(self) -> bool:

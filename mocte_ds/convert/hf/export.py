@@ -57,7 +57,7 @@ def export(
         shard_bytes: largest file of weights.
 
     Returns:
-        Facts: architecture, reason (why it is no stock class), parameters, dtype, checkpoint_bytes (files with
+        Facts: architecture, reason (why it is not a stock class), parameters, dtype, checkpoint_bytes (files with
         weights), start_bytes and peak_bytes (memory of this process at the start, and at most so far), and what was
         compared: tensors_compared, experts_compared and logit_difference (relative to the largest logit).
 

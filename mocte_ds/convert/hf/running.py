@@ -74,7 +74,7 @@ def export_run(
 
 
 def _language_model(module: nn.Module) -> tuple[str, nn.Module]:
-    """The model of transformers that a module is or holds, behind its path (with a dot at the end, or empty).
+    """The model of transformers that a module is or holds, and its path before it (with a dot at the end, or empty).
 
     Where there is none, or several side by side, the module itself.
     """

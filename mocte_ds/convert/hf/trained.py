@@ -89,7 +89,7 @@ class Target:
     names: dict[str, str]
     """Name of each tensor of the class, and of ours."""
     reason: str | None = None
-    """Why it is no stock class."""
+    """Why it is not a stock class."""
     special: SpecialIds = SpecialIds(None, None, None)
     """Ids for the configs where the base model's names none."""
 

@@ -61,7 +61,7 @@ def _made_on_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _end_queue() -> None:
-    """End the process behind the queue that megatron-core 0.16 makes at the first save.
+    """End the process that serves the queue which megatron-core 0.16 makes at the first save.
 
     It would outlive a process that ends without Python's own clean-up (a rank that is killed, or leaves by os._exit).
     """

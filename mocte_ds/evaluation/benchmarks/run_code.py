@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote, each in a process of its own with limits; this is no sandbox."""
+"""Runs programs that a model wrote, each in a process of its own with limits; this is not a sandbox."""
 
 import contextlib
 import json

@@ -32,7 +32,7 @@ def write_comparison(folders: Sequence[Path | str], out: Path | str | None = Non
         ``page`` (its path), ``runs`` (numbers of each by its name) and ``notes`` by name.
 
     Raises:
-        MocteError: a folder is no run or was named twice, the page cannot be written, or somebody else's file has its
+        MocteError: a folder is not a run's or named twice, the page cannot be written, or somebody else's file has its
             name.
     """
     runs = {name: read_run(folder) for name, folder in named(folders).items()}

@@ -61,7 +61,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     columns = columns_for(len(blocks), narrow)
     rows = -(-len(blocks) // columns)
     documents = [value for block in blocks for value in series(run, block, "documents")[1]]
-    sample = f"n = {spread(documents)} documents a check; {plural(len(run.checks), 'check')}"
+    sample = f"n = {spread(documents)} documents per check; {plural(len(run.checks), 'check')}"
     figure = sheet(narrow, 3.3 * rows + 0.4, sample)
     grid = figure.subplots(2 * rows, columns, sharex=True, squeeze=False, height_ratios=[1, 1.9] * rows)
     most = max(max(series(run, block, "clusters")[1]) for block in blocks)

@@ -50,14 +50,14 @@ def purities(run: Run) -> dict[str, dict[int, tuple[float, int]]]:
 
 
 def sampled(run: Run) -> list[int]:
-    """Sampled tokens behind each block's table."""
+    """Sampled tokens that each block's table is made of."""
     return [sum(value or 0 for value in entry.get("load") or []) for _, entry in last_loads(run).values()]
 
 
 def draw(run: Run, narrow: bool) -> Figure:
     found = last_loads(run)
     most = max(len(shares(run, entry)[0]) for _, entry in found.values())
-    sample = f"n = {spread(sampled(run))} sampled tokens a block"
+    sample = f"n = {spread(sampled(run))} sampled tokens per block"
     figure, axes = panels(len(found), narrow, max(1.6, 1.0 + 0.27 * most), sample, share=False)
     high = max(np.max(shares(run, entry)[1]) for _, entry in found.values())
     for axis, block in zip(axes, found, strict=True):

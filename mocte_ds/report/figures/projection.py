@@ -39,7 +39,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     most = max(len(set(event["domain"])) for event in found.values())
     height = max(2.3 if narrow else 3.0, 0.8 + 0.15 * most)
     figure = sheet(
-        narrow, (2 * height if narrow else height) * len(found) + 0.2, f"n = {spread(sizes)} documents a block"
+        narrow, (2 * height if narrow else height) * len(found) + 0.2, f"n = {spread(sizes)} documents per block"
     )
     grid = figure.subplots(2 * len(found), 1) if narrow else figure.subplots(len(found), 2, squeeze=False)
     names = []

@@ -50,7 +50,7 @@ def deviations(entry: Row) -> np.ndarray:
 def draw(run: Run, narrow: bool) -> Figure:
     blocks = measured_blocks(run)
     rows = [entry.get("rows") or 0 for block in blocks for entry in moments(run, block).values()]
-    figure, axes = panels(len(blocks), narrow, 2.2, f"n = {spread(rows)} sampled tokens a check and block")
+    figure, axes = panels(len(blocks), narrow, 2.2, f"n = {spread(rows)} sampled tokens per check and block")
     positive, ends = [], []
     for axis, block in zip(axes, blocks, strict=True):
         labels: list[EndLabel] = []

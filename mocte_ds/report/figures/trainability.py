@@ -61,9 +61,9 @@ def draw(run: Run, narrow: bool) -> Figure:
     most = max(run.experts[block] for block in blocks)
     sizes = [len(values) for block in blocks for _, values in measured(run, block).values()]
     height = max(2.2, 1.0 + most * LINE_POINTS / 72)
-    sample = f"n = {spread(sizes)} measurements an expert"
+    sample = f"n = {spread(sizes)} measurements per expert"
     rows = fact(run, *MOCTE, "freeze", "rows")
-    sample += f", each on at most {rows} of its tokens a rank" if rows else ""
+    sample += f", each on at most {rows} of its tokens per rank" if rows else ""
     figure, axes = panels(len(blocks), narrow, height, sample)
     ends = []
     for axis, block in zip(axes, blocks, strict=True):

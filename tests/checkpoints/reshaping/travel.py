@@ -37,7 +37,7 @@ def optimizer_of(engine: Any) -> dict[str, list[Tensor]]:
 
 
 def _flat_groups(optimizer: Any, moments: tuple[str, ...]) -> dict[str, list[Tensor]]:
-    """The same of DeepSpeed's own optimizer, all parameters of a group behind each other."""
+    """The same of DeepSpeed's own optimizer, all parameters of a group one after the other."""
     found = {}
     for number, master in enumerate(optimizer.single_partition_of_fp32_groups):
         size = sum(parameter.numel() for parameter in optimizer.bit16_groups[number])

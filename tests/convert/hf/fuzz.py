@@ -284,7 +284,7 @@ def fuzz(where: Path, seed: int, cases: int | None = None, minutes: float = 60.0
             outcome = "refused"
             if len(str(error)) > 3000 or not str(error).strip():
                 failures.append(f"{what}: a message of {len(str(error))} characters")
-        except BaseException as error:  # panics of libraries are no Exceptions
+        except BaseException as error:  # panics of libraries are not Exceptions
             if isinstance(error, KeyboardInterrupt):
                 raise
             outcome = "bare"

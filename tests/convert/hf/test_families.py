@@ -59,7 +59,7 @@ CASES = {
     ),
     "glm4moe, wider than the FFN": ("Glm4Moe", {}, {"modules": BACK, "expert": {"kind": "lora", "width": 50}}),
     "glm4moe, warm-up in front": ("Glm4Moe", {}, {"modules": ALL, "warmup": (0,), "expert": LORA}),
-    "glm4moe, warm-up behind": ("Glm4Moe", {}, {"modules": ALL, "warmup": (1,), "expert": LORA}),
+    "glm4moe, warm-up after": ("Glm4Moe", {}, {"modules": ALL, "warmup": (1,), "expert": LORA}),
     "llama": ("Llama", {}, None),
     "llama, tied": ("Llama", {"tie_word_embeddings": True}, None),
     "llama, all in warm-up": ("Llama", {}, {"modules": ALL, "warmup": (0, 1, 2), "router": {"kind": "type"}}),

@@ -34,7 +34,7 @@ def look(folders: dict[str, str], ids: Tensor, doubled: str) -> dict[str, dict[s
                 model = load(folder, layout)
                 found.setdefault(name, {})[f"ep {ep_size}"] = logits_of(model, ids)
                 if ep_size == 2 and name == "softmax":
-                    found[name]["experts a rank"] = len(model.decoder.layers[0].mlp.experts.local_experts)
+                    found[name]["experts per rank"] = len(model.decoder.layers[0].mlp.experts.local_experts)
                     _save_doubled(model, doubled)
             if ep_size == 1:
                 found["dense"]["padded"] = logits_of(load(folders["dense"], layout, vocab_size=PADDED), ids)

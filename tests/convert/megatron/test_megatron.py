@@ -159,7 +159,7 @@ def test_megatron_computes_what_was_trained(converted, name):
 
 def test_parallelism_vocabulary_and_names_of_transformer_engine(converted):
     first, second = converted.ranks
-    assert first["softmax"]["experts a rank"] == 2
+    assert first["softmax"]["experts per rank"] == 2
     assert (first["softmax"]["engine"] == first["softmax"]["ep 1"]).all()
     padded, plain = first["dense"]["padded"], first["dense"]["ep 1"]
     assert padded.shape[-1] == PADDED and (padded[..., :VOCAB] == plain).all()

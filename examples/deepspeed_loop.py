@@ -1,9 +1,9 @@
 """A plain DeepSpeed training loop, with a model in plain PyTorch: nothing but `pip install mocte-ds` is needed.
 
-    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 examples/plain_loop.py --out runs/plain
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 examples/deepspeed_loop.py --out runs/loop
 
 What differs from a script for DeepSpeed alone: the "mocte" block of the config, and `mocte_ds.initialize`. Started
-again, it goes on from its last checkpoint. `mocte-ds report runs/plain` shows what happened. The text is source code of
+again, it goes on from its last checkpoint. `mocte-ds report runs/loop` shows what happened. The text is source code of
 PyTorch; each byte is a token.
 """
 
