@@ -8,11 +8,10 @@ from setuptools import find_namespace_packages, setup
 HERE = Path(__file__).parent
 HUGGING_FACE = ["transformers>=5.0,<6", "tokenizers>=0.20", "safetensors>=0.4", "sentencepiece>=0.2", "protobuf>=4"]
 EXTRAS = {
-    # launch/pretrain.py, tools/train_tokenizer.py, tools/prepare_data.py, tools/study.py
+    # launch/pretrain.py, tools/plan.py, tools/train_tokenizer.py, tools/prepare_data.py, tools/study.py
     "train": [
+        *HUGGING_FACE,  # its models
         "megatron-core>=0.16,<0.17",  # its indexed datasets
-        "sentencepiece>=0.2",
-        "tokenizers>=0.20",
         "pyarrow>=15",
         "pyyaml>=6",
         "tensorboard>=2.15",
@@ -20,9 +19,9 @@ EXTRAS = {
     # tools/export_hf.py, tools/import_hf.py
     "hf": HUGGING_FACE,
     # tools/to_megatron.py
-    "megatron": ["megatron-core>=0.16,<0.17"],
+    "megatron": [*HUGGING_FACE, "megatron-core>=0.16,<0.17"],
     # launch/evaluate.py
-    "eval": [*HUGGING_FACE, "lm-eval==0.4.13", "accelerate>=1.0", "datasets>=4.0", "pyyaml>=6"],
+    "eval": [*HUGGING_FACE, "lm-eval==0.4.13", "accelerate>=1.0", "datasets>=4.0", "pyarrow>=15", "pyyaml>=6"],
     # mocte_ds.integrations.transformers
     "trainer": [*HUGGING_FACE, "accelerate>=1.0"],
     # tools/report.py, tools/study.py

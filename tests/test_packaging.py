@@ -23,7 +23,10 @@ PLUGIN = ("clusters", "controller", "dist", "moe", "spectrum", "trainability", "
 NOT_OURS = "(/|^)(__pycache__|[^/]*.egg-info|.mocte-ds.json)(/|$)|^(runs|build|dist|launch/hostfile)(/|$)"
 NOT_OURS += r"|^\.(git|venv|cache|coverage[^/]*|pytest_cache|ruff_cache|mypy_cache)(/|$)"
 """What .gitignore names, and git's own."""
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "lm_eval": "lm-eval", "megatron": "megatron-core"}
+DISTRIBUTIONS = {
+    **{"sklearn": "scikit-learn", "yaml": "pyyaml", "lm_eval": "lm-eval", "megatron": "megatron-core"},
+    "google": "protobuf",
+}
 """Packages whose distribution has another name."""
 
 
@@ -75,9 +78,9 @@ def test_packages_of_the_extras_are_named_with_their_extra() -> None:
 
     core, extras = declared()
     for package, extra in told.items():
-        name = {"google": "protobuf"}.get(package, DISTRIBUTIONS.get(package, package))
+        name = DISTRIBUTIONS.get(package, package)
         assert name in extras[extra] and name not in core, package
-    named = {{"google": "protobuf"}.get(package, DISTRIBUTIONS.get(package, package)) for package in told}
+    named = {DISTRIBUTIONS.get(package, package) for package in told}
     assert named == extras["all"]
 
 
@@ -95,10 +98,15 @@ import torch
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess:
+def run(code: str, extra: str | None = None) -> subprocess.CompletedProcess:
+    """Run code where of the extras' packages only those of one extra can be imported, and what those require."""
     from mocte_ds.cli import _EXTRAS as told
 
-    text = WITHOUT_EXTRAS.format(blocked=set(told), code=code)
+    there = declared()[1][extra] if extra else set()
+    blocked = {package for package in told if DISTRIBUTIONS.get(package, package) not in there}
+    if "transformers" in there:
+        blocked -= {"yaml"}  # it requires it
+    text = WITHOUT_EXTRAS.format(blocked=blocked, code=code)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     return subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -111,6 +119,24 @@ def test_the_plugin_does_without_the_extras() -> None:
 def test_a_tool_without_its_package_says_which_extra_to_install() -> None:
     done = run("sys.argv = ['mocte-ds', 'study', 'x.yaml']\nfrom mocte_ds.command import main\nmain()")
     assert done.returncode == 2 and "pip install 'mocte-ds[train]'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [
+        ("train", "from mocte_ds.training.presets import preset\nmodel = preset('quickstart')"),
+        ("hf", "model = {'model_type': 'llama', 'num_hidden_layers': 1}"),
+        (
+            "megatron",
+            "model = {'model_type': 'llama', 'num_hidden_layers': 1}\nimport mocte_ds.convert.megatron.convert",
+        ),
+    ],
+)
+def test_an_extra_brings_what_its_models_need(extra: str, code: str) -> None:
+    """The tools of these extras make a model of transformers."""
+    make = "from mocte_ds.training.model import TransformersModel, config_sizes\n"
+    done = run(f"{make}{code}\nprint(config_sizes(TransformersModel(hf=model)).hidden_size > 0)", extra)
+    assert done.returncode == 0 and done.stdout == "True\n", done.stderr
 
 
 @pytest.fixture(scope="module")
