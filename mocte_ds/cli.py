@@ -71,9 +71,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         if not any(map(_unread, (sys.stdout, sys.stderr))):
             raise  # another pipe or socket: a process that we talk to is gone
-        # Who reads has seen enough (`| head`). Python would complain again when it closes stdout.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()  # who reads has seen enough (`| head`)
         code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _WAYS_OUT:
@@ -137,3 +135,17 @@ def count_or_zero(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
     return number
+
+
+def print_all(text: str) -> None:
+    """Print a long text as the last thing that a tool does; a reader that has seen enough (`| head`) is a success."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _print_no_more()
+
+
+def _print_no_more() -> None:
+    # Python would complain again when it closes stdout.
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

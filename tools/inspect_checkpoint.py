@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocte_ds.cli import run_cli
+from mocte_ds.cli import print_all, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         facts["likeness"] = expert_likeness(args.checkpoint)
         text += "\n\n" + likeness_text(facts["likeness"])
-    print(json.dumps(facts) if args.json else text)
+    print_all(json.dumps(facts) if args.json else text)
     if problems:
         print(f"damaged: {'; '.join(problems)}", file=sys.stderr)
     return 1 if problems else 0

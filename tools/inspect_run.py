@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocte_ds.cli import run_cli
+from mocte_ds.cli import print_all, run_cli
 from mocte_ds.errors import MocteError
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = run_text(run, args.block)
     else:
         output = "\n\n\n".join([headline(run), *(check_text(run, check, args.block) for check in checks)])
-    print(output)
+    print_all(output)
     return 0
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocte_ds.cli import run_cli
+from mocte_ds.cli import print_all, run_cli
 from mocte_ds.errors import ConfigError
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hardware = read_hardware(args.hardware, args.hardware_file)
     size = hardware.memory if args.gpu_memory is None else args.gpu_memory * 1e9
     found = plan(read_run(args.run, args.set), Machine(args.gpus, args.gpus_per_host, size, hardware))
-    print(json.dumps(found) if args.json else plan_text(found))
+    print_all(json.dumps(found) if args.json else plan_text(found))
     return 0
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.left_out import LeftOut
 from mocte_ds.training.make_engine import make_engine, seed_everything
 from mocte_ds.training.model import Forward, make_model, model_facts, model_record
-from mocte_ds.training.profile import Profile, parts_text
+from mocte_ds.training.profile import Profile, profile_of_run
 from mocte_ds.training.run_folder import TOOL, checkpoint_tag, prune_checkpoints
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
@@ -150,7 +149,7 @@ class Trainer:
         before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.watch.begin()
-            done = self._train(stop_after, self._begin_profile(profiled))
+            done = self._train(stop_after, profile_of_run(profiled, self.engine, self.out))
             self.watch.end()
             self.telemetry.close()
             code = 0
@@ -192,7 +191,7 @@ class Trainer:
                 self.telemetry.step(metrics)
                 self.watch.publish(metrics, step == last or stopping)
                 self.watch.look_at_loss(metrics["loss"], self.loader.position, self._event)
-            if profile and self._end_profile(profile, step, step == last or stopping):
+            if profile and profile.tell(step, step == last or stopping, self._event):
                 started = time.perf_counter()
             if step % self.run.checkpoint_every == 0 or step == last or stopping:
                 with phase("checkpoint", long=True):
@@ -206,27 +205,6 @@ class Trainer:
             finish(self.engine)
             self._prune()  # the last one may have come just now
         return self.engine.global_steps >= t.steps
-
-    def _begin_profile(self, steps: range | None) -> Profile | None:
-        done = self.engine.global_steps
-        if not steps or steps[-1] > done:
-            return Profile(steps, self.engine.module, self.out, self.rank, TOOL) if steps else None
-        if self.rank == 0:  # started again by the same command, perhaps
-            text = f"--profile: the run goes on from step {done}, after step {steps[-1]}; nothing is recorded"
-            logging.getLogger("mocte_ds").warning(text)
-        return None
-
-    def _end_profile(self, profile: Profile, step: int, stops: bool) -> bool:
-        """Tell what was recorded up to this step, if it is the last one of the profile (collective)."""
-        found = profile.end(step, stops)
-        if not found:
-            return False
-        self._event("profile", **found)
-        if self.rank == 0:
-            print(f"{parts_text(found)}\ntraces: {profile.folder}", file=sys.stderr)
-        with phase("profile", long=True):  # nobody stands in a step while another rank writes its trace
-            wait_for_all(self.mesh.world)
-        return True
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """One optimizer step: its line of metrics.jsonl, and whether any rank was asked to stop."""

@@ -7,9 +7,10 @@ mark of its own belongs to the part whose forward pass made its node: both have 
 
 import contextlib
 import logging
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mocte_ds.dist.collectives import wait_for_all
+from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import ConfigError, NotOurs
 from mocte_ds.flops.model_sizes import layer_stack
 from mocte_ds.ownership import put
 from mocte_ds.ownership.workshop import workshop
 from mocte_ds.text_table import brief, percent, text_table
+from mocte_ds.training.run_folder import TOOL
 from mocte_ds.watch import HEART
 
 if TYPE_CHECKING:
@@ -106,6 +110,27 @@ class Profile:
             self._write(recorded)
         return {"steps": self._recorded, "seconds": seconds, "parts": parts}
 
+    def tell(self, step: int, stops: bool, event: Callable[..., None]) -> bool:
+        """End the profile after the last of its steps, and show and log what it found (collective).
+
+        Args:
+            step: as of :meth:`end`.
+            stops: as there.
+            event: logs.
+
+        Returns:
+            Whether it has ended with this step.
+        """
+        found = self.end(step, stops)
+        if not found:
+            return False
+        event("profile", **found)
+        if self._rank == 0:
+            print(f"{parts_text(found)}\ntraces: {self.folder}", file=sys.stderr)
+        with HEART.phase("profile", long=True):  # nobody stands in a step while another rank writes its trace
+            wait_for_all(mesh_of_processes().world)
+        return True
+
     def _write(self, recorded: profile) -> None:
         try:
             with workshop(self.folder) as work:
@@ -114,6 +139,21 @@ class Profile:
                 put(self.folder, {f"rank-{self._rank}.json.gz": trace}, self._by)
         except (OSError, RuntimeError, NotOurs) as error:  # a trace is not worth the run
             logging.getLogger("mocte_ds").warning(f"no trace of rank {self._rank} was written: {error}")
+
+
+def profile_of_run(steps: range | None, engine: Any, out: Path) -> Profile | None:
+    """What records the steps of a run; None without any, or where the run is past them already, which is said.
+
+    Args:
+        steps: that are recorded, or None.
+        engine: of the run.
+        out: its folder.
+    """
+    rank, done = mesh_of_processes().world.rank, engine.global_steps
+    if steps and steps[-1] <= done and rank == 0:  # started again by the same command, perhaps
+        text = f"--profile: the run goes on from step {done}, after step {steps[-1]}; nothing is recorded"
+        logging.getLogger("mocte_ds").warning(text)
+    return Profile(steps, engine.module, out, rank, TOOL) if steps and steps[-1] > done else None
 
 
 def parts_of(events: Iterable["FunctionEvent"], seconds: float) -> dict[str, list[float]]:
