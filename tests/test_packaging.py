@@ -85,7 +85,7 @@ def test_packages_of_the_extras_are_named_with_their_extra() -> None:
 
 
 WITHOUT_EXTRAS = """
-import sys
+import importlib.util, sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
@@ -93,6 +93,8 @@ class Missing:
             raise ModuleNotFoundError("No module named " + repr(name), name=name)
 
 sys.meta_path.insert(0, Missing())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.partition(".")[0] in {blocked} else find(name, *more)
 import torch
 {code}
 """
