@@ -22,7 +22,7 @@ from mocte_ds.benchmark.measure.checkpoint_run import (
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.disk import measure_disk
 from mocte_ds.benchmark.measure.memory import require_memory
-from mocte_ds.benchmark.measure.share import require_at_least
+from mocte_ds.benchmark.measure.options import require_at_least
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.cli import seconds
 from mocte_ds.config import MocteConfig

@@ -11,7 +11,7 @@ from mocte_ds.benchmark.measure.freeze_plan import FORMULAS, FreezeSizes
 from mocte_ds.benchmark.measure.freeze_run import run_rank
 from mocte_ds.benchmark.measure.freeze_stops import stops, stops_text
 from mocte_ds.benchmark.measure.memory import require_memory
-from mocte_ds.benchmark.measure.share import require_at_least
+from mocte_ds.benchmark.measure.options import add_sizes, require_at_least, take_usual
 from mocte_ds.benchmark.measure.wire import RING
 from mocte_ds.cli import seconds
 from mocte_ds.config import MocteConfig
@@ -40,10 +40,7 @@ _SIZES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the run; those without a number here depend on the device."""
-    for name, what in _SIZES.items():
-        by_device = "; ".join(f"{device} {sizes.get(name, 'all')}" for device, sizes in _DEFAULTS.items())
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=None, help=f"{what} (default: {by_device})")
+    add_sizes(parser, _SIZES, _DEFAULTS)
     parser.add_argument("--experts", type=int, default=4, help="experts of a block (default: %(default)s)")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share a block's experts (default: %(default)s)")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="stage of ZeRO (default: %(default)s)")
@@ -109,9 +106,7 @@ def text(numbers: dict[str, Any]) -> str:
 
 def _read(args: argparse.Namespace, device: str) -> tuple[FreezeSizes, int]:
     """Sizes of the run and tokens of the single block, checked."""
-    for name, value in {"ranks": torch.cuda.device_count(), **_DEFAULTS[device]}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    take_usual(args, {"ranks": torch.cuda.device_count(), **_DEFAULTS[device]})
     for name in (*_SIZES, "ep", "steps", "repeats"):
         require_at_least(args, name, 1)
     if device == "cuda" and args.ranks > torch.cuda.device_count():

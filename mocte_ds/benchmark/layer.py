@@ -7,7 +7,7 @@ from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.layer_arms import LOADS, LayerSizes
 from mocte_ds.benchmark.measure.layer_run import run_rank
 from mocte_ds.benchmark.measure.memory import require_memory
-from mocte_ds.benchmark.measure.share import require_at_least
+from mocte_ds.benchmark.measure.options import add_sizes, require_at_least, take_usual
 from mocte_ds.cli import seconds
 from mocte_ds.dist.processes import run_ranks
 from mocte_ds.errors import MocteError
@@ -24,16 +24,16 @@ WORDS = {
     "deepspeed_no_drop": "DeepSpeed MoE, drops nothing",
     "mixtral": "transformers' Mixtral block, top-1",
 }
-_DEFAULTS = {"cpu": (512, 1408, 4096), "cuda": (4096, 14336, 16384)}
+_DEFAULTS = {
+    "cpu": {"d": 512, "width": 1408, "tokens": 4096},
+    "cuda": {"d": 4096, "width": 14336, "tokens": 16384},
+}
+_SIZES = {"d": "features", "width": "hidden units of an expert", "tokens": "tokens per rank"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the layer; those without a number here depend on the device."""
-    for place, (name, what) in enumerate(
-        {"d": "features", "width": "hidden units of an expert", "tokens": "tokens per rank"}.items()
-    ):
-        by_device = "; ".join(f"{device} {sizes[place]}" for device, sizes in _DEFAULTS.items())
-        parser.add_argument(f"--{name}", type=int, default=None, help=f"{what} (default: {by_device})")
+    add_sizes(parser, _SIZES, _DEFAULTS)
     parser.add_argument("--experts", type=int, default=8, help="experts of all ranks together (default: %(default)s)")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="data type (default: %(default)s)")
@@ -54,11 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     clock = Clock(args.device)
     kind = clock.device.type
-    for name, usual in zip(("d", "width", "tokens"), _DEFAULTS[kind], strict=True):
-        if getattr(args, name) is None:
-            setattr(args, name, usual)
-        require_at_least(args, name, 1)
-    for name, least in {"experts": 2, "ep": 1, "repeats": 1}.items():
+    take_usual(args, _DEFAULTS[kind])
+    for name, least in {**dict.fromkeys(_SIZES, 1), "experts": 2, "ep": 1, "repeats": 1}.items():
         require_at_least(args, name, least)
     if args.experts % args.ep or args.experts > args.d:
         raise MocteError(f"--experts {args.experts} must be a multiple of --ep {args.ep}, and at most --d {args.d}.")

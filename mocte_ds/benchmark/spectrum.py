@@ -13,8 +13,9 @@ from tqdm import tqdm
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.features import planted_features
 from mocte_ds.benchmark.measure.memory import require_memory
+from mocte_ds.benchmark.measure.options import require_at_least
 from mocte_ds.benchmark.measure.parts import TimedPart, parts_table
-from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, require_at_least, shares, shares_text
+from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, shares, shares_text
 from mocte_ds.benchmark.measure.spectrum_work import FORMULAS, SpectrumSizes, peak_bytes, spectrum_work
 from mocte_ds.clusters import agreement, balanced_kmeans, detect, published_line, stability
 from mocte_ds.controller.collect import FeatureCollector, SampleStream

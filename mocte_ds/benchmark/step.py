@@ -7,7 +7,7 @@ import torch
 
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.memory import require_memory
-from mocte_ds.benchmark.measure.share import require_at_least
+from mocte_ds.benchmark.measure.options import add_sizes, require_at_least, take_usual
 from mocte_ds.benchmark.measure.step_arms import StepSizes
 from mocte_ds.benchmark.measure.step_run import PHASES, run_rank
 from mocte_ds.cli import seconds
@@ -29,7 +29,7 @@ WORDS = {
     "deepspeed": "DeepSpeed MoE as Switch, capacity 1.25",
 }
 # The quickstart's step on a CPU; all engines in 80 GB of a GPU.
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, int | str]] = {
     "cpu": {"preset": "quickstart", "context": 256, "micro_batch": 16, "experts": 4, "ranks": 2, "ep": 2},
     "cuda": {"preset": "gpt-140m", "context": 1024, "micro_batch": 8, "experts": 8, "ranks": 1, "ep": 1},
 }
@@ -44,12 +44,9 @@ _NUMBERS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the step; those without a number here depend on the device."""
-    by_device = {name: "; ".join(f"{kind} {sizes[name]}" for kind, sizes in _DEFAULTS.items()) for name in _NUMBERS}
     usual = "; ".join(f"{kind} {sizes['preset']}" for kind, sizes in _DEFAULTS.items())
     parser.add_argument("--preset", choices=sorted(PRESETS), help=f"size of the model (default: {usual})")
-    for name, what in _NUMBERS.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=None, help=f"{what} (default: {by_device[name]})")
+    add_sizes(parser, _NUMBERS, _DEFAULTS)
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="stage of ZeRO (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="data type (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="turns of all arms (default: %(default)s)")
@@ -66,9 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     clock = Clock(args.device)
     kind = clock.device.type
-    for name, usual in _DEFAULTS[kind].items():
-        if getattr(args, name) is None:
-            setattr(args, name, usual)
+    take_usual(args, _DEFAULTS[kind])
     for name in (*_NUMBERS, "repeats"):
         require_at_least(args, name, 1)
     sizes = StepSizes(**{name: getattr(args, name) for name in StepSizes.__dataclass_fields__})

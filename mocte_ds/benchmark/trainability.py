@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.memory import require_memory
+from mocte_ds.benchmark.measure.options import require_at_least
 from mocte_ds.benchmark.measure.parts import TimedPart, Work, parts_table
 from mocte_ds.benchmark.measure.run_plan import RunPlan
-from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, require_at_least, shares, shares_text
+from mocte_ds.benchmark.measure.share import Costs, add_share_arguments, shares, shares_text
 from mocte_ds.trainability import top_eigenpair
 
 FORMULAS = {

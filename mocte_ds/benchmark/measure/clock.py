@@ -2,8 +2,9 @@
 
 import platform
 import resource
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,6 +109,11 @@ class Clock:
             "gemm_flops_per_second": {name: self.gemm_rate(name, gemm_size) for name in _DTYPES},
             "copy_bytes_per_second": self.copy_rate(),
         }
+
+
+def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios of times that were taken in the same turns."""
+    return statistics.median(value / other for value, other in zip(values, others, strict=True))
 
 
 def _cpu_name() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocte_ds.benchmark.measure.clock import Clock
+from mocte_ds.benchmark.measure.clock import Clock, median_ratio
 from mocte_ds.benchmark.measure.layer_arms import LayerSizes, make_arms, tokens_and_gate
 from mocte_ds.dist.collectives import wait_for_all
 from mocte_ds.dist.mesh import mesh_of_processes
@@ -55,8 +55,8 @@ def run_rank(sizes: LayerSizes, device: str, repeats: int) -> dict[str, Any]:
         "arms": {
             name: {
                 "seconds": statistics.median(values),
-                "over_slices": _ratio(values, seconds["slices"]),
-                "over_dense": _ratio(values, seconds["dense"]),
+                "over_slices": median_ratio(values, seconds["slices"]),
+                "over_dense": median_ratio(values, seconds["dense"]),
             }
             for name, values in seconds.items()
         },
@@ -72,7 +72,3 @@ def _forward_and_backward(arm: nn.Module, hidden: Tensor, gradient: Tensor) -> N
     arm(inputs).backward(gradient)
     for parameter in arm.parameters():
         parameter.grad = None
-
-
-def _ratio(values: list[float], others: list[float]) -> float:
-    return statistics.median(value / other for value, other in zip(values, others, strict=True))

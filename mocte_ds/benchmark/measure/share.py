@@ -9,7 +9,6 @@ from mocte_ds.benchmark.measure.clock import Clock
 from mocte_ds.benchmark.measure.parts import TimedPart, Work
 from mocte_ds.benchmark.measure.run_plan import RunPlan, read_plan
 from mocte_ds.benchmark.measure.step import step_seconds
-from mocte_ds.errors import MocteError
 from mocte_ds.text_table import brief, percent, text_table
 
 TARGET = 0.005
@@ -69,13 +68,6 @@ def add_share_arguments(parser: argparse.ArgumentParser) -> None:
         "--gemm-size", type=int, default=None, help="size of the matrix products that give the machine's rate"
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each short part (default: %(default)s)")
-
-
-def require_at_least(args: argparse.Namespace, name: str, least: int) -> None:
-    """Refuse an option that is too small."""
-    value = getattr(args, name)
-    if value < least:
-        raise MocteError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
 
 
 def shares(args: argparse.Namespace, clock: Clock, costs: Costs, parts: dict[str, TimedPart]) -> dict[str, Any]:

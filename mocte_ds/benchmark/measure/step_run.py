@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocte_ds.benchmark.measure.clock import Clock
+from mocte_ds.benchmark.measure.clock import Clock, median_ratio
 from mocte_ds.benchmark.measure.step_arms import Arm, StepSizes, make_arms
 from mocte_ds.dist.collectives import wait_for_all
 from mocte_ds.dist.mesh import mesh_of_processes
@@ -57,9 +57,10 @@ def run_rank(sizes: StepSizes, device: str, repeats: int) -> dict[str, Any]:
 
 
 def _emerge(arms: dict[str, Arm]) -> None:
+    """Let the experts of all arms of ours be born, but for the one that shows what the time before costs."""
     for name, arm in arms.items():
-        if hasattr(arm.engine, "mocte"):
-            for handle in arm.engine.mocte.blocks if name != "warmup" else []:
+        if name != "warmup" and hasattr(arm.engine, "mocte"):
+            for handle in arm.engine.mocte.blocks:
                 arm.engine.mocte.emerge(block=handle.index)
 
 
@@ -79,7 +80,7 @@ def _summary(values: list[list[float]], dense: list[float]) -> dict[str, Any]:
     totals = [sum(phases) for phases in values]
     return {
         "seconds": statistics.median(totals),
-        "over_dense": statistics.median(total / other for total, other in zip(totals, dense, strict=True)),
+        "over_dense": median_ratio(totals, dense),
         "phases": dict(zip(PHASES, map(statistics.median, zip(*values, strict=True)), strict=True)),
     }
 
