@@ -165,20 +165,18 @@ def parts_of(events: Iterable["FunctionEvent"], seconds: float) -> dict[str, lis
         events: of torch.profiler.
         seconds: that all took on the wall.
     """
-    events = sorted(events, key=lambda event: event.time_range.start)
-    on_device = any(event.self_device_time_total for event in events)
+    marked = [(event, *_mark(event)) for event in sorted(events, key=lambda event: event.time_range.start)]
+    on_device = any(event.self_device_time_total for event, *_ in marked)
     made_by: dict[_Node, str | None] = {}
-    for event in events:
-        name, node, _ = _mark(event)
+    for event, name, node, _ in marked:
         if event.sequence_nr >= 0 and node is None:
             # Of operations with one number the last one makes the node. Every thread has its own numbers.
             made_by[event.thread, event.sequence_nr] = name
     found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in events:
+    for event, name, node, backward in marked:
         own = event.self_device_time_total if on_device else event.self_cpu_time_total
         if own <= 0 or event.device_type != torch.autograd.DeviceType.CPU:
             continue
-        name, node, backward = _mark(event)
         if node is not None:
             name = made_by.get(node, name)
         found[name or "other"][backward] += own / 1e6
