@@ -8,23 +8,14 @@ from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.moe import Block, BlockMode, attach
+from tests.moe.test_top_k import FFN, D, E, T
 from tests.spawn import spawn
 
-D, E, T = 16, 4, 30
 BANKS = [
     {"kind": "token"},
     {"kind": "random", "weight": "softmax", "learn": True, "aux": 0.0, "top_k": 2},
     {"kind": "random", "weight": "sigmoid", "learn": True, "aux": 0.0},
 ]
-
-
-class FFN(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(D, 24), nn.Linear(24, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(torch.tanh(self.c_fc(x)))
 
 
 def block_of_rank(rank: int, world: int) -> tuple[nn.Module, Block]:
