@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mocte_ds.btm.partition import TOOL
 from mocte_ds.checkpoints.names import EXPERT_PARAMETER, is_gate
-from mocte_ds.checkpoints.source import StoredSource
+from mocte_ds.checkpoints.source import CheckpointSource
 from mocte_ds.checkpoints.weights import write_weights
 from mocte_ds.config import MocteConfig
 from mocte_ds.convert.hf.imported import FACTS_FILE, TAG
@@ -51,7 +51,7 @@ def merge(
     """
     if len(checkpoints) < 2:
         raise CheckpointError("one model is not a mixture; name two checkpoints or more.")
-    parts = [StoredSource(checkpoint) for checkpoint in checkpoints]
+    parts = [CheckpointSource(checkpoint) for checkpoint in checkpoints]
     first = parts[0]
     for part in parts:
         if part.blocks or part.base.get("bigram") is not None:
@@ -72,7 +72,7 @@ def merge(
         state = {**source.state, "tokenizer": first.state["tokenizer"]}
         write_weights(pending / TAG, uuid.uuid4().hex, source.model, dict(source.made), state)
         replace_text(pending / "latest", TAG)
-        StoredSource(pending / TAG)
+        CheckpointSource(pending / TAG)
         facts = {
             "mocte": _block(len(parts), top_k, modules),
             "experts": len(parts),
@@ -91,7 +91,7 @@ def _block(experts: int, top_k: int, modules: str) -> dict[str, Any]:
     return {"modules": modules, "num_experts": experts, "router": router, "freeze": {"policy": "off"}}
 
 
-def _tensor(name: str, parts: Sequence[StoredSource], shape: tuple[int, ...], seed: int) -> Tensor:
+def _tensor(name: str, parts: Sequence[CheckpointSource], shape: tuple[int, ...], seed: int) -> Tensor:
     """One tensor of the mixture."""
     if is_gate(name):
         if name.endswith(".cluster_weight"):

@@ -14,7 +14,7 @@ from mocte_ds.checkpoints.files import replace_file
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_NAME, PARTITIONED_MODEL_FILE
 from mocte_ds.checkpoints.place import find_tag
-from mocte_ds.checkpoints.reshaping.optimizer import StoredOptimizer
+from mocte_ds.checkpoints.reshaping.optimizer import CheckpointOptimizer
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.values import only_plausible, require_keys
 from mocte_ds.checkpoints.weights import Made
@@ -145,7 +145,7 @@ def _weights_of(folder: Path, manifest: Manifest, trained_only: bool) -> dict[st
     found = {name: _made(tensor) for name, tensor in stored.items()}
     if written.precision is None:
         return found
-    masters = _masters(StoredOptimizer(written), stored)
+    masters = _masters(CheckpointOptimizer(written), stored)
     masters |= {name: masters[other] for name, other in content["shared_params"].items() if other in masters}
     buffers = content["buffer_names"]
     return {
@@ -155,7 +155,7 @@ def _weights_of(folder: Path, manifest: Manifest, trained_only: bool) -> dict[st
     }
 
 
-def _masters(optimizer: StoredOptimizer, stored: dict[str, DiskTensor]) -> dict[str, Made]:
+def _masters(optimizer: CheckpointOptimizer, stored: dict[str, DiskTensor]) -> dict[str, Made]:
     masters = {}
     for whole in optimizer.groups.values():
         for name, (start, numel) in whole.fragments.items():

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.base_model import make_model, require_base
+from mocte_ds.checkpoints.base import refuse_decoder
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, is_gate, model_file
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.saved import require_experts
-from mocte_ds.checkpoints.stored_model import refuse_decoder
 from mocte_ds.checkpoints.values import only_plausible, read_plain, require_keys
 from mocte_ds.claims import require_backed
 from mocte_ds.config import MocteConfig
@@ -86,7 +86,7 @@ class Source:
         return [block for block in self.blocks if block.mode is not BlockMode.WARMUP]
 
 
-class StoredSource(Source):
+class CheckpointSource(Source):
     """The weights of a checkpoint on disk; only read."""
 
     def __init__(self, checkpoint: str | Path, dtype: str = "fp32") -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mocte_ds.controller.look import Look
 from mocte_ds.controller.probe_batches import Call, Rows, ids_of, labelled, spread, together
+from mocte_ds.controller.route_observer import RouteObserver
 from mocte_ds.dist.collectives import max_over_ranks, sum_over_ranks
 from mocte_ds.dist.mesh import Mesh
 from mocte_ds.moe.block import Block
@@ -309,9 +309,9 @@ class ProbeSet:
 
 
 @contextmanager
-def _looking(module: nn.Module, blocks: list[Block], places: Tensor | None = None) -> Iterator[Look]:
+def _looking(module: nn.Module, blocks: list[Block], places: Tensor | None = None) -> Iterator[RouteObserver]:
     """Evaluation mode with routes recorded; afterwards everything is as it was."""
-    training, look = module.training, Look(places)
+    training, look = module.training, RouteObserver(places)
     module.eval()
     try:
         with blocks[0].context.watched_by(look):

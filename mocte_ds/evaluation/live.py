@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mocte_ds.base_model import with_floats
 from mocte_ds.bigrams import with_bigrams
 from mocte_ds.checkpoints.place import find_tag
-from mocte_ds.checkpoints.source import NARROW, StoredSource
+from mocte_ds.checkpoints.source import NARROW, CheckpointSource
 from mocte_ds.convert.hf.kept_tokenizer import run_tokenizer
 from mocte_ds.convert.hf.tokenizer import SpecialIds
 from mocte_ds.convert.hf.trained import choose_target, empty_class, quiet_transformers, tensor_of
@@ -52,7 +52,7 @@ def load_live(
     """
     if dtype not in ("fp32", *NARROW):
         raise ConfigError(f"dtype = {dtype!r} is not one of {['fp32', *NARROW]}.")
-    source = StoredSource(find_tag(checkpoint), dtype)
+    source = CheckpointSource(find_tag(checkpoint), dtype)
     mine = run_tokenizer(tokenizer, source.state["tokenizer"], source.folder)
     network = _network(source, mine.special, replicas)
     text = network.config.get_text_config()
@@ -62,7 +62,7 @@ def load_live(
         return network.eval(), folder_tokenizer(Path(folder))
 
 
-def _network(source: StoredSource, special: SpecialIds, replicas: Replicas) -> Any:
+def _network(source: CheckpointSource, special: SpecialIds, replicas: Replicas) -> Any:
     """A model of transformers as its own class, and with experts as ours around it."""
     target = choose_target(source, "auto")
     with quiet_transformers():
@@ -81,7 +81,7 @@ def _network(source: StoredSource, special: SpecialIds, replicas: Replicas) -> A
 
 
 def _filled(
-    cls: Any, config: Any, read: Mapping[str, Callable[[], Tensor]], source: StoredSource, replicas: Replicas
+    cls: Any, config: Any, read: Mapping[str, Callable[[], Tensor]], source: CheckpointSource, replicas: Replicas
 ) -> Any:
     """A model of a class with the weights that this rank holds.
 

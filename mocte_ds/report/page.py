@@ -7,10 +7,9 @@ from mocte_ds.report import expert_tables, tables, words
 from mocte_ds.report.figures import ALL, FigureKind
 from mocte_ds.report.markup import document, figure, paragraph, table, text
 from mocte_ds.report.overview import everything, fact_rows
-from mocte_ds.report.profile_table import profile_table
-from mocte_ds.report.rank_table import ranks_table
 from mocte_ds.report.run import Run
 from mocte_ds.report.summary import sentences, tiles
+from mocte_ds.report.time_tables import profile_table, ranks_table
 
 SECTIONS = {
     "happened": "What happened",

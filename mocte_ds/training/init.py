@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mocte_ds.checkpoints.names import expert_parameter
-from mocte_ds.checkpoints.source import StoredSource
+from mocte_ds.checkpoints.source import CheckpointSource
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.controller.apply import apply_changes
@@ -32,7 +32,7 @@ class InitialWeights:
         Raises:
             CheckpointError: it is none, or damaged.
         """
-        self._source = StoredSource(folder)
+        self._source = CheckpointSource(folder)
         self._blocks = {m.name: m for m in self._source.model.modules() if isinstance(m, Block)}
         self._emerged = [name for name, block in self._blocks.items() if block.mode is not BlockMode.WARMUP]
 

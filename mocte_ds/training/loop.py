@@ -29,14 +29,14 @@ from mocte_ds.stop import end_soon, handles_signals
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.left_out import LeftOut
-from mocte_ds.training.make_engine import make_engine, seed_everything
+from mocte_ds.training.make_engine import make_engine, optimizer_bytes, seed_everything
 from mocte_ds.training.model import Forward, make_model, model_facts, model_record
 from mocte_ds.training.profile import Profile, profile_of_run
 from mocte_ds.training.run_folder import TOOL, checkpoint_tag, prune_checkpoints
 from mocte_ds.training.saving import finish, load, prepare, save
 from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry, expect_board
-from mocte_ds.training.validation import Validation
+from mocte_ds.training.validation import Validation, probe_rows
 from mocte_ds.training.watching import Watch
 from mocte_ds.watch import HEART, part, phase
 
@@ -100,8 +100,9 @@ class Trainer:
         held_out = validation_batches(start.prepared, self.run.context, validated + PROBE_SEQUENCES, None)
         scored = {name: (ids[:validated], labels[:validated]) for name, (ids, labels) in held_out.items()}
         self.validation = Validation(scored, t.micro_batch, self.forward, self.mesh.data)
-        if self.config:
-            self._give_probe({name: ids[validated:] for name, (ids, _) in held_out.items()})
+        probe = probe_rows({name: ids[validated:] for name, (ids, _) in held_out.items()}, self.loader.domains)
+        if self.config and probe:  # without one, some sequences of the first step will do
+            self.engine.mocte.set_probe(domain=probe[1], **self.forward.inputs(probe[0]))
         self.ledger, self.stop_asked, self._stays = Ledger(), False, set[str]()
         if start.checkpoints:
             assert start.tag is not None  # resume_folder finds none without a checkpoint in it
@@ -225,7 +226,12 @@ class Trainer:
                 blocks, frozen = self._modes()  # after a birth before the first step, before a check after this one
             if turn == turns - 1:
                 # Agreed before the last backward pass, so that no rank steps while another one stops.
-                mine = [total, float(self._optimizer_bytes()), float(self.stop_asked), HEART.take_working_seconds()]
+                mine = [
+                    total,
+                    float(optimizer_bytes(self.engine)),
+                    float(self.stop_asked),
+                    HEART.take_working_seconds(),
+                ]
                 with phase("agreement", waits=True):
                     told = gather_rows(torch.tensor([mine], dtype=torch.float64), self.mesh.world)
                 losses, sizes, stops, worked = told.T
@@ -276,28 +282,6 @@ class Trainer:
         if self.utilisation:
             found["mfu"] = self.utilisation.of_step(tokens, context, blocks, frozen, seconds)
         return found
-
-    def _give_probe(self, held_out: dict[str, torch.Tensor]) -> None:
-        """Checks look at held-out sequences which are not those that validation scores: experts are chosen by them."""
-        rows = [
-            (place, self.loader.domains.index(name), ids)
-            for name, sequences in held_out.items()
-            for place, ids in enumerate(sequences)
-        ]
-        if not rows:
-            return  # too little text: some sequences of the first step will do
-        rows.sort(key=lambda row: row[:2])  # all domains in turn
-        domain = torch.tensor([number for _, number, _ in rows])
-        inputs = self.forward.inputs(torch.stack([ids for _, _, ids in rows]))
-        self.engine.mocte.set_probe(domain=domain, **inputs)
-
-    def _optimizer_bytes(self) -> int:
-        if self.config:
-            return self.engine.mocte.optimizer_bytes()
-        base = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
-        tensors = [p for group in base.param_groups for p in group["params"]]
-        tensors += [v for values in base.state.values() for v in values.values() if torch.is_tensor(v)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _save(self, step: int) -> None:
         folder, started = self.out / "checkpoints", time.perf_counter()

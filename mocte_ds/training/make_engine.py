@@ -1,4 +1,4 @@
-"""The engine of a run, and the seeds of everything that draws numbers."""
+"""The engine of a run, what its optimizer holds, and the seeds of everything that draws numbers."""
 
 import random
 from typing import Any
@@ -31,3 +31,13 @@ def make_engine(model: nn.Module, settings: dict[str, Any]) -> Any:
         engine = deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
     engine.mesh = mesh_of_processes()
     return engine
+
+
+def optimizer_bytes(engine: Any) -> int:
+    """Bytes of master weights and of the optimizer's state on this rank."""
+    if hasattr(engine, "mocte"):
+        return engine.mocte.optimizer_bytes()
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    tensors = [p for group in base.param_groups for p in group["params"]]
+    tensors += [v for values in base.state.values() for v in values.values() if torch.is_tensor(v)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -92,7 +92,7 @@ class TransformersModel(_OfTransformers):
 
 
 @section("model")
-class StoredModel(_OfTransformers):
+class CheckpointModel(_OfTransformers):
     """The causal language model of transformers that a checkpoint holds, whose weights the run starts from."""
 
     base: dict[str, Plain]
@@ -122,7 +122,7 @@ class StoredModel(_OfTransformers):
         return make_dense(_fresh, self.config, self.base, "model.init")
 
 
-ModelConfig = TransformersModel | StoredModel
+ModelConfig = TransformersModel | CheckpointModel
 
 
 def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = True) -> Any:
@@ -146,7 +146,7 @@ def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = T
         model = config.fresh()
         if weights and isinstance(config, TransformersModel) and not next(model.parameters()).is_meta:
             scale_residual_outputs(model)
-        _take_generation(model, folder, config.base.get("generation") if isinstance(config, StoredModel) else None)
+        _take_generation(model, folder, config.base.get("generation") if isinstance(config, CheckpointModel) else None)
     if isinstance(config, TransformersModel):  # a stored model has come with its own
         put_bigrams(model, bigram_facts(config.bigram, eod_id))
     for settings in (model.config, model.generation_config):

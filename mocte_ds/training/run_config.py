@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mocte_ds.checkpoints.stored_model import stored_model
+from mocte_ds.checkpoints.base import base_in_checkpoint
 from mocte_ds.config import MocteConfig
 from mocte_ds.data.verify import Amount
 from mocte_ds.deepspeed_settings import checked_settings
@@ -16,7 +16,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shipped import shipped_file
 from mocte_ds.shown import name_shown, nearest, shown
-from mocte_ds.training.model import NO_LIMIT, ModelConfig, StoredModel, TransformersModel, model_facts
+from mocte_ds.training.model import NO_LIMIT, CheckpointModel, ModelConfig, TransformersModel, model_facts
 from mocte_ds.training.model_config import config_from, require_known
 from mocte_ds.training.presets import preset
 from mocte_ds.training.run_file import read_values
@@ -290,7 +290,7 @@ def _started(section: dict[str, Any], init: str) -> ModelConfig:
     for key in ("preset", "hf", "pretrained"):
         if key in section:
             raise ConfigError(f"model.{key} and model.init both say which model it is; remove model.{key}.")
-    return parse_section(StoredModel, {**section, "base": stored_model(init)})
+    return parse_section(CheckpointModel, {**section, "base": base_in_checkpoint(init)})
 
 
 def _fresh(section: dict[str, Any]) -> ModelConfig:

@@ -55,3 +55,22 @@ class Validation:
         sums = sum_over_ranks(sums, self._axis)
         mean = (sums[0] / sums[1]).tolist()
         return {**dict(zip(self.domains, mean, strict=True)), "mean": sum(mean) / len(mean)}
+
+
+def probe_rows(held_out: dict[str, Tensor], domains: list[str]) -> tuple[Tensor, Tensor] | None:
+    """Sequences for the probe set of checks, all domains in turn; None where there is too little text.
+
+    Args:
+        held_out: (n, T) ids by domain; none that validation scores, since experts are chosen by them.
+        domains: of the run, in its order.
+
+    Returns:
+        (S, T) ids, and (S,) numbers of their domains.
+    """
+    rows = [
+        (place, domains.index(name), ids) for name, sequences in held_out.items() for place, ids in enumerate(sequences)
+    ]
+    if not rows:
+        return None
+    rows.sort(key=lambda row: row[:2])
+    return torch.stack([ids for _, _, ids in rows]), torch.tensor([number for _, number, _ in rows])

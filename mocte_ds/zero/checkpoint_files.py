@@ -16,7 +16,7 @@ from mocte_ds.checkpoints.files import put_file
 from mocte_ds.checkpoints.names import EXPERT_FILE
 from mocte_ds.checkpoints.place import Place
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
-from mocte_ds.checkpoints.reshaping.layout import Layout
+from mocte_ds.checkpoints.reshaping.rank_layout import RankLayout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.save import Saver
@@ -127,7 +127,7 @@ class CheckpointFiles(CheckpointEngine):
             yield self._read
             return
         data = self._mesh.data
-        layout = Layout(data.size, ep_size, self._engine._config.use_data_before_expert_parallel_)
+        layout = RankLayout(data.size, ep_size, self._engine._config.use_data_before_expert_parallel_)
         with only_plausible(folder):
             written.require_precision(self._engine.bfloat16_enabled())
             self._reshaped = Reshaped(written, layout, data.rank)

@@ -12,7 +12,7 @@ import pytest
 
 from mocte_ds.benchmark import checkpoint, load
 from mocte_ds.benchmark.measure.disk import measure_disk
-from mocte_ds.benchmark.measure.peak import Peak
+from mocte_ds.benchmark.measure.memory import Peak
 from mocte_ds.errors import MocteError
 from tests.spawn import spawn
 from tools.benchmark import main

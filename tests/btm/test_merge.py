@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from mocte_ds.btm.merge import merge
-from mocte_ds.checkpoints.source import StoredSource
+from mocte_ds.checkpoints.source import CheckpointSource
 from mocte_ds.convert.hf.trained import trained_model
 from mocte_ds.data import validation_batches
 from mocte_ds.errors import CheckpointError, MocteError, NotOurs
@@ -49,7 +49,7 @@ def test_a_forced_router_gives_the_part(prepared: Path, tmp_path: Path, dense: C
     made = [dense(f"part{k}", 0, of_ffns(k)) for k in range(PARTS)]
     merge([folder for folder, _ in made], tmp_path / "merged", top_k=top_k)
     ids = validation_batches(prepared, CONTEXT, 4)["first"][0]
-    model = trained_model(StoredSource(tmp_path / "merged"))
+    model = trained_model(CheckpointSource(tmp_path / "merged"))
     means = [module.cluster_mean for module in model.modules() if hasattr(module, "cluster_mean")]
     assert len(means) == (2 if top_k == 1 else 0)
     for mean in means:
@@ -65,7 +65,7 @@ def test_a_forced_router_gives_the_part(prepared: Path, tmp_path: Path, dense: C
 def test_experts_are_the_parts_and_the_rest_is_their_mean(tmp_path: Path, dense: Callable) -> None:
     made = [dense(f"part{k}", k) for k in range(PARTS)]
     facts = merge([folder for folder, _ in made], tmp_path / "merged", seed=4)
-    source, seen = StoredSource(tmp_path / "merged"), 0
+    source, seen = CheckpointSource(tmp_path / "merged"), 0
     for name, tensor in made[0][1].state_dict().items():
         states = [part.state_dict()[name] for _, part in made]
         if ".mlp." in name:
@@ -106,7 +106,7 @@ def test_a_run_starts_from_it_and_its_routers_learn(
     assert code == 0, output
     rows = read_log(tmp_path / "out")
     assert all(sum(load) == 2 * 8 * CONTEXT for load in rows[-1]["expert_load"])
-    after = StoredSource(tmp_path / "out" / "checkpoints")
+    after = CheckpointSource(tmp_path / "out" / "checkpoints")
     learned = [after.read(name) for name in after.shapes if name.endswith("cluster_residual")]
     assert len(learned) == 2 and all(router.abs().max() > 1e-3 for router in learned)
 

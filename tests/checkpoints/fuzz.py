@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from mocte_ds.checkpoints.base import base_in_checkpoint
 from mocte_ds.checkpoints.fp32 import get_fp32_state_dict_from_zero_checkpoint
 from mocte_ds.checkpoints.inspection import checkpoint_facts, checkpoint_text
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.reshape import reshape
-from mocte_ds.checkpoints.stored_model import stored_model
 from mocte_ds.errors import MocteError
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 from tests.checkpoints.damage import seal
@@ -27,7 +27,7 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
     "reshape": lambda folder, out: reshape(folder, out, 1, 1),
     "reshape to more": lambda folder, out: reshape(folder, out, 4, 4),
     "model": lambda folder, _: load_model(folder),
-    "sizes": lambda folder, _: stored_model(folder),
+    "sizes": lambda folder, _: base_in_checkpoint(folder),
     "fp32": lambda folder, _: get_fp32_state_dict_from_zero_checkpoint(folder),
 }
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.gradients import DENSE, block_conflict, read_conflict
-from mocte_ds.controller.look import Look
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.progress import Progress
+from mocte_ds.controller.route_observer import RouteObserver
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.snapshots import Snapshots
 from mocte_ds.dist.mesh import mesh_of_processes
@@ -350,7 +350,7 @@ def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:
 
 
 def _routes(made: torch.nn.Module, block: Block, ids: torch.Tensor) -> torch.Tensor:
-    look = Look()
+    look = RouteObserver()
     with torch.no_grad(), block.context.watched_by(look):
         made(input_ids=ids)
     return look.routes[block.banks[0].deepspeed_moe]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mocte_ds.checkpoints.source import StoredSource
+from mocte_ds.checkpoints.source import CheckpointSource
 from mocte_ds.convert.hf.export import export
 from mocte_ds.data import BlendedLoader, Manifest
 from mocte_ds.errors import CheckpointError
@@ -70,7 +70,7 @@ def test_all_stages_train_the_table_and_resume(
     assert code == 2 and "model.bigram: checkpoint {" in output, output
 
     checkpoint, end = tmp_path / "whole2" / "checkpoints", Manifest.read(prepared).eod_id
-    source = StoredSource(checkpoint)
+    source = CheckpointSource(checkpoint)
     state = {name: source.read(name) for name in source.shapes}
     ids = torch.randint(3, 300, (4, 20), generator=torch.Generator().manual_seed(0))
     ids[1, 5] = ids[2, 0] = end

@@ -276,8 +276,7 @@ def refusals(folder: str) -> dict[str, str]:
     import os
 
     from mocte_ds.errors import MocteError
-    from mocte_ds.integrations.given_optimizer import refilled
-    from mocte_ds.integrations.transformers import MocteTrainer
+    from mocte_ds.integrations.transformers import MocteTrainer, refilled
 
     found, data = {}, trainer_runs.rows(16)
 

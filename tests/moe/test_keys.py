@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights, inherit
-from mocte_ds.controller.look import Look
+from mocte_ds.controller.route_observer import RouteObserver
 from mocte_ds.errors import ConfigError
 from mocte_ds.flops.ledger import gate_flops
 from mocte_ds.moe import Block, BlockMode, attach
@@ -80,7 +80,7 @@ def test_generation_with_a_cache_routes_like_one_pass(kind: str) -> None:
     layers = [block.banks[0].deepspeed_moe for block in blocks]
     ids = torch.randint(1, V, (3, 12))
     ids[0, 4], ids[1, 6] = EOD, EOD  # one document ends inside the prompt, one with its last token
-    look = Look()
+    look = RouteObserver()
     with torch.no_grad(), blocks[0].context.watched_by(look):
         whole = model(input_ids=ids, use_cache=False).logits
         expected = [look.routes[layer].view(3, 12) for layer in layers]

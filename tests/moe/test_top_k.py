@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller.look import Look
+from mocte_ds.controller.route_observer import RouteObserver
 from mocte_ds.controller.samples import Samples
 from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import ConfigError
@@ -95,7 +95,7 @@ def test_outputs_and_gradients(top_k: int, normalise: bool, weighing: str) -> No
 def test_what_is_recorded_is_the_best_expert() -> None:
     model, block = emerged(top_k=2)
     features = torch.randn(2, T // 2, D)
-    look = Look(torch.stack([torch.arange(T), 7 * torch.arange(T)], -1).view(2, -1, 2))
+    look = RouteObserver(torch.stack([torch.arange(T), 7 * torch.arange(T)], -1).view(2, -1, 2))
     with block.context.watched_by(look):
         model.eval()(features)
     layer, gate = block.banks[0].deepspeed_moe, block.banks[0].gate

@@ -17,7 +17,7 @@ from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.flops.model_sizes import model_sizes
 from mocte_ds.plan.parameters import count_parameters
 from mocte_ds.training import make_engine as engines
-from mocte_ds.training.model import Forward, StoredModel, TransformersModel, make_model, model_facts
+from mocte_ds.training.model import CheckpointModel, Forward, TransformersModel, make_model, model_facts
 from mocte_ds.training.run_config import read_run
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -217,7 +217,7 @@ def test_decay_is_that_of_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stored_model_has_its_table() -> None:
     facts = require_base(base_facts(make_model(config(), END)), "here")
     assert facts["bigram"] == {"rows": ROWS, "seed": 5, "scale": 1.0, "end_id": END}
-    again, model = StoredModel(base=facts), drawn()
+    again, model = CheckpointModel(base=facts), drawn()
     assert again.bigram == Bigram(rows=ROWS, seed=5)
     assert model_facts(again)["bigram"] == model_facts(config())["bigram"]
     for made in (make_model(again, 9), make_stored(facts, "here").to_empty(device="cpu")):

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mocte_ds.base_model import base_facts
 from mocte_ds.errors import ConfigError
 from mocte_ds.sections import parse_section
-from mocte_ds.training.model import Forward, StoredModel, TransformersModel, config_sizes, make_model, model_facts
+from mocte_ds.training.model import CheckpointModel, Forward, TransformersModel, config_sizes, make_model, model_facts
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 END = 2
@@ -99,7 +99,7 @@ def test_a_stored_config_makes_the_same_model(kind: str) -> None:
     with torch.device("meta"):
         model = make_model(first, END)
     stored = json.loads(json.dumps(base_facts(model), allow_nan=False))
-    again = StoredModel(base=stored)
+    again = CheckpointModel(base=stored)
     with torch.device("meta"):
         assert base_facts(make_model(again, END)) == stored
     facts = model_facts(again)

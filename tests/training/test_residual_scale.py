@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mocte_ds.base_model import base_facts
-from mocte_ds.training.model import StoredModel, TransformersModel, make_model
+from mocte_ds.training.model import CheckpointModel, TransformersModel, make_model
 from mocte_ds.training.residual_scale import scale_residual_outputs
 
 LAYERS = 8
@@ -60,5 +60,5 @@ def test_weights_of_a_folder_or_checkpoint_stay(tmp_path: Path) -> None:
     assert wide.std().item() == pytest.approx(0.02, rel=0.1)
     theirs.save_pretrained(tmp_path)
     assert torch.equal(make_model(TransformersModel(pretrained=str(tmp_path))).get_parameter(name), wide)
-    stored = make_model(StoredModel(base=base_facts(theirs)))
+    stored = make_model(CheckpointModel(base=base_facts(theirs)))
     assert stored.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.1)

@@ -11,7 +11,7 @@ import torch
 from mocte_ds.checkpoints.fp32 import get_fp32_state_dict_from_zero_checkpoint
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_NAME, MODEL_FILE, expert_parameter
 from mocte_ds.checkpoints.reshaping.reshape import reshape
-from mocte_ds.checkpoints.source import StoredSource
+from mocte_ds.checkpoints.source import CheckpointSource
 from mocte_ds.errors import CheckpointError, ConfigError
 from tests.checkpoints.by_hand import sign
 from tests.spawn import spawn
@@ -170,16 +170,16 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     folders = [str(tmp_path / name) for name in ("now", "earlier")]
     for now, then in spawn(gone_on, 2, folders, timeout=200, deepspeed=True):
         assert now == then
-    assert StoredSource(folders[0]).shapes == StoredSource(folders[1]).shapes
+    assert CheckpointSource(folders[0]).shapes == CheckpointSource(folders[1]).shapes
     found = [get_fp32_state_dict_from_zero_checkpoint(folder) for folder in folders]
-    assert found[0].keys() == found[1].keys() == StoredSource(folders[0]).shapes.keys()
+    assert found[0].keys() == found[1].keys() == CheckpointSource(folders[0]).shapes.keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     reshape(folders[1], tmp_path / "one", 1, 1)
     assert get_fp32_state_dict_from_zero_checkpoint(tmp_path / "one").keys() == found[0].keys()
     (earlier.parent.parent / "now" / "step1" / EXPERT_FILE.format(layer=0, expert=3)).unlink()
     sign(tmp_path / "now" / "step1", ranks=2)
     with pytest.raises(CheckpointError, match="layer_0_expert_3_mp_rank_00_model_states.pt is missing"):
-        StoredSource(folders[0])
+        CheckpointSource(folders[0])
 
 
 def test_an_ffn_that_shares_weights_is_refused() -> None:

@@ -14,7 +14,7 @@ import mocte_ds
 from mocte_ds.base_model import base_facts
 from mocte_ds.benchmark.measure.disk import forget
 from mocte_ds.benchmark.measure.llama import llama, next_token_loss
-from mocte_ds.benchmark.measure.peak import Peak
+from mocte_ds.benchmark.measure.memory import Peak
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.convert.hf.export import export

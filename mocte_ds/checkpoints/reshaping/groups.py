@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mocte_ds.checkpoints.disk_tensors import DiskTensor, filled, join
-from mocte_ds.checkpoints.reshaping.layout import partition_size
+from mocte_ds.checkpoints.reshaping.rank_layout import partition_size
 from mocte_ds.checkpoints.reshaping.shards import GroupPart, is_vector
 from mocte_ds.errors import CheckpointError
 

@@ -6,13 +6,13 @@ from typing import Any
 from mocte_ds.checkpoints.disk_tensors import DiskTensor, read_disk_tensors
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, renumbered
 from mocte_ds.checkpoints.reshaping.groups import cut, joined
-from mocte_ds.checkpoints.reshaping.layout import Layout
+from mocte_ds.checkpoints.reshaping.rank_layout import RankLayout
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.reshaping.shards import GroupPart, Key, Shard
 from mocte_ds.errors import CheckpointError
 
 
-class StoredOptimizer:
+class CheckpointOptimizer:
     """Master weights and moments of all ranks; nothing is read of them but where they lie."""
 
     def __init__(self, written: SavedCheckpoint) -> None:
@@ -54,18 +54,18 @@ class StoredOptimizer:
             self.groups[key] = whole = joined(parts, files)
             self._require_model(key, whole, files[0])
 
-    def first_expert(self, layout: Layout, rank: int) -> int:
+    def first_expert(self, layout: RankLayout, rank: int) -> int:
         """Number in its bank of a rank's first expert."""
         return layout.ep_rank(rank) * (self.written.num_experts // layout.ep_size)
 
-    def keys(self, layout: Layout, rank: int) -> list[Key]:
+    def keys(self, layout: RankLayout, rank: int) -> list[Key]:
         """Groups of a rank in a layout, in its order."""
         first = self.first_expert(layout, rank)
         local = range(first, first + self.written.num_experts // layout.ep_size)
         mine = [key for key, whole in self.groups.items() if not whole.is_expert or self._number(whole) in local]
         return sorted(mine, key=self._place)
 
-    def shard(self, layout: Layout, rank: int) -> dict[str, Any]:
+    def shard(self, layout: RankLayout, rank: int) -> dict[str, Any]:
         """Content of a rank's file in a layout."""
         parts = {}
         for key in self.keys(layout, rank):
@@ -78,7 +78,7 @@ class StoredOptimizer:
             parts[key] = part
         return Shard(parts, self.shards[0].common).content(self.first_expert(layout, rank))
 
-    def shapes(self, layout: Layout, rank: int) -> list[dict[str, tuple[int, ...]]]:
+    def shapes(self, layout: RankLayout, rank: int) -> list[dict[str, tuple[int, ...]]]:
         """Shapes of a rank's parameters, by group; experts with the rank's own numbers."""
         first = self.first_expert(layout, rank)
         groups = [self.groups[key] for key in self.keys(layout, rank)]

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
-from mocte_ds.checkpoints.reshaping.layout import Layout
+from mocte_ds.checkpoints.reshaping.rank_layout import RankLayout
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
 from mocte_ds.checkpoints.save import Saver
@@ -51,7 +51,7 @@ def reshape(
     manifest = require_whole(folder)
     with only_plausible(folder):
         written = SavedCheckpoint(folder, manifest)
-        layout = Layout(world_size, ep_size, written.layout.data_before_expert)
+        layout = RankLayout(world_size, ep_size, written.layout.data_before_expert)
         reshaped = Reshaped(written, layout)
         written.require_supported()
         written.require_batch(world_size)

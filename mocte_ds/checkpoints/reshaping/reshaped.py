@@ -5,6 +5,7 @@ import hashlib
 import math
 import random
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ from mocte_ds.checkpoints.disk_tensors import FileCopy, TensorFile, filled, read
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.names import EXPERT_FILE, EXPERT_PARAMETER, MODEL_FILE, OPTIMIZER_NAME, renumbered
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME, generator_states
-from mocte_ds.checkpoints.reshaping.layout import Layout
-from mocte_ds.checkpoints.reshaping.optimizer import StoredOptimizer
+from mocte_ds.checkpoints.reshaping.optimizer import CheckpointOptimizer
+from mocte_ds.checkpoints.reshaping.rank_layout import RankLayout
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
-from mocte_ds.checkpoints.reshaping.schedules import for_groups
+from mocte_ds.checkpoints.reshaping.shards import Key
 from mocte_ds.checkpoints.values import read_plain
 from mocte_ds.errors import CheckpointError
 
@@ -28,7 +29,7 @@ _MOST_SHOWN = 1024
 class Reshaped:
     """What the files of a checkpoint are in a layout; the checkpoint itself is only read."""
 
-    def __init__(self, written: SavedCheckpoint, layout: Layout, rank: int = 0) -> None:
+    def __init__(self, written: SavedCheckpoint, layout: RankLayout, rank: int = 0) -> None:
         """Choose a layout.
 
         Args:
@@ -104,8 +105,8 @@ class Reshaped:
         return plain
 
     @functools.cached_property
-    def _optimizer(self) -> StoredOptimizer:
-        return StoredOptimizer(self.written)
+    def _optimizer(self) -> CheckpointOptimizer:
+        return CheckpointOptimizer(self.written)
 
     def _content(self, name: str) -> Any:
         """The new content of a file that the layout changes; None for one that stays as it is."""
@@ -142,7 +143,7 @@ class Reshaped:
     def _schedule(self, state: Any) -> Any:
         """A learning-rate scheduler's state for this rank's groups; rank 0 has written its own."""
         before = self._optimizer.keys(self.written.layout, 0)
-        return for_groups(state, before, self._optimizer.keys(self.layout, self.rank))
+        return _for_groups(state, before, self._optimizer.keys(self.layout, self.rank))
 
     def _state(self) -> dict[str, Any]:
         state = self.written.state or {}
@@ -165,7 +166,7 @@ class Reshaped:
         return states
 
 
-def require_divisible(layout: Layout, num_experts: int) -> None:
+def require_divisible(layout: RankLayout, num_experts: int) -> None:
     """Refuse a layout that the experts cannot be spread over.
 
     Raises:
@@ -185,3 +186,28 @@ def require_divisible(layout: Layout, num_experts: int) -> None:
 
 def _sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Size]:
     return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+
+def _for_groups(state: Any, before: Sequence[Key], now: Sequence[Key]) -> Any:
+    """The state of a learning-rate scheduler with every list of one number per group rearranged.
+
+    Args:
+        state: of any scheduler of torch or DeepSpeed, nested ones included.
+        before: groups of the rank that wrote it.
+        now: groups of this rank; one that is new follows a group with the same options, else the first, as in a run.
+    """
+    if before == now or not before:
+        return state
+    options = [key[1] for key in before]
+    sources = [before.index(key) if key in before else options.index(key[1]) if key[1] in options else 0 for key in now]
+    return _rearranged(state, len(before), sources)
+
+
+def _rearranged(state: Any, count: int, sources: list[int]) -> Any:
+    if isinstance(state, dict):
+        return {name: _rearranged(value, count, sources) for name, value in state.items()}
+    if isinstance(state, list):
+        if len(state) == count and all(item is None or isinstance(item, int | float) for item in state):
+            return [state[source] for source in sources]
+        return [_rearranged(item, count, sources) for item in state]
+    return state

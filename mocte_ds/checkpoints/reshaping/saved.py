@@ -16,7 +16,7 @@ from mocte_ds.checkpoints.names import (
     model_file,
 )
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME
-from mocte_ds.checkpoints.reshaping.layout import Layout
+from mocte_ds.checkpoints.reshaping.rank_layout import RankLayout
 from mocte_ds.checkpoints.values import require_keys
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
@@ -107,7 +107,7 @@ class SavedCheckpoint:
             )
 
     @functools.cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> RankLayout:
         """How it is spread over ranks.
 
         Raises:
@@ -115,7 +115,7 @@ class SavedCheckpoint:
         """
         ranks = self.manifest.world_size
         if self.state is None:
-            return Layout(ranks)
+            return RankLayout(ranks)
         config, ds_config = self.state["mocte"]["config"], self.model["ds_config"]
         first = isinstance(ds_config, dict) and bool(ds_config.get("use_data_before_expert_parallelism"))
         ep_size, experts = config["ep_size"], config["num_experts"]
@@ -124,7 +124,7 @@ class SavedCheckpoint:
                 f"{self.folder / STATE_FILE} has ep_size {ep_size!r}, which does not fit {ranks} ranks and {experts} "
                 "experts."
             )
-        return Layout(ranks, ep_size, first)
+        return RankLayout(ranks, ep_size, first)
 
     def optimizer_file(self, rank: int) -> str:
         """Name of a rank's part of the optimizer."""

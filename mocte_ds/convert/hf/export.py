@@ -11,7 +11,7 @@ import psutil
 from mocte_ds.base_model import longest_context, make_config
 from mocte_ds.bigrams import refuse_bigrams
 from mocte_ds.checkpoints.place import find_tag
-from mocte_ds.checkpoints.source import NARROW, Source, StoredSource
+from mocte_ds.checkpoints.source import NARROW, CheckpointSource, Source
 from mocte_ds.convert.hf.card import model_card
 from mocte_ds.convert.hf.kept_tokenizer import KeptTokenizer, run_tokenizer
 from mocte_ds.convert.hf.mixture import find_mixture
@@ -72,7 +72,7 @@ def export(
     folder = find_tag(checkpoint)
     out = require_free(Path(out), folder, TOOL)
     tell(f"reading {folder}")
-    source = StoredSource(folder, dtype or "fp32")
+    source = CheckpointSource(folder, dtype or "fp32")
     told = {"checkpoint_bytes": source.checkpoint_bytes, "start_bytes": start}
     trained, tokenizer = source.state["tokenizer"], None
     if tokenizer_path is not None or trained is not None:

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from mocte_ds.base_model import longest_context, make_config
-from mocte_ds.checkpoints.source import Source, StoredSource
+from mocte_ds.checkpoints.source import CheckpointSource, Source
 from mocte_ds.checkpoints.weights import Made, Tensors, write_weights
 from mocte_ds.config import MocteConfig
 from mocte_ds.convert.hf.emerged import Emerged
@@ -104,7 +104,7 @@ def import_hf(
         write_weights(pending / TAG, uuid.uuid4().hex, model, weights, state)
         replace_text(pending / "latest", TAG)
         tell("reading what was written")
-        _require_same(StoredSource(pending / TAG), weights)
+        _require_same(CheckpointSource(pending / TAG), weights)
         facts: dict[str, Any] = {
             "architecture": source.base["architecture"],
             "parameters": source.parameters,

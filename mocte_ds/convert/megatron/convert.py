@@ -9,7 +9,7 @@ import torch
 
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.place import find_tag
-from mocte_ds.checkpoints.source import Source, StoredSource
+from mocte_ds.checkpoints.source import CheckpointSource, Source
 from mocte_ds.checkpoints.weights import tensors_of, write_weights
 from mocte_ds.convert.hf.output_folder import finished_folder, require_room
 from mocte_ds.convert.megatron import folder as files
@@ -49,7 +49,7 @@ def to_megatron(
     found = find_tag(checkpoint)
     target = _require_new(Path(out), found, dtype)
     tell(f"reading {found}")
-    source = StoredSource(found, dtype)
+    source = CheckpointSource(found, dtype)
     settings, manifest = settings_of(source, found), Manifest.read(found)
     pairs = all_pairs(source, settings)
     unused(source, pairs)  # says so before anything is written
@@ -107,7 +107,7 @@ def from_megatron(
         write_weights(pending / tag, source.manifest.run, source.model, tensors_of(source), source.state)
         replace_text(pending / "latest", tag)
         tell("comparing")
-        written = StoredSource(pending / tag)
+        written = CheckpointSource(pending / tag)
         for name in source.shapes:
             if not torch.equal(written.read(name), source.read(name)):
                 raise CheckpointError(f"the weight {name} was lost or changed on its way through the file.")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mocte_ds.base_model import require_base
+from mocte_ds.checkpoints.base import refuse_decoder
 from mocte_ds.checkpoints.files import to_json
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import Source, empty_model
-from mocte_ds.checkpoints.stored_model import refuse_decoder
 from mocte_ds.convert.hf.shards import Entry, Shards, write_shards
 from mocte_ds.convert.megatron.settings import Settings, settings_of
 from mocte_ds.convert.megatron.tensor_map import Pair, all_pairs, unused

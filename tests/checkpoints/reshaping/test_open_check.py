@@ -3,7 +3,7 @@
 import torch
 
 from mocte_ds.checkpoints.load import STATE_FILE
-from mocte_ds.checkpoints.reshaping.layout import Layout
+from mocte_ds.checkpoints.reshaping.rank_layout import RankLayout
 from mocte_ds.checkpoints.reshaping.reshape import reshape
 from mocte_ds.checkpoints.reshaping.reshaped import Reshaped
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
@@ -20,7 +20,7 @@ def test_it_is_said_that_a_check_is_left_out(written, tmp_path, capsys):
         torch.save(content, folder / STATE_FILE)
         seal(folder)
         there = SavedCheckpoint(folder, Manifest.read(folder))
-        for layout, said in ((Layout(1, 1), told), (there.layout, False)):
+        for layout, said in ((RankLayout(1, 1), told), (there.layout, False)):
             note = Reshaped(there, layout).note(batch=there.batch) or ""
             assert ("measured and not decided" in note) == said
         out = tmp_path / f"out {told}"

@@ -7,7 +7,7 @@ import torch
 from pytest import mark, raises
 from transformers import AutoModelForCausalLM
 
-from mocte_ds.checkpoints.source import StoredSource
+from mocte_ds.checkpoints.source import CheckpointSource
 from mocte_ds.convert.megatron.convert import from_megatron, to_megatron
 from mocte_ds.convert.megatron.cpu import one_process
 from mocte_ds.errors import CheckpointError
@@ -36,7 +36,7 @@ def test_megatron_computes_what_the_mixture_computes(name: str, tmp_path: Path) 
         expected = theirs(input_ids=ids).logits.numpy()
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     from_megatron(tmp_path / "megatron", tmp_path / "back")
-    old, new = StoredSource(checkpoint), StoredSource(tmp_path / "back")
+    old, new = CheckpointSource(checkpoint), CheckpointSource(tmp_path / "back")
     assert old.shapes == new.shapes and old.state == new.state
     assert all(torch.equal(old.read(tensor), new.read(tensor)) for tensor in old.shapes)
 

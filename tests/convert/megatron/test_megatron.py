@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from transformers import LlamaConfig
 
 from mocte_ds.base_model import base_facts
-from mocte_ds.checkpoints.source import StoredSource
+from mocte_ds.checkpoints.source import CheckpointSource
 from mocte_ds.convert.megatron import convert
 from mocte_ds.convert.megatron.base_config import arguments_of
 from mocte_ds.convert.megatron.convert import from_megatron, to_megatron
@@ -169,7 +169,7 @@ def test_parallelism_vocabulary_and_names_of_transformer_engine(converted):
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    source = StoredSource(checkpoint)
+    source = CheckpointSource(checkpoint)
     return {name: source.read(name) for name in source.shapes}
 
 
@@ -184,7 +184,7 @@ def test_the_round_trip_changes_nothing(converted, name, tmp_path):
         if name == "learned" and (key.endswith("cluster_weight") or key.endswith("cluster_residual")):
             continue  # the sum is kept, in the prior
         assert torch.equal(value, new[key]), key
-    states = [StoredSource(folder).state for folder in (converted.checkpoints[name], tmp_path / "back")]
+    states = [CheckpointSource(folder).state for folder in (converted.checkpoints[name], tmp_path / "back")]
     assert states[0] == states[1] and facts["tag"] == "step7" and states[0]["tokens"] == 700
     expected = logits(converted.checkpoints[name])
     difference = np.abs(logits(tmp_path / "back") - expected).max()

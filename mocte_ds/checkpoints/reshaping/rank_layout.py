@@ -6,7 +6,7 @@ ALIGNMENT = 2  # DeepSpeed pads a group of parameters to a multiple of this time
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankLayout:
     """How a run is spread over its ranks."""
 
     world_size: int
@@ -24,7 +24,7 @@ class Layout:
         """Ranks that share the experts of ``ep_rank``; None: the ranks that share everything else, which are all."""
         return [rank for rank in range(self.world_size) if ep_rank is None or self.ep_rank(rank) == ep_rank]
 
-    def same_as(self, other: "Layout") -> bool:
+    def same_as(self, other: "RankLayout") -> bool:
         """Whether every rank holds the same in both."""
         ranks = range(self.world_size)
         sizes = (self.world_size, self.ep_size) == (other.world_size, other.ep_size)

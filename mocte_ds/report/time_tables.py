@@ -1,10 +1,10 @@
-"""How long each rank worked in a step, and which one the others waited for."""
+"""Where the time went: by rank, and by part of the model in steps that were profiled."""
 
 import numpy as np
 
 from mocte_ds.report.markup import paragraph, table
 from mocte_ds.report.run import Run
-from mocte_ds.report.wording import decimal, integer, percent
+from mocte_ds.report.wording import decimal, integer, percent, plural
 
 _SHOWN = 16
 
@@ -36,3 +36,28 @@ def ranks_table(run: Run) -> str:
     if ranks > _SHOWN:
         remark += f" The {_SHOWN} of {integer(ranks)} ranks that were most often the slowest."
     return table("ranks-table", head, lines, "nnnnn") + paragraph(remark, "soft")
+
+
+def profile_table(run: Run) -> str:
+    """Parts of the last profile in the log, those that took longest first."""
+    profiles = run.of_kind("profile")
+    if not profiles:
+        return paragraph("No step was profiled; --profile STEPS of the training records some.", "soft")
+    last = profiles[-1]
+    parts, steps = last["parts"], last["steps"]
+    total = sum(map(sum, parts.values())) or 1.0
+    lines = [
+        [
+            name,
+            decimal(1e3 * forward / steps, 1),
+            decimal(1e3 * backward / steps, 1),
+            percent((forward + backward) / total),
+        ]
+        for name, (forward, backward) in parts.items()
+    ]
+    remark = (
+        f"Rank 0, {plural(steps, 'step')} up to step {last['step']}, {decimal(last['seconds'] / steps, 3)} s each. The "
+        "profiler makes steps longer. Traces are in the run's folder profile/."
+    )
+    head = ["part", "forward (ms)", "backward (ms)", "share"]
+    return table("profile-table", head, lines, "tnnn") + paragraph(remark, "soft")

@@ -1,12 +1,13 @@
-"""The table of ranks agrees with numpy's quantiles of the log."""
+"""The table of ranks agrees with numpy's quantiles of the log; that of parts with sums by hand."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 
-from mocte_ds.report.rank_table import ranks_table
 from mocte_ds.report.run import Run
+from mocte_ds.report.time_tables import profile_table, ranks_table
+from tests.report.parsed import Page
 
 
 def test_ranks() -> None:
@@ -24,3 +25,19 @@ def test_ranks() -> None:
 
 def test_an_older_log() -> None:
     assert "no working times" in ranks_table(Run(Path(), [{"step": 1, "tokens": 1}]))
+
+
+def test_parts_of_the_last_profile() -> None:
+    early = {"event": "profile", "step": 3, "tokens": 30, "steps": 1, "seconds": 9.0, "parts": {"gate": [9.0, 0.0]}}
+    late = {**early, "step": 8, "steps": 2, "seconds": 4.0, "parts": {"experts": [1.0, 2.0], "gate": [1.0, 0.0]}}
+    html = profile_table(Run(Path("run"), [], [early, late]))
+    assert Page(html).tables["profile-table"] == [
+        ["part", "forward (ms)", "backward (ms)", "share"],
+        ["experts", "500.0", "1000.0", "75.00 %"],
+        ["gate", "500.0", "0.0", "25.00 %"],
+    ]
+    assert "2 steps up to step 8, 2.000 s each." in html
+
+
+def test_a_run_without_a_profile_says_how_to_get_one() -> None:
+    assert "--profile STEPS" in profile_table(Run(Path("run"), []))

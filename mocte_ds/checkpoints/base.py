@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from mocte_ds.base_model import require_base
+from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.names import MODEL_FILE
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.values import read_plain
 from mocte_ds.errors import CheckpointError
 
-_STATE_FILE = "mocte_state.pt"
 
-
-def stored_model(checkpoint: str | Path) -> dict[str, Any]:
+def base_in_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     """What :func:`mocte_ds.base_model.base_facts` has said of the model.
 
     Args:
@@ -22,7 +21,7 @@ def stored_model(checkpoint: str | Path) -> dict[str, Any]:
         CheckpointError: it is none, or does not say which model it holds.
     """
     folder = find_tag(checkpoint)
-    state = folder / _STATE_FILE
+    state = folder / STATE_FILE
     content = read_plain(state if state.is_file() else folder / MODEL_FILE, mmap=True)
     client = content.get("client_state", content) if isinstance(content, dict) else {}
     refuse_decoder(client, folder)

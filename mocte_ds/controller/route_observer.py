@@ -7,7 +7,7 @@ from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.observer import Observer
 
 
-class Look(Observer):
+class RouteObserver(Observer):
     """By layer of experts, of the passes that begin within :meth:`BatchContext.watched_by`."""
 
     def __init__(self, places: Tensor | None = None) -> None:
