@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "gpt-140m": {**_GPT2, "n_embd": 768, "n_inner": 3072, "n_layer": 14, "n_head": 12, "n_positions": 1024},
     "gpt-750m": {**_GPT2, "n_embd": 1536, "n_inner": 6144, "n_layer": 24, "n_head": 16, "n_positions": 1024},
-    "llama-1b": {
+    "mocte-1b": {
         **_LLAMA,
         "vocab_size": 32000,
         "hidden_size": 2048,
@@ -50,7 +50,7 @@ def preset(name: str) -> dict[str, Any]:
     quickstart          1,262,720 parameters: some minutes on two CPU cores
     gpt-140m          138,651,648 the smaller of the paper's sizes, vocabulary of GPT-2 rounded up to 50,304
     gpt-750m          758,799,360 the larger one
-    llama-1b        1,100,048,384
+    mocte-1b        1,100,048,384
     llama-7b        6,738,415,616
 
     Args:
