@@ -128,13 +128,18 @@ def _samples(task: Task, layout: Layout) -> float:
 
 
 def host_memory(task: Task, layout: Layout, per_host: int) -> float:
-    """Bytes on a host at the start: every rank makes the whole model in fp32 before it moves, and experts on the way.
+    """Bytes on a host at the start, where every rank makes the whole model before it moves.
 
-    Those of one block at a time; under stage 3 all of a rank's experts.
+    In the type that it computes in, with a layer and what lies outside of layers in fp32 while their weights are drawn;
+    then the experts of one block at a time, under stage 3 all of a rank's experts.
     """
-    p = task.parameters
+    p, layers = task.parameters, len(task.sizes.layers)
+    tables = task.vocab_size * task.sizes.hidden_size + task.sizes.outside - task.sizes.tied
+    drawn = (4 - task.width) * (tables + (p.trunk + p.dense - tables) / layers)
     together = p.blocks if layout.stage < 3 and p.blocks else 1
-    return 4.0 * per_host * (p.trunk + p.dense + p.in_experts / layout.ep_size / together)
+    return per_host * (
+        task.width * (p.trunk + p.dense) + max(drawn, task.width * p.in_experts / layout.ep_size / together)
+    )
 
 
 def checkpoint(task: Task, born: bool) -> float:

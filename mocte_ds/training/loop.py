@@ -29,7 +29,7 @@ from mocte_ds.stop import end_soon, handles_signals
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.left_out import LeftOut
-from mocte_ds.training.make_engine import make_engine, optimizer_bytes, seed_everything
+from mocte_ds.training.make_engine import make_engine, optimizer_bytes, seed_everything, type_of_weights
 from mocte_ds.training.model import Forward, make_model, model_facts, model_record
 from mocte_ds.training.profile import Profile, profile_of_run
 from mocte_ds.training.run_folder import TOOL, checkpoint_tag, prune_checkpoints
@@ -61,7 +61,8 @@ class Trainer:
         # Looked at before a model of the sizes that it claims is made.
         init = InitialWeights(self.run.init) if self.run.init is not None and start.checkpoints is None else None
         seed_everything(t.seed)
-        model = make_model(self.run.model, start.manifest.eod_id, weights=init is None and start.checkpoints is None)
+        draws, dtype = init is None and start.checkpoints is None, type_of_weights(settings)
+        model = make_model(self.run.model, start.manifest.eod_id, draws, dtype)
         self.forward = Forward(model, start.manifest.eod_id if self.run.data.document_mask else None)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.sizes = model_sizes(model, matching_modules(model, self.config.modules) if self.config else ())

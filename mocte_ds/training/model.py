@@ -1,5 +1,6 @@
 """The model of a run: any causal language model of transformers, fresh, from a folder, or from a checkpoint."""
 
+import contextlib
 import copy
 import functools
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from mocte_ds.flops.model_sizes import ModelSizes, model_sizes
 from mocte_ds.sections import Plain, section
 from mocte_ds.shown import one_line, shown
 from mocte_ds.training.model_config import config_from, config_of
+from mocte_ds.training.narrow_weights import cast_parameters, computed_in_fp32, narrow_weights
 from mocte_ds.training.residual_scale import scale_residual_outputs
 
 NO_LIMIT = 1 << 30
@@ -125,13 +127,16 @@ class CheckpointModel(_OfTransformers):
 ModelConfig = TransformersModel | CheckpointModel
 
 
-def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = True) -> Any:
-    """A dense model on the CPU, in fp32 and in training mode.
+def make_model(
+    config: ModelConfig, eod_id: int | None = None, weights: bool = True, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A dense model on the CPU, in training mode.
 
     Args:
         config: which one.
         eod_id: token that ends a document; it ends texts of a model of transformers whose config names no other one.
         weights: False: other weights will follow.
+        dtype: of its parameters; other types hold what fp32 would, rounded, and take no more memory than they need.
 
     Raises:
         CheckpointError: the folder of `pretrained` is damaged or incomplete.
@@ -141,14 +146,17 @@ def make_model(config: ModelConfig, eod_id: int | None = None, weights: bool = T
     if folder and weights:
         from mocte_ds.convert.hf.load import load_model
 
-        model = load_model(folder, torch.float32)
+        model = load_model(folder, dtype)
     else:
-        model = config.fresh()
-        if weights and isinstance(config, TransformersModel) and not next(model.parameters()).is_meta:
-            scale_residual_outputs(model)
+        draws = weights and isinstance(config, TransformersModel) and torch.get_default_device().type != "meta"
+        scale = scale_residual_outputs if draws else _leave
+        with contextlib.nullcontext() if dtype == torch.float32 else narrow_weights(dtype, scale):
+            model = config.fresh()
+        scale(model, model.config)
         _take_generation(model, folder, config.base.get("generation") if isinstance(config, CheckpointModel) else None)
     if isinstance(config, TransformersModel):  # a stored model has come with its own
         put_bigrams(model, bigram_facts(config.bigram, eod_id))
+    cast_parameters(model, dtype)  # what lies in no layer, and what a class keeps in fp32
     for settings in (model.config, model.generation_config):
         if settings is not None and settings.eos_token_id is None:
             settings.eos_token_id = eod_id
@@ -210,9 +218,9 @@ class Forward:
         ids = torch.tensor([[a, a, end, a, b, c, b], [b, c, end, a, b, c, b], [a, a, end, a, b, c, a]])
         name = type(model).__name__
         try:
-            plain, other_document, other_token = logits_of(
-                model.eval()(**self.inputs(ids.to(next(model.parameters()).device)))
-            )
+            with computed_in_fp32(model):
+                output = model.eval()(**self.inputs(ids.to(next(model.parameters()).device)))
+            plain, other_document, other_token = logits_of(output)
         except Exception as error:  # sizes of a config that its class does not hold against each other
             raise ConfigError(f"model: {name} of this config cannot be called: {one_line(error)}") from error
         finally:
@@ -290,6 +298,10 @@ def _take_generation(model: Any, folder: Path | None, stored: dict[str, Any] | N
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     elif stored is not None:
         model.generation_config = GenerationConfig.from_dict(with_floats(stored))
+
+
+def _leave(_module: nn.Module, _config: Any) -> None:
+    """In place of a scale, for weights that others will replace."""
 
 
 def _fresh(config: Any) -> Any:

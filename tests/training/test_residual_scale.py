@@ -40,7 +40,7 @@ def test_residual_outputs_are_drawn_smaller(kind: str) -> None:
             assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
             small += writes
     assert small == 2 * LAYERS
-    assert scale_residual_outputs(model) == [], "once"
+    assert scale_residual_outputs(model, model.config) == [], "once"
 
 
 def test_a_single_layer() -> None:
@@ -49,7 +49,7 @@ def test_a_single_layer() -> None:
         torch.manual_seed(seed)
         for kind, count in (("llama", 2), ("gpt2", 0)):
             model = make_model(hf(kind, num_hidden_layers=1), weights=False)
-            assert len(scale_residual_outputs(model)) == count
+            assert len(scale_residual_outputs(model, model.config)) == count
 
 
 def test_weights_of_a_folder_or_checkpoint_stay(tmp_path: Path) -> None:
