@@ -151,8 +151,10 @@ def test_needs_are_those_of_the_plan(run_file: Path) -> None:
     ffn = layers * 3 * d * f
     trunk = 2 * vocab * d + layers * (3 * d * d + 2 * d) + d  # keys and values have half of the heads
     needs = needs_of(read_run(run_file, []), RANKS)
-    born = 2 * ffn // layers
-    assert needs.memory == 4 * (trunk + ffn + born), "fp32, and two of four experts of one block on each rank"
+    tables = 2 * vocab * d
+    drawn, born = tables + (trunk + ffn - tables) / layers, 2 * ffn // layers
+    assert drawn > born, "two of four experts of one block on each rank take less than what is drawn in fp32"
+    assert needs.memory == 2 * (trunk + ffn + drawn), "all in bf16, and as much again of what is drawn in fp32"
     assert needs.disk == (2 + 12) * (trunk + 4 * ffn) and needs.kept == 2
 
 
