@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from mocte_ds.errors import ConfigError
 from mocte_ds.shown import name_shown, nearest, shown
 from mocte_ds.value_bounds import require_plain
@@ -177,3 +179,11 @@ def parsed_by_deepspeed(settings: dict[str, Any], mpu: Any = None) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         told = "; ".join(line[:200] for line in lines[:_LINES])
         raise ConfigError(f"DeepSpeed refuses its config: {told}") from error
+
+
+def type_of_weights(settings: Mapping[str, Any]) -> torch.dtype:
+    """Type that DeepSpeed gives a model's parameters by its config."""
+    for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
+        if (settings.get(key) or {}).get("enabled"):
+            return dtype
+    return torch.float32

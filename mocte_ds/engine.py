@@ -1,5 +1,6 @@
 """initialize(): deepspeed.initialize for MO-CTE; MocteEngine: where DeepSpeed's step meets the controller."""
 
+import functools
 import time
 import warnings
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.convert.hf.running import export_run
-from mocte_ds.deepspeed_settings import parsed_by_deepspeed, require_scheduler, scheduled_steps
+from mocte_ds.deepspeed_settings import parsed_by_deepspeed, require_scheduler, scheduled_steps, type_of_weights
 from mocte_ds.dist.begin import begin_group
 from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.dist.end import end_process_groups_at_exit
@@ -34,6 +35,7 @@ from mocte_ds.logs.run_facts import count_parameters, run_facts
 from mocte_ds.logs.step_log import StepLog
 from mocte_ds.moe.attach import attach
 from mocte_ds.moe.balance import watched
+from mocte_ds.moe.idle import free, leave_untouched
 from mocte_ds.rotary_tables import kept_in_fp32
 from mocte_ds.vocabulary import Vocabulary
 from mocte_ds.zero import UnitRegistry, find_front, require_conformance
@@ -275,7 +277,8 @@ def initialize(
     parameters = count_parameters(model)
     utilisation = utilisation_of(model, block, mesh.world.size, settings)
     # Stage 3 cuts the weights of experts up before it lets them go.
-    blocks = attach(model, block, free_idle=resolved.zero_config.stage < 3)
+    cuts = resolved.zero_config.stage == 3
+    blocks = attach(model, block, functools.partial(leave_untouched, dtype=type_of_weights(settings)) if cuts else free)
     front = find_front(model, blocks, block.freeze.prefix.layers)
     registry = UnitRegistry(model, blocks, mesh.expert.rank, model_parameters, front)
     controller = Controller(block, blocks, registry, mesh, total_steps)

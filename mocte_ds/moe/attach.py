@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 
 from torch import nn
 
@@ -14,20 +15,21 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.context import BatchContext
 from mocte_ds.moe.ffn_shape import FORMS, ffn_shape, is_additive
-from mocte_ds.moe.idle import free, require_unshared
+from mocte_ds.moe.idle import require_unshared
 from mocte_ds.moe.keys import key_class
 
 AUTO = "auto"
 """Value of `modules` that stands for every FFN of the model."""
 
 
-def attach(model: nn.Module, config: MocteConfig, free_idle: bool = False) -> list[Block]:
+def attach(model: nn.Module, config: MocteConfig, let_wait: Callable[[nn.Module], None] | None = None) -> list[Block]:
     """Replace the FFNs that ``config.modules`` names by blocks, in the order of the model.
 
     Args:
         model: any model; changed in place.
         config: the "mocte" block; with ep_size 1 no process group is needed.
-        free_idle: the experts get no memory before they are born.
+        let_wait: called with the experts of each block as soon as they are made, which have not been born yet; None:
+            they keep their memory.
 
     Returns:
         The blocks.
@@ -51,9 +53,9 @@ def attach(model: nn.Module, config: MocteConfig, free_idle: bool = False) -> li
         ffn = model.get_submodule(name)
         _require_one_argument(ffn, name)
         block = Block(name, ffn, config, context, vocab_size).train(ffn.training)
-        if free_idle:
+        if let_wait:
             for part in block.idle:
-                free(block.parts[part])
+                let_wait(block.parts[part])
         model.set_submodule(name, block)
         block.layer = layer_number(model, block)
         blocks.append(block)

@@ -61,6 +61,18 @@ def allocate(part: nn.Module) -> None:
     mark_held(part)
 
 
+@torch.no_grad()
+def leave_untouched(part: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Give a part weights without values, whose memory the system hands out only when somebody writes to it.
+
+    Args:
+        part: in CPU memory; what its weights were is lost.
+        dtype: of the new weights; None: as before.
+    """
+    for parameter in part.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
+
+
 def leave_out_when_freed(owner: nn.Module, path: str) -> None:
     """Let state dicts of a module leave out a part of it while that is freed.
 

@@ -131,7 +131,7 @@ def host_memory(task: Task, layout: Layout, per_host: int) -> float:
     """Bytes on a host at the start, where every rank makes the whole model before it moves.
 
     In the type that it computes in, with a layer and what lies outside of layers in fp32 while their weights are drawn;
-    then the experts of one block at a time, under stage 3 all of a rank's experts.
+    then the experts of one block at a time.
     """
     p, layers = task.parameters, len(task.sizes.layers)
     tables = task.vocab_size * task.sizes.hidden_size + task.sizes.outside - task.sizes.tied

@@ -13,6 +13,7 @@ import torch
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import BlendedLoader, validation_batches
 from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, tokenizer_in
+from mocte_ds.deepspeed_settings import type_of_weights
 from mocte_ds.dist.collectives import gather_rows, wait_for_all
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.flops.ledger import Ledger
@@ -29,7 +30,7 @@ from mocte_ds.stop import end_soon, handles_signals
 from mocte_ds.training.changes import changes_so_far, told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.left_out import LeftOut
-from mocte_ds.training.make_engine import make_engine, optimizer_bytes, seed_everything, type_of_weights
+from mocte_ds.training.make_engine import make_engine, optimizer_bytes, seed_everything
 from mocte_ds.training.model import Forward, make_model, model_facts, model_record
 from mocte_ds.training.profile import Profile, profile_of_run
 from mocte_ds.training.run_folder import TOOL, checkpoint_tag, prune_checkpoints

@@ -20,14 +20,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def type_of_weights(settings: dict[str, Any]) -> torch.dtype:
-    """Type that DeepSpeed gives a model's parameters by its config."""
-    for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
-        if (settings.get(key) or {}).get("enabled"):
-            return dtype
-    return torch.float32
-
-
 def make_engine(model: nn.Module, settings: dict[str, Any]) -> Any:
     """An engine with blocks, or DeepSpeed's own for a dense run; `engine.mesh` tells of its ranks."""
     if "mocte" in settings:

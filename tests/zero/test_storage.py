@@ -1,5 +1,6 @@
 """Experts before their birth, and FFNs that experts have replaced, take no memory and are in no checkpoint."""
 
+import ctypes
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.spawn import spawn
 HIDDEN, WIDTH, LAYERS, EXPERTS, VOCAB = 64, 512, 3, 4, 64
 FFN = 3 * HIDDEN * WIDTH
 TRUNK = 2 * VOCAB * HIDDEN + LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN) + HIDDEN
+MMAP_THRESHOLD = -3  # of malloc.h
 BF16, STATE = 2, 12
 """Bytes of a weight, and of its master and moments."""
 
@@ -191,3 +193,33 @@ def test_an_ffn_that_shares_weights_is_refused() -> None:
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(ConfigError, match="the same parameter as model.layers.1.mlp.up_proj.weight"):
         attach(model, MocteConfig.from_dict({"modules": "model.layers.0.mlp", "num_experts": 2}))
+
+
+def start_at_stage_3(hidden: int, layers: int, experts: int) -> tuple[int, int]:
+    """Bytes that initialize adds to a process at most, and bytes of all experts in bf16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import mocte_ds
+    from mocte_ds.benchmark.measure.memory import Peak
+
+    engine_of(3, 1)  # whatever is imported and compiled at a first start
+    # As for the matrices of a large model: what is not touched is not there, and what is freed goes back at once.
+    assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_attention_heads=4, **sizes)).bfloat16()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 5000},
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "mocte": {"modules": "model.layers.*.mlp", "num_experts": experts, "auto": False, "total_steps": 100},
+    }
+    peak = Peak()
+    mocte_ds.initialize(model=model, config=config)
+    return peak.to_dict()["added_bytes"], BF16 * layers * experts * 12 * hidden**2
+
+
+def test_waiting_experts_take_no_memory_of_the_host_under_stage_3() -> None:
+    """Each of two ranks, whose memory is that of the device too, cuts its half off; the dense model adds 40 MB."""
+    for added, experts in spawn(start_at_stage_3, 2, 256, 8, 16, timeout=200, deepspeed=True):
+        assert experts / 2 < added < experts / 2 + 60e6, (added / 1e6, experts / 1e6)
