@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mocte_ds.ownership.manifest import Manifest
 
 _PART = ".part_{}.json"
 _PATIENCE = 1800.0  # seconds that rank zero waits for the others when it has written its own files
+_TURN = 2.0  # seconds after which ranks that are done ask the others again
 _DONE, _BUSY, _FAILED = 0, 1, 2
 
 
@@ -123,9 +125,9 @@ class Saver:
         if save is None:
             return
         try:
-            save.written.wait()
+            self._wait_together(save.written.wait)
             _agree(save.place, save.failure, self._axis)
-            save.join()
+            self._wait_together(save.ended)
             _agree(save.place, save.failure, self._axis)
         except BaseException:
             save.abandoned.set()
@@ -133,6 +135,16 @@ class Saver:
             if save.rank == 0:
                 save.place.give_up()
             raise
+
+    def _wait_together(self, done: Callable[[float], bool]) -> None:
+        """Wait until all ranks are done, by short exchanges: one that waits for a slow disk would run out of time.
+
+        Args:
+            done: waits at most so many seconds; whether this rank is done.
+        """
+        busy = True
+        while busy:
+            busy = bool(max_over_ranks(torch.tensor(int(not done(_TURN))), self._axis))
 
     def tell(self) -> None:
         """Print what became of a save that nobody waits for any more: another error, or the end of the process."""
@@ -168,6 +180,11 @@ class _Save(threading.Thread):
         if self.failure:
             return _FAILED
         return _BUSY if self.is_alive() else _DONE
+
+    def ended(self, seconds: float) -> bool:
+        """Wait at most so long for the end of the thread; whether it has ended."""
+        self.join(seconds)
+        return not self.is_alive()
 
     def run(self) -> None:
         """Write this rank's files; on rank zero also wait for the others' and finish."""

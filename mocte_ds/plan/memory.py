@@ -97,7 +97,8 @@ def memory(task: Task, layout: Layout, phase: str) -> dict[str, float]:
         # What the experts inherit: masters and moments of one dense FFN, beside its own features.
         found["transient"] = MASTER * p.dense / p.blocks
     if phase == "save" and born:
-        found["transient"] = float(task.width * local)  # copies until they are written
+        # Copies of what this rank writes, until it is written.
+        found["transient"] = task.width * local / p.blocks * -(-p.blocks // cut)
     return {**found, "sum": sum(found.values())}
 
 

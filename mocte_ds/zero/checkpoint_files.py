@@ -4,7 +4,7 @@ import contextlib
 import glob
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class CheckpointFiles(CheckpointEngine):
         """Names that files of experts would have which have not emerged in the checkpoint that is loaded."""
         self._copy = False
         self._refused: CheckpointError | None = None
+        self._writers: Iterator[int] = iter(())
 
     def save_checkpoint(
         self,
@@ -167,6 +168,19 @@ class CheckpointFiles(CheckpointEngine):
                     saved.update({name: own[name] for name in ("options", "weight_decay")})
                 saved.update({name: value for name, value in own.items() if name not in saved})
 
+    @contextlib.contextmanager
+    def taking_turns(self, writers: Sequence[int]) -> Iterator[None]:
+        """Context manager for DeepSpeed's save of experts: the ranks that hold the same ones share the writing.
+
+        Args:
+            writers: for each bank in the order of the model, which of these ranks writes its experts.
+        """
+        self._writers = iter(writers)
+        try:
+            yield
+        finally:
+            self._writers = iter(())
+
     # ---- what DeepSpeed calls --------------------------------------------------------------------------------------
 
     def create(self, info: CheckpointCommitInfo) -> None:
@@ -199,6 +213,10 @@ class CheckpointFiles(CheckpointEngine):
             self._collected[name] = to_plain(state_dict, name, self._copy, _CLASSES)
         except CheckpointError as error:  # raised after DeepSpeed's barriers, on all ranks
             self._refused = self._refused or error
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        """Whether a rank writes what DeepSpeed has come to: each bank in turn, and then what the first one writes."""
+        return dp_rank == next(self._writers, 0)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Content of one of DeepSpeed's files, in CPU memory; nothing in it is executed."""

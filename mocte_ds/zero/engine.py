@@ -20,7 +20,7 @@ from mocte_ds.zero.gathered_weights import (
     whole_weights,
     write_weights_file,
 )
-from mocte_ds.zero.partitioned_files import weights_in_state_dicts, without_weights
+from mocte_ds.zero.partitioned_files import weights_in_state_dicts, without_weights, writers
 from mocte_ds.zero.process_groups import require_axes_of
 from mocte_ds.zero.stage3 import prepare_model
 
@@ -55,7 +55,8 @@ class UnitEngine(DeepSpeedEngine):
     def _save_moe_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         partitioned = self.zero_optimization_partition_weights()
         weights = weights_in_state_dicts(self.module) if partitioned else contextlib.nullcontext()
-        with weights, refused_by_converters(self.module):
+        turns = self.checkpoint_engine.taking_turns(writers(self.module, self.mesh.expert_data.size))
+        with weights, refused_by_converters(self.module), turns:
             super()._save_moe_checkpoint(*args, **kwargs)
 
     def load_module_state_dict(self, checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:

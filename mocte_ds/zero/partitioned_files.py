@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS as _FROZEN
+from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from mocte_ds.checkpoints.names import file_names
@@ -21,20 +22,41 @@ from mocte_ds.moe.idle import freed_parameters
 from mocte_ds.zero.gather import whole
 
 
+def writers(model: nn.Module, sharers: int) -> list[int]:
+    """For each bank of a model, which of the ranks that hold the same experts writes them.
+
+    Args:
+        model: with blocks.
+        sharers: how many ranks hold the same experts.
+    """
+    return [writer(number, sharers) for number in range(len(_banks(model)))]
+
+
+def writer(bank: int, sharers: int) -> int:
+    """Which of the ranks that hold the same experts writes those of a bank: they take turns."""
+    return bank % sharers
+
+
+def _banks(model: nn.Module) -> list[MoE]:
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
 @contextlib.contextmanager
 def weights_in_state_dicts(model: nn.Module) -> Iterator[None]:
     """Context manager: state_dict() has all weights, on the first of the ranks that share a parameter (collective).
 
-    They are gathered into CPU memory here: the dense ones on rank 0, each expert on the first rank that holds it.
+    They are gathered into CPU memory here: the dense ones on rank 0, experts on the rank that writes them.
     """
     copies: dict[nn.Parameter, Tensor] = {}
+    numbers = {p: number for number, bank in enumerate(_banks(model)) for p in bank.deepspeed_moe.experts.parameters()}
     hooks, done = [], freed_parameters(model)
     for module in model.modules():
         own = [parameter for parameter in module.parameters(recurse=False) if parameter not in done]
         done.update(own)  # tied ones are gathered once, by all
         with whole(own):
             for parameter in own:
-                if dist.get_rank(parameter.ds_process_group) == 0:
+                group = parameter.ds_process_group
+                if dist.get_rank(group) == writer(numbers.get(parameter, 0), dist.get_world_size(group)):
                     copies[parameter] = parameter.detach().to("cpu", copy=True)
         names = {name: copies[p] for name, p in module.named_parameters(recurse=False) if p in copies}
         if names:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import random
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from mocte_ds.checkpoints import save
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states, restore_random_states
-from mocte_ds.dist.mesh import mesh_of_processes
+from mocte_ds.dist.mesh import Axis, mesh_of_processes
 from mocte_ds.errors import CheckpointError
 
 TOO_LONG = "x" * 300  # a file name that no file system takes
@@ -85,6 +86,20 @@ def fail_beside(folder: str) -> dict[str, str]:
             heard[place.__name__] = str(error)
     saver.save(root, "good", {f"own{rank}": b"fine"}, 3)
     return heard
+
+
+def slow_writer(folder: str) -> str:
+    """Save where rank 1 writes for longer than exchanges may take; the checkpoint's manifest."""
+    root, rank, write = Path(folder), torch.distributed.get_rank(), save.write_file
+    axis = Axis.of(torch.distributed.new_group(timeout=timedelta(seconds=5)))
+
+    def slowly(path: Path, content: Any) -> Any:
+        time.sleep(9 * (rank == 1))
+        return write(path, content)
+
+    save.write_file = slowly
+    save.Saver(axis).save(root, "slow", {f"own{rank}": b"fine"}, 1)
+    return (root / "latest").read_text()
 
 
 def load_each(good: str, damaged: list[str]) -> list[str]:

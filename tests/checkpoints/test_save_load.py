@@ -74,6 +74,10 @@ def test_two_ranks(tmp_path):
     assert set(files) == {"own0", "own1", "mocte_random_rank0.pt", "mocte_random_rank1.pt"}
 
 
+def test_a_slow_disk_does_not_run_into_the_time_out_of_an_exchange(tmp_path: Path) -> None:
+    assert spawn(ranks.slow_writer, 2, str(tmp_path), timeout=90) == ["slow", "slow"]
+
+
 def test_errors_of_asynchronous_saves_reach_all_ranks(tmp_path):
     for heard in spawn(ranks.fail_beside, 2, str(tmp_path), timeout=90):
         assert set(heard) == {"at_the_next_step", "at_the_next_save", "wait"}

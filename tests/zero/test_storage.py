@@ -223,3 +223,31 @@ def test_waiting_experts_take_no_memory_of_the_host_under_stage_3() -> None:
     """Each of two ranks, whose memory is that of the device too, cuts its half off; the dense model adds 40 MB."""
     for added, experts in spawn(start_at_stage_3, 2, 256, 8, 16, timeout=200, deepspeed=True):
         assert experts / 2 < added < experts / 2 + 60e6, (added / 1e6, experts / 1e6)
+
+
+def names_written(stage: int, folder: str) -> list[str]:
+    """Files of experts that this rank writes, where both ranks hold all of them."""
+    torch.manual_seed(0)
+    engine = engine_of(stage, 1)
+    for block in range(LAYERS - 1):
+        engine.mocte.emerge(block)
+    step(engine, 0)
+    saver, found = engine.checkpoint_engine.saver, list[str]()
+    save = saver.save
+
+    def noted(save_dir: Any, tag: str, files: dict[str, Any], *rest: Any) -> None:
+        found.extend(name for name in files if EXPERT_NAME.fullmatch(name))
+        save(save_dir, tag, files, *rest)
+
+    saver.save = noted
+    engine.save_checkpoint(folder, "step1")
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_that_hold_the_same_experts_take_turns_to_write_them(stage: int, tmp_path: Path) -> None:
+    files = [[EXPERT_FILE.format(layer=layer, expert=k) for k in range(EXPERTS)] for layer in range(LAYERS - 1)]
+    assert spawn(names_written, 2, stage, str(tmp_path), timeout=200, deepspeed=True) == files
+    source = CheckpointSource(tmp_path)
+    path = expert_parameter("model.layers.1.mlp", 0, 0, "up_proj.weight")
+    assert float(source.read(path).abs().sum()) > 0
