@@ -163,8 +163,9 @@ class MocteConfig:
     """The "mocte" block of a DeepSpeed config."""
 
     modules: str | list[str]
-    """Glob, or list of globs, of the FFN modules that become blocks, e.g. `model.layers.*.mlp`. `auto`: every FFN
-    in the layers of the model, found by its shape and told in the log."""
+    """Glob, or list of globs, of the FFN modules that become blocks, e.g. `model.layers.*.mlp`. Where a layer calls the
+    matrices of its FFN itself, the first of them: `model.decoder.layers.*.fc1` of OPT. `auto`: every FFN in the layers
+    of the model, found by its shape and told in the log."""
     preset: Literal["default", "paper"] = "default"
     """Where the keys that are left out come from. `default`: this page. `paper`: the published rules, `token` as the
     router's kind and policy `paper` with alpha 0.1 and beta 0.001."""

@@ -63,9 +63,10 @@ def merge(
     names = matching_modules(first.model, config.modules)
     with quiet_transformers():
         source = ImportedSource(first.base, start_state(config, names), first.folder)
+    outside = {ours: theirs for block in source.blocks for ours, theirs in block.names_outside.items()}
     for name, like in running_state(source.model).items():
         dtype = torch.float32 if like.is_floating_point() else like.dtype
-        source.take(name, dtype, partial(_tensor, name, parts, tuple(like.shape), seed))
+        source.take(name, dtype, partial(_tensor, name, outside, parts, tuple(like.shape), seed))
     require_room(Path(out), sum(made.nbytes for made in source.made.values()))
     with finished_folder(Path(out), TOOL) as pending:
         (pending / TAG).mkdir()
@@ -91,8 +92,10 @@ def _block(experts: int, top_k: int, modules: str) -> dict[str, Any]:
     return {"modules": modules, "num_experts": experts, "router": router, "freeze": {"policy": "off"}}
 
 
-def _tensor(name: str, parts: Sequence[CheckpointSource], shape: tuple[int, ...], seed: int) -> Tensor:
-    """One tensor of the mixture."""
+def _tensor(
+    name: str, outside: dict[str, str], parts: Sequence[CheckpointSource], shape: tuple[int, ...], seed: int
+) -> Tensor:
+    """One tensor of the mixture; ``outside`` has the names of FFNs' tensors in the parts."""
     if is_gate(name):
         if name.endswith(".cluster_weight"):
             generator = torch.Generator().manual_seed(derived_seed(seed, "merge", name))
@@ -100,7 +103,7 @@ def _tensor(name: str, parts: Sequence[CheckpointSource], shape: tuple[int, ...]
         # Such small routers give every expert about the same probability.
         return torch.full(shape, 1 / len(parts) if name.endswith(".cluster_mean") else 0.0)
     if found := EXPERT_PARAMETER.fullmatch(name):
-        return parts[int(found[3])].read(f"{found[1]}.{found[4]}")
+        return parts[int(found[3])].read(outside[f"{found[1]}.dense.{found[4]}"])
     first = parts[0].read(name)
     if not first.is_floating_point():
         return first

@@ -9,7 +9,8 @@ from torch import nn
 
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.ffn_shape import ffn_shape
-from mocte_ds.remote_code.experts_mocte import is_matrix
+from mocte_ds.moe.loose import gathered
+from mocte_ds.remote_code.experts_mocte import ffn_of, is_matrix
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,12 @@ def layer_stack(model: nn.Module) -> nn.ModuleList:
 
 def _layer(layer: nn.Module, blocks: Collection[int]) -> LayerSizes:
     matrices = sum(_numel(part.weight) for part in layer.modules() if is_matrix(part))
-    likely = [part for part in layer.modules() if id(part) in blocks or ffn_shape(part) is not None]
+    likely = {id(part): part for part in layer.modules() if id(part) in blocks or ffn_shape(part) is not None}
+    # Its first matrix stands for an FFN that is not gathered yet.
+    likely |= {id(layer.get_submodule(parts[0])): ffn_of(layer, parts) for parts in gathered(layer)}
     if not likely:
         return LayerSizes(matrices, 0, 1, 0)
-    ffn = max(likely, key=lambda part: (id(part) in blocks, _parameters(part)))
+    ffn = likely[max(likely, key=lambda number: (number in blocks, _parameters(likely[number])))]
     shape, inside = ffn_shape(ffn), sum(_numel(part.weight) for part in ffn.modules() if is_matrix(part))
     if shape is None:
         return LayerSizes(matrices, inside, 1, 0)

@@ -1,5 +1,6 @@
 """Puts blocks into any model: every module that matches a pattern is replaced by a block around it."""
 
+import contextlib
 import difflib
 import fnmatch
 import inspect
@@ -17,6 +18,8 @@ from mocte_ds.moe.context import BatchContext
 from mocte_ds.moe.ffn_shape import FORMS, ffn_shape, is_additive
 from mocte_ds.moe.idle import require_unshared
 from mocte_ds.moe.keys import key_class
+from mocte_ds.moe.loose import gather_named, gathered, loose_ffns
+from mocte_ds.remote_code.experts_mocte import ffn_of
 
 AUTO = "auto"
 """Value of `modules` that stands for every FFN of the model."""
@@ -36,13 +39,14 @@ def attach(model: nn.Module, config: MocteConfig, let_wait: Callable[[nn.Module]
 
     Raises:
         ConfigError: a pattern matches nothing, a match lies inside another one, is not an FFN or shares weights, or the
-            model is an encoder-decoder.
+            model is an encoder-decoder. Then the model may have gathered FFNs, and computes what it did.
     """
     _require_one_stream(model)
     names = matching_modules(model, config.modules)
     if config.modules == AUTO and os.environ.get("RANK", "0") == "0":
         # A warning, because nobody sees less by default.
         logging.getLogger("mocte_ds").warning(f"mocte.modules = '{AUTO}': blocks at {summary(names)}.")
+    gather_named(model, names)
     require_unshared(model, {name: model.get_submodule(name) for name in names})
     context = BatchContext(config.eod_id)
     context.follow(model, names)
@@ -85,6 +89,8 @@ def holds(module: nn.Module, block: Block) -> bool:
 def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:
     """Names of the modules that match; every pattern must match at least one. :data:`AUTO` finds all FFNs.
 
+    Where a layer calls the matrices of its FFN itself, the first matrix stands for it until it is gathered.
+
     Raises:
         ConfigError: see :func:`attach`.
     """
@@ -99,6 +105,8 @@ def matching_modules(model: nn.Module, patterns: str | list[str]) -> list[str]:
         ]
         if not matches:
             ffns = [name for name, module in model.named_modules() if ffn_shape(module) is not None]
+            with contextlib.suppress(ConfigError):
+                ffns = ffns or find_ffns(model)
             near = difflib.get_close_matches(pattern, all_names, n=3, cutoff=0.4)
             candidates = f"FFNs in this model: {', '.join(ffns[:4])}, ..." if ffns else f"Nearest names: {near}."
             raise ConfigError(f"mocte.modules pattern '{pattern}' matches no module of the model. {candidates}")
@@ -119,25 +127,34 @@ def find_ffns(model: nn.Module) -> list[str]:
     """Names of all FFNs in a model's lists of layers: of an FFN's shape, with hidden units that add up to the output.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none; says what stands in the way where a layer calls matrices itself.
     """
     found: list[str] = []
+    obstacles: list[str] = []
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
-    in_lists = {part for members in lists for member in members for part in member.modules()}
+    layers = {member for members in lists for member in members}
+    in_lists = {part for layer in layers for part in layer.modules()}
     for name, part in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if inside or "expert" in name or part not in in_lists:
             continue
-        shape = ffn_shape(part)
-        if shape is not None and is_additive(part, shape):
+        if _is_additive(part):
             found.append(name)
+        elif part in layers:
+            obstacles += [f" {loose.obstacle}." for loose in loose_ffns(part) if loose.obstacle]
+            found += [f"{name}.{parts[0]}" for parts in gathered(part) if _is_additive(ffn_of(part, parts))]
     if not found:
         raise ConfigError(
             f"mocte.modules = '{AUTO}' finds no FFN in {type(model).__name__}. One is a module of its own, in a list "
-            f"of layers, with {FORMS}. Name the modules, or put the matrices into a module first where a layer calls "
-            "them itself (fc1 and fc2 of OPT)."
+            f"of layers, with {FORMS}; or two matrices d -> f -> d of a layer, which calls nothing but modules between "
+            f"them.{''.join(obstacles[:1])} Name the modules, or put the matrices into a module first."
         )
-    return found
+    return [name for name, _ in model.named_modules() if name in found]
+
+
+def _is_additive(module: nn.Module) -> bool:
+    shape = ffn_shape(module)
+    return shape is not None and is_additive(module, shape)
 
 
 def summary(names: list[str]) -> str:

@@ -12,6 +12,7 @@ from mocte_ds.moe.experts import feature_size, make_expert
 from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.graph import tag_made, tag_read
 from mocte_ds.moe.idle import leave_out_when_freed
+from mocte_ds.remote_code.experts_mocte import GatheredFFN
 from mocte_ds.watch import phase
 
 
@@ -86,6 +87,14 @@ class Block(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """What has weights beside the gates, by its path in the block: the dense FFN, and each bank's experts."""
         return {"dense": self.dense, **{f"banks.{b}.{EXPERTS}": bank.experts for b, bank in enumerate(self.banks)}}
+
+    @property
+    def names_outside(self) -> dict[str, str]:
+        """Names of the dense FFN's tensors in the model, and those that they have in the model without blocks."""
+        # What was gathered from a layer has the layer's names.
+        path = self.name.rpartition(".")[0] if isinstance(self.dense, GatheredFFN) else self.name
+        names = self.dense.state_dict()
+        return {f"{self.name}.dense.{name}": f"{path}.{name}" if path else name for name in names}
 
     @property
     def idle(self) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls_mocte import Call
-from .experts_mocte import expert_like
+from .experts_mocte import expert_like, gather
 from .gates_mocte import Gate
 from .known_keys_mocte import KEYS
 from .tokens_mocte import RoutingError
@@ -118,6 +118,9 @@ def put_blocks(model: nn.Module, blocks: list[dict[str, Any]]) -> Running:
     """
     running = Running()
     for block in blocks:
-        ffn = model.get_submodule(block["module"])
+        if parts := block.get("parts"):
+            ffn: nn.Module = gather(model.get_submodule(block["module"].rpartition(".")[0]), parts)
+        else:
+            ffn = model.get_submodule(block["module"])
         model.set_submodule(block["module"], MocteBlock(ffn, block, running))
     return running

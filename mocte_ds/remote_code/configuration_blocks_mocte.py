@@ -26,14 +26,15 @@ class MocteBlocksConfig(PretrainedConfig):
 
         Args:
             text_config: of the base model, with its `model_type`; a dict or a config. None: Llama's.
-            blocks: one for each FFN that is a block: {"module": its path in the base model, "kind": "ffn" (experts
-                instead of the FFN) or "lora" (beside it), "hidden_size": d, "num_experts": E of each bank,
-                "expert_sizes": inputs and outputs of the linear layers that differ from the FFN's, by their paths,
-                "vocab_size": entries of tables by token ids or None, "banks": one for each bank of experts: {"kind":
-                one of KINDS, "weight": one of WEIGHTS, "learn": bool, "top_k": experts per token, "normalise": whether
-                their weights are divided by their sum, "scale": factor of the weights, "unit_mean": whether they are
-                divided by their mean in training, "rows": of tables of hashed pairs, "prior": logit of a table in a
-                trained router, "learn_prior": whether it is trained, "groups": of experts, or None, "std": of the
+            blocks: one for each FFN that is a block: {"module": its path in the base model, "parts" (only where a layer
+                calls the FFN's modules itself): names of these in the layer, the first of them at that path, "kind":
+                "ffn" (experts instead of the FFN) or "lora" (beside it), "hidden_size": d, "num_experts": E of each
+                bank, "expert_sizes": inputs and outputs of the linear layers that differ from the FFN's, by their
+                paths, "vocab_size": entries of tables by token ids or None, "banks": one for each bank of experts:
+                {"kind": one of KINDS, "weight": one of WEIGHTS, "learn": bool, "top_k": experts per token, "normalise":
+                whether their weights are divided by their sum, "scale": factor of the weights, "unit_mean": whether
+                they are divided by their mean in training, "rows": of tables of hashed pairs, "prior": logit of a table
+                in a trained router, "learn_prior": whether it is trained, "groups": of experts, or None, "std": of the
                 directions that such a router starts with, or None, "directions" and "dropped": of the kind online}}.
             dense_ffns: hidden units of the gated FFNs that stand where the base model's class has experts of its own,
                 by their paths.
@@ -93,6 +94,9 @@ def _require_possible(block: dict[str, Any]) -> None:
     name = block.get("module")
     if block.get("kind") not in ("ffn", "lora"):
         raise ValueError(f"the block {name} is of the kind {block.get('kind')!r}, not 'ffn' or 'lora'.")
+    parts = block.get("parts")
+    if parts is not None and (len(set(parts)) < 2 or parts[0] != str(name).rpartition(".")[2]):
+        raise ValueError(f"the block {name} has the parts {parts!r}, the first of which is not there.")
     for bank in block["banks"]:
         if bank.get("kind") not in KINDS or bank.get("weight") not in WEIGHTS:
             raise ValueError(f"a router of {name} is not one of the kinds {KINDS} with a weight of {WEIGHTS}: {bank}.")

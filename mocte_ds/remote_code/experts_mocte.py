@@ -1,7 +1,8 @@
 """Linear layers of an expert, in training and in an exported model; needs torch alone."""
 
 import copy
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,6 +52,36 @@ def expert_like(ffn: nn.Module, sizes: Mapping[str, list[int]]) -> nn.Module:
     for path, (inputs, outputs) in sizes.items():
         expert.set_submodule(path, resized(ffn.get_submodule(path), inputs, outputs))
     return expert
+
+
+class GatheredFFN(nn.Sequential):
+    """An FFN whose parts were modules of a layer, which called them one after another; they keep their names."""
+
+
+def ffn_of(layer: nn.Module, parts: Sequence[str]) -> GatheredFFN:
+    """An FFN of modules of a layer; the layer stays as it is.
+
+    Args:
+        layer: that has them.
+        parts: their names, in the order in which they are called.
+
+    Raises:
+        AttributeError: the layer has no such module.
+    """
+    ffn = GatheredFFN(OrderedDict((name, layer.get_submodule(name)) for name in parts))
+    ffn.training = layer.training
+    return ffn
+
+
+def gather(layer: nn.Module, parts: Sequence[str]) -> GatheredFFN:
+    """Put :func:`ffn_of` where the first part was, and nothing (nn.Identity) where the others were.
+
+    The layer's own forward, which calls all of them, then computes the same.
+    """
+    ffn = ffn_of(layer, parts)
+    for name in parts:
+        setattr(layer, name, ffn if name == parts[0] else nn.Identity().train(layer.training))
+    return ffn
 
 
 class GatedFFN(nn.Module):

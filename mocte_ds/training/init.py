@@ -77,11 +77,13 @@ class InitialWeights:
         Args:
             model: of the checkpoint's sizes.
         """
+        stored: dict[str, str | None] = {}
+        for block in self._blocks.values():
+            gone = "dense" in block.idle  # experts have taken its place
+            stored |= {theirs: None if gone else ours for ours, theirs in block.names_outside.items()}
         for name, tensor in model.state_dict().items():
-            block = next((block for block in self._blocks if name.startswith(f"{block}.")), None)
-            stored = f"{block}.dense.{name.removeprefix(f'{block}.')}" if block else name
-            if block is None or "dense" not in self._blocks[block].idle:  # which experts have taken the place of
-                tensor.copy_(self._source.read(stored))
+            if (ours := stored.get(name, name)) is not None:
+                tensor.copy_(self._source.read(ours))
 
     @torch.no_grad()
     def begin(self, mocte: Controller) -> None:

@@ -50,7 +50,8 @@ def dense(prepared: Path, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
         manifest = Manifest.read(prepared)
         torch.manual_seed(seed)
         values = {"model_type": "llama", "vocab_size": manifest.vocab_size, "max_position_embeddings": CONTEXT, **SIZES}
-        model = make_model(TransformersModel(hf={**values, **more.pop("hf", {})}, **more), manifest.eod_id)
+        hf = {key: value for key, value in {**values, **more.pop("hf", {})}.items() if value is not None}
+        model = make_model(TransformersModel(hf=hf, **more), manifest.eod_id)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

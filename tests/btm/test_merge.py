@@ -20,6 +20,7 @@ from tests.scripts import run_script
 from tools import btm
 
 PARTS = 3
+OPT = {"model_type": "opt", "intermediate_size": None, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}
 
 
 def forced(model: Any, expert: int) -> Any:
@@ -37,16 +38,18 @@ def of_ffns(seed: int) -> Callable[[Any], None]:
     def change(model: Any) -> None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for layer in model.model.layers:
-                for parameter in layer.mlp.parameters():
+            for name, parameter in model.named_parameters():
+                if ".mlp." in name or ".fc" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
     return change
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_a_forced_router_gives_the_part(prepared: Path, tmp_path: Path, dense: Callable, top_k: int) -> None:
-    made = [dense(f"part{k}", 0, of_ffns(k)) for k in range(PARTS)]
+@pytest.mark.parametrize(("top_k", "hf"), [(1, {}), (2, {}), (1, OPT)], ids=["1", "2", "opt"])
+def test_a_forced_router_gives_the_part(
+    prepared: Path, tmp_path: Path, dense: Callable, top_k: int, hf: dict[str, Any]
+) -> None:
+    made = [dense(f"part{k}", 0, of_ffns(k), hf=hf) for k in range(PARTS)]
     merge([folder for folder, _ in made], tmp_path / "merged", top_k=top_k)
     ids = validation_batches(prepared, CONTEXT, 4)["first"][0]
     model = trained_model(CheckpointSource(tmp_path / "merged"))

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 1, "head_dim": 16},
     "gemma3_text": {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8},
     "phi3": {},
+    "opt": {"intermediate_size": None, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
 }
 
 
@@ -36,13 +37,14 @@ def write_run(path: Path, model: dict[str, Any], run_file: Callable[[bool], Path
     values["evaluation"] = {"every": STEPS, "sequences_per_domain": SEQUENCES}
     values["deepspeed"]["bf16"]["enabled"] = False
     if blocks:
-        values["deepspeed"]["mocte"]["freeze"] = FREEZE
+        values["deepspeed"]["mocte"] |= {"freeze": FREEZE, "modules": "auto"}
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
 def hf(kind: str) -> dict[str, Any]:
-    return {"hf": {"model_type": kind, "vocab_size": 304, "max_position_embeddings": 64, **SIZES, **MODELS[kind]}}
+    values = {"model_type": kind, "vocab_size": 304, "max_position_embeddings": 64, **SIZES, **MODELS[kind]}
+    return {"hf": {key: value for key, value in values.items() if value is not None}}
 
 
 @torch.no_grad()
@@ -59,7 +61,7 @@ def test_a_model_from_its_config(
     kind: str, launch: Launcher, prepared: Path, run_file: Callable[[bool], Path], tmp_path: Path
 ) -> None:
     run, out = write_run(tmp_path / "run.yaml", hf(kind), run_file), tmp_path / "run"
-    resumes = kind == "qwen3"
+    resumes = kind in ("qwen3", "opt")
     for more in [("--stop-after", STOP), ()] if resumes else [()]:
         code, output = launch.pretrain(run, out, *more)
         assert code == 0, output

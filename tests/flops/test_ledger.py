@@ -83,6 +83,7 @@ ANY = {
     "gpt_neox": SMALL,
     "gemma3_text": {**SMALL, "num_key_value_heads": 1, "head_dim": 16},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64},
+    "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
 }
 
 
@@ -97,13 +98,14 @@ def test_steps_of_models_of_transformers(name: str) -> None:
     sizes = model_sizes(model, list(_ffns(model)))
     ledger.step(sizes, TOKENS, CONTEXT, None, [])
     assert ledger.total == pytest.approx(counter.get_total_flops(), rel=0.01)
-    ffn = model.get_submodule(next(_ffns(model)))
-    assert sizes.layers[0].ffn == sum(p.numel() for p in ffn.parameters() if p.dim() == 2)
-    assert sizes.layers[0].ffn_width == (128 if name == "gpt2" else 48)
+    width = 128 if name == "gpt2" else 48
+    gated = name in ("llama", "qwen3", "phi3", "gemma3_text")
+    assert sizes.layers[0].ffn == (3 if gated else 2) * 32 * width and sizes.layers[0].ffn_width == width
+    assert model_sizes(model) == sizes, "found without names, too"
 
 
 def _ffns(model: nn.Module) -> Iterator[str]:
-    return (name for name, _ in model.named_modules() if name.endswith(".mlp"))
+    return (name for name, _ in model.named_modules() if name.endswith((".mlp", ".fc1")))
 
 
 def test_what_freezing_saves() -> None:

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.t5.configuration_t5 import T5Config
-from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
+from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense, T5ForConditionalGeneration
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe import BlockMode, attach
+from mocte_ds.moe.attach import find_ffns
 from mocte_ds.moe.experts import feature_size, make_expert
 from mocte_ds.moe.ffn_shape import FFNShape, Part, ffn_shape
+from mocte_ds.moe.loose import gather_named
 from mocte_ds.trainability.forms import known_ffn
 
 D, F, V = 16, 24, 40
@@ -26,6 +28,7 @@ LLAMA = {**SIZES, "intermediate_size": F, "num_key_value_heads": 2, "head_dim": 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GATED = FFNShape(("gate_proj", "up_proj"), "down_proj", D, F)
 FUSED = FFNShape(("gate_up_proj",), "down_proj", D, F, fused=True)
+LOOSE = FFNShape(("fc1",), "fc2", D, F)
 NEOX = FFNShape(("dense_h_to_4h",), "dense_4h_to_h", D, F)
 
 
@@ -50,6 +53,10 @@ CASES = {
         "transformer.h.*.mlp",
         FFNShape(("c_fc",), "c_proj", D, F),
     ),
+    # Their layers call the matrices themselves: the first one stands for the FFN.
+    "opt": Case({**SIZES, "ffn_dim": F, "word_embed_proj_dim": D}, "model.decoder.layers.*.fc1", LOOSE),
+    "xglm": Case({**SIZES, "ffn_dim": F}, "model.layers.*.fc1", LOOSE),
+    "biogpt": Case({**SIZES, "intermediate_size": F}, "biogpt.layers.*.fc1", LOOSE),
 }
 
 
@@ -65,6 +72,7 @@ def model(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", CASES)
 def test_shape_and_closed_form(name: str) -> None:
     case, made = CASES[name], model(name)
+    gather_named(made, find_ffns(made))
     found = [path for path, module in made.named_modules() if ffn_shape(module) is not None]
     assert found == [case.modules.replace("*", str(number)) for number in range(2)]
     ffn = made.get_submodule(found[0])
@@ -112,6 +120,17 @@ def square() -> nn.Module:
 )
 def test_other_modules(make: Callable[[], nn.Module], expected: FFNShape | None) -> None:
     assert ffn_shape(make()) == expected
+
+
+@pytest.mark.parametrize("act", ["relu", "gated-gelu"])
+def test_ffns_of_t5(act: str) -> None:
+    """T5 and Flan-T5; encoder-decoders are refused as a whole (test_two_streams.py)."""
+    config = T5Config(d_model=D, d_ff=F, num_layers=2, num_heads=2, d_kv=8, vocab_size=V, feed_forward_proj=act)
+    made = T5ForConditionalGeneration(config)
+    assert find_ffns(made.encoder) == [f"block.{i}.layer.1.DenseReluDense" for i in range(2)]
+    assert find_ffns(made.decoder) == [f"block.{i}.layer.2.DenseReluDense" for i in range(2)]
+    ffn = made.decoder.get_submodule("block.1.layer.2.DenseReluDense")
+    assert ffn_shape(ffn) == FFNShape(("wi",) if act == "relu" else ("wi_0", "wi_1"), "wo", D, F)
 
 
 class Swapped(nn.Module):

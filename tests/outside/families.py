@@ -1,4 +1,4 @@
-"""Trains five classes of transformers by `mocte_ds.initialize` alone, exports each and loads it again.
+"""Trains six classes of transformers by `mocte_ds.initialize` alone, exports each and loads it again.
 
     DS_ACCELERATOR=cpu python families.py FOLDER
 
@@ -21,6 +21,7 @@ MODELS = {
     "gemma3_text": ("model.layers.*.mlp", {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8}),
     "phi3": ("model.layers.*.mlp", {**SIZES, "pad_token_id": 0}),
     "gpt_neox": ("gpt_neox.layers.*.mlp", SIZES),
+    "opt": ("auto", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
 }
 STEPS, BORN, LENGTH = 12, 4, 32
 

@@ -8,7 +8,7 @@
 # excepted, instead of downloading them.
 #
 # Trainer and accelerate on two ranks with emergence, freezing, an interruption in the middle and an export; then GPT2,
-# Qwen3, Gemma3, Phi3 and GPT-NeoX by mocte_ds.initialize alone. Ends with "all of it works", or with what did not.
+# Qwen3, Gemma3, Phi3, GPT-NeoX and OPT by mocte_ds.initialize alone. Ends with "all of it works", or with what did not.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -78,7 +78,7 @@ has $name 'MocteBlocksForCausalLM .* differ by at most (0[.]0e[+]00|[0-9.]+e-(0[
 
 name=families
 launch python families.py families
-for kind in gpt2 qwen3 gemma3_text phi3 gpt_neox; do has $name "^$kind: .* differ by"; done
+for kind in gpt2 qwen3 gemma3_text phi3 gpt_neox opt; do has $name "^$kind: .* differ by"; done
 cat families.log
 
 mocte-ds report trainer accelerate --out report > /dev/null

@@ -29,6 +29,7 @@ from mocte_ds.moe.experts import draw_bypass, make_expert
 from mocte_ds.moe.ffn_shape import Part
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
+from mocte_ds.moe.loose import gather_named
 from mocte_ds.zero import UnitRegistry
 
 ROWS_A_SEQUENCE = 16
@@ -69,6 +70,7 @@ class Emerged:
         warm = {"config": config.to_dict(), "blocks": [{"name": name, "mode": "warmup"} for name in names]}
         model = empty_model(source.base, warm, Path(str(corpus)))
         self.blocks = {m.name: m for m in model.modules() if isinstance(m, Block)}
+        gather_named(self.dense, names)
         vocab_size = self.dense.config.get_text_config().vocab_size
         for block in self.blocks.values():
             for bank in block.banks:
@@ -101,15 +103,16 @@ class Emerged:
             dense: those of the dense model.
         """
         found: Tensors = {}
+        outside = {ours: theirs for block in self.blocks.values() for ours, theirs in block.names_outside.items()}
         for name, like in running_state(self.model).items():
             block = next((block for block in self.blocks if name.startswith(f"{block}.")), None)
             expert = EXPERT_PARAMETER.fullmatch(name)
             if block is None:
                 found[name] = dense[name]
-            elif name.startswith(f"{block}.dense."):
-                found[name] = dense[name.replace(f"{block}.dense.", f"{block}.", 1)]
+            elif name in outside:
+                found[name] = dense[outside[name]]
             elif expert:
-                kind = dense[f"{block}.{expert[4]}"].dtype
+                kind = dense[outside[f"{block}.dense.{expert[4]}"]].dtype
                 make = partial(self._expert, block, int(expert[2]), int(expert[3]), expert[4], kind)
                 found[name] = Made(kind, tuple(like.shape), (), make)
             else:

@@ -22,7 +22,7 @@ from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.convert.hf.trained import quiet_transformers
 from mocte_ds.convert.hf.trained_check import compare_logits
 from mocte_ds.errors import CheckpointError, ConfigError
-from mocte_ds.moe.ffn_shape import ffn_shape
+from mocte_ds.moe.attach import find_ffns
 from mocte_ds.ownership.checksums import Checksums
 from mocte_ds.ownership.durable import replace_text
 
@@ -131,8 +131,9 @@ def emergence_config(settings: dict[str, Any] | None, eod_id: int, source: Sourc
         eod_id: ends a document, where the block does not say.
         source: the dense model.
     """
-    ffns = [name for name, module in source.model.named_modules() if name and ffn_shape(module) is not None]
-    return MocteConfig.from_dict({"modules": ffns, "eod_id": eod_id, **(settings or {}), "ep_size": 1})
+    settings = settings or {}
+    modules = settings["modules"] if "modules" in settings else find_ffns(source.model)
+    return MocteConfig.from_dict({"eod_id": eod_id, **settings, "modules": modules, "ep_size": 1})
 
 
 def _require_same(written: Source, tensors: Tensors) -> None:

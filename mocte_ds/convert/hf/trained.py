@@ -20,7 +20,7 @@ from mocte_ds.convert.hf.tokenizer import SpecialIds
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.moe.idle import free
-from mocte_ds.remote_code.experts_mocte import sizes_of
+from mocte_ds.remote_code.experts_mocte import GatheredFFN, sizes_of
 from mocte_ds.shown import one_line
 
 _ROUTER = (
@@ -223,8 +223,7 @@ def _stored_name(name: str, blocks: list[Block]) -> str | None:
     if block is None:
         return name
     if block.mode is BlockMode.WARMUP:
-        dense = name.startswith(f"{block.name}.dense.")
-        return f"{block.name}.{name.removeprefix(f'{block.name}.dense.')}" if dense else None
+        return block.names_outside.get(name)
     for ours, theirs in _RENAMED:
         name = name.replace(ours, theirs, 1)
     return name
@@ -253,8 +252,10 @@ def _described(block: Block) -> dict[str, Any]:
     """A block as the config of the own class has it."""
     first = block.banks[0]
     keys = [bank.gate.key for bank in block.banks]
+    parts = [name for name, _ in block.dense.named_children()] if isinstance(block.dense, GatheredFFN) else None
     return {
         "module": block.name,
+        **({"parts": parts} if parts else {}),
         "kind": block.kind,
         "hidden_size": block.hidden_size,
         "num_experts": first.num_experts,

@@ -66,6 +66,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"multi_query": False},
         {"modules": "transformer.h.*.mlp", "router": PREFIX, "warmup": (0,)},
     ),
+    "opt, prefix, a block in warm-up": (
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+        {"modules": "auto", "router": PREFIX, "warmup": (0,), "eod_id": EOD},
+    ),
+    "xglm, lora": (
+        "xglm",
+        {"ffn_dim": 48, "dropout": 0.0},
+        {"modules": "model.layers.*.fc1", "expert": LORA, "banks": [PREVIOUS, {"kind": "token"}]},
+    ),
     "gpt2, token": ("gpt2", {"n_inner": 48}, {"modules": "transformer.h.*.mlp", "router": {"kind": "token"}}),
 }
 STATEFUL = [name for name in CASES if "prefix" in name or "previous" in name or name.endswith(("banks", "warm-up"))]
@@ -217,7 +227,7 @@ for folder in sys.argv[2:]:
 
 
 def test_without_this_package(exports: dict[str, Exported], tmp_path: Path) -> None:
-    names = ["llama, banks", "phi3, lora"]
+    names = ["llama, banks", "phi3, lora", "opt, prefix, a block in warm-up", "xglm, lora"]
     command = [sys.executable, "-c", WITHOUT_US, str(tmp_path / "again"), *(str(exports[n].folder) for n in names)]
     home = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env={**os.environ, **home})
@@ -230,7 +240,7 @@ def test_without_this_package(exports: dict[str, Exported], tmp_path: Path) -> N
     assert (tmp_path / "again" / "keys_mocte.py").is_file()
 
 
-@mark.parametrize("name", ["llama, prefix", "phi3, lora", "gemma3, previous"])
+@mark.parametrize("name", ["llama, prefix", "phi3, lora", "gemma3, previous", "opt, prefix, a block in warm-up"])
 @torch.no_grad()
 def test_a_dense_model_is_what_save_pretrained_writes(name: str, tmp_path: Path) -> None:
     kind, sizes, blocks = CASES[name]

@@ -20,6 +20,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -29,6 +30,7 @@ from transformers import (
 from mocte_ds.convert.hf.export import export
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.block import Block
+from mocte_ds.training.init import InitialWeights
 from tests.checkpoints.loaded import load_model
 from tools.import_hf import main
 
@@ -73,6 +75,16 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0
+    ),
+    "opt": OPTConfig(
+        **SIZES,
+        ffn_dim=48,
+        word_embed_proj_dim=32,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        bos_token_id=0,
+        pad_token_id=0,
     ),
 }
 
@@ -203,16 +215,23 @@ def test_an_export_that_was_changed_is_refused(tmp_path: Path) -> None:
     assert main([str(tmp_path / "back"), str(tmp_path / "more")]) == 0
 
 
-@pytest.mark.parametrize(("name", "router"), [("llama", {"kind": "token"}), ("qwen2", None)])
-def test_emerged_at_once(name: str, router: dict | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("llama", {"modules": "model.layers.*.mlp", "router": {"kind": "token"}}),
+        ("qwen2", {"modules": "model.layers.*.mlp", "router": None}),
+        ("opt", {"router": {"kind": "token"}}),
+        ("opt", {"router": {"kind": "token"}, "expert": {"kind": "lora"}}),
+    ],
+)
+def test_emerged_at_once(name: str, more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Experts are copies of the FFNs, routed by clusters of the features that the corpus gives."""
     source, corpus = write_folder(tmp_path / "folder", CONFIGS[name]), tmp_path / "corpus"
     corpus.mkdir()
     for domain, text in {"cats": "the cat sat on the mat ", "numbers": "1 2 3 5 8 13 21 34 "}.items():
         lines = [json.dumps({"text": f"{text * 6}{i} {text * (i % 5)}"}) for i in range(80)]
         (corpus / f"{domain}.jsonl").write_text("\n".join(lines))
-    block = {"modules": "model.layers.*.mlp", "num_experts": 4, "spectrum": {"rows": 512, "documents": 64}}
-    config = {"mocte": {**block, "router": router}}
+    config = {"mocte": {"num_experts": 4, "spectrum": {"rows": 512, "documents": 64}, **more}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = ["--emerge", str(corpus), "--config", str(tmp_path / "config.json"), "--context", "48", "--json"]
     assert main([str(source), str(tmp_path / "start"), *options]) == 0
@@ -227,8 +246,17 @@ def test_emerged_at_once(name: str, router: dict | None, tmp_path: Path, capsys:
         torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-4, atol=1e-5)
     for block in blocks:
         key = block.banks[0].deepspeed_moe.gate.key
-        routed = key.cluster_weight if router else key.cluster_table
+        routed = key.cluster_weight if more["router"] else key.cluster_table
         assert routed.abs().sum() > 0 and len(routed.unique(dim=0)) == 4
+    # What a run that starts from it takes over before its blocks are made: all but the FFNs that experts replace.
+    dense, model = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32) for _ in range(2))
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    InitialWeights(tmp_path / "start").fill(model)
+    replaced = (".mlp.", ".fc1.", ".fc2.") if more.get("expert") is None else ("none",)
+    for path, parameter in model.named_parameters():
+        gone = any(step in path for step in replaced)
+        assert torch.equal(parameter, torch.zeros_like(parameter) if gone else dense.get_parameter(path)), path
 
 
 class Exploit:
