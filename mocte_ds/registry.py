@@ -50,6 +50,11 @@ class Registry(Generic[Item]):
 
         return add
 
+    def keep_in(self, items: dict[str, Item]) -> None:
+        """Keep the items in a mapping that others look into; it gets those that are registered so far."""
+        items.update(self._items)
+        self._items = items
+
     def get(self, name: str, where: str) -> Item:
         """The item of that name.
 
@@ -66,7 +71,7 @@ class Registry(Generic[Item]):
             names = [*self._items, *self._others]
             raise ConfigError(
                 f"{where} = {shown(name)} is not one of {names}.{nearest(name, names)} If it is your own {self.what}, "
-                "import the module that registers it first."
+                "import the module that registers it first; tools/export_hf.py and tools/evaluate.py: --import FILE."
             )
         return self._items[name]
 

@@ -8,6 +8,7 @@ from mocte_ds.cli import run_cli
 from mocte_ds.errors import MocteError
 from mocte_ds.ownership import put, require_apart, require_ours
 from mocte_ds.paths import require_file_for
+from mocte_ds.user_files import add_import_option, import_files
 
 _TOOL = "evaluate"
 _TASKS = "openbookqa_offline,commonsense_qa_generate"
@@ -72,9 +73,11 @@ def main(argv: list[str] | None = None) -> int:
         default=None,
         help="write the results as JSON; an earlier file of this tool is replaced, no other one",
     )
+    add_import_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    import_files(args.imports)
     if args.output is not None:
         require_file_for(args.output, "--output")
         # On every rank, before any of them waits for another.

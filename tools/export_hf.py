@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mocte_ds.cli import run_cli
 from mocte_ds.paths import require_folder_for
+from mocte_ds.user_files import add_import_option, import_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,9 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         help="a class of transformers, the project's own, whose code goes with the weights, or the first if it fits "
         "exactly (default: %(default)s)",
     )
+    add_import_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     require_folder_for(args.out, "OUT")
+    import_files(args.imports)
     from mocte_ds.convert.hf.export import export
 
     facts = export(

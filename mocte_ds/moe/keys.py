@@ -12,13 +12,16 @@ from mocte_ds.remote_code.keys_mocte import (
     PrefixKey,
     PreviousKey,
     RandomKey,
+    TableKey,
     TypeKey,
 )
-from mocte_ds.remote_code.known_keys_mocte import KEYS as BUILT_IN
+from mocte_ds.remote_code.known_keys_mocte import KEYS as KNOWN
 from mocte_ds.remote_code.online_key_mocte import OnlineKey
 from mocte_ds.remote_code.pair_keys_mocte import PairHashKey, PairKey
+from mocte_ds.remote_code.tokens_mocte import RoutingError, Tokens
 
 __all__ = [
+    "BUILT_IN",
     "KEYS",
     "HashKey",
     "Key",
@@ -29,12 +32,19 @@ __all__ = [
     "PrefixKey",
     "PreviousKey",
     "RandomKey",
+    "RoutingError",
+    "TableKey",
+    "Tokens",
     "TypeKey",
     "key_class",
 ]
 
+BUILT_IN: dict[str, type[Key]] = dict(KNOWN)
+"""The keys of this package by their names."""
 for _name, _key in BUILT_IN.items():
     KEYS.register(_name)(_key)
+# Exported models that are loaded in this process find registered keys, too.
+KEYS.keep_in(KNOWN)
 
 
 def key_class(kind: str) -> type[Key]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .calls_mocte import Call
 from .experts_mocte import expert_like, gather
 from .gates_mocte import Gate
-from .known_keys_mocte import KEYS
+from .own_keys_mocte import KEYS
 from .tokens_mocte import RoutingError
 
 # Shapes: B sequences of T tokens, n = B T rows, d features, E experts, k experts per token.

@@ -1,6 +1,8 @@
 """An exported model of any architecture with MO-CTE blocks; needs torch and transformers alone."""
 
 import inspect
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from .blocks_mocte import put_blocks
 from .calls_mocte import Call, cache_in
 from .configuration_blocks_mocte import MocteBlocksConfig
 from .experts_mocte import put_dense_ffns
+from .gates_mocte import Gate
 
 
 class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
@@ -44,6 +47,10 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
         accepted = inspect.signature(self.base.forward).parameters
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"
         self.post_init()
+        # Buffers of the user's own keys, whatever their names; integers stay as they are.
+        gates = ((path, module) for path, module in self.named_modules() if isinstance(module, Gate))
+        kept = {f"{path}.{name}" for path, gate in gates for name, t in gate.named_buffers() if t.is_floating_point()}
+        self._keep_in_fp32_modules_strict = [*(self._keep_in_fp32_modules_strict or ()), *kept]
 
     def forward(
         self,
@@ -94,6 +101,18 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
             output["router_logits"] = tuple(call.router_logits)
         as_tuple = (self.config.return_dict if return_dict is None else return_dict) is False
         return output.to_tuple() if as_tuple else output
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As of transformers; the code goes along.
+
+        Raises:
+            ValueError: the file of a routing key does not lie beside this one, and would be left out.
+        """
+        here = Path(__file__).parent
+        absent = [file for file in self.config.own_keys.values() if not (here / file).is_file()]
+        if absent:
+            raise ValueError(f"{absent[0]} would be left out: load the model with trust_remote_code=True to save it.")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """The base model's."""

@@ -11,6 +11,7 @@ from torch import nn
 from mocte_ds.base_model import longest_context
 from mocte_ds.claims import require_backed, require_blocks
 from mocte_ds.convert.hf.folder import COMPUTED, require_weights
+from mocte_ds.convert.hf.own_keys import require_same
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.errors import CheckpointError, MocteError
 from mocte_ds.json_files import read_object, require_small
@@ -40,8 +41,10 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
         The model on the CPU.
 
     Raises:
-        CheckpointError: files are missing, damaged or changed, the config belongs to other weights, or transformers do
-            not load it; names the file or the tensor.
+        CheckpointError: files are missing, damaged or changed, the config belongs to other weights, transformers do
+            not load it, or it has routing keys of a script other than those that are registered; names the file or the
+            tensor.
+        ConfigError: no such key is registered.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model in Hugging Face format: config.json is missing.")
@@ -56,6 +59,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     require_backed(values, shapes, folder / "config.json")
     if values.get("model_type") == "mocte_blocks":
         require_blocks(values.get("blocks"), shapes, folder / "config.json")
+        require_same(values.get("own_keys"), folder)
     if sums:
         sums.require_tensors(list(shards.files), shards.read)
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())

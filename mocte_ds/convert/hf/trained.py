@@ -5,7 +5,7 @@ The model is held in memory as a whole.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mocte_ds.base_model import make_config, make_dense, with_floats
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
+from mocte_ds.convert.hf.own_keys import OwnKeys
 from mocte_ds.convert.hf.shards import SHARD_BYTES
 from mocte_ds.convert.hf.tokenizer import SpecialIds
 from mocte_ds.errors import CheckpointError
@@ -92,6 +93,8 @@ class Target:
     """Why it is not a stock class."""
     special: SpecialIds = SpecialIds(None, None, None)
     """Ids for the configs where the base model's names none."""
+    own: OwnKeys = field(default_factory=OwnKeys)
+    """Routing keys of the user's own."""
 
 
 def choose_target(source: Source, choice: str) -> Target:
@@ -102,17 +105,9 @@ def choose_target(source: Source, choice: str) -> Target:
         choice: `own`: ours in any case.
 
     Raises:
-        CheckpointError: a router is of the user's own kind.
+        CheckpointError: a routing key of the user's own cannot go along.
     """
-    from mocte_ds.remote_code.configuration_blocks_mocte import KINDS
-
     emerged, base = source.emerged, source.base
-    for block in emerged:
-        if strange := [bank.gate.router.kind for bank in block.banks if bank.gate.router.kind not in KINDS]:
-            raise CheckpointError(
-                f"router.kind '{strange[0]}' is a key of your own, and the exported class has {', '.join(KINDS)}; "
-                "a model with it cannot be exported. Its checkpoints train and run in scripts that register it."
-            )
     own = choice == "own" or bool(emerged)
     prefix, names = _BASE if own else "", {}
     blocks = [m for m in source.model.modules() if isinstance(m, Block)]
@@ -120,7 +115,7 @@ def choose_target(source: Source, choice: str) -> Target:
         if (new := _stored_name(name, blocks)) is not None:
             names[prefix + new] = name
     architecture = "MocteBlocksForCausalLM" if own else base["architecture"]
-    return Target(architecture, names)
+    return Target(architecture, names, own=OwnKeys.of(emerged))
 
 
 def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
@@ -132,6 +127,8 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
     Raises:
         CheckpointError: the tensors are not those of the class.
     """
+    from transformers import PreTrainedModel
+
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         model = empty_class(source, target)
         weights = {name: tensor_of(source, ours) for name, ours in target.names.items()}
@@ -148,7 +145,10 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
             for name, number in target.special.fields().items():
                 if config is not None and getattr(config, name, None) is None:
                     setattr(config, name, number)
-        model.save_pretrained(folder, max_shard_size=shard_bytes)
+        # Our class refuses to leave out the files of keys, which come next.
+        save = PreTrainedModel.save_pretrained if target.own.files else type(model).save_pretrained
+        save(model, folder, max_shard_size=shard_bytes)
+        target.own.write(folder)
         if generation is not None:
             # Not by the model, which refuses what some published models say, such as top_k without do_sample.
             generation.to_json_file(folder / "generation_config.json")
@@ -244,6 +244,7 @@ def empty_class(source: Source, target: Target) -> Any:
             dense_ffns=base.get("dense_ffns"),
             blocks=[_described(block) for block in source.emerged],
             document_end_id=(source.state["mocte"] or {}).get("eod_id"),
+            own_keys=target.own.files,
         )
         return MocteBlocksForCausalLM._from_config(around, dtype=dtype)
 
@@ -253,6 +254,7 @@ def _described(block: Block) -> dict[str, Any]:
     first = block.banks[0]
     keys = [bank.gate.key for bank in block.banks]
     parts = [name for name, _ in block.dense.named_children()] if isinstance(block.dense, GatheredFFN) else None
+    settings = [dict.fromkeys((*_ROUTER, *key.taken())) for key in keys]
     return {
         "module": block.name,
         **({"parts": parts} if parts else {}),
@@ -261,5 +263,8 @@ def _described(block: Block) -> dict[str, Any]:
         "num_experts": first.num_experts,
         "expert_sizes": sizes_of(first.local_experts[0], block.dense),
         "vocab_size": max(key.vocab_size for key in keys) or None,
-        "banks": [{name: getattr(bank.gate.router, name) for name in _ROUTER} for bank in block.banks],
+        "banks": [
+            {name: getattr(bank.gate.router, name) for name in names}
+            for bank, names in zip(block.banks, settings, strict=True)
+        ],
     }

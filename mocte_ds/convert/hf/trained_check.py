@@ -1,5 +1,6 @@
 """Holds the folder of a user's own model against what trained: every tensor, and the logits."""
 
+import contextlib
 import gc
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from mocte_ds.base_model import longest_context
 from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.convert.hf.closeness import MARGIN, margins, require_close
+from mocte_ds.convert.hf.own_keys import class_beside
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.convert.hf.trained import Target, quiet_transformers, tensor_of, trained_model
 from mocte_ds.errors import CheckpointError
+from mocte_ds.json_files import read_object
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.ownership.checksums import checksum
 from mocte_ds.shown import one_line
@@ -78,10 +81,14 @@ def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     import mocte_ds.convert.hf.register  # noqa: F401
 
-    how = {"dtype": dtype, "trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    own = read_object(folder / "config.json", CheckpointError).get("own_keys")
+    # With keys of the user's own it is their copies in the folder that must compute the same.
+    source = class_beside(folder) if own else contextlib.nullcontext(AutoModelForCausalLM)
+    how = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    how |= {} if own else {"trust_remote_code": False}
     try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+        with quiet_transformers(), torch.random.fork_rng(devices=[]), source as theirs:
+            model, info = theirs.from_pretrained(folder, **how)
     except Exception as error:  # transformers raise many types for what they cannot load
         text = one_line(error, 500)
         raise CheckpointError(f"transformers cannot load {folder}: {text}") from error
