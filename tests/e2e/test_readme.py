@@ -11,7 +11,7 @@ PAGES = README + (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
 
 def test_script_runs_as_printed(launch: Launcher, tmp_path: Path) -> None:
     script = re.search(r"<!-- the test suite runs this script.*?```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert len([line for line in script.splitlines() if line.strip()]) <= 25
+    assert len([line for line in script.splitlines() if line.strip()]) <= 40 and "transformers" not in script
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     code, output = launch(tmp_path / "script.py")
     assert code == 0, output

@@ -5,8 +5,9 @@
 #
 # PYTHON names another interpreter, MOCTE_TORCH words for pip that install torch before the rest (torch==2.13.0, say,
 # where this fetches a CPU build). DEPENDENCIES names a folder of site-packages whose packages are used, mocte_ds
-# excepted, instead of downloading them.
+# excepted, instead of downloading them. STAGE=readme runs the first stage alone, STAGE=tools the rest.
 #
+# README's script on two ranks, in an environment of the wheel without extras, where transformers is not installed. Then
 # Trainer and accelerate on two ranks with emergence, freezing, an interruption in the middle and an export; then GPT2,
 # Qwen3, Gemma3, Phi3, GPT-NeoX and OPT by mocte_ds.initialize alone. Ends with "all of it works", or with what did not.
 set -euo pipefail
@@ -20,11 +21,53 @@ folder=$(cd "$folder" && pwd)
 unset PYTHONPATH
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export TORCH_EXTENSIONS_DIR=$folder/torch_extensions
-if [ ! -x "$folder/venv/bin/mocte-ds" ]; then
-  "$python" -m venv "$folder/venv"
+fail() { echo "FAILED: $1" >&2; exit 1; }
+has() { grep -Eq "$2" "$1.log" || { tail -n 30 "$1.log"; fail "$1.log has no line like $2"; }; }
+launch() { "$@" > "$name.log" 2>&1 || { tail -n 30 "$name.log"; fail "$name"; }; }
+on_two() { deepspeed --log_level error --num_accelerators 2 "$@"; }
+require_ours() {
+  local place
+  place=$(python -c 'import mocte_ds; print(mocte_ds.__file__)')
+  [[ $place == "$1"/* ]] || fail "mocte_ds is that of $place"
+}
+with_torch() {
+  "$python" -m venv "$1"
+  # shellcheck disable=SC2086  several words on purpose
+  if [ -n "${MOCTE_TORCH:-}" ]; then "$1/bin/pip" install --quiet $MOCTE_TORCH; fi
+}
+
+if [ ! -d "$folder/wheel" ]; then
+  "$python" -m venv "$folder/building"
   # From a copy: building writes into the folder that it builds.
   mkdir "$folder/source"
   git -C "$root" archive HEAD | tar -x -C "$folder/source"
+  "$folder/building/bin/pip" wheel --quiet --no-deps --wheel-dir "$folder/wheel" "$folder/source"
+fi
+wheel=$(echo "$folder"/wheel/mocte_ds-*.whl)
+
+if [ "${STAGE:-readme}" = readme ] && [ -z "${DEPENDENCIES:-}" ]; then
+  if [ ! -x "$folder/plain/bin/mocte-ds" ]; then
+    with_torch "$folder/plain"
+    "$folder/plain/bin/pip" install --quiet "$wheel"
+  fi
+  ( PATH=$folder/plain/bin:$PATH
+    rm -rf "$folder/readme" && mkdir "$folder/readme"
+    cd "$folder/readme"
+    require_ours "$folder/plain"
+    if python -c 'import transformers' 2> import.log; then fail "transformers is there without any extra"; fi
+    grep -q "No module named 'transformers'" import.log || { cat import.log; fail "transformers is there, and broken"; }
+    sed -n '/^<!-- the test suite runs this script/,/^```$/p' "$root/README.md" | sed '1,2d;$d' > script.py
+    name=readme
+    launch on_two script.py
+    has $name '[0-9]+ emergence '
+    has $name 'loss [0-9][.][0-9]+, experts of block 0'
+    grep -E 'emergence|loss' $name.log )
+  echo "README's script trains in an environment without extras"
+fi
+[ "${STAGE:-tools}" = tools ] || exit 0
+
+if [ ! -x "$folder/venv/bin/mocte-ds" ]; then
+  with_torch "$folder/venv"
   site=$("$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   offline=()
   if [ -n "${DEPENDENCIES:-}" ]; then
@@ -35,12 +78,6 @@ if [ ! -x "$folder/venv/bin/mocte-ds" ]; then
     chmod +x "$folder"/venv/bin/{accelerate,deepspeed}
     offline=(--no-deps)
   fi
-  if [ -n "${MOCTE_TORCH:-}" ]; then
-    # shellcheck disable=SC2086  several words on purpose
-    "$folder/venv/bin/pip" install --quiet $MOCTE_TORCH
-  fi
-  "$folder/venv/bin/pip" wheel --quiet --no-deps --wheel-dir "$folder/wheel" "$folder/source"
-  wheel=$(echo "$folder"/wheel/mocte_ds-*.whl)
   "$folder/venv/bin/pip" install --quiet "${offline[@]}" "$wheel[trainer,report]"
 fi
 PATH=$folder/venv/bin:$PATH
@@ -48,13 +85,7 @@ rm -rf "$folder/work" && mkdir "$folder/work"
 cp "$root"/examples/{trainer,accelerate_loop}.py "$root/tests/outside/families.py" "$folder/work"
 cd "$folder/work"
 
-fail() { echo "FAILED: $1" >&2; exit 1; }
-has() { grep -Eq "$2" "$1.log" || { tail -n 30 "$1.log"; fail "$1.log has no line like $2"; }; }
-launch() { "$@" > "$name.log" 2>&1 || { tail -n 30 "$name.log"; fail "$name"; }; }
-on_two() { deepspeed --log_level error --num_accelerators 2 "$@"; }
-
-place=$(python -c 'import mocte_ds; print(mocte_ds.__file__)')
-[[ $place == "$folder"/venv/* ]] || fail "mocte_ds is that of $place"
+require_ours "$folder/venv"
 
 name=trainer-before
 launch on_two trainer.py --out trainer --steps 40 --stop-after 16
