@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             f"logits within {facts['logit_difference']:.1e}; memory {facts['peak_bytes'] / 1e6:,.0f} MB at most for "
             f"{facts['checkpoint_bytes'] / 1e6:,.0f} MB of weights"
         )
+        for kind, file in facts["own_keys"].items():
+            print(f"{file} there is a copy of the file of your routing key {kind}")
         if facts["reason"]:
             print(f"no stock class: {facts['reason']}")
             print("load it with trust_remote_code=True, or after import mocte_ds.convert.hf.register")
