@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             f"logits within {facts['logit_difference']:.1e}; memory {facts['peak_bytes'] / 1e6:,.0f} MB at most for "
             f"{facts['checkpoint_bytes'] / 1e6:,.0f} MB of weights"
         )
-        for kind, file in facts["own_keys"].items():
+        for kind, file in facts["user_keys"].items():
             print(f"{file} there is a copy of the file of your routing key {kind}")
         if facts["reason"]:
             print(f"no stock class: {facts['reason']}")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .calls_mocte import Call
 from .experts_mocte import expert_like, gather
 from .gates_mocte import Gate
-from .own_keys_mocte import KEYS
 from .tokens_mocte import RoutingError
+from .user_keys_mocte import KEYS
 
 # Shapes: B sequences of T tokens, n = B T rows, d features, E experts, k experts per token.
 
@@ -53,6 +53,7 @@ class MocteBank(nn.Module):
         bank = block["banks"][number]
         router = SimpleNamespace(**bank)
         key = KEYS[router.kind].of(router, block["hidden_size"], block["num_experts"], block["vocab_size"])
+        key = key.float()  # weights are loaded in the type that they have here, which else is the model's
         key.name = f"{block['module']}.{number}"
         self.gate = Gate(key, router)
         sizes = block["expert_sizes"]

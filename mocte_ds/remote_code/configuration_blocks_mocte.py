@@ -20,7 +20,7 @@ class MocteBlocksConfig(PretrainedConfig):
         blocks: list[dict[str, Any]] | None = None,
         dense_ffns: dict[str, int] | None = None,
         document_end_id: int | None = None,
-        own_keys: dict[str, str] | None = None,
+        user_keys: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Check and store.
@@ -32,7 +32,7 @@ class MocteBlocksConfig(PretrainedConfig):
                 "ffn" (experts instead of the FFN) or "lora" (beside it), "hidden_size": d, "num_experts": E of each bank,
                 "expert_sizes": inputs and outputs of the linear layers that differ from the FFN's, by their paths,
                 "vocab_size": entries of tables by token ids or None, "banks": one for each bank of experts: {"kind":
-                one of KINDS or of `own_keys`, "weight": one of WEIGHTS, "learn": bool, "top_k": experts per token,
+                one of KINDS or of `user_keys`, "weight": one of WEIGHTS, "learn": bool, "top_k": experts per token,
                 "normalise": whether their weights are divided by their sum, "scale": factor of the weights,
                 "unit_mean": whether they are divided by their mean in training, "rows": of tables of hashed pairs,
                 "prior": logit of a table in a trained router, "learn_prior": whether it is trained, "groups": of
@@ -41,7 +41,7 @@ class MocteBlocksConfig(PretrainedConfig):
             dense_ffns: hidden units of the gated FFNs that stand where the base model's class has experts of its own,
                 by their paths.
             document_end_id: token that ends a document; routing starts over after it.
-            own_keys: files beside the weights that hold routing keys of the user's own, by the kinds.
+            user_keys: files beside the weights that hold routing keys of the user's own, by the kinds.
             **kwargs: fields of every transformers config.
 
         Raises:
@@ -56,9 +56,9 @@ class MocteBlocksConfig(PretrainedConfig):
         self.text_config = text_config
         self.blocks, self.document_end_id = list(blocks or []), document_end_id
         self.dense_ffns = dict(dense_ffns or {})
-        self.own_keys = dict(own_keys or {})
+        self.user_keys = dict(user_keys or {})
         for block in self.blocks:
-            _require_known(block, (*KINDS, *self.own_keys))
+            _require_known(block, (*KINDS, *self.user_keys))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             kwargs.setdefault(name, getattr(text_config, name, None))
         kwargs.setdefault("use_cache", getattr(text_config, "use_cache", True))

@@ -15,6 +15,15 @@ from .calls_mocte import Call, cache_in
 from .configuration_blocks_mocte import MocteBlocksConfig
 from .experts_mocte import put_dense_ffns
 from .gates_mocte import Gate
+from .keys_mocte import Key
+from .known_keys_mocte import KEYS
+from .online_key_mocte import OnlineKey
+from .pair_keys_mocte import PairKey
+from .tokens_mocte import Tokens
+from .user_keys_mocte import KEYS as WITH_USER_KEYS
+
+_GO_ALONG = (Gate, Key, KEYS, OnlineKey, WITH_USER_KEYS, PairKey, Tokens)
+"""transformers 5.0 copies the files that this one imports, and not what these import."""
 
 
 class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
@@ -47,10 +56,6 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
         accepted = inspect.signature(self.base.forward).parameters
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"
         self.post_init()
-        # Buffers of the user's own keys, whatever their names; integers stay as they are.
-        gates = ((path, module) for path, module in self.named_modules() if isinstance(module, Gate))
-        kept = {f"{path}.{name}" for path, gate in gates for name, t in gate.named_buffers() if t.is_floating_point()}
-        self._keep_in_fp32_modules_strict = [*(self._keep_in_fp32_modules_strict or ()), *kept]
 
     def forward(
         self,
@@ -109,7 +114,7 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: the file of a routing key does not lie beside this one, and would be left out.
         """
         here = Path(__file__).parent
-        absent = [file for file in self.config.own_keys.values() if not (here / file).is_file()]
+        absent = [file for file in self.config.user_keys.values() if not (here / file).is_file()]
         if absent:
             raise ValueError(f"{absent[0]} would be left out: load the model with trust_remote_code=True to save it.")
         super().save_pretrained(save_directory, *args, **kwargs)

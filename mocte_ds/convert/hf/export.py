@@ -57,8 +57,8 @@ def export(
         shard_bytes: largest file of weights.
 
     Returns:
-        Facts: architecture, reason (why it is not a stock class), parameters, dtype, own_keys (files of routing keys of
-        the user's own, by their kinds), checkpoint_bytes (files with weights), start_bytes and peak_bytes (memory of
+        Facts: architecture, reason (why it is not a stock class), parameters, dtype, user_keys (files of routing keys
+        of the user's own, by their kinds), checkpoint_bytes (files with weights), start_bytes and peak_bytes (memory of
         this process at the start, and at most so far), and what was compared: tensors_compared, experts_compared and
         logit_difference (relative to the largest logit).
 
@@ -123,7 +123,7 @@ def export_trained(
     if tokenizer is not None:
         tokenizer.require_fit(config.vocab_size)
         ids = {name: getattr(tokenizer.special, name) if value is None else value for name, value in ids.items()}
-    special, mixture, reason, own_keys = SpecialIds(**ids), None, None, {}
+    special, mixture, reason, user_keys = SpecialIds(**ids), None, None, {}
     if choice != "own" and source.emerged:
         try:
             mixture = find_mixture(source)
@@ -135,7 +135,7 @@ def export_trained(
         architecture, needed = mixture.architecture, mixture.nbytes
     else:
         target = replace(choose_target(source, choice), special=special, reason=reason)
-        architecture, own_keys = target.architecture, target.own.files
+        architecture, user_keys = target.architecture, target.user_keys.files
         needed = sum(tensor_of(source, name).nbytes for name in target.names.values())
     require_room(out, needed)
     with finished_folder(out, TOOL) as pending:
@@ -149,7 +149,7 @@ def export_trained(
             tokenizer.write(pending, longest_context(config, out) or _NO_LIMIT)
         tell("comparing with the trained model")
         facts: dict[str, Any] = {"architecture": architecture, "reason": reason, "parameters": parameters}
-        facts["dtype"], facts["own_keys"] = source.dtype, own_keys
+        facts["dtype"], facts["user_keys"] = source.dtype, user_keys
         facts |= {**(told or {}), "tokenizer": tokenizer is not None, "tensors_compared": len(checksums)}
         facts["experts_compared"] = sum(block.num_experts for block in source.emerged)
         facts["logit_difference"] = compare_logits(source, pending)

@@ -11,8 +11,8 @@ from torch import nn
 from mocte_ds.base_model import longest_context
 from mocte_ds.claims import require_backed, require_blocks
 from mocte_ds.convert.hf.folder import COMPUTED, require_weights
-from mocte_ds.convert.hf.own_keys import require_same
 from mocte_ds.convert.hf.shards import Shards
+from mocte_ds.convert.hf.user_keys import require_same
 from mocte_ds.errors import CheckpointError, MocteError
 from mocte_ds.json_files import read_object, require_small
 from mocte_ds.ownership.checksums import Checksums
@@ -59,7 +59,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     require_backed(values, shapes, folder / "config.json")
     if values.get("model_type") == "mocte_blocks":
         require_blocks(values.get("blocks"), shapes, folder / "config.json")
-        require_same(values.get("own_keys"), folder)
+        require_same(values.get("user_keys"), folder)
     if sums:
         sums.require_tensors(list(shards.files), shards.read)
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mocte_ds.base_model import make_config, make_dense, with_floats
 from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
-from mocte_ds.convert.hf.own_keys import OwnKeys
 from mocte_ds.convert.hf.shards import SHARD_BYTES
 from mocte_ds.convert.hf.tokenizer import SpecialIds
+from mocte_ds.convert.hf.user_keys import UserKeys
 from mocte_ds.errors import CheckpointError
 from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.moe.idle import free
@@ -93,7 +93,7 @@ class Target:
     """Why it is not a stock class."""
     special: SpecialIds = SpecialIds(None, None, None)
     """Ids for the configs where the base model's names none."""
-    own: OwnKeys = field(default_factory=OwnKeys)
+    user_keys: UserKeys = field(default_factory=UserKeys)
     """Routing keys of the user's own."""
 
 
@@ -115,7 +115,7 @@ def choose_target(source: Source, choice: str) -> Target:
         if (new := _stored_name(name, blocks)) is not None:
             names[prefix + new] = name
     architecture = "MocteBlocksForCausalLM" if own else base["architecture"]
-    return Target(architecture, names, own=OwnKeys.of(emerged))
+    return Target(architecture, names, user_keys=UserKeys.of(emerged))
 
 
 def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
@@ -146,9 +146,9 @@ def save_model(source: Source, target: Target, folder: Path, shard_bytes: int = 
                 if config is not None and getattr(config, name, None) is None:
                     setattr(config, name, number)
         # Our class refuses to leave out the files of keys, which come next.
-        save = PreTrainedModel.save_pretrained if target.own.files else type(model).save_pretrained
+        save = PreTrainedModel.save_pretrained if target.user_keys.files else type(model).save_pretrained
         save(model, folder, max_shard_size=shard_bytes)
-        target.own.write(folder)
+        target.user_keys.write(folder)
         if generation is not None:
             # Not by the model, which refuses what some published models say, such as top_k without do_sample.
             generation.to_json_file(folder / "generation_config.json")
@@ -244,7 +244,7 @@ def empty_class(source: Source, target: Target) -> Any:
             dense_ffns=base.get("dense_ffns"),
             blocks=[_described(block) for block in source.emerged],
             document_end_id=(source.state["mocte"] or {}).get("eod_id"),
-            own_keys=target.own.files,
+            user_keys=target.user_keys.files,
         )
         return MocteBlocksForCausalLM._from_config(around, dtype=dtype)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from mocte_ds.base_model import longest_context
 from mocte_ds.checkpoints.source import NARROW, Source
 from mocte_ds.convert.hf.closeness import MARGIN, margins, require_close
-from mocte_ds.convert.hf.own_keys import class_beside
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.convert.hf.trained import Target, quiet_transformers, tensor_of, trained_model
+from mocte_ds.convert.hf.user_keys import class_beside
 from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import read_object
 from mocte_ds.moe.block import Block, BlockMode
@@ -81,7 +81,7 @@ def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     import mocte_ds.convert.hf.register  # noqa: F401
 
-    own = read_object(folder / "config.json", CheckpointError).get("own_keys")
+    own = read_object(folder / "config.json", CheckpointError).get("user_keys")
     # With keys of the user's own it is their copies in the folder that must compute the same.
     source = class_beside(folder) if own else contextlib.nullcontext(AutoModelForCausalLM)
     how = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}

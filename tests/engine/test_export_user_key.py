@@ -69,8 +69,8 @@ def test_the_tool_needs_to_be_told_where_the_key_is(run: Any, tmp_path: Path) ->
     assert code == 2 and "'kind-of-byte' is not one of" in output and "--import FILE" in output, output
     assert not (tmp_path / "export").exists()
     code, output = export_hf(folder / "checkpoints", tmp_path / "export", "--import", KEY)
-    assert code == 0 and "own_key_kind_of_byte_mocte.py there is a copy" in output, output
+    assert code == 0 and "user_key_kind_of_byte_mocte.py there is a copy" in output, output
     ours, theirs = (load_file(place / "model.safetensors") for place in (folder / "live", tmp_path / "export"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    for file in ("own_key_kind_of_byte_mocte.py", "own_keys_mocte.py", "config.json"):
+    for file in ("user_key_kind_of_byte_mocte.py", "user_keys_mocte.py", "config.json"):
         assert (folder / "live" / file).read_bytes() == (tmp_path / "export" / file).read_bytes(), file

@@ -23,8 +23,10 @@ from mocte_ds.shown import shown
 _OURS, _BESIDE = "mocte_ds.moe.keys", "mocte_ds.remote_code."
 _PACKAGES = {"torch", "numpy", "transformers"}
 """What is there wherever an export is loaded, beside the standard library."""
-_INDEX = "own_keys_mocte"
+_INDEX = "user_keys_mocte"
 """Module of mocte_ds/remote_code that the export writes anew."""
+_MODELING = "modeling_blocks_mocte"
+"""The one with the class."""
 _MAY = (
     f"The file of a key that is exported imports the standard library, {', '.join(sorted(_PACKAGES))} and "
     f"{_OURS} alone (docs/extending.md)."
@@ -32,7 +34,7 @@ _MAY = (
 
 
 @dataclass(frozen=True)
-class OwnKeys:
+class UserKeys:
     """What of them lies beside the weights."""
 
     files: dict[str, str] = field(default_factory=dict)
@@ -43,7 +45,7 @@ class OwnKeys:
     """Name of the class of each kind."""
 
     @classmethod
-    def of(cls, blocks: list[Block]) -> "OwnKeys":
+    def of(cls, blocks: list[Block]) -> "UserKeys":
         """Those of the banks of some blocks.
 
         Raises:
@@ -58,7 +60,7 @@ class OwnKeys:
             if kind in found.files:
                 continue
             module, text = carried(kind, type(key))
-            name = file = f"own_key_{re.sub(r'[^0-9A-Za-z]', '_', module.rpartition('.')[2])}_mocte.py"
+            name = file = f"user_key_{re.sub(r'[^0-9A-Za-z]', '_', module.rpartition('.')[2])}_mocte.py"
             count = 1
             while sources.setdefault(file, module) != module:
                 count += 1
@@ -79,6 +81,8 @@ class OwnKeys:
         lines = ['"""The routing keys that blocks look up, those of the user among them."""', ""]
         lines += ["from .known_keys_mocte import KEYS", *imports, "", '__all__ = ["KEYS"]', "", *calls]
         (folder / f"{_INDEX}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with (folder / f"{_MODELING}.py").open("a", encoding="utf-8") as modeling:
+            modeling.write("\n".join(["", "# transformers 5.0 copies what this file imports itself.", *imports]) + "\n")
 
 
 def carried(kind: str, key: type[Key]) -> tuple[str, str]:
@@ -119,7 +123,7 @@ def require_same(own: Any, folder: Path) -> None:
         ConfigError: no key of that name is registered.
     """
     if not isinstance(own or {}, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: own_keys are damaged: {shown(own)}.")
+        raise CheckpointError(f"{folder / 'config.json'}: user_keys are damaged: {shown(own)}.")
     for kind, name in (own or {}).items():
         text = carried(kind, KEYS.get(kind, f"{folder / 'config.json'}: kind"))[1]
         try:
@@ -142,7 +146,7 @@ def class_beside(folder: Path) -> Iterator[Any]:
     sys.modules[name], sys.dont_write_bytecode = package, True
     importlib.invalidate_caches()
     try:
-        yield importlib.import_module(f"{name}.modeling_blocks_mocte").MocteBlocksForCausalLM
+        yield importlib.import_module(f"{name}.{_MODELING}").MocteBlocksForCausalLM
     finally:
         sys.dont_write_bytecode = kept
         for module in [other for other in sys.modules if other == name or other.startswith(f"{name}.")]:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_relative_imports
 
 from mocte_ds.base_model import base_facts, require_base
 from mocte_ds.convert.hf.export import export_trained
 from mocte_ds.convert.hf.load import load_model
-from mocte_ds.convert.hf.own_keys import OwnKeys, _without_us, carried
+from mocte_ds.convert.hf.user_keys import UserKeys, _without_us, carried
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe import Block
 from mocte_ds.moe.keys import KEYS, Key
@@ -103,7 +104,14 @@ def test_it_computes_the_same_where_nothing_of_ours_is(trained: Any, tmp_path: P
     for name, dtype in (("table", torch.int64), ("edges", torch.float32), ("turned", torch.bool)):
         assert {kinds[found] for found in kinds if found.endswith(f".{name}")} == {dtype}, name
     names = json.loads((folder / "checksums.json").read_text())["files"]
-    assert {"own_key_stretched_mocte.py", "own_keys_mocte.py"} <= names.keys()
+    assert {"user_key_stretched_mocte.py", "user_keys_mocte.py"} <= names.keys()
+
+
+def test_early_transformers_find_every_file(trained: Any) -> None:
+    """Version 5.0 copies what the file of the class imports itself, and not what these files import."""
+    names = {path.stem for path in trained[1].glob("*_mocte.py")}
+    found = get_relative_imports(trained[1] / "modeling_blocks_mocte.py")
+    assert names == {"modeling_blocks_mocte", *found} and "user_key_stretched_mocte" in names
 
 
 @torch.no_grad()
@@ -125,12 +133,12 @@ def test_loading_without_the_folders_code(trained: Any, tmp_path: Path, monkeypa
     loaded = load_model(folder)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
-    with pytest.raises(ValueError, match="own_key_stretched_mocte.py would be left out: .*trust_remote_code=True"):
+    with pytest.raises(ValueError, match="user_key_stretched_mocte.py would be left out: .*trust_remote_code=True"):
         loaded.save_pretrained(tmp_path / "saved")
     text = path.read_text(encoding="utf-8")
     try:
         path.write_text(text.replace("10 *", "20 *"), encoding="utf-8")
-        with pytest.raises(CheckpointError, match="own_key_stretched_mocte.py is not the file of the key"):
+        with pytest.raises(CheckpointError, match="user_key_stretched_mocte.py is not the file of the key"):
             load_model(folder)
     finally:
         path.write_text(text, encoding="utf-8")
@@ -144,9 +152,9 @@ def test_loading_without_the_folders_code(trained: Any, tmp_path: Path, monkeypa
 def test_a_changed_file_is_found(tmp_path: Path) -> None:
     import_files([write_key(tmp_path, "changed")])
     exported("stretched-changed", tmp_path / "export")
-    file = tmp_path / "export" / "own_key_changed_mocte.py"
+    file = tmp_path / "export" / "user_key_changed_mocte.py"
     file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"own_key_changed_mocte.py is not what checksums.json says"):
+    with pytest.raises(CheckpointError, match=r"user_key_changed_mocte.py is not what checksums.json says"):
         load_model(tmp_path / "export")
 
 
@@ -196,7 +204,7 @@ def test_classes_without_a_file_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     class Within(Key):
         pass
 
-    with pytest.raises(CheckpointError, match="Within of .*test_own_keys.py is made within a function"):
+    with pytest.raises(CheckpointError, match="Within of .*test_user_keys.py is made within a function"):
         carried("within", Within)
     for name in ("__main__", "of-a-notebook"):
         with pytest.raises(CheckpointError, match="defined in the script that runs, or in a notebook"):
@@ -214,11 +222,11 @@ def test_tensors_that_no_file_keeps(trained: Any) -> None:
     ):
         change()
         with pytest.raises(CheckpointError, match=f"'stretched-stretched' cannot be exported: {told}"):
-            OwnKeys.of([block])
+            UserKeys.of([block])
         for name in ("loose", "gone", "fine"):
             if hasattr(key, name):
                 delattr(key, name)
-    assert OwnKeys.of([block]).files == {"stretched-stretched": "own_key_stretched_mocte.py"}
+    assert UserKeys.of([block]).files == {"stretched-stretched": "user_key_stretched_mocte.py"}
 
 
 def test_files_that_cannot_be_imported(tmp_path: Path) -> None:
