@@ -29,8 +29,8 @@ class MocteBlocksConfig(PretrainedConfig):
             text_config: of the base model, with its `model_type`; a dict or a config. None: Llama's.
             blocks: one for each FFN that is a block: {"module": its path in the base model, "parts" (only where a layer
                 calls the FFN's modules itself): names of these in the layer, the first of them at that path, "kind":
-                "ffn" (experts instead of the FFN) or "lora" (beside it), "hidden_size": d, "num_experts": E of each bank,
-                "expert_sizes": inputs and outputs of the linear layers that differ from the FFN's, by their paths,
+                "ffn" (experts instead of the FFN) or "lora" (beside it), "hidden_size": d, "num_experts": E of each
+                bank, "expert_sizes": inputs and outputs of the linear layers that differ from the FFN's, by their paths,
                 "vocab_size": entries of tables by token ids or None, "banks": one for each bank of experts: {"kind":
                 one of KINDS or of `user_keys`, "weight": one of WEIGHTS, "learn": bool, "top_k": experts per token,
                 "normalise": whether their weights are divided by their sum, "scale": factor of the weights,
