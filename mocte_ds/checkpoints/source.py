@@ -18,7 +18,7 @@ from mocte_ds.checkpoints.values import only_plausible, read_plain, require_keys
 from mocte_ds.claims import require_backed
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
-from mocte_ds.moe.attach import attach
+from mocte_ds.moe.attach import AUTO, attach
 from mocte_ds.moe.block import Block, BlockMode, idle_prefixes, running_state
 from mocte_ds.ownership.manifest import Manifest
 
@@ -252,10 +252,12 @@ def with_blocks(model: nn.Module, mocte: dict[str, Any], path: Path) -> nn.Modul
         CheckpointError: the blocks are not those that the config gives, or a mode is unknown.
         ConfigError: settings that this version does not know.
     """
-    with torch.device("meta"):
-        blocks = attach(model, MocteConfig.from_dict({**mocte["config"], "ep_size": 1}))
-    entries = mocte["blocks"]
+    entries, config = mocte["blocks"], {**mocte["config"], "ep_size": 1}
     names = [entry.get("name") for entry in entries]
+    if config.get("modules") == AUTO:  # found by what FFNs compute, which weights that are not there do not tell
+        config["modules"] = names
+    with torch.device("meta"):
+        blocks = attach(model, MocteConfig.from_dict(config))
     if names != [block.name for block in blocks]:
         raise CheckpointError(f"{path} lists the blocks {names}, which its own config does not give.")
     for block, entry in zip(blocks, entries, strict=True):

@@ -30,10 +30,10 @@ class MocteBlocksConfig(PretrainedConfig):
             blocks: one for each FFN that is a block: {"module": its path in the base model, "parts" (only where a layer
                 calls the FFN's modules itself): names of these in the layer, the first of them at that path, "kind":
                 "ffn" (experts instead of the FFN) or "lora" (beside it), "hidden_size": d, "num_experts": E of each
-                bank, "expert_sizes": inputs and outputs of the linear layers that differ from the FFN's, by their paths,
-                "vocab_size": entries of tables by token ids or None, "banks": one for each bank of experts: {"kind":
-                one of KINDS or of `user_keys`, "weight": one of WEIGHTS, "learn": bool, "top_k": experts per token,
-                "normalise": whether their weights are divided by their sum, "scale": factor of the weights,
+                bank, "expert_sizes": inputs and outputs of the linear layers that differ from the FFN's, by their
+                paths, "vocab_size": entries of tables by token ids or None, "banks": one for each bank of experts:
+                {"kind": one of KINDS or of `user_keys`, "weight": one of WEIGHTS, "learn": bool, "top_k": experts per
+                token, "normalise": whether their weights are divided by their sum, "scale": factor of the weights,
                 "unit_mean": whether they are divided by their mean in training, "rows": of tables of hashed pairs,
                 "prior": logit of a table in a trained router, "learn_prior": whether it is trained, "groups": of
                 experts, or None, "std": of the directions that such a router starts with, or None, "directions" and

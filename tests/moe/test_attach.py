@@ -1,5 +1,8 @@
 """Blocks in transformers' models: the function does not change when they are put in, nor when experts emerge."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from deepspeed.moe.layer import MoE
@@ -8,12 +11,15 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
 
+from mocte_ds.checkpoints.source import with_blocks
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights
 from mocte_ds.errors import ConfigError
@@ -177,3 +183,15 @@ def test_documents_of_a_packed_batch():
     assert torch.equal(states[0].ids, ids)
     found = [documents_of(ForwardState(ids, end).tokens(shape), None, ids.device).tolist() for end in (0, None)]
     assert found == [[[0, 0, 1, 1, 1], [2, 2, 2, 2, 2]], [[0] * 5, [1] * 5]]
+
+
+def test_a_checkpoint_of_an_auto_run_has_the_blocks_that_the_run_found() -> None:
+    """Attention with two heads and one key has matrices of an FFN's shape, which only their weights tell apart."""
+    sizes = {"n_embd": 16, "n_inner": 40, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    made = GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=20, **sizes))
+    config = {"modules": "auto", "num_experts": 2}
+    names = [block.name for block in attach(copy.deepcopy(made), MocteConfig.from_dict(config))]
+    assert names == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
+    state = {"config": config, "blocks": [{"name": name, "mode": "warmup"} for name in names]}
+    stored = with_blocks(made.to("meta"), state, Path())
+    assert [module.name for module in stored.modules() if isinstance(module, Block)] == names
