@@ -20,6 +20,7 @@ from mocte_ds.paths import require_folder_for
 from mocte_ds.shipped import INSTALLED, ROOT
 from mocte_ds.stop import end_on_signals
 from mocte_ds.training.lost import forget_cause, give_way, word_of_errors
+from mocte_ds.user_files import add_import_option, import_files
 
 if TYPE_CHECKING:
     from mocte_ds.training.start import Start
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     looks.add_argument("--preflight-only", action="store_true", help="look at hosts and links, and end")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_import_option(parser)
     args = parser.parse_args(argv)
     out = Path("runs") / args.run.stem if args.out is None else args.out
     rank = int(os.environ.get("RANK", "0"))
@@ -68,6 +70,7 @@ def _checked(args: argparse.Namespace, out: Path) -> "Start":
     # torch takes seconds to import: a signal must find its handler before.
     from mocte_ds.training.run_config import read_run
 
+    import_files(args.imports)
     run = read_run(args.run, args.set)
     require_folder_for(out, "--out")
     from mocte_ds.training.start import make_start

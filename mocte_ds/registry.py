@@ -71,7 +71,7 @@ class Registry(Generic[Item]):
             names = [*self._items, *self._others]
             raise ConfigError(
                 f"{where} = {shown(name)} is not one of {names}.{nearest(name, names)} If it is your own {self.what}, "
-                "import the module that registers it first; tools/export_hf.py and tools/evaluate.py: --import FILE."
+                "import the module that registers it first; for a command line: --import FILE."
             )
         return self._items[name]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mocte_ds.cli import print_all, run_cli
 from mocte_ds.errors import ConfigError
+from mocte_ds.user_files import add_import_option, import_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hardware", default="h100", metavar="NAME", help="rates of a GPU (default: %(default)s)")
     parser.add_argument("--hardware-file", type=Path, metavar="FILE", help="YAML with rates (default: the shipped one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_import_option(parser)
     args = parser.parse_args(argv)
+    import_files(args.imports)
     for name in ("gpus", "gpus_per_host"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more.")

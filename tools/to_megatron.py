@@ -11,6 +11,7 @@ from pathlib import Path
 from mocte_ds.cli import run_cli
 from mocte_ds.errors import ConfigError
 from mocte_ds.paths import require_folder_for
+from mocte_ds.user_files import add_import_option, import_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="weights (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_import_option(parser)
     args = parser.parse_args(argv)
+    import_files(args.imports)
     require_folder_for(args.out, "OUT")
     if args.settings and not args.back:
         raise ConfigError("--settings belongs to the way back; give --back too, or leave it out.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from mocte_ds.cli import run_cli
 from mocte_ds.ownership import note_built, require_apart
 from mocte_ds.paths import require_folder_for
+from mocte_ds.user_files import add_import_option, import_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-t", "--tag", default=None, help="name of the checkpoint (default: what `latest` names)")
     parser.add_argument("--exclude-frozen-parameters", action="store_true", help="leave out what does not train")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_import_option(parser)
     args = parser.parse_args(argv)
+    import_files(args.imports)
 
     require_folder_for(args.out, "OUT")
     require_apart(args.out, args.checkpoint)
