@@ -13,7 +13,7 @@ from mocte_ds.value_bounds import require_plain
 
 _SECTIONS = (
     "activation_checkpointing bf16 checkpoint comms_logger csv_monitor data_types flops_profiler fp16 "
-    "mocte optimizer scheduler tensorboard torch_autocast wandb zero_optimization"
+    "mocte optimizer scheduler tensor_parallel tensorboard torch_autocast wandb zero_optimization"
 ).split()
 # DeepSpeed passes over a key that it does not know without a word.
 _KNOWN = [
@@ -28,11 +28,11 @@ _KNOWN = [
 ]
 _REMOVED = "DeepSpeed has removed it"
 _UNTRIED = "it has not been tried with blocks"
+_WHOLE = "routers, samples and token counts read whole sequences (docs/tensor_parallel.md)"
 _UNSUPPORTED = {
-    "tensor_parallel": "the ranks of a run share data and experts, no tensors; remove it",
-    "autotp_size": "the ranks of a run share data and experts, no tensors; remove it",
-    "sequence_parallel_size": "every rank computes whole sequences; remove it",
-    "seq_parallel_communication_data_type": "every rank computes whole sequences; remove it",
+    "autotp_size": "it belongs into the section tensor_parallel",
+    "sequence_parallel_size": f"{_WHOLE}; remove it",
+    "seq_parallel_communication_data_type": f"{_WHOLE}; remove it",
     "data_parallel_size": "it follows from the number of processes; remove it",
     "pipeline": "every rank holds all layers; remove it",
     "expert_parallel": "experts are the business of the block mocte (mocte.ep_size); remove it",
@@ -102,10 +102,32 @@ def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed co
         value = params.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise ConfigError(f"{where}: optimizer.params.{name} = {shown(value)} must be a number of 0 or more.")
+    _check_tensor_parallel(kept, where)
     stage = kept.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{where}: zero_optimization.stage = {shown(stage)} must be 0, 1, 2 or 3.")
     return copy.deepcopy(kept)
+
+
+def _check_tensor_parallel(kept: dict[str, Any], where: str) -> None:
+    """Leave the section out where it asks for nothing; refuse in it what is not supported."""
+    section = kept.pop("tensor_parallel", {})
+    for name, value in section.items():
+        if name != "autotp_size" and not _is_unused(value):
+            raise ConfigError(
+                f"{where}: tensor_parallel.{name_shown(name)} = {shown(value)} is not supported: only autotp_size is, "
+                "with the plan that the model's class brings; remove it."
+            )
+    size = section.get("autotp_size") or 0
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ConfigError(f"{where}: tensor_parallel.autotp_size = {shown(size)} must be a number of ranks.")
+    if size > 1:
+        kept["tensor_parallel"] = {"autotp_size": size}
+
+
+def tensor_ranks(settings: Mapping[str, Any]) -> int:
+    """Ranks that a config of :func:`checked_settings` cuts every matrix of attention over; 1: none is cut."""
+    return settings.get("tensor_parallel", {}).get("autotp_size", 1)
 
 
 def _is_unused(value: Any) -> bool:

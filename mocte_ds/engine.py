@@ -22,11 +22,18 @@ from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
 from mocte_ds.convert.hf.running import export_run
-from mocte_ds.deepspeed_settings import parsed_by_deepspeed, require_scheduler, scheduled_steps, type_of_weights
+from mocte_ds.deepspeed_settings import (
+    parsed_by_deepspeed,
+    require_scheduler,
+    scheduled_steps,
+    tensor_ranks,
+    type_of_weights,
+)
 from mocte_ds.dist.begin import begin_group
 from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.dist.end import end_process_groups_at_exit
 from mocte_ds.dist.mesh import mesh_of_processes
+from mocte_ds.dist.same_batch import require_same_batch
 from mocte_ds.dist.shared_memory import forget_shared_memory
 from mocte_ds.engine_settings import read_config, require_supported
 from mocte_ds.errors import CheckpointError, ConfigError
@@ -40,10 +47,11 @@ from mocte_ds.rotary_tables import kept_in_fp32
 from mocte_ds.vocabulary import Vocabulary
 from mocte_ds.zero import UnitRegistry, find_front, require_conformance
 from mocte_ds.zero.checkpoint_files import own_files
+from mocte_ds.zero.cut import cut_model
 from mocte_ds.zero.engine import UnitEngine
 from mocte_ds.zero.gathered_weights import converters_notice
 from mocte_ds.zero.partitioned_files import require_same_partition
-from mocte_ds.zero.process_groups import make_mesh
+from mocte_ds.zero.process_groups import make_mesh, make_tensor_groups
 
 DEFAULT_TOTAL_STEPS = 10_000
 
@@ -58,6 +66,7 @@ class MocteEngine(UnitEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run a pass that trains stands."""
         trains = self.module.training and torch.is_grad_enabled()  # engine.eval() sets the module only
+        require_same_batch(inputs, kwargs, self.mesh.tensor)
         self.vocabulary.look(inputs, kwargs, self.global_steps, trains)
         self.mocte.context.forget_interrupted()
         if trains:
@@ -234,7 +243,7 @@ def initialize(
         training_data: as in DeepSpeed.
         lr_scheduler: as in DeepSpeed.
         distributed_port: as in DeepSpeed.
-        mpu: as in DeepSpeed; a tensor-parallel size above 1 is refused.
+        mpu: as in DeepSpeed; a tensor-parallel size above 1 is refused (`tensor_parallel.autotp_size` makes groups).
         dist_init_required: as in DeepSpeed.
         collate_fn: as in DeepSpeed.
         config: DeepSpeed config, a dict or the path of a JSON file, with one more block "mocte".
@@ -268,17 +277,21 @@ def initialize(
         forget_shared_memory()
         end_process_groups_at_exit()
     block.check(mesh_of_processes().world.size)
+    cut_over = tensor_ranks(settings)
+    mpu = make_tensor_groups(cut_over) or mpu
     resolved = parsed_by_deepspeed(settings, mpu)
     total_steps = block.total_steps or scheduled_steps(settings)
     if total_steps is None:
         total_steps = DEFAULT_TOTAL_STEPS
         warnings.warn(f"mocte.total_steps is missing: it is taken to be {total_steps}.", stacklevel=2)
-    mesh = make_mesh(block.ep_size, resolved.use_data_before_expert_parallel_, mpu)
+    mesh = make_mesh(block.ep_size, resolved.use_data_before_expert_parallel_, mpu, cut_over)
     parameters = count_parameters(model)
     utilisation = utilisation_of(model, block, mesh.world.size, settings)
     # Stage 3 cuts the weights of experts up before it lets them go.
     cuts = resolved.zero_config.stage == 3
     blocks = attach(model, block, functools.partial(leave_untouched, dtype=type_of_weights(settings)) if cuts else free)
+    if cut_over > 1:
+        cut_model(model, blocks, mesh.tensor)
     front = find_front(model, blocks, block.freeze.prefix.layers)
     registry = UnitRegistry(model, blocks, mesh.expert.rank, model_parameters, front)
     controller = Controller(block, blocks, registry, mesh, total_steps)

@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from mocte_ds.deepspeed_settings import checked_settings
+from mocte_ds.deepspeed_settings import checked_settings, tensor_ranks
 from mocte_ds.errors import ConfigError
 from mocte_ds.json_files import read_json
 from mocte_ds.zero import require_stage3_settings
@@ -77,8 +77,34 @@ def require_supported(settings: dict[str, Any], model: nn.Module | None, optimiz
     if optimizer is None and "optimizer" not in settings:
         raise ConfigError('the DeepSpeed config has no "optimizer" and no optimizer callable was handed over.')
     _check_accumulation((settings.get("data_types") or {}).get("grad_accum_dtype"), settings, stage)
-    if mpu is not None and mpu.get_tensor_model_parallel_world_size() > 1:
-        raise ConfigError("tensor parallelism above 1 is not supported yet; use expert and data parallelism.")
+    if hasattr(mpu, "get_sequence_parallel_world_size") and mpu.get_sequence_parallel_world_size() > 1:
+        raise ConfigError(
+            "mpu spreads sequences over ranks (DeepSpeed-Ulysses), which is not supported: routers, samples and token "
+            "counts read whole sequences (docs/tensor_parallel.md); leave it out."
+        )
+    if hasattr(mpu, "get_tensor_model_parallel_world_size") and mpu.get_tensor_model_parallel_world_size() > 1:
+        raise ConfigError(
+            "mpu has tensor-parallel ranks, whose layers mocte_ds does not know; hand over the whole model and set "
+            "tensor_parallel.autotp_size, which cuts it."
+        )
+    if tensor_ranks(settings) > 1:
+        _check_tensor_parallel(settings, stage, mpu)
+
+
+def _check_tensor_parallel(settings: dict[str, Any], stage: int, mpu: Any) -> None:
+    """What does not go with matrices that are cut."""
+    told = f"tensor_parallel.autotp_size = {tensor_ranks(settings)}"
+    if stage == 3:
+        raise ConfigError(
+            f"{told} is not supported under ZeRO stage 3, which partitions whole matrices; use stage 1 or 2."
+        )
+    if (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise ConfigError(
+            f"{told} is not supported with zero_optimization.offload_optimizer: gradients are compared between tensor "
+            "ranks on the device; remove one of them."
+        )
+    if mpu is not None:
+        raise ConfigError(f"{told} makes the parallel groups itself; leave mpu out.")
 
 
 def _check_accumulation(dtype: Any, settings: dict[str, Any], stage: int) -> None:

@@ -9,7 +9,7 @@ from deepspeed.monitor import config as monitor
 from deepspeed.runtime import config
 
 from mocte_ds import deepspeed_settings
-from mocte_ds.deepspeed_settings import checked_settings, require_scheduler
+from mocte_ds.deepspeed_settings import checked_settings, require_scheduler, tensor_ranks
 from mocte_ds.errors import ConfigError
 
 
@@ -50,8 +50,11 @@ def test_accepted(settings: dict[str, Any]) -> None:
     [
         ({"gradient_acumulation_steps": 2}, "unknown key gradient_acumulation_steps .* 'gradient_accumulation_steps'"),
         ({"my_own": 1}, "unknown key my_own"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel = .* is not supported: .* no tensors"),
-        ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2 is not supported"),
+        ({"tensor_parallel": {"autotp_size": 2, "preset_model": "llama"}}, "preset_model = 'llama' is not supported"),
+        ({"tensor_parallel": 2}, "tensor_parallel = 2 must be a section"),
+        ({"tensor_parallel": {"autotp_size": -2}}, "tensor_parallel.autotp_size = -2 must be a number of ranks"),
+        ({"autotp_size": 2}, "autotp_size = 2 is not supported: it belongs into the section tensor_parallel"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2 is not supported: .*read whole sequences"),
         ({"data_parallel_size": 4}, "data_parallel_size = 4 is not supported: it follows"),
         ({"pipeline": {"stages": 2}}, "pipeline = .* is not supported"),
         ({"expert_parallel": {"enabled": True}}, "expert_parallel = .* is not supported: .*mocte.ep_size"),
@@ -68,6 +71,9 @@ def test_what_says_that_it_is_not_used_is_left_out() -> None:
     settings = {"tensor_parallel": {"autotp_size": 0}, "sequence_parallel_size": 1, "pipeline": {"stages": 1}}
     settings |= {"compile": False, "data_efficiency": {"enabled": False, "seed": 7}, "elasticity": None, "bf16": None}
     assert checked_settings({**settings, "steps_per_print": 5}) == {"steps_per_print": 5}
+    assert tensor_ranks(checked_settings(settings)) == 1
+    cut = checked_settings({"tensor_parallel": {"autotp_size": 4, "tp_overlap_comm": False}})
+    assert cut == {"tensor_parallel": {"autotp_size": 4}} and tensor_ranks(cut) == 4
 
 
 def test_every_key_that_deepspeed_reads_is_known_or_refused_with_a_reason() -> None:

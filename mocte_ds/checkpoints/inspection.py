@@ -7,7 +7,7 @@ from typing import Any
 from mocte_ds.checkpoints.disk_tensors import DiskTensor, mapped, read_disk_tensors
 from mocte_ds.checkpoints.load import STATE_FILE
 from mocte_ds.checkpoints.manifest import problems_by_file
-from mocte_ds.checkpoints.names import CONVERTERS_FILE, EXPERT_NAME, OPTIMIZER_NAME, model_file
+from mocte_ds.checkpoints.names import CONVERTERS_FILE, EXPERT_NAME, OPTIMIZER_NAME, model_file, tensor_ranks_of
 from mocte_ds.checkpoints.place import find_tag, resolve_tag
 from mocte_ds.checkpoints.random_states import RANDOM_NAME
 from mocte_ds.checkpoints.reshaping.saved import SavedCheckpoint
@@ -152,7 +152,7 @@ def _bytes(content: Any) -> int:
 def _kind(name: str) -> str:
     if EXPERT_NAME.fullmatch(name):
         return "expert"
-    if OPTIMIZER_NAME.fullmatch(name):
+    if tensor_ranks_of([name]) > 1 or OPTIMIZER_NAME.fullmatch(name):
         return "optimizer"
     if name.endswith("_model_states.pt") and name != CONVERTERS_FILE:
         return "weights"

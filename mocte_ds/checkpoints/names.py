@@ -1,8 +1,10 @@
 """Names of the files that DeepSpeed's engines write into a checkpoint."""
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
+
+_PART = "mp_rank_"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ def file_names(tensor_rank: int) -> FileNames:
     Args:
         tensor_rank: of the mesh's tensor axis.
     """
-    part = f"mp_rank_{tensor_rank:02d}"
+    part = f"{_PART}{tensor_rank:02d}"
     return FileNames(
         model=f"{part}_model_states.pt",
         partitioned_model=f"zero_pp_rank_{{rank}}_{part}_model_states.pt",
@@ -46,6 +48,34 @@ EXPERT_NAME = re.compile(EXPERT_FILE.replace(".", r"\.").format(layer=r"(\d+)", 
 OPTIMIZER_NAME = re.compile(OPTIMIZER_FILE.replace(".", r"\.").format(precision="(bf16_)?", rank=r"(\d+)"))
 EXPERT_PARAMETER = re.compile(r"(.+)\.banks\.(\d+)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
 """Path of an expert's parameter: block, bank, number, and its name in the expert."""
+
+
+def _of_any_tensor_rank(template: str, **fields: str) -> re.Pattern:
+    pattern = template.replace(".", r"\.").format(**fields)
+    return re.compile(pattern.replace(f"{_PART}00", rf"{_PART}(?P<tensor>\d+)"))
+
+
+_ANY_MODEL = _of_any_tensor_rank(MODEL_FILE)
+_ANY_EXPERT = _of_any_tensor_rank(EXPERT_FILE, layer=r"(?P<layer>\d+)", expert=r"(?P<expert>\d+)")
+_ANY_OPTIMIZER = _of_any_tensor_rank(OPTIMIZER_FILE, precision="(bf16_)?", rank=r"\d+")
+
+
+def tensor_ranks_of(files: Iterable[str]) -> int:
+    """Ranks that matrices are cut over in a checkpoint, by the names of its files."""
+    found = [int(match["tensor"]) for match in map(_ANY_OPTIMIZER.fullmatch, files) if match]
+    return max(found, default=0) + 1
+
+
+def is_other_cut(file: str) -> bool:
+    """Whether it is the name that DeepSpeed gives the model's file on another tensor rank than the first."""
+    match = _ANY_MODEL.fullmatch(file)
+    return bool(match and int(match["tensor"]))
+
+
+def uncut_expert_file(file: str) -> str:
+    """Name of an expert's file, which no tensor rank has cut; other names as they are."""
+    match = _ANY_EXPERT.fullmatch(file)
+    return EXPERT_FILE.format(layer=match["layer"], expert=match["expert"]) if match else file
 
 
 def is_gate(name: str) -> bool:

@@ -103,12 +103,16 @@ def _measured(
     own: dict[Key, dict[str, float]] = {}
     turn = 0
     for block, rows in enumerate(kept):
-        full = [number for number, count in enumerate(rows.found(mesh.data)) if count == rows.count]
+        found = rows.found(mesh.world)
+        if mesh.tensor.size > 1:  # all of them have read the same rows of the dense FFN, each others of an expert's
+            found[0] = rows.found(mesh.data)[0]
+        full = [number for number, count in enumerate(found) if count == rows.count]
         width = 2 * run.blocks[block].block.hidden_size + 1
         for number in full:
             key, turn = (block, number + DENSE), turn + 1
+            readers = mesh.data if key[1] == DENSE else mesh.world
             # One at a time: all together would be copies of them on every rank.
-            merged = rows.merged([number], width, next(run.module.parameters()).device, mesh.data)[0]
+            merged = rows.merged([number], width, next(run.module.parameters()).device, readers)[0]
             if key not in modules:
                 continue
             sharers = mesh.data if key[1] == DENSE else mesh.expert_data
@@ -116,11 +120,11 @@ def _measured(
                 mine = turn % sharers.size == sharers.rank
                 if mine and (numbers := _numbers(modules[key], block, merged, groups)):
                     own[key] = numbers
-    found: dict[int, dict[int, dict[str, float]]] = {}
+    result: dict[int, dict[int, dict[str, float]]] = {}
     for part in gather_objects(own, mesh.world):
         for (block, k), numbers in part.items():
-            found.setdefault(block, {})[k] = numbers
-    return {block: dict(sorted(found[block].items())) for block in sorted(found)}
+            result.setdefault(block, {})[k] = numbers
+    return {block: dict(sorted(result[block].items())) for block in sorted(result)}
 
 
 def block_conflict(found: dict[int, dict[str, float]] | None) -> dict[str, float] | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mocte_ds.controller.run_state import RunState
-from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.dist.collectives import from_rank_zero, sum_over_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import BlockMode
@@ -69,7 +69,7 @@ class Passes:
         run, context = self._run, self._run.context
         banks = [bank for bank in self._banks if bank.gate.reads_loads]
         parts = [torch.tensor([int(context.step_tokens), context.step_passes]), *[bank.loads.step for bank in banks]]
-        summed = sum_over_ranks(torch.cat(parts), run.mesh.data).split([len(part) for part in parts])
+        summed = self._summed(torch.cat(parts)).split([len(part) for part in parts])
         tokens, passes = summed[0].tolist()
         run.tokens += tokens
         self.sequences += self._parts * self._size
@@ -87,6 +87,10 @@ class Passes:
         context.step_tokens, context.step_passes, context.loss_scale = 0, 0, None
         self._parts, self._texts, self._brought_in = 0, 0, True
 
+    def _summed(self, own: Tensor) -> Tensor:
+        """Sum over the ranks that read different data; all tensor ranks have the first one's, to the last bit."""
+        return from_rank_zero(sum_over_ranks(own, self._run.mesh.data), self._run.mesh.tensor)
+
     def _move_gates(self, loads: Mapping[Bank, Tensor]) -> None:
         """Update biases for even loads, running means and moving clusters, except where all experts are frozen."""
         moving = {
@@ -95,7 +99,7 @@ class Passes:
         weighed = [bank for bank in loads if bank.gate.router.unit_mean]
         sums = []
         if weighed:
-            sums = sum_over_ranks(torch.cat([bank.loads.weight for bank in weighed]), self._run.mesh.data).tolist()
+            sums = self._summed(torch.cat([bank.loads.weight for bank in weighed])).tolist()
         for bank, total in zip(weighed, sums, strict=True):
             tokens = int(loads[bank].sum()) / bank.gate.router.top_k
             if tokens and bank in moving:
@@ -114,7 +118,7 @@ class Passes:
         if not loads:
             return
         own = [bank.gate.key.no_sums() if bank.loads.sums is None else bank.loads.sums for bank in loads]
-        summed = sum_over_ranks(torch.cat([part.flatten() for part in own]), self._run.mesh.data)
+        summed = self._summed(torch.cat([part.flatten() for part in own]))
         parts = summed.split([part.numel() for part in own])
         for (bank, load), mine, part in zip(loads.items(), own, parts, strict=True):
             if bank not in moving:

@@ -14,7 +14,7 @@ from mocte_ds.controller.probe import ProbeReading, ProbeSet
 from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.snapshots import Snapshots
-from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.dist.collectives import from_rank_zero, sum_over_ranks
 from mocte_ds.dist.mesh import Mesh
 from mocte_ds.moe.block import BlockMode, ExpertMode
 from mocte_ds.registry import OFF
@@ -113,7 +113,7 @@ class Progress:
         self.snapshots.take(training_units(run))
         self._taken = True
         facts.seconds = time.perf_counter() - started
-        return facts
+        return from_rank_zero(facts, run.mesh.tensor)  # decisions rest on the last bit of it
 
     def remember_new(self, run: RunState) -> None:
         """Keep the weights of experts that have just begun to train, or train again: their progress begins here.

@@ -1,4 +1,6 @@
-"""Proves that frozen weights stand still and that live ones move: in the steps after every change, and at checks."""
+"""Proves that frozen weights stand still and live ones move, after every change and at checks, and are the same where
+several ranks have them.
+"""
 
 from collections import defaultdict
 
@@ -60,12 +62,13 @@ class Proof:
         _raise_together(problem, run)
 
     def require_frozen_unmoved(self, run: RunState) -> None:
-        """Compare the frozen units with the last checksums.
+        """Compare the frozen units with the last checksums, and what tensor ranks share with each other's.
 
         Raises:
             MocteError: see :meth:`after_step`.
         """
-        _raise_together(self._moved(run), run)
+        apart = _apart(run)
+        _raise_together(self._moved(run) or apart, run)
 
     def _moved(self, run: RunState) -> str | None:
         for name, before in self._frozen.items():
@@ -103,6 +106,21 @@ def checksum(tensors: list[Tensor]) -> Tensor:
             place = torch.arange(start, start + chunk.numel(), device=chunk.device) % 65521 + 1
             total += torch.stack([chunk.sum(), (chunk * place).sum()]).cpu()
     return total
+
+
+def _apart(run: RunState) -> str | None:
+    """What differs between the ranks of a tensor group although all of them have all of it (collective)."""
+    axis = run.mesh.tensor
+    if axis.size == 1:
+        return None
+    sums = {f"the weights of {unit}": checksum(masters).tolist() for unit, masters in run.optimizer.uncut().items()}
+    for handle in run.blocks:
+        for number, bank in enumerate(handle.block.banks):
+            gate = [value for value in bank.gate.state_dict().values() if value.element_size() > 1]
+            sums[f"gate {number} of {handle.name}"] = checksum(gate).tolist()
+    everywhere = gather_objects(sums, axis)
+    names = [name for name in sums if any(part.get(name) != sums[name] for part in everywhere)]
+    return f"{names[0]} differ between the ranks of a tensor group" if names else None
 
 
 def _somewhere(names: set[str], run: RunState) -> set[str]:

@@ -120,9 +120,11 @@ def _remember(run: RunState, found: ProgressFacts, values: dict[tuple[int, int],
 
 
 def gradient_norms(run: RunState) -> dict[str, float]:
-    """L2 norm of each unit's gradient at the last step, from the partitions of all ranks (collective)."""
+    """L2 norm of each expert's gradient at the last step, from the partitions of all ranks (collective)."""
     squares: dict[str, float] = defaultdict(float)
-    for part in gather_objects(dict(run.optimizer.unit_square_norms), run.mesh.data):
+    experts = {expert_unit(handle.block, k) for handle in run.blocks for k in range(len(handle.experts))}
+    own = {unit: value for unit, value in run.optimizer.unit_square_norms.items() if unit in experts}
+    for part in gather_objects(own, run.mesh.world):
         for unit, value in part.items():
             squares[unit] += value
     return {unit: value**0.5 for unit, value in squares.items()}

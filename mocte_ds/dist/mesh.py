@@ -43,11 +43,11 @@ class Mesh:
     data: Axis
     """Ranks that read different data, and over which sums of tokens, features and losses go."""
     expert: Axis
-    """Ranks over which the experts of a bank are spread."""
+    """Ranks over which the experts of a bank are spread; ranks of the tensor axis may be among them."""
     expert_data: Axis
     """Ranks that hold the same experts."""
     tensor: Axis
-    """Ranks that each hold a part of every matrix; always this one alone, since tensor parallelism is not supported."""
+    """Ranks that read the same data, and that each hold a part of the matrices of attention."""
 
 
 def mesh_of_processes() -> Mesh:

@@ -9,6 +9,8 @@ from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.dist.mesh import ALONE, Axis
+from mocte_ds.dist.token_shares import TokenShares
 from mocte_ds.moe.balance import Balance, with_loss
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.dispatch import route_through
@@ -28,6 +30,8 @@ class ClusterMOELayer(MOELayer):
     def __init__(self, gate: ClusterGate, stock: MOELayer, context: BatchContext) -> None:
         super().__init__(gate, stock.experts, stock.ep_group_name, stock.ep_size, stock.num_local_experts)
         self.context, self.loads = context, Loads(stock.ep_size * stock.num_local_experts)
+        self.tensor: Axis = ALONE
+        """Ranks that read the same tokens; each sends its share of them to the experts."""
         self.exp_counts: Tensor | None = None
         """(E,) rows that the last forward pass sent to each expert, padding included."""
 
@@ -98,6 +102,9 @@ class ClusterMOELayer(MOELayer):
             found[first + expert] = rows.round().long().cpu()
 
         experts, group = len(self.loads.total), self.ep_group
+        if self.tensor.size > 1:
+            shares = TokenShares.of(self.tensor, len(index))
+            index, facts = shares.own(index), shares.own(facts)
         route_through(facts.float(), index, None, stand_ins, experts, group, self.ep_size, keep)
         return found
 
@@ -179,15 +186,15 @@ def run_banks(banks: Sequence[Bank], hidden: Tensor, state: ForwardState, again:
     weight = None
     if any(w is not None for w in weights):
         weight = torch.cat([i.new_ones(i.shape, dtype=torch.float32) if w is None else w for i, w in found], dim=1)
-    outputs, counts = route_through(
-        hidden.reshape(-1, hidden.shape[-1]),
-        torch.cat(places, dim=1),
-        weight,
-        [expert for layer in layers for expert in layer.experts.deepspeed_experts],
-        total,
-        first.ep_group,
-        first.ep_size,
-    )
+    features, index = hidden.reshape(-1, hidden.shape[-1]), torch.cat(places, dim=1)
+    experts = [expert for layer in layers for expert in layer.experts.deepspeed_experts]
+    if first.tensor.size == 1:
+        outputs, counts = route_through(features, index, weight, experts, total, first.ep_group, first.ep_size)
+    else:
+        shares, counts = TokenShares.of(first.tensor, len(features)), torch.bincount(index.flatten(), minlength=total)
+        own, own_weight = shares.take(features, weight)
+        made, _ = route_through(own, shares.own(index), own_weight, experts, total, first.ep_group, first.ep_size)
+        outputs = shares.join(made)
     by_bank = counts.view(first.ep_size, len(banks), local).transpose(0, 1).flatten(1)
     for layer, (index, own_weight), own_counts in zip(layers, found, by_bank, strict=True):
         layer.exp_counts = own_counts

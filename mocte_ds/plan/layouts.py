@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mocte_ds.config import divisors
+from mocte_ds.deepspeed_settings import tensor_ranks
 from mocte_ds.errors import ConfigError
 from mocte_ds.plan.memory import PHASES, Layout, Task, checkpoint, host_memory, memory
 from mocte_ds.plan.parameters import count_parameters
@@ -49,8 +50,9 @@ def layout_of(run: RunConfig, ranks: int) -> Layout:
         raise ConfigError(f"mocte.ep_size = {ep_size} must divide the {ranks} ranks and the {experts} experts.")
     run.resolve(ranks, 0, run.model.vocab_size)
     stage = (run.deepspeed.get("zero_optimization") or {}).get("stage", 0)
-    passes = run.training.batch_tokens // (ranks * run.training.micro_batch * run.context)
-    return Layout(ranks, ep_size, stage, run.training.micro_batch, run.model.activation_checkpointing, passes)
+    tensor = tensor_ranks(run.deepspeed)
+    passes = run.training.batch_tokens * tensor // (ranks * run.training.micro_batch * run.context)
+    return Layout(ranks, ep_size, stage, run.training.micro_batch, run.model.activation_checkpointing, passes, tensor)
 
 
 def fitting(batch_tokens: int, task: Task, machine: Machine) -> list[dict[str, Any]]:
@@ -97,6 +99,11 @@ def plan(run: RunConfig, machine: Machine) -> dict[str, Any]:
         ConfigError: the run file does not fit the number of GPUs.
     """
     task, layout = task_of(run), layout_of(run, machine.gpus)
+    if layout.tensor > 1:
+        raise ConfigError(
+            f"deepspeed.tensor_parallel.autotp_size = {layout.tensor}: times with tensor parallelism are not "
+            "planned; plan with --set deepspeed.tensor_parallel=null."
+        )
     batch, p = run.training.batch_tokens, task.parameters
     best = fitting(batch, task, machine)
     phases = {phase: memory(task, layout, phase) for phase in PHASES}

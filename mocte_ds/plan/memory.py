@@ -32,9 +32,11 @@ class Layout:
     """Whether the backward pass computes layers again."""
     passes: int = 1
     """Forward passes of an optimizer step on one rank."""
+    tensor: int = 1
+    """Ranks that matrices outside of the blocks are cut over."""
 
     def __post_init__(self) -> None:
-        assert self.ranks % self.ep_size == 0
+        assert self.ranks % self.ep_size == 0 and self.ranks % self.tensor == 0
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,20 @@ def memory(task: Task, layout: Layout, phase: str) -> dict[str, float]:
     born = phase != "warm-up" and p.blocks > 0
     frozen = 0.5 if phase == "half frozen" else 0.0
     dense = p.dense if not born or p.keeps_dense else 0
-    trained = p.trunk + p.blocks * p.router * born + dense
+    # Each rank has a part of what is cut, and shares all else with those that read other data.
+    apart, data = p.cut / layout.tensor if layout.tensor > 1 else 0.0, layout.ranks // layout.tensor
+    trunk = p.trunk - p.cut + apart if layout.tensor > 1 else p.trunk
+    trained = trunk + p.blocks * p.router * born + dense
     experts = local * (1 - frozen) * born
     three = layout.stage == 3
     if phase == "emergence" and p.blocks:
         dense = max(dense, p.dense // p.blocks)  # the FFN of the last block, until its experts have been born
-    weights = (p.trunk + dense + p.blocks * p.router) / (layout.ranks if three else 1)
+    weights = (trunk + dense + p.blocks * p.router) / (layout.ranks if three else 1)
     weights += local * born / (cut if three else 1)
-    optimizer = MASTER * (trained / layout.ranks + experts / cut)
+    optimizer = MASTER * (trained / data + experts / cut)
     # Stage 1 adds up whole gradients over the passes of a step, and cuts them at the last.
     whole = layout.stage < 2 and layout.passes > 1
-    gradients = task.width * (trained + experts if whole else trained / layout.ranks + experts / cut)
+    gradients = task.width * (trained + experts if whole else trained / data + experts / cut)
     bucket = task.width * 2.0 * min(task.bucket, trained + experts) * (1 + (experts > 0)) if layout.stage else 0.0
     found = {
         "weights": task.width * weights,
@@ -124,7 +129,7 @@ def _samples(task: Task, layout: Layout) -> float:
     spectrum = task.config.spectrum
     rows = 0
     for wanted in (spectrum.rows << spectrum.doublings, spectrum.documents):
-        rows += min(wanted, 4 * -(-wanted // layout.ranks) + 64)
+        rows += min(wanted, 4 * -(-wanted * layout.tensor // layout.ranks) + 64)
     return 4.0 * rows * task.sizes.hidden_size * task.parameters.blocks
 
 

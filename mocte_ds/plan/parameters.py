@@ -11,6 +11,7 @@ from mocte_ds.flops.model_sizes import ModelSizes, model_sizes
 from mocte_ds.moe.attach import attach
 from mocte_ds.training.model import make_model
 from mocte_ds.training.run_config import RunConfig
+from mocte_ds.zero.cut import cuttable
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Parameters:
     embedding: int = 0
     """Of the trunk, in tables that tokens look rows up in: the input embedding, unless the output matrix shares it, and
     the hashed pairs of `model.bigram`."""
+    cut: int = 0
+    """Of the trunk, in matrices that tensor parallelism cuts."""
 
     @property
     def in_experts(self) -> int:
@@ -94,6 +97,7 @@ def count_parameters(run: RunConfig) -> tuple[Parameters, ModelSizes, MocteConfi
             keeps_dense=first.kind == "lora",
             per_token=sum(router.top_k for router in config.routers),
             embedding=embedding,
+            cut=cuttable(model, blocks),
         ),
         sizes,
         config,

@@ -81,7 +81,7 @@ class Trainer:
             init.begin(self.engine.mocte)
         prepare(self.engine, start.identity)
         # Every rank draws other numbers from here on; the weights above had to be the same.
-        seed_everything(derived_seed(t.seed, "rank", self.rank))
+        seed_everything(derived_seed(t.seed, "rank", self.mesh.data.rank))
         batch = f"batches of {t.batch_tokens} tokens, {self.run.context} a sequence"
         data = f"{start.manifest.sha256}, seed {t.seed}, weights {self.run.data.weights}, {batch}"
         left_out = LeftOut(self.out, data, self.mesh.world)

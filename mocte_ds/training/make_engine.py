@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from mocte_ds.deepspeed_settings import tensor_ranks
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.engine import initialize
+from mocte_ds.errors import ConfigError
 from mocte_ds.rotary_tables import kept_in_fp32
 
 
@@ -24,6 +26,8 @@ def make_engine(model: nn.Module, settings: dict[str, Any]) -> Any:
     """An engine with blocks, or DeepSpeed's own for a dense run; `engine.mesh` tells of its ranks."""
     if "mocte" in settings:
         return initialize(model=model, config=settings)[0]
+    if tensor_ranks(settings) > 1:
+        raise ConfigError('tensor_parallel.autotp_size needs a "mocte" block; a dense run has data parallelism only.')
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]

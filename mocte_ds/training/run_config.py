@@ -11,7 +11,7 @@ from pydantic import Field
 from mocte_ds.checkpoints.base import base_in_checkpoint
 from mocte_ds.config import MocteConfig
 from mocte_ds.data.verify import Amount
-from mocte_ds.deepspeed_settings import checked_settings
+from mocte_ds.deepspeed_settings import checked_settings, tensor_ranks
 from mocte_ds.errors import ConfigError
 from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shipped import shipped_file
@@ -156,7 +156,7 @@ class RunConfig:
         """The DeepSpeed config of this run: the file's, completed from the other sections.
 
         Args:
-            world_size: data-parallel ranks.
+            world_size: ranks of the run; those of a tensor group read the same data.
             eod_id: token that ends a document.
             vocab_size: the tokenizer's.
 
@@ -169,11 +169,16 @@ class RunConfig:
                 f"the tokenizer has {vocab_size} pieces, model.vocab_size is {self.model.vocab_size}; raise the "
                 "model's, or train a smaller tokenizer."
             )
-        unit = world_size * t.micro_batch * self.context
+        data_ranks, left = divmod(world_size, tensor_ranks(settings))
+        if left:
+            raise ConfigError(
+                f"deepspeed.tensor_parallel.autotp_size = {tensor_ranks(settings)} does not divide {world_size} ranks."
+            )
+        unit = data_ranks * t.micro_batch * self.context
         if t.batch_tokens % unit:
             near = max(1, round(t.batch_tokens / unit)) * unit
             raise ConfigError(
-                f"training.batch_tokens = {t.batch_tokens} is not a multiple of {unit} = {world_size} ranks x "
+                f"training.batch_tokens = {t.batch_tokens} is not a multiple of {unit} = {data_ranks} ranks x "
                 f"micro_batch {t.micro_batch} x context {self.context}; {near} would be."
             )
         derived = {

@@ -88,7 +88,7 @@ def make_start(run: RunConfig, out: Path, resume: str, world_size: int, allow_da
         run: the run file.
         out: the run's folder.
         resume: see :func:`mocte_ds.training.run_folder.resume_folder`.
-        world_size: data-parallel ranks.
+        world_size: ranks of the run.
         allow_data_change: go on with other data, another mix or another seed than the checkpoint's.
 
     Raises:

@@ -13,7 +13,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from mocte_ds.checkpoints.files import put_file
-from mocte_ds.checkpoints.names import EXPERT_FILE
+from mocte_ds.checkpoints.names import EXPERT_FILE, is_other_cut, tensor_ranks_of, uncut_expert_file
 from mocte_ds.checkpoints.place import Place
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, random_states
 from mocte_ds.checkpoints.reshaping.rank_layout import RankLayout
@@ -127,7 +127,13 @@ class CheckpointFiles(CheckpointEngine):
         if self._engine.zero_optimization_partition_weights():  # refused before, where the layout is another one
             yield self._read
             return
-        data = self._mesh.data
+        data, tensor = self._mesh.data, self._mesh.tensor
+        with only_plausible(folder):
+            cut_over = tensor_ranks_of(manifest.files)
+            if cut_over > 1 or tensor.size > 1:
+                self._require_same_cut(written, cut_over, ep_size)
+                yield self._read
+                return
         layout = RankLayout(data.size, ep_size, self._engine._config.use_data_before_expert_parallel_)
         with only_plausible(folder):
             written.require_precision(self._engine.bfloat16_enabled())
@@ -139,6 +145,23 @@ class CheckpointFiles(CheckpointEngine):
             yield self._read
         finally:
             self._reshaped = None
+
+    def _require_same_cut(self, written: SavedCheckpoint, cut_over: int, ep_size: int) -> None:
+        """Refuse a checkpoint of another layout where matrices are cut.
+
+        Its weights are whole, but the optimizer's files hold parts of them.
+        """
+        mesh, first = self._mesh, self._engine._config.use_data_before_expert_parallel_
+        saved = (written.manifest.world_size, cut_over, written.state and written.state["mocte"]["config"]["ep_size"])
+        own = (mesh.world.size, mesh.tensor.size, ep_size)
+        named = "{} ranks with tensor_parallel.autotp_size {} and ep_size {}"
+        if saved != own or written.model["ds_config"].get("use_data_before_expert_parallelism", False) != first:
+            raise CheckpointError(
+                f"the checkpoint {written.folder} was saved by {named.format(*saved)}, this run has "
+                f"{named.format(*own)}. With cut matrices the optimizer's state stays in its layout: resume as "
+                "it was saved, or begin a run with its weights (tools/export_hf.py, then model.init)."
+            )
+        written.require_precision(self._engine.bfloat16_enabled())
 
     def _read(self, path: Path) -> Any:
         reshaped = self._reshaped
@@ -209,6 +232,9 @@ class CheckpointFiles(CheckpointEngine):
                     f"could not write {path}: {error}. Make room or choose another folder."
                 ) from error
             return
+        if is_other_cut(name):
+            return  # the first tensor rank has written all of the model
+        name = uncut_expert_file(name)
         try:
             self._collected[name] = to_plain(state_dict, name, self._copy, _CLASSES)
         except CheckpointError as error:  # raised after DeepSpeed's barriers, on all ranks
@@ -220,6 +246,7 @@ class CheckpointFiles(CheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Content of one of DeepSpeed's files, in CPU memory; nothing in it is executed."""
+        path = str(Path(path).with_name(uncut_expert_file(Path(path).name)))
         if Path(path).name in self._unborn:
             return {}
         content = from_plain(self._read(Path(path)), _CLASSES)
@@ -282,5 +309,8 @@ def use_checkpoint_files(engine: Any, mesh: Mesh) -> CheckpointFiles:
     engine._copy_recovery_script = lambda save_path: None
     # DeepSpeed takes names with [ ] * ? in them for patterns, and would load files of other folders that match.
     matching = engine._get_all_ckpt_names
-    engine._get_all_ckpt_names = lambda folder, tag: matching(glob.escape(str(folder)), glob.escape(str(tag)))
+    # It takes as many as there are tensor ranks, or would merge or cut them as Megatron's; ours is whole.
+    engine._get_all_ckpt_names = lambda folder, tag: (
+        matching(glob.escape(str(folder)), glob.escape(str(tag))) * mesh.tensor.size
+    )
     return files

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+from deepspeed.module_inject import auto_tp
+from deepspeed.module_inject import layers as auto_tp_layers
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -102,6 +104,13 @@ _SENTENCES_3 = (
     (deepspeed_engine, 'getattr(param, "ds_zero_partition_group_name"'),
     (deepspeed_engine, "self._validate_zero3_moe_compatibility()"),
 )
+_SENTENCES_CUT = (
+    (auto_tp, 'getattr(child, "_is_autoep_layer", False)'),
+    (auto_tp, "def register_replicated_grad_hooks("),
+    (auto_tp_layers, "setattr(weight, DS_TENSOR_MODEL_PARALLEL, True)"),
+    (auto_tp_layers, "'partition_dim':"),
+    (deepspeed_engine, 'getattr(model, "ds_autotp_parsed", False)'),
+)
 
 
 _ENGINE = (
@@ -126,6 +135,9 @@ _GROUPS = (
     "_create_expert_and_data_parallel",
     "_get_expert_parallel_group_dict",
     "_get_data_parallel_group",
+    "_init_tp_mesh_device",
+    "get_data_parallel_group",
+    "get_tensor_model_parallel_group",
     "_get_expert_parallel_group",
     "_get_expert_data_parallel_group",
 )
@@ -144,7 +156,7 @@ def broken_assumptions() -> list[str]:
         broken.append("DeepSpeedEngine saves a set, sparse_tensor_module_names, which is not a plain value")
     broken += [
         f"{module.__name__} no longer says {sentence}"
-        for module, sentence in _SENTENCES_3
+        for module, sentence in (*_SENTENCES_3, *_SENTENCES_CUT)
         if sentence not in inspect.getsource(module)
     ]
     order = (

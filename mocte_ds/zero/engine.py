@@ -1,6 +1,5 @@
 """A DeepSpeed engine that makes our ZeRO optimizer and hands its checkpoint files to our saver."""
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe.idle import freed_parameters
 from mocte_ds.zero.checkpoint_files import CheckpointFiles, use_checkpoint_files
 from mocte_ds.zero.conformance import with_unit_optimizer
+from mocte_ds.zero.cut import cut_weights, uncut_state_dicts
 from mocte_ds.zero.gathered_weights import (
     refused_by_converters,
     require_local_is_whole,
@@ -54,7 +54,7 @@ class UnitEngine(DeepSpeedEngine):
 
     def _save_moe_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         partitioned = self.zero_optimization_partition_weights()
-        weights = weights_in_state_dicts(self.module) if partitioned else contextlib.nullcontext()
+        weights = weights_in_state_dicts(self.module) if partitioned else uncut_state_dicts(self.module, self.mesh)
         turns = self.checkpoint_engine.taking_turns(writers(self.module, self.mesh.expert_data.size))
         with weights, refused_by_converters(self.module), turns:
             super()._save_moe_checkpoint(*args, **kwargs)
@@ -63,6 +63,8 @@ class UnitEngine(DeepSpeedEngine):
         """As DeepSpeed's; under stage 3 weights come from the optimizer's files and from each rank's frozen parts."""
         if self.zero_optimization_partition_weights():
             checkpoint = without_weights(checkpoint, self.module, self.param_names)
+        elif self.mesh.tensor.size > 1:
+            checkpoint = {**checkpoint, "module": cut_weights(checkpoint["module"], self.module, self.mesh.tensor)}
         super().load_module_state_dict(checkpoint, *args, **kwargs)
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +73,7 @@ class UnitEngine(DeepSpeedEngine):
         Raises:
             CheckpointError: it would be a part of the model; says what gives all of it.
         """
-        require_local_is_whole(self.module, self.zero_optimization_partition_weights())
+        require_local_is_whole(self.module, self.zero_optimization_partition_weights(), self.mesh.tensor.size)
         return super().module_state_dict(*args, **kwargs)
 
     def save_16bit_model(

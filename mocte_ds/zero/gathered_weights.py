@@ -15,6 +15,7 @@ from mocte_ds.dist.collect import tensors_on_rank_zero
 from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.dist.mesh import Axis, Mesh
 from mocte_ds.errors import CheckpointError, NotOurs
+from mocte_ds.zero.cut import uncut_state_dicts
 from mocte_ds.zero.partitioned_files import weights_in_state_dicts
 
 
@@ -38,7 +39,7 @@ def whole_weights(
         for name, module in model.named_modules()
         if isinstance(module, MoE)
     }
-    with weights_in_state_dicts(model) if partitioned else contextlib.nullcontext():
+    with weights_in_state_dicts(model) if partitioned else uncut_state_dicts(model, mesh):
         # At stage 3 whole weights are there on one rank only; the others have an empty tensor.
         local = {name: tensor for name, tensor in model.state_dict().items() if not partitioned or tensor.numel()}
     shared, experts = {}, {}
@@ -78,19 +79,21 @@ def write_weights_file(path: Path, weights: dict[str, Tensor] | None, axis: Axis
         raise CheckpointError(f"could not write {path}: {failure}")
 
 
-def require_local_is_whole(model: nn.Module, partitioned: bool) -> None:
+def require_local_is_whole(model: nn.Module, partitioned: bool, tensor_ranks: int = 1) -> None:
     """Refuse to give a rank's own state dict where it is a part of the model's.
 
     Args:
         model: with blocks.
         partitioned: whether ZeRO stage 3 has cut the weights up.
+        tensor_ranks: ranks that each hold a part of the matrices.
 
     Raises:
         CheckpointError: says what gives all of it.
     """
     spread = [module for module in model.modules() if isinstance(module, MoE) and module.ep_size > 1]
-    if spread or partitioned:
+    if spread or partitioned or tensor_ranks > 1:
         part = f"the experts of one of {spread[0].ep_size} ranks" if spread else "empty tensors under ZeRO stage 3"
+        part = f"one of {tensor_ranks} parts of every matrix of attention" if tensor_ranks > 1 else part
         raise CheckpointError(
             f"engine.module_state_dict() would hold {part}. For all weights call engine.save_16bit_model(FOLDER) on "
             "all ranks; for a checkpoint engine.save_checkpoint(FOLDER)."

@@ -14,8 +14,11 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from torch import Tensor, nn
 
+from mocte_ds.errors import MocteError
 from mocte_ds.watch import phase
 
+_AGREEMENT = 1e-3
+"""Relative difference of squared norms that the rounding of a GPU's sums may make."""
 UnitState = dict[nn.Parameter, dict[str, Tensor]]
 """fp32 `master` and optimizer state (`exp_avg`, ...; scalars such as `step` too) of each parameter, unpartitioned."""
 
@@ -41,6 +44,8 @@ class UnitOptimizer(ZeROOptimizer):
     dp_process_group: Any
     device: Any
     reduce_bucket_size: int
+    model_parallel_group: Any
+    model_parallel_rank: int
 
     def _begin(self, settings: dict[str, Any]) -> None:
         """Start without a partition; the settings are kept, because `regroup` builds again with them."""
@@ -173,6 +178,14 @@ class UnitOptimizer(ZeROOptimizer):
             found[group["unit"]] += [master.detach() for master in self._masters_of(number)]
         return found
 
+    def uncut(self) -> dict[str, list[Tensor]]:
+        """Of :meth:`masters` those that every rank of a tensor group has, at the same place of its partition."""
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for number, group in enumerate(self.optimizer.param_groups):
+            if not group.get("moe") and not group.get("cut"):
+                found[group["unit"]] += [master.detach() for master in self._masters_of(number)]
+        return found
+
     def optimizer_bytes(self) -> int:
         """Bytes of fp32 master weights and optimizer state on this rank."""
         tensors = [master for masters in self.masters().values() for master in masters]
@@ -209,13 +222,58 @@ class UnitOptimizer(ZeROOptimizer):
             for gradient in self._gradients_of(number):
                 squares[number] += gradient.detach().float().square().sum().to(device)
         self._unit_squares = ([group["unit"] for group in groups], squares / self._gradient_scale**2)
-        total = squares.sum()
         with phase("reduction of the gradient norm", waits=True):
-            dist.all_reduce(total, group=self.dp_process_group)
+            if self.model_parallel_group is not None:
+                total = self._agreed_total(squares)
+            else:
+                total = squares.sum()
+                dist.all_reduce(total, group=self.dp_process_group)
             norm = total.sqrt()
         mask_nan_or_inf_with_val_inplace(norm, device=device)
         # It scales the gradients, which CPU offload has elsewhere.
         return norm.to(self.device)
+
+    def _agreed_total(self, squares: Tensor) -> Tensor:
+        """Sum of squares over all ranks where matrices are cut; parameters that every tensor rank has count once.
+
+        Their gradients become those of the first tensor rank: a GPU's sums may round otherwise on each, and weights
+        that differ in one bit drift apart.
+
+        Args:
+            squares: (groups,) of this rank's partition.
+
+        Raises:
+            MocteError: on all ranks; the gradient of a whole parameter differs between tensor ranks, whose weights
+                would drift apart.
+        """
+        groups, tensor = self.optimizer.param_groups, self.model_parallel_group
+        whole = [n for n, group in enumerate(groups) if not group.get("moe") and not group.get("cut")]
+        own = squares[whole].double()
+        bounds = torch.cat([own, -own])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=tensor)
+        most, least = bounds[: len(own)], -bounds[len(own) :]
+        # What is not finite is fp16's overflow, or stops the run elsewhere.
+        apart = (most - least > _AGREEMENT * most) & most.isfinite() & least.isfinite()
+        counts = torch.ones_like(squares)
+        if self.model_parallel_rank:
+            counts[whole] = 0.0
+        sums = torch.stack([torch.where(counts > 0, squares, 0.0).sum(), apart.any().to(squares.dtype)])
+        for group in (self.dp_process_group, tensor):
+            dist.all_reduce(sums, group=group)
+        if float(sums[1]):
+            names = [groups[whole[n]]["unit"] for n in apart.nonzero()[:, 0].tolist()]
+            raise MocteError(
+                f"the gradient of {names[0] if names else 'a unit on another rank'} differs between tensor ranks, "
+                "which hold the same weights of it: they would drift apart. Dropout needs the same random state on "
+                "all ranks of a tensor group, and their batches must be the same."
+            )
+        gradients = [gradient for number in whole for gradient in self._gradients_of(number)]
+        if gradients:
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.broadcast(flat, dist.get_global_rank(tensor, 0), group=tensor)
+            for gradient, first in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(first.view_as(gradient))
+        return sums[0]
 
     # ---- buckets ---------------------------------------------------------------------------------------------------
 

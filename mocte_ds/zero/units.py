@@ -8,6 +8,7 @@ from torch import nn
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
+from mocte_ds.zero.cut import is_cut
 from mocte_ds.zero.front import EMBEDDINGS, Front, layer_unit
 
 TRUNK = "trunk"
@@ -90,6 +91,7 @@ class UnitRegistry:
         self.units = {TRUNK: Unit(TRUNK, tuple(rest), None), **self.units}
         self.options, self._option_of = _options(model, blocks, given)
         _give_routers_their_own(blocks, self.options, self._option_of)
+        _give_cut_their_own(model, self.options, self._option_of)
         if not self.groups_of(self.units[TRUNK]):
             raise ConfigError(
                 "nothing outside of the blocks trains: ranks whose experts are all frozen would have no optimizer. Let "
@@ -143,6 +145,23 @@ def _give_routers_their_own(blocks: list[Block], options: list[dict[str, Any]], 
                 if own not in options:
                     options.append(own)
                 option_of[id(parameter)] = options.index(own)
+
+
+def _give_cut_their_own(model: nn.Module, options: list[dict[str, Any]], option_of: dict[int, int]) -> None:
+    """Groups of parameters that tensor parallelism has cut hold no whole ones: gradients of the latter count once.
+
+    Args:
+        model: with its blocks attached, and cut.
+        options: as of :func:`_give_routers_their_own`.
+        option_of: as there.
+    """
+    for parameter in model.parameters():
+        if is_cut(parameter) and id(parameter) in option_of:
+            usual = option_of[id(parameter)]
+            own = {**options[usual], "cut": True, "like": usual}
+            if own not in options:
+                options.append(own)
+            option_of[id(parameter)] = options.index(own)
 
 
 def _but(module: nn.Module, names: set[str]) -> list[nn.Parameter]:

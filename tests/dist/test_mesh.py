@@ -15,7 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from mocte_ds.checkpoints.names import file_names
 from mocte_ds.dist import collect, collectives
 from mocte_ds.errors import ConfigError, MocteError
-from mocte_ds.zero.process_groups import make_mesh, require_axes_of
+from mocte_ds.zero.process_groups import make_mesh, make_tensor_groups, require_axes_of
 from tests.spawn import spawn
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,32 @@ def test_axes_of_four_ranks(data_before_expert: bool) -> None:
             assert len(others) == len(told) and all(
                 text in other for text, (_, other) in zip(told, others, strict=True)
             )
+
+
+def _tensor_axes(ep_size: int, data_before_expert: bool) -> dict:
+    mesh = make_mesh(ep_size, data_before_expert, make_tensor_groups(2), 2)
+    with pytest.raises(MocteError, match="the tensor group of this rank would be"):
+        make_tensor_groups(4)
+    with pytest.raises(ConfigError, match="autotp_size = 3 does not divide the 4 ranks"):
+        make_tensor_groups(3)
+    axes = {name: getattr(mesh, name) for name in ("world", "data", "expert", "expert_data", "tensor")}
+    assert all(
+        axis.rank == dist.get_rank(axis.group) and axis.size == dist.get_world_size(axis.group)
+        for axis in axes.values()
+    )
+    return {name: dist.get_process_group_ranks(axis.group) for name, axis in axes.items()}
+
+
+@pytest.mark.parametrize(("ep_size", "data_before_expert"), [(2, False), (2, True), (4, False)])
+def test_tensor_axis_of_four_ranks(ep_size: int, data_before_expert: bool) -> None:
+    """Neighbours have one batch, and the experts are spread over all ranks as without tensor parallelism."""
+    for rank, found in enumerate(spawn(_tensor_axes, 4, ep_size, data_before_expert, deepspeed=True, timeout=90)):
+        near, far = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
+        expert, replicas = (far, near) if data_before_expert else (near, far)
+        if ep_size == 4:
+            expert, replicas = [0, 1, 2, 3], [rank]
+        others = {"expert": expert, "expert_data": replicas}
+        assert found == {"world": [0, 1, 2, 3], "data": far, "tensor": near, **others}
 
 
 @pytest.mark.parametrize("rank", [0, 3])

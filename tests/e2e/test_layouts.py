@@ -69,3 +69,19 @@ def test_a_checkpoint_of_an_older_version(launch: Launcher, run_file: Callable[[
         code, output = launch.pretrain(run, folder, *SETTINGS, "--stop-after", 12)
         assert code == 0, output
     assert [row["loss"] for row in read_log(parts)] == [row["loss"] for row in read_log(whole)]
+
+
+def test_attention_cut_over_two_ranks(launch: Launcher, run_file: Callable[[bool], Path], tmp_path: Path) -> None:
+    """Stopped and resumed on four processes, with the steps of two that cut nothing."""
+    run, whole, cut = run_file(True), tmp_path / "whole", tmp_path / "cut"
+    code, output = launch.pretrain(run, whole, *SETTINGS)
+    assert code == 0, output
+    tensor = [*SETTINGS, "--set", "deepspeed.tensor_parallel.autotp_size=2"]
+    for more in (["--stop-after", 10], []):
+        begin = launch.start("launch/pretrain.py", "--run", run, "--out", cut, *tensor, *more, processes=4)
+        code, output = launch.finish(begin)
+        assert code == 0, output
+    expected, found = read_log(whole), read_log(cut)
+    for name in ("loss", "grad_norm", "tokens"):
+        assert [row[name] for row in found] == approx([row[name] for row in expected], rel=1e-5), name
+    assert [row["expert_load"] for row in found] == [row["expert_load"] for row in expected]

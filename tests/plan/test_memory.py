@@ -20,12 +20,13 @@ SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "n
 MODEL = {"model_type": "llama", "vocab_size": 512, "max_position_embeddings": 32, **SIZES}
 BLOCK = {"modules": "model.layers.*.mlp", "num_experts": 4, "auto": False, "total_steps": 100}
 LORA = {"expert": {"kind": "lora", "width": 24}, "router": {"kind": "random", "weight": "softmax", "learn": True}}
-# Ranks, ep_size, stage, changes of the "mocte" block.
-LAYOUTS = [(2, 1, 1, {}), (2, 2, 2, {}), (2, 2, 2, LORA), (2, 1, 3, {}), (4, 2, 2, {})]
+# Ranks, ep_size, stage, tensor ranks, changes of the "mocte" block.
+LAYOUTS = [(2, 1, 1, 1, {}), (2, 2, 2, 1, {}), (2, 2, 2, 1, LORA), (2, 1, 3, 1, {}), (4, 2, 2, 1, {}), (4, 2, 2, 2, {})]
 
 
-def settings(ep_size: int, stage: int, changes: dict[str, Any]) -> dict[str, Any]:
+def settings(ep_size: int, stage: int, changes: dict[str, Any], tensor: int = 1) -> dict[str, Any]:
     return {
+        "tensor_parallel": {"autotp_size": tensor},
         "train_micro_batch_size_per_gpu": 2,
         # All weights are cut up at stage 3, as those of large models are.
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 0},
@@ -67,10 +68,12 @@ def measured(config: dict[str, Any]) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "ep_size", "stage", "changes"), LAYOUTS)
-def test_bytes_are_those_of_real_runs(ranks: int, ep_size: int, stage: int, changes: dict[str, Any]) -> None:
-    config = settings(ep_size, stage, changes)
-    task, layout = small_task(config), Layout(ranks, ep_size, stage, 2, False)
+@pytest.mark.parametrize(("ranks", "ep_size", "stage", "tensor", "changes"), LAYOUTS)
+def test_bytes_are_those_of_real_runs(
+    ranks: int, ep_size: int, stage: int, tensor: int, changes: dict[str, Any]
+) -> None:
+    config = settings(ep_size, stage, changes, tensor)
+    task, layout = small_task(config), Layout(ranks, ep_size, stage, 2, False, tensor=tensor)
     for rank, found in enumerate(spawn(measured, ranks, config, timeout=240, deepspeed=True)):
         for phase, bytes_of in found.items():
             planned = memory(task, layout, phase)

@@ -14,6 +14,7 @@ from mocte_ds.checkpoints.names import (
     OPTIMIZER_FILE,
     OPTIMIZER_NAME,
     model_file,
+    tensor_ranks_of,
 )
 from mocte_ds.checkpoints.random_states import RANDOM_FILE, RANDOM_NAME
 from mocte_ds.checkpoints.reshaping.rank_layout import RankLayout
@@ -208,6 +209,11 @@ class SavedCheckpoint:
             CheckpointError: files are missing or too many, of an architecture that is not supported, or mixed up.
         """
         self._require_engine()
+        if (cut_over := tensor_ranks_of(self.manifest.files)) > 1:
+            raise CheckpointError(
+                f"{self.folder} was saved with tensor_parallel.autotp_size {cut_over}: its optimizer's files hold "
+                "parts of matrices, and stay in their layout. Its weights are whole: tools/export_hf.py."
+            )
         ranks, kinds = self.manifest.world_size, (EXPERT_NAME, OPTIMIZER_NAME, RANDOM_NAME)
         expected = {MODEL_FILE, *(RANDOM_FILE.format(rank=rank) for rank in range(ranks))}
         if self.precision is not None:

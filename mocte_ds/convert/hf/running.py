@@ -10,6 +10,7 @@ from mocte_ds.base_model import base_facts, require_base
 from mocte_ds.dist.collectives import from_rank_zero
 from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import CheckpointError, ConfigError, MocteError
+from mocte_ds.zero.cut import shown_uncut
 from mocte_ds.zero.gathered_weights import whole_weights
 
 
@@ -125,7 +126,7 @@ def _require_as_made(model: nn.Module, made: nn.Module, prefix: str = "") -> Non
 def _parts(model: nn.Module, prefix: str = "") -> dict[str, str]:
     """Class and settings of each module, experts apart: each rank has its own."""
     parts = ((name, part) for name, part in model.named_modules() if ".banks" not in name)
-    shown = {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in parts}
+    shown = {name: shown_uncut(part) for name, part in parts}
     return {name: text.replace(f"(name={prefix}", "(name=", 1) for name, text in shown.items()}
 
 
