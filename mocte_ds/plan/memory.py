@@ -137,15 +137,16 @@ def host_memory(task: Task, layout: Layout, per_host: int) -> float:
     """Bytes on a host at the start, where every rank makes the whole model before it moves.
 
     In the type that it computes in, with a layer and what lies outside of layers in fp32 while their weights are drawn;
-    then the experts of one block at a time.
+    then the experts of one block at a time, as they are made. Stage 3 cuts them up one parameter at a time; a rank's
+    parts stay on its device, which on a CPU is the host.
     """
     p, layers = task.parameters, len(task.sizes.layers)
     tables = task.vocab_size * task.sizes.hidden_size + task.sizes.outside - task.sizes.tied
     drawn = (4 - task.width) * (tables + (p.trunk + p.dense - tables) / layers)
-    together = p.blocks if layout.stage < 3 and p.blocks else 1
-    return per_host * (
-        task.width * (p.trunk + p.dense) + max(drawn, task.width * p.in_experts / layout.ep_size / together)
-    )
+    experts = task.width * p.in_experts
+    made = experts / layout.ep_size / max(p.blocks, 1)
+    parts = experts / layout.ranks if layout.stage == 3 and task.on_cpu else 0.0
+    return per_host * (task.width * (p.trunk + p.dense) + max(drawn, made, parts))
 
 
 def checkpoint(task: Task, born: bool) -> float:

@@ -158,6 +158,20 @@ def test_needs_are_those_of_the_plan(run_file: Path) -> None:
     assert needs.disk == (2 + 12) * (trunk + 4 * ffn) and needs.kept == 2
 
 
+def test_experts_that_wait_need_no_memory_of_the_host(run_file: Path) -> None:
+    """Of 64 experts of each FFN those of one block are there at a time, at stage 3 too."""
+    run = read_run(run_file, [])
+    run.deepspeed["mocte"]["num_experts"] = 64
+    found = {}
+    for stage in (2, 3):
+        run.deepspeed["zero_optimization"] = {"stage": stage}
+        found[stage] = needs_of(run, RANKS).memory
+    d, f, layers, vocab = 128, 352, 4, 2048
+    ffn = layers * 3 * d * f
+    trunk = 2 * vocab * d + layers * (3 * d * d + 2 * d) + d
+    assert found[2] == found[3] == 2 * (trunk + ffn + 32 * ffn // layers)
+
+
 def test_a_run_that_has_saved_knows_what_a_checkpoint_takes(run_file: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "checkpoints" / f"step{number}").mkdir(parents=True)
