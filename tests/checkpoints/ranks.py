@@ -91,10 +91,10 @@ def fail_beside(folder: str) -> dict[str, str]:
 def slow_writer(folder: str) -> str:
     """Save where rank 1 writes for longer than exchanges may take; the checkpoint's manifest."""
     root, rank, write = Path(folder), torch.distributed.get_rank(), save.write_file
-    axis = Axis.of(torch.distributed.new_group(timeout=timedelta(seconds=5)))
+    axis = Axis.of(torch.distributed.new_group(timeout=timedelta(seconds=10)))
 
     def slowly(path: Path, content: Any) -> Any:
-        time.sleep(9 * (rank == 1))
+        time.sleep(14 * (rank == 1))
         return write(path, content)
 
     save.write_file = slowly
