@@ -67,10 +67,10 @@ def leave_untouched(part: nn.Module, dtype: torch.dtype | None = None) -> None:
 
     Args:
         part: in CPU memory; what its weights were is lost.
-        dtype: of the new weights; None: as before.
+        dtype: of floating-point weights; None: as before.
     """
     for parameter in part.parameters():
-        parameter.data = torch.empty_like(parameter, dtype=dtype)
+        parameter.data = torch.empty_like(parameter, dtype=dtype if parameter.is_floating_point() else None)
 
 
 def leave_out_when_freed(owner: nn.Module, path: str) -> None:
