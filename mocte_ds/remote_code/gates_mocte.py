@@ -117,7 +117,9 @@ class Gate(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         """Moves with the model but keeps its precision: a boundary rounded to bf16 sends tokens elsewhere."""
         kept = [
-            (module._buffers, name, buffer) for module in (self, self.key) for name, buffer in module._buffers.items()
+            (module._buffers, name, buffer)
+            for module in (self, *self.key.modules())
+            for name, buffer in module._buffers.items()
         ]
         super()._apply(fn, recurse)
         for buffers, name, buffer in kept:

@@ -20,6 +20,7 @@ from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.moe.keys import BUILT_IN, KEYS, PrefixKey, PreviousKey, TypeKey
 from mocte_ds.remote_code.configuration_blocks_mocte import KINDS
+from mocte_ds.remote_code.gates_mocte import Gate
 from mocte_ds.router_config import RouterConfig
 from tests.moe.random_keys import randomise_key
 from tests.small_models import small_llama
@@ -267,3 +268,18 @@ def test_a_table_that_takes_no_settings_still_works() -> None:
 def test_the_config_of_an_exported_model_knows_every_key() -> None:
     """It is read without torch, and so has the names once more."""
     assert KINDS == tuple(BUILT_IN)
+
+
+def test_buffers_in_parts_of_a_key_keep_their_precision() -> None:
+    """Of a key of the user's own, which may be made of modules."""
+
+    class Nested(TypeKey):
+        def __init__(self) -> None:
+            super().__init__(4, 2, 8)
+            self.part = torch.nn.Module()
+            self.part.register_buffer("edges", 1 + torch.arange(4) / 2048)
+
+    gate = Gate(Nested(), RouterConfig(kind="type"))
+    edges = gate.key.part.edges.clone()
+    gate.bfloat16()
+    assert gate.key.part.edges.dtype == torch.float32 and torch.equal(gate.key.part.edges, edges)
