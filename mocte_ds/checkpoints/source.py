@@ -254,6 +254,8 @@ def with_blocks(model: nn.Module, mocte: dict[str, Any], path: Path) -> nn.Modul
     """
     entries, config = mocte["blocks"], {**mocte["config"], "ep_size": 1}
     names = [entry.get("name") for entry in entries]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path} lists the blocks {names}, which its own config does not give.")
     if config.get("modules") == AUTO:  # found by what FFNs compute, which weights that are not there do not tell
         config["modules"] = names
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from transformers import (
 from mocte_ds.checkpoints.source import with_blocks
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import copy_dense_weights
-from mocte_ds.errors import ConfigError
+from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.moe import Block, BlockMode, attach
 from mocte_ds.moe.forward import ForwardState, documents_of
 
@@ -195,3 +195,6 @@ def test_a_checkpoint_of_an_auto_run_has_the_blocks_that_the_run_found() -> None
     state = {"config": config, "blocks": [{"name": name, "mode": "warmup"} for name in names]}
     stored = with_blocks(made.to("meta"), state, Path())
     assert [module.name for module in stored.modules() if isinstance(module, Block)] == names
+    for damaged in ([], [{"mode": "warmup"}], [{"name": "transformer.h.*.mlp", "mode": "warmup"}]):
+        with pytest.raises(CheckpointError, match="lists the blocks"):
+            with_blocks(copy.deepcopy(made), {"config": config, "blocks": damaged}, Path("there"))
