@@ -106,6 +106,8 @@ def carried(kind: str, key: type[Key]) -> tuple[str, str]:
     try:
         with tokenize.open(path) as file:
             source = file.read()
+        if not file.encoding.startswith("utf-8"):
+            raise ValueError(f"it is written in {file.encoding}, and exports are in UTF-8; save it in UTF-8.")
         return key.__module__, _without_us(source)
     except (OSError, SyntaxError, UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{refused}{path}: {error}") from error

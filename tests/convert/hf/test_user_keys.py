@@ -176,6 +176,7 @@ REFUSED = {
     "from mocte_ds.trainability import policy": "mocte_ds.moe.keys alone",
     "from mocte_ds.moe.keys import KEYS, key_class": "line 1: `from mocte_ds.moe.keys import ...`",
     "def f(:": "invalid syntax|was never closed",
+    "# -*- coding: latin-1 -*-": "it is written in iso-8859-1",
 }
 
 
