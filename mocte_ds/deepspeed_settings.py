@@ -2,10 +2,11 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.shown import name_shown, nearest, shown
@@ -56,6 +57,19 @@ _UNSUPPORTED = {
     "progressive_layer_drop": _REMOVED,
 }
 _SWITCHES = ("bf16", "fp16", "tensorboard", "torch_autocast", "wandb", "csv_monitor", "flops_profiler")
+_KEYS = {
+    "activation_checkpointing": "partition_activations contiguous_memory_optimization cpu_checkpointing "
+    "number_checkpoints synchronize_checkpoint_boundary profile",
+    "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds",
+    "checkpoint": "tag_validation checkpoint_serialization writer load_universal use_node_local_storage parallel_write",
+    "data_types": "grad_accum_dtype",
+    "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
+    "optimizer": "type params legacy_fusion",
+    "scheduler": "type params",
+    "timers": "throughput",
+    "torch_autocast": "enabled dtype lower_precision_safe_modules",
+}
+"""Keys of the sections in which DeepSpeed passes over what it does not know; it refuses unknown keys of the others."""
 _LINES = 12
 
 
@@ -67,9 +81,9 @@ def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed co
         where: its place, for messages.
 
     Raises:
-        ConfigError: a key that nobody knows (with the nearest one that is known) or that is not supported (says why), a
-            section that is none, a key that is not a text, a switch that is not a boolean, a number that is NaN,
-            infinite or too large, or nesting deeper than any config.
+        ConfigError: a key, of the config or of a section, that nobody knows (with the nearest known one) or that is
+            not supported (says why), a section that is none, a key that is not a text, a switch that is not a
+            boolean, a number that is NaN, infinite or too large, or nesting deeper than any config.
     """
     require_plain(settings, where)
     for key in settings:
@@ -91,6 +105,12 @@ def checked_settings(settings: Mapping[Any, Any], where: str = "the DeepSpeed co
         enabled = section.get("enabled", False)
         if name in _SWITCHES and not isinstance(enabled, bool):
             raise ConfigError(f"{where}: {name}.enabled = {shown(enabled)} must be true or false.")
+    for name, keys in _KEYS.items():
+        section = kept.get(name)
+        for key in section if isinstance(section, Mapping) else ():
+            if key not in keys.split():
+                place = f"{name}.{name_shown(key)}"
+                raise ConfigError(f"{where}: unknown key {place}.{nearest(key, keys.split())}")
     for name in ("optimizer", "scheduler"):
         section = kept.get(name, {})
         if not isinstance(section.get("type", ""), str):
@@ -198,9 +218,42 @@ def parsed_by_deepspeed(settings: dict[str, Any], mpu: Any = None) -> Any:
     try:
         return DeepSpeedConfig(settings, mpu)
     except Exception as error:  # asserts, pydantic's errors, and whatever a wrong type runs into
+        if isinstance(error, ValidationError):
+            _require_known_fields(error)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         told = "; ".join(line[:200] for line in lines[:_LINES])
         raise ConfigError(f"DeepSpeed refuses its config: {told}") from error
+
+
+def _require_known_fields(error: ValidationError) -> None:
+    """Name the nearest field where an error is about an unknown one.
+
+    Raises:
+        ConfigError: it is.
+    """
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    unknown = next((detail for detail in error.errors() if detail["type"] == "extra_forbidden"), None)
+    if unknown is None:
+        return
+    *path, key = map(str, unknown["loc"])
+    section = next((model for model in _subclasses(DeepSpeedConfigModel) if model.__name__ == error.title), None)
+    for name in path:
+        field = section.model_fields.get(name) if section else None
+        inner = get_args(field.annotation) or (field.annotation,) if field else ()
+        section = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    fields = section.model_fields if section else {}
+    names = [*fields, *(field.alias for field in fields.values() if field.alias)]
+    place = ".".join([*path, name_shown(key)])
+    raise ConfigError(
+        f"DeepSpeed refuses its config: unknown key {place} ({error.title}).{nearest(key, names)}"
+    ) from error
+
+
+def _subclasses(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for below in model.__subclasses__():
+        yield below
+        yield from _subclasses(below)
 
 
 def type_of_weights(settings: Mapping[str, Any]) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from deepspeed.monitor import config as monitor
 from deepspeed.runtime import config
 
 from mocte_ds import deepspeed_settings
-from mocte_ds.deepspeed_settings import checked_settings, require_scheduler, tensor_ranks
+from mocte_ds.deepspeed_settings import checked_settings, parsed_by_deepspeed, require_scheduler, tensor_ranks
 from mocte_ds.errors import ConfigError
+
+SOURCES = ("constants.py", "config.py")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,46 @@ def test_accepted(settings: dict[str, Any]) -> None:
 def test_keys_that_would_be_passed_over(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         checked_settings(settings)
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"optimizer": {"parms": {"lr": 1e-3}}}, "unknown key optimizer.parms. Did you mean 'params'"),
+        ({"scheduler": {"typ": "WarmupLR"}}, "unknown key scheduler.typ. Did you mean 'type'"),
+        ({"activation_checkpointing": {"partition_activation": True}}, "'partition_activations'"),
+        (
+            {"checkpoint": {"tag_validate": "Fail"}},
+            "unknown key checkpoint.tag_validate. .*'tag_validation'",
+        ),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "'grad_accum_dtype'"),
+        ({"flops_profiler": {"profile_steps": 3}}, "'profile_step'"),
+        ({"torch_autocast": {"type": "bf16"}}, "unknown key torch_autocast.type"),
+        ({"aio": {"queue_length": 3}}, "unknown key aio.queue_length"),
+        ({"timers": {"throughout": {}}}, "'throughput'"),
+        # DeepSpeed refuses these itself, without a name to take instead.
+        ({"zero_optimization": {"stgae": 2}}, r"unknown key stgae \(DeepSpeedZeroConfig\). Did you mean 'stage'"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
+            "unknown key offload_optimizer.devise .* 'device'",
+        ),
+        ({"bf16": {"enabeld": True}}, "unknown key enabeld .* 'enabled'"),
+        ({"tensorboard": {"output_pth": "x"}}, "unknown key tensorboard.output_pth .* 'output_path'"),
+        ({"comms_logger": {"enbled": True}}, "unknown key enbled .* 'enabled'"),
+    ],
+)
+def test_unknown_keys_of_sections(section: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parsed_by_deepspeed(checked_settings({"train_micro_batch_size_per_gpu": 1, **section}))
+
+
+@pytest.mark.parametrize("name", deepspeed_settings._KEYS)
+def test_keys_of_a_section_are_read_by_deepspeed(name: str) -> None:
+    """They stand in DeepSpeed's sources as strings."""
+    root = Path(config.__file__).parents[1]
+    text = "".join(path.read_text(encoding="utf-8") for path in root.rglob("*.py") if path.name in SOURCES)
+    for key in deepspeed_settings._KEYS[name].split():
+        assert re.search(rf"""= ?["']{key}["']|^    {key}:""", text, re.MULTILINE), key
 
 
 def test_what_says_that_it_is_not_used_is_left_out() -> None:
