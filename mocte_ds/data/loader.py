@@ -1,4 +1,4 @@
-"""Batches from prepared data. The place in the data is one integer; who reads which part hangs on nothing else."""
+"""Batches from prepared data. The state is the number of sequences read, which decides what each rank reads."""
 
 import warnings
 from collections.abc import Iterator, Sequence

@@ -109,7 +109,7 @@ class Gate(nn.Module):
         return index, weight, scores
 
     def order(self, logits: Tensor) -> Tensor:
-        """(n, E) of which the largest are chosen: the logits, or their sigmoids and what is added to them."""
+        """Scores (n, E) whose largest are chosen: logits, or with weight `sigmoid` sigmoids plus the correction."""
         if self.router.weight != "sigmoid":
             return logits
         return logits.detach().sigmoid() + self.cluster_correction

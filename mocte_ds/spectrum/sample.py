@@ -79,9 +79,9 @@ class Selection:
         Args:
             capacity: rows kept over all ranks together.
             seed: seed of the choice.
-            ranks: ranks that see about the same number of rows. One keeps at most four times its fair part and 64 rows
-                more: that a rank has more of the smallest hashes does not happen to hashes, and if it did, the sample
-                would be smaller, not another one.
+            ranks: ranks that see about the same number of rows. Each keeps at most four times its even share, plus 64
+                rows. Uniform hashes practically never exceed that; if they did, the sample would be smaller, and
+                still a right one.
         """
         if capacity < 1:
             raise MocteError(f"a reservoir of {capacity} rows keeps nothing; give it a capacity of 1 or more.")
@@ -150,7 +150,7 @@ class Selection:
         everywhere = gather_rows(self._order, axis)
         bound = everywhere.kthvalue(count).values if everywhere.numel() > count else everywhere.new_tensor(_POSITIVE)
         if self.room < self.capacity:
-            # After the last row of a full rank, rows are missing that would have been chosen.
+            # A full rank may have dropped rows past its last one that belong to the sample: all ranks stop there.
             full = self._order.numel() == self.room
             ends = gather_rows(self._order[-1:] if full else self._order[:0], axis)
             bound = torch.minimum(bound, ends.min()) if ends.numel() else bound

@@ -85,7 +85,7 @@ def _lanczos(product: Product, start: Tensor, iterations: int, tolerance: float)
             if float(rest.norm()) <= floor * float(image[-1].norm()):
                 # The span is invariant: what is left is rounding, and nothing larger can be seen from here.
                 return value, (turn @ q).view(vector.shape)
-            # What is left may be small, and then its own rounding is not: clean it at length one.
+            # Rounding is large relative to a small remainder: orthogonalise it again at length one.
             rest = rest / rest.norm()
             rest = rest - q.T @ (q @ rest)
             basis.append(rest / rest.norm())

@@ -19,7 +19,7 @@ def held(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def let_go(model: nn.Module) -> None:
-    """Drop the weights that passes have gathered, except small ones, which always stay, as after a step.
+    """Release weights that passes have gathered, except small persistent ones: the state after a step.
 
     Comes before everything that looks at weights between two passes; on all ranks at once, or they would not gather
     alike afterwards.

@@ -191,13 +191,13 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
                     master.grad.zero_()
 
     def let_go(self) -> None:
-        """Drop the weights that passes have gathered, except small ones, which always stay, as after a step."""
+        """Release weights that passes have gathered, except small persistent ones: the state after a step."""
         self.parameter_offload.release_backward_leftovers()
         self._partition_all_parameters()
         self._gather_small()
 
     def _gather_small(self) -> None:
-        # DeepSpeed takes them for always there once they have been.
+        # DeepSpeed assumes that persistent parameters stay gathered once they have been.
         if self.persistent_parameters:
             self.persistent_parameters[0].all_gather(self.persistent_parameters)
 

@@ -72,7 +72,7 @@ class UnitOptimizer(ZeROOptimizer):
             setattr(self, name, value)
         self._expert_buckets = {dtype: type(bucket)() for dtype, bucket in self.ipg_buckets.items()}
 
-    # ---- what the class of a stage has to say ----------------------------------------------------------------------
+    # ---- what each stage's class implements ------------------------------------------------------------------------
 
     @abstractmethod
     def _build(self, optimizer: torch.optim.Optimizer) -> None:
@@ -169,7 +169,7 @@ class UnitOptimizer(ZeROOptimizer):
             for (group, _), rate in zip(slowed, rates, strict=True):
                 group["lr"] = rate
 
-    # ---- what there is ---------------------------------------------------------------------------------------------
+    # ---- inspection ------------------------------------------------------------------------------------------------
 
     def masters(self) -> dict[str, list[Tensor]]:
         """This rank's partitions of the fp32 master weights, by unit."""

@@ -52,7 +52,7 @@ class Shard:
     parts: dict[Key, GroupPart]
     """In the order of the rank."""
     common: dict[str, Any]
-    """Everything that is not about one group, with nothing in the place of what is; the same on all ranks."""
+    """Fields that belong to no single group, with None in the place of those that do; the same on all ranks."""
 
     @classmethod
     def read(cls, path: Path, first: int) -> "Shard":

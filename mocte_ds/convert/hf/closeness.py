@@ -1,4 +1,4 @@
-"""What counts as the same: outputs that differ by rounding alone, at tokens whose expert rounding does not decide."""
+"""Comparison of outputs up to rounding, without tokens so near to a routing boundary that rounding picks the expert."""
 
 import torch
 from torch import Tensor

@@ -98,7 +98,7 @@ def _write(path: Path, entries: list[Entry], make: Callable[[str], Tensor]) -> N
             tensor = make(entry.name)
             if tuple(tensor.shape) != entry.shape or tensor.dtype is not entry.dtype:
                 raise CheckpointError(
-                    f"{entry.name} is {tuple(tensor.shape)} {tensor.dtype}, promised was {entry.shape} {entry.dtype}."
+                    f"{entry.name} is {tuple(tensor.shape)} {tensor.dtype}; {entry.shape} {entry.dtype} was expected."
                 )
             file.write(tensor_bytes(tensor))
 

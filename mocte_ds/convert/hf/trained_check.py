@@ -20,7 +20,8 @@ from mocte_ds.moe.block import Block, BlockMode
 from mocte_ds.ownership.checksums import checksum
 from mocte_ds.shown import one_line
 
-PROBE = (4, 64)
+COMPARED_SHAPE = (4, 64)
+"""Sequences and tokens of the batch whose logits are compared."""
 
 
 def compare_tensors(source: Source, target: Target, folder: Path) -> dict[str, str]:
@@ -46,7 +47,7 @@ def compare_tensors(source: Source, target: Target, folder: Path) -> dict[str, s
         if found[name].dtype is not wanted.dtype or not torch.equal(found[name], wanted):
             raise CheckpointError(f"{folder}: the weight {name} was lost or changed on its way through the file.")
     del model, found
-    gc.collect()  # models of transformers hold themselves by cycles
+    gc.collect()  # models of transformers contain reference cycles
     shards = Shards(folder)
     return {name: checksum(shards.read(name)) for name in shards.files}
 
@@ -65,7 +66,7 @@ def compare_logits(source: Source, folder: Path) -> float:
         CheckpointError: transformers do not load or run it, or logits differ by more than rounding.
     """
     model: Any = _loaded(folder, torch.float32)
-    ids = _probe(model, folder)
+    ids = _token_ids(model, folder)
     try:
         theirs = _logits(model, ids)
     except Exception as error:  # whatever a class runs into
@@ -98,12 +99,12 @@ def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def _probe(model: Any, folder: Path) -> Tensor:
+def _token_ids(model: Any, folder: Path) -> Tensor:
     """(B, T) random token ids."""
-    length = min(PROBE[1], longest_context(model.config, folder) or PROBE[1])
-    return torch.randint(
-        model.config.get_text_config().vocab_size, (PROBE[0], length), generator=torch.Generator().manual_seed(0)
-    )
+    rows, length = COMPARED_SHAPE
+    length = min(length, longest_context(model.config, folder) or length)
+    vocab_size = model.config.get_text_config().vocab_size
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

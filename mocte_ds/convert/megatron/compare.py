@@ -8,7 +8,7 @@ import torch
 from mocte_ds.checkpoints.source import Source
 from mocte_ds.convert.hf.closeness import require_close
 from mocte_ds.convert.hf.trained import trained_model
-from mocte_ds.convert.hf.trained_check import PROBE, decided_logits
+from mocte_ds.convert.hf.trained_check import COMPARED_SHAPE, decided_logits
 from mocte_ds.convert.megatron import folder as files
 from mocte_ds.convert.megatron.gpt_model import build, fill, run
 from mocte_ds.convert.megatron.settings import Settings
@@ -37,7 +37,7 @@ def compare(source: Source, settings: Settings, pairs: list[Pair], folder: Path)
         if tensors[pair.name].dtype is not torch.float32 or not torch.equal(tensors[pair.name], pair.tensor(source)):
             raise CheckpointError(f"the weight {pair.name} was lost or changed on its way through the file.")
     sizes, parameters = settings.gpt_model, sum(tensor.numel() for tensor in tensors.values())
-    shape = (PROBE[0], min(PROBE[1], sizes["max_sequence_length"]))
+    shape = (COMPARED_SHAPE[0], min(COMPARED_SHAPE[1], sizes["max_sequence_length"]))
     ids = torch.randint(sizes["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
     found = run(fill(build(settings), tensors), ids)
     del tensors  # the next model needs the memory
