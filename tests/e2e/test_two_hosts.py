@@ -13,10 +13,10 @@ from tests.launch.test_scripts import bash
 def test_two_hosts(run_file: Callable[[bool], Path], tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     try:
-        code, output = bash("tests/e2e/two_hosts.sh", run_file(True), tmp_path / "work", timeout=600)
+        code, output = bash("tests/e2e/two_hosts.sh", run_file(True), tmp_path / "work", timeout=900)
     except subprocess.TimeoutExpired as error:
-        pytest.fail(f"no end within 600 s:\n{error.output}")
+        pytest.fail(f"no end within 900 s:\n{error.output}")
     if code == 77:
         pytest.skip(output.strip().splitlines()[-1])
     assert code == 0, output
-    assert output.count("ok: ") == 5, output
+    assert output.count("ok: ") == 6, output

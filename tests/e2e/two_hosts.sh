@@ -3,7 +3,7 @@
 #
 #   bash tests/e2e/two_hosts.sh RUN.yaml FOLDER     # a run file of at least 12 steps; FOLDER is for what the runs write
 #
-# Trains, stops by Ctrl-C, resumes, kills a rank, cuts the link; says `ok: ...` for each, `skipped: ...` with exit code 77
+# Trains, stops by Ctrl-C, resumes, starts twice in one folder, kills a rank, cuts the link; says `ok: ...` for each, `skipped: ...` with exit code 77
 # where namespaces or an ssh server are not to be had, and ends with exit code 1 at the first thing that is wrong.
 # shellcheck disable=SC2317  functions that trap and eval call
 set -euo pipefail
@@ -61,7 +61,7 @@ ssh_options="-i $work/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=$wor
 start() {
   local log=$work/$1.log
   shift
-  HOSTFILE=$work/hostfile MASTER_PORT=29517 OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu \
+  HOSTFILE=$work/hostfile MASTER_PORT=${port:-29517} OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu \
     LAUNCHER_OPTIONS="--silence 9 --grace 60 --interface veth0" SSH_OPTIONS=$ssh_options \
     ip netns exec "${name}a" bash launch/multi_node.sh "$run" "$@" >"$log" 2>&1 &
   launcher=$!
@@ -124,6 +124,19 @@ start resumed --out "$work/stopped"
 ended 200 0 resumed
 [ "$(losses "$work/stopped")" = "$(losses "$work/whole")" ] || fail "the resumed run has other losses" resumed
 echo "ok: resumed bitwise"
+
+start live --out "$work/live" --set training.steps=100000
+wait_for_step "$work/live" 3 live
+first=$launcher
+port=29518 start second --out "$work/live" --set training.steps=100000
+ended 150 failure second
+grep -q "another process runs in .*/live: process [0-9]* on " "$work/second.log" || fail "the holder is not named" second
+launcher=$first
+wait_for_step "$work/live" $(($(steps "$work/live") + 1)) live
+kill -INT "$launcher"
+ended 30 130 live
+nobody "$work/live" 1 live
+echo "ok: a second start in the folder of a live run was refused, its holder named, and the run went on"
 
 start killed --out "$work/killed"
 wait_for_step "$work/killed" 3 killed
