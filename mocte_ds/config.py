@@ -172,7 +172,7 @@ class MocteConfig:
     num_experts: Annotated[int, Field(ge=2, le=1 << 20)] = 4
     """Experts per bank; a multiple of ep_size, and at most spectrum.rows / 16."""
     ep_size: Count = 1
-    """Ranks that share the experts of a block (DeepSpeed's expert parallelism); divides the data-parallel ranks."""
+    """Ranks that share the experts of a block (DeepSpeed's expert parallelism); divides the ranks of the run."""
     total_steps: Count | None = None
     """Optimizer steps of the run: the budget that all shares refer to. Null: the scheduler's total_num_steps."""
     check_every: Annotated[float, Field(gt=0, le=1)] = 0.008
@@ -252,7 +252,7 @@ class MocteConfig:
 
         Args:
             block: the block as read from JSON.
-            world_size: data-parallel ranks, to check ep_size against.
+            world_size: ranks of the run, to check ep_size against.
 
         Raises:
             ConfigError: unknown key, wrong type, value out of range or a contradiction; names the key and the mend.
@@ -263,11 +263,11 @@ class MocteConfig:
         return config
 
     def check(self, world_size: int) -> None:
-        """Raise ConfigError where ep_size does not divide the data-parallel ranks."""
+        """Raise ConfigError where ep_size does not divide the ranks of the run."""
         if world_size % self.ep_size:
             allowed = shown(divisors(math.gcd(world_size, self.num_experts)))
             raise ConfigError(
-                f"mocte.ep_size = {self.ep_size} does not divide the {world_size} data-parallel ranks; "
+                f"mocte.ep_size = {self.ep_size} does not divide the {world_size} ranks of the run; "
                 f"allowed with {self.num_experts} experts: {allowed}."
             )
 

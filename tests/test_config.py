@@ -36,7 +36,7 @@ def test_errors(block, message):
 
 
 def test_world_size():
-    with pytest.raises(ConfigError, match=r"the 3 data-parallel ranks; allowed with 4 experts: \[1\]"):
+    with pytest.raises(ConfigError, match=r"the 3 ranks of the run; allowed with 4 experts: \[1\]"):
         MocteConfig.from_dict({"modules": "m", "num_experts": 4, "ep_size": 2}, world_size=3)
 
 

@@ -13,7 +13,7 @@ from mocte_ds.dist.mesh import Mesh
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import copy_slice, draw_bypass
-from mocte_ds.moe.ffn_shape import Part
+from mocte_ds.moe.ffn_shape import FFNSlice
 from mocte_ds.moe.redraw import Drawn, redraw
 from mocte_ds.remote_code.tokens_mocte import Tokens
 from mocte_ds.seeds import derived_seed
@@ -69,7 +69,7 @@ def copy_dense_weights(block: Block) -> None:
     """Copy the dense FFN's current weights into the `ffn` experts, each bank its slice."""
     for number, bank in enumerate(block.banks):
         for expert in bank.local_experts:
-            copy_slice(block.dense, expert, Part(number, len(block.banks)))
+            copy_slice(block.dense, expert, FFNSlice(number, len(block.banks)))
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def inherit(block: Block, dense_state: UnitState, drawn: Mapping[nn.Parameter, D
     dense = dict(block.dense.named_parameters())
     inherited: UnitState = {}
     for number, bank in enumerate(block.banks):
-        part = Part(number, len(block.banks))
+        part = FFNSlice(number, len(block.banks))
         for expert in bank.local_experts:
             for name, parameter in expert.named_parameters():
                 state = dense_state.get(dense[name])

@@ -9,7 +9,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe.bank import EXPERTS, Bank, run_banks
 from mocte_ds.moe.context import BatchContext, ForwardState
 from mocte_ds.moe.experts import feature_size, make_expert
-from mocte_ds.moe.ffn_shape import Part
+from mocte_ds.moe.ffn_shape import FFNSlice
 from mocte_ds.moe.graph import tag_made, tag_read
 from mocte_ds.moe.idle import leave_out_when_freed
 from mocte_ds.remote_code.experts_mocte import GatheredFFN
@@ -64,7 +64,7 @@ class Block(nn.Module):
         """Number of the layer that it lies in, from 0; see :func:`mocte_ds.moe.attach.layer_number`."""
         self.banks = nn.ModuleList()
         for number, router in enumerate(routers):
-            part = Part(number, len(routers))
+            part = FFNSlice(number, len(routers))
             expert = make_expert(
                 ffn,
                 config.expert.kind,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.moe.ffn_shape import FORMS, Part, ffn_shape, first_matrix, gives_slice, is_additive
+from mocte_ds.moe.ffn_shape import FORMS, FFNSlice, ffn_shape, first_matrix, gives_slice, is_additive
 from mocte_ds.remote_code.experts_mocte import in_out, resized
 
 
@@ -33,7 +33,7 @@ def make_expert(
     width: int | None,
     num_experts: int,
     name: str,
-    part: Part | None = None,
+    part: FFNSlice | None = None,
     redrawn: bool = False,
 ) -> nn.Module:
     """One expert, before it is copied to the slots of a block.
@@ -52,7 +52,7 @@ def make_expert(
         ConfigError: a narrower or redrawn expert of an FFN that cannot be cut by hidden units, or banks that do not
             divide its width.
     """
-    expert, part, shape = copy.deepcopy(ffn), part or Part(), ffn_shape(ffn)
+    expert, part, shape = copy.deepcopy(ffn), part or FFNSlice(), ffn_shape(ffn)
     if kind == "ffn" and part.count == 1:
         if redrawn and (shape is None or not is_additive(ffn, shape)):
             raise ConfigError(
@@ -96,7 +96,7 @@ def _no_narrow(ffn: nn.Module, name: str, reason: str) -> ConfigError:
 
 
 @torch.no_grad()
-def copy_slice(ffn: nn.Module, expert: nn.Module, part: Part) -> None:
+def copy_slice(ffn: nn.Module, expert: nn.Module, part: FFNSlice) -> None:
     """Give an `ffn` expert the FFN's weights, or its bank's slice of them."""
     weights = dict(ffn.named_parameters())
     for name, parameter in expert.named_parameters():

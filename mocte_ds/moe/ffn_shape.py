@@ -98,7 +98,7 @@ def is_additive(ffn: nn.Module, shape: FFNShape) -> bool:
     return not bool(known[1].any()) and _close(known[2] + known[3], known[0])
 
 
-def gives_slice(ffn: nn.Module, shape: FFNShape, expert: nn.Module, part: "Part") -> bool:
+def gives_slice(ffn: nn.Module, shape: FFNShape, expert: nn.Module, part: "FFNSlice") -> bool:
     """Whether an expert computes what its slice of the FFN's hidden units computes; for an FFN that is additive."""
     if _is_elsewhere(ffn):
         return True
@@ -159,7 +159,7 @@ def first_matrix(module: nn.Module) -> nn.Module | None:
 
 
 @dataclass(frozen=True)
-class Part:
+class FFNSlice:
     """Which slice of an FFN's hidden units a bank's experts take over."""
 
     number: int = 0

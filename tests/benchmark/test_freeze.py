@@ -175,7 +175,7 @@ def test_message_of_one_rank_ends_all() -> None:
         (["--frozen", "0,50,150"], "to at most 100"),
         (["--width", "0"], "--width 0 must be at least 1"),
         (["--ep", "3", "--ranks", "3"], "ep_size = 3 does not divide mocte.num_experts = 4"),
-        (["--ep", "2", "--ranks", "3"], "does not divide the 3 data-parallel ranks"),
+        (["--ep", "2", "--ranks", "3"], "does not divide the 3 ranks of the run"),
         (["--d", "65536", "--width", "1000000"], r"a run of 2 x 4 experts .* needs about .* GB on cpu"),
         (["--block-tokens", "1000000000"], r"a block of 4 experts .* Give fewer --block-tokens"),
     ],

@@ -17,7 +17,7 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.moe import BlockMode, attach
 from mocte_ds.moe.attach import find_ffns
 from mocte_ds.moe.experts import feature_size, make_expert
-from mocte_ds.moe.ffn_shape import FFNShape, Part, ffn_shape
+from mocte_ds.moe.ffn_shape import FFNShape, FFNSlice, ffn_shape
 from mocte_ds.moe.loose import gather_named
 from mocte_ds.trainability.forms import known_ffn
 
@@ -196,7 +196,7 @@ def test_the_order_of_registration_does_not_matter_where_shapes_tell() -> None:
 )
 def test_what_cannot_be_cut_is_refused_by_name(make: Callable[[], nn.Module], kind: str) -> None:
     with pytest.raises(ConfigError, match=r"cannot narrow layers.0.mlp .*Use kind 'ffn' and one bank"):
-        make_expert(make(), kind, 2 if kind == "lora" else None, 4, "layers.0.mlp", Part(0, 2))
+        make_expert(make(), kind, 2 if kind == "lora" else None, 4, "layers.0.mlp", FFNSlice(0, 2))
     expert = make_expert(ffn := make(), "ffn", None, 4, "layers.0.mlp")
     x = torch.randn(3, D)
     assert torch.equal(expert(x), ffn(x)), "a whole copy is right for any module"
@@ -205,7 +205,7 @@ def test_what_cannot_be_cut_is_refused_by_name(make: Callable[[], nn.Module], ki
 def test_linear_layers_of_another_kind_have_no_slices() -> None:
     ffn = nn.Sequential(Doubling(D, F), nn.ReLU(), Doubling(F, D))
     with pytest.raises(ConfigError, match="compute something else than torch's"):
-        make_expert(ffn, "ffn", None, 4, "mlp", Part(1, 2))
+        make_expert(ffn, "ffn", None, 4, "mlp", FFNSlice(1, 2))
 
 
 def test_without_weights_nothing_is_called() -> None:

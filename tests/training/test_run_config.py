@@ -214,7 +214,7 @@ def test_bad_values_are_named(tmp_path: Path, change: str, message: str) -> None
         ("deepspeed.optimizer={type: AdamW, params: {lr: 1.0}}", "params.lr = 1.0 contradicts"),
         ("deepspeed.mocte.total_steps=7", "mocte.total_steps = 7 contradicts"),
         ("deepspeed.mocte.log=runs/x", "deepspeed.mocte.log: the logs of a run file lie in --out"),
-        ("deepspeed.mocte.ep_size=4", "does not divide the 2 data-parallel ranks; allowed with 4 experts: .1, 2."),
+        ("deepspeed.mocte.ep_size=4", "does not divide the 2 ranks of the run; allowed with 4 experts: .1, 2."),
         ("model.vocab_size=2000", "the tokenizer has 2048 pieces"),
     ],
 )

@@ -26,7 +26,7 @@ from mocte_ds.errors import DataError
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.moe.block import Block, BlockMode, running_state
 from mocte_ds.moe.experts import draw_bypass, make_expert
-from mocte_ds.moe.ffn_shape import Part
+from mocte_ds.moe.ffn_shape import FFNSlice
 from mocte_ds.moe.forward import ForwardState
 from mocte_ds.moe.gate import ClusterGate
 from mocte_ds.moe.loose import gather_named
@@ -148,7 +148,7 @@ class Emerged:
         settings = self.config.expert
         wanted = (block, bank, 0 if settings.kind == "ffn" else number)  # copies of one slice are alike
         if self._newest[0] != wanted:
-            part = Part(bank, len(self.config.routers))
+            part = FFNSlice(bank, len(self.config.routers))
             ffn = self.dense.get_submodule(block)
             expert = make_expert(ffn, settings.kind, settings.width, self.config.num_experts, block, part)
             if settings.kind == "lora":
