@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.pg_utils import is_parallel
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
@@ -223,7 +224,7 @@ class UnitOptimizer(ZeROOptimizer):
                 squares[number] += gradient.detach().float().square().sum().to(device)
         self._unit_squares = ([group["unit"] for group in groups], squares / self._gradient_scale**2)
         with phase("reduction of the gradient norm", waits=True):
-            if self.model_parallel_group is not None:
+            if is_parallel(self.model_parallel_group):  # a caller's mpu may have groups of one rank
                 total = self._agreed_total(squares)
             else:
                 total = squares.sum()
