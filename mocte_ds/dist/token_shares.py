@@ -67,6 +67,8 @@ class _Take(torch.autograd.Function):
     def forward(ctx: Any, shares: TokenShares, *whole: Tensor) -> Any:
         ctx.shares = shares
         parts = tuple(shares.own(t).clone() for t in whole)
+        # Otherwise weights that nobody learns would make the backward pass keep the outputs of all experts.
+        ctx.mark_non_differentiable(*(t for t, w in zip(parts, ctx.needs_input_grad[1:], strict=True) if not w))
         return parts if len(parts) > 1 else parts[0]
 
     @staticmethod

@@ -55,6 +55,15 @@ def test_values_and_gradients_are_those_of_one_rank(tokens: int, weighted: bool,
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_what_needs_no_gradient_comes_without() -> None:
+    """Else the backward pass would keep all experts' outputs, for weights that nobody learns."""
+    features, weight = torch.randn(3, 4), torch.rand(3, 2)
+    shares = TokenShares.of(Axis(None, 1, 2), 3)
+    for given in ((features.clone().requires_grad_(), weight), (features, weight.clone().requires_grad_())):
+        own = shares.take(*given)
+        assert [part.requires_grad for part in own] == [whole.requires_grad for whole in given]
+
+
 def exact() -> torch.Tensor:
     """bf16 rows of each rank, joined."""
     axis = mesh_of_processes().world
