@@ -151,7 +151,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / "source" / name)
     sdist = folder / "source" / _build("build_sdist", folder / "source")
-    shutil.unpack_archive(sdist, folder / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, folder / "unpacked")
     unpacked = next((folder / "unpacked").iterdir())
     return unpacked, unpacked / _build("build_wheel", unpacked)
 
