@@ -254,14 +254,15 @@ def with_blocks(model: nn.Module, mocte: dict[str, Any], path: Path) -> nn.Modul
     """
     entries, config = mocte["blocks"], {**mocte["config"], "ep_size": 1}
     names = [entry.get("name") for entry in entries]
+    others = CheckpointError(f"{path} lists the blocks {names}, which its own config does not give.")
     if not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{path} lists the blocks {names}, which its own config does not give.")
+        raise others
     if config.get("modules") == AUTO:  # found by what FFNs compute, which weights that are not there do not tell
         config["modules"] = names
     with torch.device("meta"):
         blocks = attach(model, MocteConfig.from_dict(config))
     if names != [block.name for block in blocks]:
-        raise CheckpointError(f"{path} lists the blocks {names}, which its own config does not give.")
+        raise others
     for block, entry in zip(blocks, entries, strict=True):
         try:
             block.mode = BlockMode(entry["mode"])

@@ -17,6 +17,7 @@ from mocte_ds.dist.collectives import from_rank_zero, gather_rows
 from mocte_ds.dist.mesh import Axis, Mesh
 from mocte_ds.errors import ConfigError
 from mocte_ds.moe.block import Block
+from mocte_ds.zero.partitioned_files import put_into_state_dicts
 
 _META = "ds_autotp_universal_checkpoint_meta"
 """Attribute of a parameter that says how AutoTP has cut it: DeepSpeed's DS_AUTOTP_UC_META."""
@@ -61,7 +62,7 @@ def cut_model(model: nn.Module, blocks: list[Block], axis: Axis) -> None:
         if tensor.numel():
             tensor.copy_(from_rank_zero(tensor.detach(), axis))
     before = dict(model.named_modules())
-    shown = {name: f"{type(module).__name__}({module.extra_repr()})" for name, module in before.items()}
+    shown = {name: shown_uncut(module) for name, module in before.items()}
     # Without it AutoTP takes its layers for those of inference, whose weights do not train.
     set_autotp_mode(training=True)
     made = AutoTP(
@@ -191,34 +192,22 @@ def uncut_state_dicts(model: nn.Module, mesh: Mesh) -> Iterator[None]:
 
     They are gathered into CPU memory here. Other ranks have their own parts.
     """
-    hooks = []
+    found: dict[nn.Module, dict[str, Tensor]] = {}
     if mesh.tensor.size > 1 and mesh.data.rank == 0:
         for module in model.modules():
-            whole = {
+            found[module] = {
                 name: _joined(parameter, mesh.tensor)
                 for name, parameter in module.named_parameters(recurse=False)
                 if is_cut(parameter)
             }
-            if whole:
-                hooks.append(module.register_state_dict_post_hook(_puts(whole)))
-    try:
+    with put_into_state_dicts(found):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _joined(parameter: nn.Parameter, axis: Axis) -> Tensor:
     dimension, _ = _place(parameter)
     rows = parameter.detach().transpose(0, dimension)
     return gather_rows(rows, axis).transpose(0, dimension).contiguous().cpu()
-
-
-def _puts(weights: dict[str, Tensor]) -> Any:
-    def put(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        state.update({prefix + name: weight for name, weight in weights.items()})
-
-    return put
 
 
 def cut_weights(weights: Mapping[str, Any], model: nn.Module, axis: Axis) -> dict[str, Any]:

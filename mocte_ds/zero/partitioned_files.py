@@ -49,7 +49,7 @@ def weights_in_state_dicts(model: nn.Module) -> Iterator[None]:
     """
     copies: dict[nn.Parameter, Tensor] = {}
     numbers = {p: number for number, bank in enumerate(_banks(model)) for p in bank.deepspeed_moe.experts.parameters()}
-    hooks, done = [], freed_parameters(model)
+    found, done = dict[nn.Module, dict[str, Tensor]](), freed_parameters(model)
     for module in model.modules():
         own = [parameter for parameter in module.parameters(recurse=False) if parameter not in done]
         done.update(own)  # tied ones are gathered once, by all
@@ -58,9 +58,19 @@ def weights_in_state_dicts(model: nn.Module) -> Iterator[None]:
                 group = parameter.ds_process_group
                 if dist.get_rank(group) == writer(numbers.get(parameter, 0), dist.get_world_size(group)):
                     copies[parameter] = parameter.detach().to("cpu", copy=True)
-        names = {name: copies[p] for name, p in module.named_parameters(recurse=False) if p in copies}
-        if names:
-            hooks.append(module.register_state_dict_post_hook(_puts(names)))
+        found[module] = {name: copies[p] for name, p in module.named_parameters(recurse=False) if p in copies}
+    with put_into_state_dicts(found):
+        yield
+
+
+@contextlib.contextmanager
+def put_into_state_dicts(found: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Context manager: state_dict() has other tensors in the places of some parameters.
+
+    Args:
+        found: by module, the tensors of its own parameters by their names in it.
+    """
+    hooks = [module.register_state_dict_post_hook(_puts(weights)) for module, weights in found.items() if weights]
     try:
         yield
     finally:
@@ -114,7 +124,7 @@ def require_same_partition(folder: Path, stage: int, mesh: Mesh) -> None:
         )
 
 
-def _puts(weights: dict[str, Tensor]) -> Any:
+def _puts(weights: Mapping[str, Tensor]) -> Any:
     def put(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         state.update({prefix + name: weight for name, weight in weights.items()})
 
