@@ -24,7 +24,7 @@ _OURS, _BESIDE = "mocte_ds.moe.keys", "mocte_ds.remote_code."
 _PACKAGES = {"torch", "numpy", "transformers"}
 """What is there wherever an export is loaded, beside the standard library."""
 _INDEX = "user_keys_mocte"
-"""Module of mocte_ds/remote_code that the export writes anew."""
+"""Module of mocte_ds/remote_code that every export rewrites."""
 _MODELING = "modeling_blocks_mocte"
 """The one with the class."""
 _MAY = (
