@@ -66,7 +66,7 @@ class MocteEngine(UnitEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run a pass that trains stands."""
         trains = self.module.training and torch.is_grad_enabled()  # engine.eval() sets the module only
-        require_same_batch(inputs, kwargs, self.mesh.tensor)
+        require_same_batch(inputs, kwargs, self.mesh, trains)
         self.vocabulary.look(inputs, kwargs, self.global_steps, trains)
         self.mocte.context.forget_interrupted()
         if trains:

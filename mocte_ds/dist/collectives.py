@@ -44,17 +44,34 @@ def gather_rows(t: Tensor, axis: Axis) -> Tensor:
     """
     if axis.size == 1:
         return t
-    counts = _gather_equal(torch.tensor([t.shape[0]], dtype=torch.int64, device=wire_device(t.device, axis)), axis)
-    sizes = [int(count) for count in counts]
+    sizes = [int(count) for count in gather_equal(torch.tensor([t.shape[0]], dtype=torch.int64), axis)]
     # Bytes travel: no backend lacks them, and 64-bit keys arrive unrounded.
     width = t[0].numel() if t.shape[0] else torch.empty((1, *t.shape[1:])).numel()
-    padded = torch.zeros(max(sizes), width, dtype=t.dtype, device=wire_device(t.device, axis))
+    padded = torch.zeros(max(sizes), width, dtype=t.dtype, device=t.device)
     padded[: t.shape[0]] = t.detach().reshape(t.shape[0], width)
     if not padded.numel():
         return t.new_empty((sum(sizes), *t.shape[1:]))
-    parts = _gather_equal(padded.view(torch.uint8), axis)
+    parts = gather_equal(padded.view(torch.uint8), axis)
     rows = [part.view(t.dtype)[:size] for part, size in zip(parts, sizes, strict=True)]
-    return torch.cat(rows).reshape(-1, *t.shape[1:]).to(t.device)
+    return torch.cat(rows).reshape(-1, *t.shape[1:])
+
+
+def gather_equal(t: Tensor, axis: Axis) -> list[Tensor]:
+    """``t`` of every rank in one exchange, in the order of the ranks.
+
+    Args:
+        t: the same shape and dtype on every rank, on any device.
+        axis: the ranks.
+
+    Returns:
+        The tensors, on ``t``'s device, the same on every rank.
+    """
+    if axis.size == 1:
+        return [t]
+    own = t.detach().to(wire_device(t.device, axis)).contiguous()
+    parts = [torch.empty_like(own) for _ in range(axis.size)]
+    dist.all_gather(parts, own, group=axis.group)
+    return [part.to(t.device) for part in parts]
 
 
 def gather_objects(obj: Any, axis: Axis) -> list[Any]:
@@ -152,12 +169,6 @@ def _reduce(t: Tensor, operation: Any, axis: Axis) -> Tensor:
     value = t.detach().to(wire_device(t.device, axis), wide, copy=True).contiguous()
     dist.all_reduce(value, op=operation, group=axis.group)
     return value.to(t.device, t.dtype)
-
-
-def _gather_equal(t: Tensor, axis: Axis) -> list[Tensor]:
-    parts = [torch.empty_like(t) for _ in range(axis.size)]
-    dist.all_gather(parts, t.contiguous(), group=axis.group)
-    return parts
 
 
 def wire_device(device: torch.device, axis: Axis) -> torch.device:

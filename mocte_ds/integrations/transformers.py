@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class TrainsBlocks:
                 "TrainingArguments or in accelerate's config file (accelerate launch --cpu turns DeepSpeed off; use "
                 "--use_deepspeed). A run without blocks is transformers.Trainer."
             )
+        _require_uncut(plugin.deepspeed_config, type(self).__name__)
         _require_arguments(self.args)
         _require_world(self.args.world_size)
         prepare = self.accelerator.prepare
@@ -183,6 +184,17 @@ def prepare_trainer_class(base: type[Trainer]) -> type[Trainer]:
 
 class MocteTrainer(TrainsBlocks, Trainer):
     """transformers' Trainer for a DeepSpeed config with a "mocte" block; used like Trainer."""
+
+
+def _require_uncut(config: Mapping[str, Any], name: str) -> None:
+    """Refuse tensor parallelism, where Trainer and accelerate follow rules of their own."""
+    size = (config.get("tensor_parallel") or {}).get("autotp_size") or 1
+    if size != 1:
+        raise ConfigError(
+            f"tensor_parallel.autotp_size = {size} is not supported by {name}: Trainer and accelerate have their own "
+            "rules for which rank reads what, how many steps there are and who saves. Remove the section, or call "
+            "mocte_ds.initialize in a loop of your own (docs/tensor_parallel.md)."
+        )
 
 
 def _require_arguments(args: Any) -> None:

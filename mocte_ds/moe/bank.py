@@ -1,5 +1,6 @@
 """A set of experts, of which every token uses one or a few: DeepSpeed's MoE layer with a cluster gate, dropless."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.dist.mesh import ALONE, Axis
+from mocte_ds.dist.rank_draws import draws_of_rank
 from mocte_ds.dist.token_shares import TokenShares
 from mocte_ds.moe.balance import Balance, with_loss
 from mocte_ds.moe.context import BatchContext, ForwardState
@@ -193,7 +195,10 @@ def run_banks(banks: Sequence[Bank], hidden: Tensor, state: ForwardState, again:
     else:
         shares, counts = TokenShares.of(first.tensor, len(features)), torch.bincount(index.flatten(), minlength=total)
         own, own_weight = shares.take(features, weight)
-        made, _ = route_through(own, shares.own(index), own_weight, experts, total, first.ep_group, first.ep_size)
+        # Experts with dropout draw for the tokens that they get: other amounts on each rank.
+        place = f"{first.gate.key.name} {state.first_sequence}"
+        with draws_of_rank(first.tensor, place) if first.training else contextlib.nullcontext():
+            made, _ = route_through(own, shares.own(index), own_weight, experts, total, first.ep_group, first.ep_size)
         outputs = shares.join(made)
     by_bank = counts.view(first.ep_size, len(banks), local).transpose(0, 1).flatten(1)
     for layer, (index, own_weight), own_counts in zip(layers, found, by_bank, strict=True):

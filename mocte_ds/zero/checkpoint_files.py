@@ -159,7 +159,8 @@ class CheckpointFiles(CheckpointEngine):
             raise CheckpointError(
                 f"the checkpoint {written.folder} was saved by {named.format(*saved)}, this run has "
                 f"{named.format(*own)}. With cut matrices the optimizer's state stays in its layout: resume as "
-                "it was saved, or begin a run with its weights (tools/export_hf.py, then model.init)."
+                f"it was saved, or begin a run with its weights, in any layout (model.init: {written.folder} in a run "
+                "file)."
             )
         written.require_precision(self._engine.bfloat16_enabled())
 

@@ -58,6 +58,7 @@ _ATTRIBUTES = (
     "cpu_offload",
     "cpu_offload_pin_memory",
     "dp_process_group",
+    "dtype",
     "overflow",
 )
 

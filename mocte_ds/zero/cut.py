@@ -55,7 +55,7 @@ def cut_model(model: nn.Module, blocks: list[Block], axis: Axis) -> None:
     if getattr(model, "ds_autotp_parsed", False):
         raise ConfigError(
             f"tensor_parallel.autotp_size = {axis.size}: {type(model).__name__} has been cut already, by another "
-            "engine or by deepspeed.tp_model_init; hand over a whole model."
+            "engine; hand over a whole model."
         )
     specs = _plan_of(model, axis.size)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -81,7 +81,8 @@ def cut_model(model: nn.Module, blocks: list[Block], axis: Axis) -> None:
     made.update_linear_policies()
     with _out_of_sight(blocks):
         made._replace_module(model)
-    made.register_replicated_grad_hooks(model)
+    with _hooks_on_frozen(model):
+        made.register_replicated_grad_hooks(model)
     model.ds_autotp_parsed = True  # type: ignore[assignment]  # DeepSpeed's engine must not cut it again
     for name, module in model.named_modules():
         if module is not before.get(name):
@@ -161,6 +162,19 @@ def _out_of_sight(blocks: list[Block]) -> Iterator[None]:
     finally:
         for block in blocks:
             del block._is_autoep_layer
+
+
+@contextlib.contextmanager
+def _hooks_on_frozen(model: nn.Module) -> Iterator[None]:
+    """Within it parameters that do not train take hooks, which torch refuses: they may be let train later."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _require_even(model: nn.Module, blocks: list[Block], axis: Axis) -> None:

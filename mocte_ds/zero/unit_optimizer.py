@@ -15,11 +15,9 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from torch import Tensor, nn
 
-from mocte_ds.errors import MocteError
 from mocte_ds.watch import phase
+from mocte_ds.zero.agreement import agreed_total, take_first
 
-_AGREEMENT = 1e-3
-"""Relative difference of squared norms that the rounding of a GPU's sums may make."""
 UnitState = dict[nn.Parameter, dict[str, Tensor]]
 """fp32 `master` and optimizer state (`exp_avg`, ...; scalars such as `step` too) of each parameter, unpartitioned."""
 
@@ -44,6 +42,7 @@ class UnitOptimizer(ZeROOptimizer):
     averaged_gradients: dict[int, list[Tensor] | None]
     dp_process_group: Any
     device: Any
+    dtype: torch.dtype
     reduce_bucket_size: int
     model_parallel_group: Any
     model_parallel_rank: int
@@ -235,46 +234,14 @@ class UnitOptimizer(ZeROOptimizer):
         return norm.to(self.device)
 
     def _agreed_total(self, squares: Tensor) -> Tensor:
-        """Sum of squares over all ranks where matrices are cut; parameters that every tensor rank has count once.
-
-        Their gradients become those of the first tensor rank: a GPU's sums may round otherwise on each, and weights
-        that differ in one bit drift apart.
-
-        Args:
-            squares: (groups,) of this rank's partition.
-
-        Raises:
-            MocteError: on all ranks; the gradient of a whole parameter differs between tensor ranks, whose weights
-                would drift apart.
-        """
+        """Sum of squares over all ranks where matrices are cut; see :func:`agreed_total`, :func:`take_first`."""
         groups, tensor = self.optimizer.param_groups, self.model_parallel_group
-        whole = [n for n, group in enumerate(groups) if not group.get("moe") and not group.get("cut")]
-        own = squares[whole].double()
-        bounds = torch.cat([own, -own])
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=tensor)
-        most, least = bounds[: len(own)], -bounds[len(own) :]
-        # What is not finite is fp16's overflow, or stops the run elsewhere.
-        apart = (most - least > _AGREEMENT * most) & most.isfinite() & least.isfinite()
-        counts = torch.ones_like(squares)
-        if self.model_parallel_rank:
-            counts[whole] = 0.0
-        sums = torch.stack([torch.where(counts > 0, squares, 0.0).sum(), apart.any().to(squares.dtype)])
-        for group in (self.dp_process_group, tensor):
-            dist.all_reduce(sums, group=group)
-        if float(sums[1]):
-            names = [groups[whole[n]]["unit"] for n in apart.nonzero()[:, 0].tolist()]
-            raise MocteError(
-                f"the gradient of {names[0] if names else 'a unit on another rank'} differs between tensor ranks, "
-                "which hold the same weights of it: they would drift apart. Dropout needs the same random state on "
-                "all ranks of a tensor group, and their batches must be the same."
-            )
-        gradients = [gradient for number in whole for gradient in self._gradients_of(number)]
-        if gradients:
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.broadcast(flat, dist.get_global_rank(tensor, 0), group=tensor)
-            for gradient, first in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(first.view_as(gradient))
-        return sums[0]
+        whole = [None if group.get("moe") or group.get("cut") else group["unit"] for group in groups]
+        rounding = torch.finfo(self.dtype).eps
+        total = agreed_total(squares, whole, rounding, self.dp_process_group, tensor, self.model_parallel_rank)
+        numbers = [number for number, unit in enumerate(whole) if unit is not None]
+        take_first([gradient for number in numbers for gradient in self._gradients_of(number)], tensor)
+        return total
 
     # ---- buckets ---------------------------------------------------------------------------------------------------
 

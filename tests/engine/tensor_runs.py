@@ -12,17 +12,6 @@ from tests.engine import runs
 
 HAND = 20
 """Step after which an expert of the second block is frozen by hand."""
-MIXED = {"router": {"kind": "random", "weight": "softmax", "learn": True, "top_k": 2, "aux": 0.01, "normalise": True}}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "two experts of a token, learned": {"mocte": MIXED},
-    "bypasses, spread": {"mocte": {"expert": {"kind": "lora", "width": 8}, "ep_size": 2}},
-    "tied embeddings, recomputed, spread": {"mocte": {"ep_size": 2}, "tied": True, "recompute": True},
-    "normalised heads, stage 1": {"mocte": {}, "kind": "qwen3", "zero_optimization": {"stage": 1}},
-    "a frozen front, bf16": {"mocte": {"freeze": {"prefix": {"layers": 1}}}, "bf16": {"enabled": True}},
-    "moving clusters, two banks, spread": {
-        "mocte": {"banks": [{"kind": "online", "directions": 8}, {"kind": "token"}], "ep_size": 2}
-    },
-}
 
 
 def settings(tensor: int, ep_size: int, **changes: Any) -> dict[str, Any]:
@@ -35,15 +24,16 @@ def settings(tensor: int, ep_size: int, **changes: Any) -> dict[str, Any]:
     return made
 
 
-def model(kind: str = "llama", tied: bool = False, **changes: Any) -> Any:
-    """A model with two key-value heads, the same on every call."""
+def model(kind: str = "llama", tied: bool = False, seed: int = 0, **changes: Any) -> Any:
+    """A model with two key-value heads, the same on every call with a seed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"vocab_size": runs.VOCAB, "num_key_value_heads": 2}
     more = {"head_dim": 8, "tie_word_embeddings": tied, "use_cache": False, **sizes, **changes}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **more))
+    attention = more.pop("attn_implementation", None)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **more), attn_implementation=attention)
 
 
 def step(engine: Any, number: int, losses: list[float]) -> None:
@@ -97,42 +87,6 @@ def train(
     }
 
 
-def variants(tensor: int) -> dict[str, list[float]]:
-    """By name of a variant, losses and gradient norms around births by hand; the global batch is one rank's."""
-    import mocte_ds
-
-    found = {}
-    for name, given in VARIANTS.items():
-        changes = dict(given)
-        block = {"ep_size": 1, **changes.pop("mocte"), "auto": False}
-        ep_size = block.pop("ep_size") if tensor > 1 else 1
-        block.pop("ep_size", None)
-        kind, tied, recompute = (changes.pop(key, or_else) for key, or_else in _PLAIN.items())
-        config = {**settings(tensor, ep_size, **{"freeze": {"policy": "off"}, **block}), **changes}
-        made = model(kind, tied)
-        if recompute:
-            made.gradient_checkpointing_enable({"use_reentrant": False})
-        engine, *_ = mocte_ds.initialize(model=made, config=config)
-        numbers: list[float] = []
-        for number in range(6):
-            step(engine, number, numbers)
-            numbers.append(float(engine.get_global_grad_norm()))
-            if number == 1:
-                engine.mocte.emerge(block=0)
-                engine.mocte.emerge(block=1)
-            if number == 3:
-                for expert in range(len(engine.mocte.blocks[0].experts)):
-                    engine.mocte.freeze(block=0, expert=expert)
-                if engine.mocte.config.freeze.prefix.layers:
-                    engine.mocte.freeze_prefix(1)
-        found[name] = numbers
-        engine.destroy()
-    return found
-
-
-_PLAIN = {"kind": "llama", "tied": False, "recompute": False}
-
-
 def refused(act: Callable[[], Any]) -> str:
     """The error that a call ends with."""
     from mocte_ds.errors import MocteError
@@ -150,25 +104,67 @@ def other_layout(config: dict[str, Any], load: str) -> str:
 
 
 def faults(save: str) -> dict[str, str]:
-    """What two tensor ranks say of batches, gradients and weights that differ between them."""
+    """What two tensor ranks say of batches, draws, gradients and weights that differ between them."""
     import mocte_ds
 
     found = {}
     rank = dist.get_rank()
-    engine, *_ = mocte_ds.initialize(model=model(attention_dropout=0.1), config=settings(2, 2))
-    step(engine, 0, [])  # dropout is drawn alike
+    made = model("phi", resid_pdrop=0.1)
+    torch.manual_seed(rank)  # all ranks take the first one's
+    engine, *_ = mocte_ds.initialize(model=made, config=settings(2, 2))
+    step(engine, 0, [])
     ids, _ = runs.batch(0, rank)
     found["batch"] = refused(lambda: engine(input_ids=ids, labels=ids))
     found["length"] = refused(lambda: engine(input_ids=ids[:, : 9 + rank]))
     found["arguments"] = refused(lambda: engine(ids, **({"labels": ids} if rank else {})))
-    norm = engine.module.model.norm.weight
+    norm = engine.module.model.final_layernorm.weight
     hook = norm.register_hook(lambda gradient: gradient * (1 + rank))
     found["gradient"] = refused(lambda: step(engine, 1, []))
     hook.remove()
+    engine.optimizer.zero_grad()
+    torch.manual_seed(rank)
+    found["dropout"] = refused(lambda: step(engine, 1, []))
     engine.optimizer.zero_grad()
     unit = engine.optimizer.uncut()["model.layers.0.mlp.dense"]
     found["before"] = refused(lambda: engine.save_checkpoint(save, tag="whole"))
     unit[0][0] += 1e-6 * rank
     found["weights"] = refused(lambda: engine.save_checkpoint(save, tag="apart"))
     found["state dict"] = refused(engine.module_state_dict)
+    return found
+
+
+def faults_of_one_group(saved: str) -> dict[str, Any]:
+    """What four ranks say of faults on the last two, and of a checkpoint of another ep_size."""
+    import mocte_ds
+
+    rank, found = dist.get_rank(), dict[str, Any]()
+    for ep_size in (1, 4):
+        found[f"ep_size {ep_size}"] = other_layout(settings(2, ep_size), saved)
+    engine, *_ = mocte_ds.initialize(model=model(), config=settings(2, 2))
+    step(engine, 0, [])
+    ids, _ = runs.batch(0, max(rank, 2))
+    found["batch"] = refused(lambda: engine(input_ids=ids, labels=ids))
+    hook = engine.module.model.norm.weight.register_hook(lambda gradient: gradient * (2 if rank == 3 else 1))
+    found["gradient"] = refused(lambda: step(engine, 1, []))
+    hook.remove()
+    return found
+
+
+def new_run_with_weights(saved: str, number: int) -> dict[str, Any]:
+    """On one rank that cuts nothing: the error of a resume, and losses on the batches of a step before it is done."""
+    import mocte_ds
+    from mocte_ds.training.init import InitialWeights
+
+    found: dict[str, Any] = {"resumed": other_layout(settings(1, 1), saved)}
+    init, made = InitialWeights(saved), model(seed=1)
+    init.fill(made)
+    engine, *_ = mocte_ds.initialize(model=made, config=settings(1, 1))
+    init.begin(engine.mocte)
+    found["modes"] = [[str(expert.mode) for expert in block.experts] for block in engine.mocte.blocks]
+    parts = []
+    for part in range(4):
+        ids, _ = runs.batch(number, part)
+        with torch.no_grad():
+            parts.append(float(engine(input_ids=ids, labels=ids).loss))
+    found["losses"] = [(parts[0] + parts[1]) / 2, (parts[2] + parts[3]) / 2]
     return found

@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from mocte_ds.checkpoints.fp32 import convert_zero_checkpoint_to_fp32_state_dict
+from mocte_ds.checkpoints.reshaping.reshape import reshape
+from mocte_ds.convert.hf.export import export
 from mocte_ds.engine import initialize
-from mocte_ds.errors import ConfigError
+from mocte_ds.errors import CheckpointError, ConfigError
 from tests.engine import tensor_runs as runs
+from tests.engine.tensor_variants import VARIANTS, variants
 from tests.small_models import small_model
 from tests.spawn import spawn
 
@@ -21,7 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     """Two ranks, nothing cut; where it has been exported and saved."""
     folder = tmp_path_factory.mktemp("whole")
     paths = "", str(folder / "saved"), SAVED, str(folder / "export")
-    return spawn(runs.train, 2, runs.settings(1, 2), 0, LAST, *paths, timeout=180)[0], folder
+    return spawn(runs.train, 2, runs.settings(1, 2), 0, LAST, *paths, timeout=400)[0], folder
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]],
     """Four ranks, attention cut over neighbours, experts spread over the same ones."""
     folder = tmp_path_factory.mktemp("cut")
     paths = "", str(folder / "saved"), SAVED, str(folder / "export")
-    return spawn(runs.train, 4, runs.settings(2, 2), 0, LAST, *paths, timeout=240), folder
+    return spawn(runs.train, 4, runs.settings(2, 2), 0, LAST, *paths, timeout=600), folder
 
 
 def test_losses_are_those_of_whole_matrices(whole: Any, cut: Any) -> None:
@@ -117,23 +121,60 @@ def test_checkpoints_hold_whole_matrices_and_stay_in_their_layout(whole: Any, cu
     assert all(told in text for text in spawn(runs.other_layout, 2, runs.settings(2, 2), str(whole[1] / "saved")))
 
 
-def test_kinds_of_experts_routers_and_models() -> None:
-    (expected,) = spawn(runs.variants, 1, 1, timeout=180)
-    for found in spawn(runs.variants, 2, 2, timeout=240):
-        for name in runs.VARIANTS:
-            close = {"rel": 2e-2} if "bf16" in name else {"rel": 2e-5}
-            assert found[name] == pytest.approx(expected[name], **close), name
+def test_another_layout_begins_with_the_weights(cut: Any) -> None:
+    """What a refused resume advises: the next losses are those of the run that cuts matrices."""
+    saved = str(cut[1] / "saved")
+    (found,) = spawn(runs.new_run_with_weights, 1, saved, SAVED, timeout=240)
+    assert "by 4 ranks with tensor_parallel.autotp_size 2 and ep_size 2, this run has 1 ranks" in found["resumed"]
+    assert f"model.init: {saved}" in found["resumed"]
+    assert {mode for modes in found["modes"] for mode in modes} == {"training"}
+    assert found["losses"] == pytest.approx(cut[0][0]["losses"][2 * SAVED : 2 * SAVED + 2], rel=1e-5)
+
+
+def test_tools_refuse_what_they_cannot_join_and_export_the_rest(cut: Any, tmp_path: Path) -> None:
+    saved = cut[1] / "saved"
+    told = r"was saved with tensor_parallel.autotp_size 2: .* Its weights are whole: tools/export_hf.py"
+    with pytest.raises(CheckpointError, match=told):
+        reshape(saved, tmp_path / "reshaped", 2, 2)
+    with pytest.raises(CheckpointError, match=told):
+        convert_zero_checkpoint_to_fp32_state_dict(saved, tmp_path / "fp32")
+    assert not any(tmp_path.iterdir())
+    before = export(saved, tmp_path / "export")
+    assert before["experts_compared"] == 8 and before["logit_difference"] < 1e-5
+
+
+def test_kinds_of_experts_routers_models_and_batches() -> None:
+    (expected,) = spawn(variants, 1, 1, timeout=500)
+    ranks = spawn(variants, 2, 2, timeout=600)
+    for name, variant in VARIANTS.items():
+        close = {"rel": 2e-2} if "bf16" in name else {"rel": 2e-5}
+        for found in ranks:
+            numbers = found[name]["numbers"][: variant.alike]
+            assert numbers == pytest.approx(expected[name]["numbers"][: variant.alike], **close), name
+            assert found[name]["drawn"] == ranks[0][name]["drawn"], name
 
 
 def test_what_differs_between_tensor_ranks_is_refused(tmp_path: Path) -> None:
-    for found in spawn(runs.faults, 2, str(tmp_path / "saved"), timeout=120):
+    for found in spawn(runs.faults, 2, str(tmp_path / "saved"), timeout=240):
         for name in ("batch", "length", "arguments"):
-            assert found[name].startswith("DataError: the 2 ranks of a tensor group were given different batches"), name
-        assert "the gradient of trunk differs between tensor ranks" in found["gradient"]
+            assert found[name].startswith("DataError: the ranks 0, 1 were given different batches"), name
+        for name in ("gradient", "dropout"):
+            assert "the gradient of trunk differs between the tensor ranks 0, 1" in found[name], name
         assert found["before"] == "no error"
         assert "the weights of model.layers.0.mlp.dense differ between the ranks" in found["weights"]
         assert "would hold one of 2 parts of every matrix of attention" in found["state dict"]
     assert not (tmp_path / "saved" / "apart").exists()
+
+
+def test_all_ranks_refuse_what_two_of_them_have(cut: Any) -> None:
+    ranks = spawn(runs.faults_of_one_group, 4, str(cut[1] / "saved"), timeout=300)
+    for found in ranks:
+        assert found["batch"].startswith("DataError: the ranks 2, 3 were given different batches")
+        assert "the gradient of trunk differs between the tensor ranks 2, 3" in found["gradient"]
+        for ep_size in (1, 4):
+            told = f"this run has 4 ranks with tensor_parallel.autotp_size 2 and ep_size {ep_size}"
+            assert told in found[f"ep_size {ep_size}"]
+    assert all(found == ranks[0] for found in ranks)
 
 
 def _with(changes: dict[str, Any]) -> dict[str, Any]:
@@ -158,17 +199,25 @@ def test_settings_that_are_refused(changes: dict[str, Any], told: str) -> None:
         initialize(model=nn.Linear(1, 1), config=_with(changes))
 
 
-def refusals(tensor: int) -> list[str]:
+def refusals(tensor: int) -> dict[str, str]:
     """What is said of models that cannot be cut."""
-    found = []
-    for made in (small_model("gpt2", 64), runs.model(), runs.model("llama", False, num_key_value_heads=1)):
-        config = runs.settings(tensor, 1, modules="auto")
-        found.append(runs.refused(lambda made=made, config=config: initialize(model=made, config=config)))
-    return found
+    made = {
+        "no plan": small_model("gpt2", 64),
+        "key-value heads": runs.model("llama", False, num_key_value_heads=1),
+        "a fused matrix": runs.model("phi3", pad_token_id=0),
+        "cut": runs.model(),
+    }
+    made["cut"].ds_autotp_parsed = True  # as DeepSpeed's engine leaves it
+    config = runs.settings(tensor, 1, modules="auto")
+    return {
+        name: runs.refused(lambda model=model: initialize(model=model, config=config)) for name, model in made.items()
+    }
 
 
 def test_models_that_cannot_be_cut() -> None:
-    no_plan, _, heads = spawn(refusals, 2, 2, timeout=90)[0]
-    assert "GPT2LMHeadModel has no plan of tensor parallelism" in no_plan
-    assert "has 1 key-value heads, which 2 ranks cannot share evenly" in heads
-    assert "autotp_size = 3 does not divide the 2 ranks" in spawn(refusals, 2, 3, timeout=90)[0][1]
+    found = spawn(refusals, 2, 2, timeout=240)[0]
+    assert "GPT2LMHeadModel has no plan of tensor parallelism" in found["no plan"]
+    assert "has 1 key-value heads, which 2 ranks cannot share evenly" in found["key-value heads"]
+    assert "Phi3ForCausalLM has a plan of tensor parallelism that AutoTP cannot follow" in found["a fused matrix"]
+    assert "LlamaForCausalLM has been cut already" in found["cut"]
+    assert "autotp_size = 3 does not divide the 2 ranks" in spawn(refusals, 2, 3, timeout=240)[0]["no plan"]

@@ -296,6 +296,8 @@ def refusals(folder: str) -> dict[str, str]:
     refused("no DeepSpeed", lambda: trainer({}))
     refused("batch size", lambda: trainer(auto_find_batch_size=True))
     refused("compile", lambda: trainer(torch_compile=True))
+    cut = {**trainer_runs.config(ep_size=1), "tensor_parallel": {"autotp_size": 2}}
+    refused("tensor parallelism", lambda: trainer(cut))
     os.environ["WORLD_SIZE"] = "2"
     refused("world", trainer)
     os.environ["WORLD_SIZE"] = "1"
@@ -323,6 +325,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         "no DeepSpeed": 'no DeepSpeed config with a "mocte" block',
         "batch size": "TrainingArguments.auto_find_batch_size",
         "compile": "TrainingArguments.torch_compile",
+        "tensor parallelism": "tensor_parallel.autotp_size = 2 is not supported by MocteTrainer",
         "world": "sees 1 process, and the launcher has started 2",
         "evaluate": "need the engine that train() makes",
         "save": "model.save_pretrained(FOLDER)",
