@@ -195,6 +195,10 @@ class MocteConfig:
     """Peak of one device in TFLOP/s, for the type that the model computes in: logs then have the model FLOPs
     utilisation, `mfu` (docs/watch.md). Null: that of a GPU that is known by its name. Not in run files, which have
     `watch.peak_tflops`."""
+    skip_nonfinite: CountOrZero = 0
+    """How many optimizer steps in a row are skipped, as if their batches had never been read, because the loss or the
+    gradient is NaN or infinite (docs/watch.md). One more raises NonFiniteLoss. 0: DeepSpeed's way; it drops a gradient
+    that is not finite and counts the step. Not in run files, which have `watch.skip_nonfinite`."""
     auto: bool = True
     """Whether checks run. False: blocks change only by emerge(), freeze() and thaw()."""
     seed: Seed = 0

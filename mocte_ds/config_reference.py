@@ -11,7 +11,8 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.sections import PLACES, bounds, meanings, type_name, without_null
 from mocte_ds.training.model import TransformersModel
 from mocte_ds.training.presets import PRESETS
-from mocte_ds.training.run_config import DataSection, EvaluationSection, TrainingSection, WatchSection
+from mocte_ds.training.run_config import DataSection, EvaluationSection, TrainingSection
+from mocte_ds.training.watch_section import WatchSection
 
 _HEAD = """# Config reference
 

@@ -21,6 +21,7 @@ from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.checkpoints.values import only_plausible
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller import Controller
+from mocte_ds.controller.take_back import begin_pass, take_back_step, tell_skip
 from mocte_ds.convert.hf.running import export_run
 from mocte_ds.deepspeed_settings import (
     parsed_by_deepspeed,
@@ -44,6 +45,7 @@ from mocte_ds.moe.attach import attach
 from mocte_ds.moe.balance import watched
 from mocte_ds.moe.idle import free, leave_untouched
 from mocte_ds.rotary_tables import kept_in_fp32
+from mocte_ds.skips import Skips, require_skippable
 from mocte_ds.vocabulary import Vocabulary
 from mocte_ds.zero import UnitRegistry, find_front, require_conformance
 from mocte_ds.zero.checkpoint_files import own_files
@@ -62,6 +64,7 @@ class MocteEngine(UnitEngine):
     mocte: Controller
     vocabulary: Vocabulary
     step_log: StepLog
+    skips: Skips
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """DeepSpeed's forward; tells the blocks where in the run a pass that trains stands."""
@@ -71,6 +74,7 @@ class MocteEngine(UnitEngine):
         self.mocte.context.forget_interrupted()
         if trains:
             self.step_log.before_forward()
+            begin_pass(self.mocte, self.skips)
             self.mocte.before_micro_batch(self.train_micro_batch_size_per_gpu(), inputs, kwargs)
         try:
             return super().forward(*inputs, **kwargs)
@@ -84,6 +88,7 @@ class MocteEngine(UnitEngine):
         """
         self.mocte.mid_step = True
         context = self.mocte.context
+        self.skips.see(loss)
         self.step_log.see_loss(loss, 1.0 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0)
         loss = watched(loss, context, 1.0 if scale_wrt_gas else 1.0 / self.gradient_accumulation_steps())
         try:
@@ -95,15 +100,28 @@ class MocteEngine(UnitEngine):
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """DeepSpeed's scale, for a loss whose own ``backward()`` is called."""
         self.mocte.passes.after_backward()
+        self.skips.see(loss)
         self.step_log.see_loss(loss, 1.0)  # DeepSpeed leaves the division by micro-batches to the script here
         return super().scale(watched(loss, self.mocte.context))
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's step; after an optimizer step the controller does what is due."""
+        """DeepSpeed's step; after an optimizer step the controller does what is due.
+
+        With `skip_nonfinite` a step whose loss or gradient is not finite is skipped: `global_steps` stays.
+
+        Raises:
+            NonFiniteLoss: on all ranks; too many such steps in a row.
+        """
         before = self.global_steps
         self.step_log.before_step()
+        self.optimizer.spoiled = self.skips.spoiled
         super().step(*args, **kwargs)
-        if self.global_steps != before:
+        if self.global_steps == before:
+            return
+        if self.skips.limit and self.optimizer.overflow:
+            take_back_step(self.mocte)
+            self.step_log.take_back()
+        if not self.skips.look(self):
             self.mocte.after_step(self.global_steps)
             self.step_log.after_step()
             self.checkpoint_engine.saver.look()
@@ -143,7 +161,8 @@ class MocteEngine(UnitEngine):
 
         def own() -> dict[str, Any]:
             files = own_files(self.mesh.world, self.mocte.rank_state_dict())
-            state = {"mocte": self.mocte.state_dict(), "client_state": client, "base": base_facts(self.module)}
+            state: dict[str, Any] = {"mocte": self.mocte.state_dict(), "client_state": client}
+            state |= {"base": base_facts(self.module), "skipped": self.skips.streak}
             shared = {STATE_FILE: state, CONVERTERS_FILE: converters_notice()}
             return {**files, **shared} if self.mesh.world.rank == 0 else files
 
@@ -216,6 +235,9 @@ class MocteEngine(UnitEngine):
             self.mocte.proof.begin(self.mocte.run)
             self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, self.mesh.world.rank, read))
         self.step_log.loaded(str(folder))
+        self.skips.streak = state.get("skipped", [])  # older versions skip nothing
+        for facts in self.skips.streak:
+            self.mocte.events.emit(facts)  # the log goes on after the checkpoint's step, and they are of the next one
         return path, client_state
 
 
@@ -267,6 +289,7 @@ def initialize(
     settings = read_config(config)
     block = MocteConfig.from_dict(settings.pop("mocte"))
     require_supported(settings, model, optimizer, mpu)
+    require_skippable(settings, "mocte.skip_nonfinite", block.skip_nonfinite)
     if lr_scheduler is None:
         require_scheduler(settings)
     use_kernel_lock()
@@ -316,6 +339,7 @@ def initialize(
     engine.mocte, engine.vocabulary = controller, Vocabulary(engine.module, controller.checks.interval, mesh.world)
     controller.bind(engine.module, engine.optimizer, engine.lr_scheduler, engine.train_batch_size())
     controller.exporter = lambda **how: export_run(engine, **how)
+    engine.skips = Skips(block.skip_nonfinite, mesh.world, functools.partial(tell_skip, controller))
     engine.step_log = StepLog(engine, lambda: run_facts(engine, settings, parameters), utilisation)
     controller.logger = engine.step_log.log_to
     if block.log is not None:

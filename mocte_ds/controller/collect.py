@@ -65,6 +65,7 @@ class SampleStream:
         """Micro-batches so far."""
         self._seed, self._eod_id = seed, eod_id
         self._batch: _Batch | None = None
+        self._marked: tuple[int, _Batch | None] = 0, None
 
     @torch.no_grad()
     def batch(self, version: int, state: ForwardState, shape: tuple[int, int], device: torch.device) -> _Batch:
@@ -101,6 +102,19 @@ class SampleStream:
         self.token_facts.clear()
         self.document_facts.clear()
         self.version, self._batch = 0, None
+        self._marked = 0, None
+
+    def mark(self) -> None:
+        """Remember the sample, for :meth:`take_back`."""
+        self._marked = self.version, self._batch
+        for part in (self.tokens, self.documents, self.token_facts, self.document_facts):
+            part.mark()
+
+    def take_back(self) -> None:
+        """Forget the micro-batches since :meth:`mark`."""
+        self.version, self._batch = self._marked
+        for part in (self.tokens, self.documents, self.token_facts, self.document_facts):
+            part.take_back()
 
     def _choose(self, state: ForwardState, batch: int, length: int, device: torch.device) -> _Batch:
         known = state.tokens((batch, length, 1))
@@ -168,7 +182,7 @@ class FeatureCollector:
             hidden_size: d.
             stream: shared by all blocks of the model.
         """
-        self._stream, self._version = stream, 0
+        self._stream, self._version, self._marked = stream, 0, 0
         self._tokens = Reservoir(1, hidden_size, 0, selection=stream.tokens)
         self._documents = Reservoir(1, hidden_size, 0, selection=stream.documents)
 
@@ -221,7 +235,19 @@ class FeatureCollector:
         """Forget everything; the stream forgets with it."""
         self._tokens.clear()
         self._documents.clear()
-        self._version = 0
+        self._version = self._marked = 0
+
+    def mark(self) -> None:
+        """Remember the rows, for :meth:`take_back`; the stream remembers which they are."""
+        self._marked = self._version
+        self._tokens.mark()
+        self._documents.mark()
+
+    def take_back(self) -> None:
+        """Forget the micro-batches since :meth:`mark`."""
+        self._version = self._marked
+        self._tokens.take_back()
+        self._documents.take_back()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's rows, for a checkpoint between two checks."""

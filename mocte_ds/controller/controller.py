@@ -53,7 +53,7 @@ class Controller:
         # What `export` and `log_to` call; the engine hands them over.
         self.exporter: Callable[..., dict[str, Any]] | None = None
         self.logger: Callable[[str | Path], None] | None = None
-        self._domain: Tensor | None = None
+        self.domain: Tensor | None = None  # of the next forward pass
 
     def bind(self, module: torch.nn.Module, optimizer: UnitOptimizer, scheduler: Any, sequences_per_step: int) -> None:
         """Hand over the engine's module, optimizer and scheduler, and the global batch size."""
@@ -112,7 +112,7 @@ class Controller:
             domain: (B,) index into ``names``, or None.
             names: names of the sources.
         """
-        self._domain, self.run.domain_names = domain, list(names)
+        self.domain, self.run.domain_names = domain, list(names)
 
     def set_probe(self, input_ids: Tensor, domain: Tensor | None = None, **given: Any) -> None:
         """Set the sequences that every check looks at; by default they are some of the first step's.
@@ -268,7 +268,7 @@ class Controller:
         ids = kwargs.get("input_ids", args[0] if args else None)
         texts = len(ids) if isinstance(ids, Tensor) and ids.dim() > 1 else micro
         run, place = self.run, self.passes.begin(micro, texts)
-        domain, self._domain = self._domain, None
+        domain, self.domain = self.domain, None
         if self.progress.active and not self.progress.probe.complete:
             self.progress.probe.offer(args, kwargs, place, run.sequences_per_step, domain, micro)
         for_check = self.checks.begin_pass()

@@ -34,6 +34,9 @@ class ExpertRows:
         self.experts, self.count = experts, rows
         # Apart from the spectrum's sample, which hashes the same places.
         self.seed = derived_seed(seed, "rows of experts")
+        self._marked: list[Tensor | None] = []
+        self._replaced: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        """Since :meth:`mark`: of what, which rows, and what they were; None: nothing is marked."""
         self.clear()
 
     def clear(self) -> None:
@@ -41,6 +44,22 @@ class ExpertRows:
         # One rank may send all of an expert's tokens, so that each keeps as many as all do together.
         self._chosen = [Selection(self.count, self.seed) for _ in range(self.experts)]
         self._kept: list[Tensor | None] = [None] * self.experts
+        if self._replaced is not None:
+            self.mark()
+
+    def mark(self) -> None:
+        """Remember the rows, for :meth:`take_back`."""
+        self._marked, self._replaced = list(self._kept), []
+        for chosen in self._chosen:
+            chosen.mark()
+
+    def take_back(self) -> None:
+        """Put back what entered since :meth:`mark`."""
+        for kept, slots, rows in reversed(self._replaced or []):
+            kept[slots] = rows
+        self._kept, self._replaced = list(self._marked), []
+        for chosen in self._chosen:
+            chosen.take_back()
 
     @torch.no_grad()
     def offer(
@@ -67,6 +86,8 @@ class ExpertRows:
             kept = self._kept[expert]
             if kept is None:
                 kept = self._kept[expert] = features.new_empty(self.count, features.shape[1])
+            if self._replaced is not None:
+                self._replaced.append((kept, update.slots, kept[update.slots]))
             kept[update.slots] = features.detach()[place[update.take]].to(kept.dtype)
 
     def found(self, axis: Axis) -> list[int]:

@@ -79,11 +79,20 @@ class Passes:
         # Where fp16 has overflowed, the step is skipped, and what routers have read may be infinite.
         if not run.optimizer.overflow:
             self._move_gates(loads)
-        for bank, load in loads.items():
-            if run.optimizer.overflow:
-                bank.loads.forget_step()
-            else:
+            for bank, load in loads.items():
                 bank.loads.end_step(load)
+        for bank in self._banks:
+            bank.loads.forget_step()
+        self._begin_step()
+
+    def take_back_step(self) -> None:
+        """Forget the passes of a step that is skipped: the next one has its place."""
+        for bank in self._banks:
+            bank.loads.take_back_step()
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        context = self._run.context
         context.step_tokens, context.step_passes, context.loss_scale = 0, 0, None
         self._parts, self._texts, self._brought_in = 0, 0, True
 
@@ -161,8 +170,7 @@ class Passes:
         run, context = self._run, self._run.context
         # Checkpoints of older versions have no balance of loads: it begins even, as at a birth.
         self.sequences = state.get("sequences", run.step * run.sequences_per_step)
-        context.step_tokens, context.step_passes = 0, 0
-        self._parts, self._texts, self._brought_in = 0, 0, True
+        self._begin_step()
         context.usual_tokens = state.get("usual_tokens")
         shares = state.get("shares") or [bank.loads.share for bank in self._banks]
         for bank, share in zip(self._banks, shares, strict=True):

@@ -149,6 +149,10 @@ class ProbeSet:
         keep[mine] = True
         self._rows = rows.cut(keep)
 
+    def withdraw(self) -> None:
+        """Forget what was offered: the first step is taken again, with other sequences."""
+        self._offers, self._company = [], None
+
     def finish(self) -> None:
         """The first step is over: the set is what was taken (collective).
 

@@ -42,6 +42,7 @@ class Samples(Observer):
             self.rows = {layer: ExpertRows(config.num_experts, freeze.rows, config.seed) for layer in self._layers}
         self.by_source: dict[ClusterMOELayer, Tensor] = {}
         """Of each layer (S, E) tokens of each source and expert; those without a known source are left out."""
+        self._marked: dict[ClusterMOELayer, Tensor] = {}
 
     # ---- what passes tell ------------------------------------------------------------------------------------------
 
@@ -72,6 +73,24 @@ class Samples(Observer):
         """Begin a new sample: only some of the blocks have seen the pass that ended."""
         self.clear()
 
+    def mark(self) -> None:
+        """Remember the sample before a step, for :meth:`take_back`."""
+        self._marked = dict(self.by_source)
+        self.stream.mark()
+        for collector in self.collectors:
+            collector.mark()
+        for rows in self.rows.values():
+            rows.mark()
+
+    def take_back(self) -> None:
+        """Forget what passes have told since :meth:`mark`."""
+        self.by_source = dict(self._marked)
+        self.stream.take_back()
+        for collector in self.collectors:
+            collector.take_back()
+        for rows in self.rows.values():
+            rows.take_back()
+
     # ---- what checks ask -------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
@@ -84,7 +103,7 @@ class Samples(Observer):
             collector.clear()
         for rows in self.rows.values():
             rows.clear()
-        self.by_source = {}
+        self.by_source, self._marked = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors of this rank."""

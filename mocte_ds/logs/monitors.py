@@ -12,7 +12,7 @@ from mocte_ds.moe.block import BlockMode, ExpertMode
 
 OF_STEPS = (
     *("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "optimizer_bytes"),
-    *("blocks_with_experts", "training_experts", "frozen_experts"),
+    *("blocks_with_experts", "training_experts", "frozen_experts", "skipped_steps"),
 )
 """Numbers of a line of metrics.jsonl."""
 OF_BLOCKS = ("silhouette", "stability", "clusters", "nmi", "purity")

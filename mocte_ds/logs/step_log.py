@@ -129,6 +129,10 @@ class StepLog:
             if self._utilisation is not None:
                 self._modes, self._frozen_layers = block_modes(mocte.blocks), mocte.frozen_layers
 
+    def take_back(self) -> None:
+        """The step was skipped: neither its losses nor its time count."""
+        self._loss, self._loss_known, self._last = None, True, time.perf_counter()
+
     def after_step(self) -> None:
         """Write the line of an optimizer step (collective)."""
         self._steps_here += 1
@@ -155,6 +159,7 @@ class StepLog:
             "expert_load": load,
             **mode_counts(mocte.blocks),
             "seconds": seconds,
+            **({"skipped_steps": engine.skipped_steps} if engine.skipped_steps else {}),
             **self._mfu(tokens - self._tokens, load, seconds),
         }
         self._routed, self._tokens, self._last, self.last = routed, tokens, now, metrics

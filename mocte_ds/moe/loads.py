@@ -45,6 +45,11 @@ class Loads:
             self.share = (load.double() / load.sum()).float()
         self.forget_step()
 
+    def take_back_step(self) -> None:
+        """Count the step that goes on anew, and nothing of it in the total."""
+        self.total -= self.step
+        self.forget_step()
+
     def forget_step(self) -> None:
         """Count the step that goes on anew."""
         self.step.zero_()

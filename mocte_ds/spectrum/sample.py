@@ -97,6 +97,7 @@ class Selection:
         self.slots = torch.empty(0, dtype=torch.int64)
         """(c,) where the rows of these keys lie, among :attr:`room` slots."""
         self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
+        self.mark()
 
     @property
     def hashes(self) -> Tensor:
@@ -136,6 +137,14 @@ class Selection:
         self._order, self.slots = ascending[: self.room], where[stays]
         self.keys = torch.cat([self.keys, keys[take]])[stays]
         return Update(take[entering], slots)
+
+    def mark(self) -> None:
+        """Remember what is kept, for :meth:`take_back`; offers change no tensor in place."""
+        self._marked = (self.keys, self.slots, self._order)
+
+    def take_back(self) -> None:
+        """Forget what was offered since :meth:`mark`."""
+        self.keys, self.slots, self._order = self._marked
 
     def choose(self, axis: Axis, count: int | None = None) -> Choice:
         """Which rows of all ranks have the smallest hashes (always collective: no rank answers from memory).
@@ -196,11 +205,16 @@ class Reservoir:
         self.selection = Selection(capacity, seed, ranks) if selection is None else selection
         self.width, self.dtype = width, dtype
         self._kept = torch.empty(0, width, dtype=dtype)
+        self._marked: Tensor | None = None
+        self._replaced: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Since :meth:`mark`: of what, which rows, and what they were."""
 
     def clear(self) -> None:
         """Forget all rows, and with them what is selected."""
         self.selection.clear()
         self._kept = torch.empty(0, self.width, dtype=self.dtype)
+        if self._marked is not None:
+            self.mark()
 
     @torch.no_grad()
     def add(self, rows: Tensor, keys: Tensor) -> None:
@@ -233,7 +247,19 @@ class Reservoir:
             kept[: len(self._kept)] = self._kept
             self._kept = kept
         # Only rows that enter are touched: a window has many batches, and few rows of the later ones enter.
+        if self._marked is not None:
+            self._replaced.append((self._kept, update.slots, self._kept[update.slots]))
         self._kept[update.slots] = rows.detach()[update.take].to(self.dtype)
+
+    def mark(self) -> None:
+        """Remember the rows, for :meth:`take_back`; the selection has its own mark."""
+        self._marked, self._replaced = self._kept, []
+
+    def take_back(self) -> None:
+        """Put back what entered since :meth:`mark`."""
+        for kept, slots, rows in reversed(self._replaced):
+            kept[slots] = rows
+        self._kept, self._replaced = self._kept if self._marked is None else self._marked, []
 
     def rows(self) -> Tensor:
         """(c, w) rows kept on this rank, smallest hash first."""

@@ -1,5 +1,6 @@
 """Batches of the data that a run leaves out, because a step on them had a loss that is not a number."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mocte_ds.dist.collectives import from_rank_zero
@@ -54,14 +55,14 @@ class LeftOut:
             )
         return starts
 
-    def room(self, limit: int) -> bool:
-        """Whether one more may be left out."""
-        return len(self.starts) < limit
+    def room(self, limit: int, more: int = 1) -> bool:
+        """Whether so many more may be left out."""
+        return len(self.starts) + more <= limit
 
-    def add(self, start: int) -> None:
-        """Leave out one more batch from the next start on.
+    def add(self, starts: Sequence[int]) -> None:
+        """Leave out more batches from the next start on.
 
         Raises:
             MocteError: it cannot be written.
         """
-        write_json(self._out / FILE, {"data": self._data, "batches": [*self.starts, start]}, TOOL)
+        write_json(self._out / FILE, {"data": self._data, "batches": [*self.starts, *starts]}, TOOL)

@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,20 +21,19 @@ from mocte_ds.flops.mfu import Utilisation, device_peak
 from mocte_ds.flops.model_sizes import model_sizes
 from mocte_ds.logs.files import write_json
 from mocte_ds.logs.monitors import block_modes, mode_counts
-from mocte_ds.logs.run_facts import start_facts
 from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
-from mocte_ds.secret_keys import without_secrets
 from mocte_ds.seeds import derived_seed
 from mocte_ds.stop import end_soon, handles_signals
-from mocte_ds.training.changes import changes_so_far, told_changes
+from mocte_ds.training.changes import told_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.left_out import LeftOut
 from mocte_ds.training.make_engine import make_engine, optimizer_bytes, seed_everything
-from mocte_ds.training.model import Forward, make_model, model_facts, model_record
+from mocte_ds.training.model import Forward, make_model, model_record
 from mocte_ds.training.profile import Profile, profile_of_run
-from mocte_ds.training.run_folder import TOOL, checkpoint_tag, prune_checkpoints
-from mocte_ds.training.saving import finish, load, prepare, save
+from mocte_ds.training.record import run_record
+from mocte_ds.training.run_folder import TOOL, checkpoint_tag
+from mocte_ds.training.saving import Pruning, finish, load, prepare, save
 from mocte_ds.training.start import Start
 from mocte_ds.training.telemetry import Telemetry, expect_board
 from mocte_ds.training.validation import Validation, probe_rows
@@ -105,17 +104,22 @@ class Trainer:
         probe = probe_rows({name: ids[validated:] for name, (ids, _) in held_out.items()}, self.loader.domains)
         if self.config and probe:  # without one, some sequences of the first step will do
             self.engine.mocte.set_probe(domain=probe[1], **self.forward.inputs(probe[0]))
-        self.ledger, self.stop_asked, self._stays = Ledger(), False, set[str]()
+        self.ledger, self.stop_asked, self._saved = Ledger(), False, 0
+        self._prune = Pruning(self.out / "checkpoints", t.keep_checkpoints, self.rank)
+        self.watch = Watch(self.run.watch, self.out, self.loader.batch_size, left_out, self.mesh.world)
+        self.engine.skips = self.watch.skips(lambda: self.loader.position, self._event)
         if start.checkpoints:
             assert start.tag is not None  # resume_folder finds none without a checkpoint in it
             client_state = load(self.engine, start.checkpoints, start.tag)
             self.loader.seek(client_state["data_position"])
+            self._saved = self.engine.global_steps
             self.ledger.load(client_state["ledger"])
         # A checkpoint that is refused leaves nothing behind.
         if self.rank == 0:
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
             keep_tokenizer(open_tokenizer(tokenizer_in(start.prepared)), self.out)
-            write_json(self.out / "run.json", self._facts(), TOOL)
+            facts = run_record(start, self.config, self.parameters, self.mesh.world.size)
+            write_json(self.out / "run.json", facts, TOOL)
         monitor = getattr(self.engine, "monitor", None)
         self.telemetry = Telemetry(self.out, self.rank == 0, t.steps, self.engine.global_steps, monitor)
         if start.checkpoints:
@@ -128,12 +132,13 @@ class Trainer:
                 self._event(name, **facts)
                 if self.rank == 0:
                     logging.getLogger("mocte_ds").warning(facts["note"])
+        for event in self.engine.skips.streak:
+            self._event(**event)  # of the step that comes next, which the log has dropped
         if left_out.starts:
             self._event("left_out", first_sequences=left_out.starts)
         if self.config:
             self.engine.step_log.leave_to_loop()
             self.engine.mocte.on_event(self._mocte_event)
-        self.watch = Watch(self.run.watch, self.out, self.loader.batch_size, left_out, self.mesh.world)
 
     def train(self, stop_after: int | None, profiled: range | None = None) -> bool:
         """Train to the end of the budget, or up to ``stop_after``; SIGTERM and SIGINT save after the current step.
@@ -173,30 +178,22 @@ class Trainer:
     def _train(self, stop_after: int | None, profile: Profile | None) -> bool:
         t = self.run.training
         last = min(t.steps, stop_after if stop_after is not None else t.steps)
-        batches, started, metrics = iter(self.loader), time.perf_counter(), None
+        batches, started, first = iter(self.loader), time.perf_counter(), True
         while self.engine.global_steps < last:
             if self.lock:
                 self.lock.require_held()
             HEART.begin_step(self.engine.global_steps + 1)
             if profile:
                 profile.begin(self.engine.global_steps + 1)
-            with phase("first step", long=True) if metrics is None else contextlib.nullcontext():
+            with phase("first step", long=True) if first else contextlib.nullcontext():
                 metrics, stopping = self._step(batches)
-            step = metrics["step"]
-            if step % self.run.validate_every == 0 or step == t.steps:
-                with phase("validation", long=True):
-                    metrics["validation"] = self.validation.losses(self.engine)
-                tokens, blocks = self.validation.tokens, self._modes()[0]
-                self.ledger.validate(self.sizes, tokens, self.run.context, self.config, blocks)
-            now = time.perf_counter()
-            metrics["seconds"], started = now - started, now
-            with part("logging"):
-                self.telemetry.step(metrics)
-                self.watch.publish(metrics, step == last or stopping)
-                self.watch.look_at_loss(metrics["loss"], self.loader.position, self._event)
-            if profile and profile.tell(step, step == last or stopping, self._event):
+            step, first = self.engine.global_steps, False
+            ends = stopping or step == last
+            if metrics is None:  # skipped; the time counts for nothing
                 started = time.perf_counter()
-            if step % self.run.checkpoint_every == 0 or step == last or stopping:
+            else:
+                started = self._after_step(metrics, started, ends, profile)
+            if step > self._saved and (ends or step % self.run.checkpoint_every == 0):
                 with phase("checkpoint", long=True):
                     self._save(step)
                 started = time.perf_counter()
@@ -206,12 +203,28 @@ class Trainer:
                 break
         with phase("checkpoint", long=True):
             finish(self.engine)
-            self._prune()  # the last one may have come just now
+            self._prune(self.engine.global_steps)  # the last one may have come just now
         return self.engine.global_steps >= t.steps
 
-    def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-        """One optimizer step: its line of metrics.jsonl, and whether any rank was asked to stop."""
-        engine, t = self.engine, self.run.training
+    def _after_step(self, metrics: dict[str, Any], started: float, ends: bool, profile: Profile | None) -> float:
+        """Validate and log; when the time of the next step begins."""
+        step = metrics["step"]
+        if step % self.run.validate_every == 0 or step == self.run.training.steps:
+            with phase("validation", long=True):
+                metrics["validation"] = self.validation.losses(self.engine)
+            tokens, blocks = self.validation.tokens, self._modes()[0]
+            self.ledger.validate(self.sizes, tokens, self.run.context, self.config, blocks)
+        now = time.perf_counter()
+        metrics["seconds"] = now - started
+        with part("logging"):
+            self.telemetry.step(metrics)
+            self.watch.publish(metrics, ends)
+            self.watch.look_at_loss(metrics["loss"], self.loader.position, self._event)
+        return time.perf_counter() if profile and profile.tell(step, ends, self._event) else now
+
+    def _step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any] | None, bool]:
+        """One optimizer step: its line of metrics.jsonl or None if it was skipped; whether a rank was asked to stop."""
+        engine, t, before = self.engine, self.run.training, self.engine.global_steps
         started, total = time.perf_counter(), 0.0
         rate = engine.optimizer.param_groups[0]["lr"]
         turns = engine.gradient_accumulation_steps()
@@ -220,6 +233,8 @@ class Trainer:
                 batch = next(batches)
             if self.config:
                 engine.mocte.annotate(batch["domain"], self.loader.domains)
+            else:
+                engine.skips.begin_pass(batch["domain"], self.loader.domains)
             with phase("forward"):
                 output = engine(**self.forward.inputs(batch["input_ids"].to(engine.device)))
                 loss = self.forward.loss(output, batch["labels"])
@@ -237,14 +252,24 @@ class Trainer:
                 with phase("agreement", waits=True):
                     told = gather_rows(torch.tensor([mine], dtype=torch.float64), self.mesh.world)
                 losses, sizes, stops, worked = told.T
-                self.watch.require_finite("loss", losses.mean().item(), engine.global_steps + 1, self.loader.position)
+                if not engine.skips.limit:
+                    self.watch.require_finite("loss", losses.mean().item(), before + 1, self.loader.position)
+            if not self.config:
+                engine.skips.see(loss)
+                if turn == turns - 1 and engine.skips.limit and not losses.isfinite().all():
+                    loss = loss * math.nan  # DeepSpeed skips by gradients, and they may be finite where a loss is not
             with phase("backward"):
                 engine.backward(loss)
             with phase("optimizer", waits=True):
                 engine.step()
+        if not self.config:
+            engine.skips.look(engine)
+        if engine.global_steps == before:
+            return None, bool(stops.any())
         norm = engine.get_global_grad_norm()
-        if norm is not None:
-            self.watch.require_finite("gradient norm", float(norm), engine.global_steps, self.loader.position)
+        for what, value in (("loss", losses.mean()), ("gradient norm", norm)):
+            if value is not None:
+                self.watch.require_finite(what, float(value), engine.global_steps, self.loader.position)
         seconds = time.perf_counter() - started
         metrics = {
             "step": engine.global_steps,
@@ -255,6 +280,7 @@ class Trainer:
             "tokens_per_second": t.batch_tokens / seconds,
             "optimizer_bytes": int(sizes.sum()),
             "optimizer_bytes_by_rank": [int(size) for size in sizes.tolist()],
+            **({"skipped_steps": engine.skipped_steps} if engine.skipped_steps else {}),
             **self._count_flops(blocks, frozen, seconds),
             **(mode_counts(engine.mocte.blocks) if self.config else {}),
             **self.watch.facts(worked.tolist(), engine.global_steps % self.run.validate_every == 0),
@@ -297,7 +323,8 @@ class Trainer:
         if self.lock:
             self.lock.require_held()
         save(self.engine, folder, checkpoint_tag(step), state)
-        self._prune()
+        self._saved = step
+        self._prune(self.engine.global_steps)
         if self.rank == 0:
             write_json(self.out / "ledger.json", self.ledger.to_dict(), TOOL)
         self._event("save", checkpoint=checkpoint_tag(step), seconds=time.perf_counter() - started)
@@ -305,40 +332,13 @@ class Trainer:
         # Nobody stands in a step, which has a shorter limit, while rank 0 is still removing what is old.
         wait_for_all(self.mesh.world)
 
-    def _prune(self) -> None:
-        if self.rank:
-            return
-        folder, keep = self.out / "checkpoints", self.run.training.keep_checkpoints
-        for text in prune_checkpoints(folder, keep, self.engine.global_steps):
-            if text not in self._stays:
-                self._stays.add(text)
-                logging.getLogger("mocte_ds").warning(text)
-
     def _mocte_event(self, event: dict[str, Any]) -> None:
         self.ledger.counted(event.get("flops", {}))
         self.telemetry.event(event)
 
-    def _event(self, name: str, **facts: Any) -> None:
+    def _event(self, event: str, **facts: Any) -> None:
         step = self.engine.global_steps
-        self.telemetry.event({"event": name, "step": step, "tokens": step * self.run.training.batch_tokens, **facts})
-
-    def _facts(self) -> dict[str, Any]:
-        run, start = self.run, self.start
-        changes = changes_so_far(self.out / "run.json", start.step)
-        if start.changes.facts:
-            changes.append({"step": start.step, **start.changes.facts})
-        mocte = {"mocte": self.config.to_dict()} if self.config else {}
-        return {
-            **start_facts(self.mesh.world.size),
-            "model": model_facts(run.model),
-            "parameters": self.parameters,
-            "data": {**asdict(run.data), "manifest_sha256": start.manifest.sha256, "domains": start.manifest.domains},
-            "training": {**asdict(run.training), "context": run.context, "warmup_steps": run.warmup_steps},
-            "evaluation": asdict(run.evaluation),
-            "watch": asdict(run.watch),
-            "deepspeed": {**without_secrets(start.settings), **mocte},
-            "changes": changes,
-        }
+        self.telemetry.event({"event": event, "step": step, "tokens": step * self.run.training.batch_tokens, **facts})
 
     def _ask_to_stop(self, _number: int, _frame: Any) -> None:
         self.stop_asked = True

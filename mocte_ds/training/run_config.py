@@ -16,11 +16,13 @@ from mocte_ds.errors import ConfigError
 from mocte_ds.sections import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_section, section
 from mocte_ds.shipped import shipped_file
 from mocte_ds.shown import name_shown, nearest, shown
+from mocte_ds.skips import require_skippable
 from mocte_ds.training.model import NO_LIMIT, CheckpointModel, ModelConfig, TransformersModel, model_facts
 from mocte_ds.training.model_config import config_from, require_known
 from mocte_ds.training.presets import preset
 from mocte_ds.training.run_file import read_values
 from mocte_ds.training.schedule import warmup_cosine
+from mocte_ds.training.watch_section import WatchSection
 
 # Changing these does not change what is learned.
 FREE_TRAINING_KEYS = ("micro_batch", "checkpoint_every", "keep_checkpoints")
@@ -94,27 +96,6 @@ class EvaluationSection:
     """Steps between validations. 0: a twentieth of the steps."""
     sequences_per_domain: Count = 8
     """Validation sequences per domain."""
-
-
-@section("watch")
-class WatchSection:
-    """What watches the run while it goes on, see docs/watch.md. Nothing here changes what is learned."""
-
-    stalled_after: NotNegative = 300.0
-    """Seconds that a rank may stand in one phase of a step (the forward or backward pass of one micro-batch, an
-    exchange, the optimizer) before the run ends with a message that names rank, host and phase. 0: no watchdog."""
-    long_phases: Positive = 1800.0
-    """Seconds for the phases that may take long: the first step, checks, validations, checkpoints."""
-    loss_spike: NotNegative = 6.0
-    """Deviations above the median of the last 32 losses from which on a loss is logged as a spike. 0: none is."""
-    leave_out: CountOrZero = 0
-    """How many batches a run may leave out because their loss or gradient is NaN or infinite: it ends, and the next
-    start goes on from the last good checkpoint without them. 0: none; the user has to decide."""
-    peak_tflops: Positive | None = None
-    """Peak of one device in TFLOP/s, for the type that the model computes in: metrics.jsonl then has the model FLOPs
-    utilisation, `mfu` (docs/watch.md). Null: that of a GPU that is known by its name."""
-    prometheus: bool = False
-    """Whether metrics.prom in the run's folder holds the latest numbers for Prometheus' node exporter."""
 
 
 @section("")
@@ -193,6 +174,7 @@ class RunConfig:
         rates = {"lr": t.learning_rate, "betas": list(t.betas), "weight_decay": t.weight_decay}
         _complete(optimizer, rates, "deepspeed.optimizer.params")
         settings.setdefault("scheduler", warmup_cosine(t.steps, self.warmup_steps, t.min_learning_rate_ratio))
+        require_skippable(settings, "watch.skip_nonfinite", self.watch.skip_nonfinite)
         if "mocte" in settings:
             _complete(settings["mocte"], {"total_steps": t.steps}, "deepspeed.mocte")
             settings["mocte"].setdefault("eod_id", eod_id)
@@ -201,6 +183,8 @@ class RunConfig:
                 raise ConfigError("deepspeed.mocte.log: the logs of a run file lie in --out; remove the key.")
             if settings["mocte"].get("peak_tflops") is not None:
                 raise ConfigError("deepspeed.mocte.peak_tflops: a run file says it in watch.peak_tflops; move the key.")
+            if settings["mocte"].get("skip_nonfinite"):
+                raise ConfigError("deepspeed.mocte.skip_nonfinite: a run file says it in the section watch; move it.")
             MocteConfig.from_dict(settings["mocte"], world_size)
         return settings
 

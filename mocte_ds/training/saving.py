@@ -1,6 +1,7 @@
 """Saves a run's checkpoints and goes on from them, for engines with blocks and for DeepSpeed's own."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import CheckpointError, MocteError, peer_is_lost
 from mocte_ds.shown import one_line
 from mocte_ds.training.changes import IDENTITY_FILE
+from mocte_ds.training.run_folder import prune_checkpoints
 from mocte_ds.zero.checkpoint_files import own_files, use_checkpoint_files
 
 
@@ -41,6 +43,7 @@ def save(engine: Any, folder: Path, tag: str, client_state: dict[str, Any]) -> N
     if hasattr(engine, "mocte"):
         engine.save_checkpoint(str(folder), tag, client_state=client_state)
         return
+    client_state = {**client_state, "skipped": engine.skips.streak}
     engine.checkpoint_engine.save_checkpoint(
         lambda state: engine.save_checkpoint(str(folder), tag, client_state=state, save_latest=False),
         folder,
@@ -58,6 +61,27 @@ def finish(engine: Any) -> None:
         CheckpointError: it could not be written; the last good checkpoint stays `latest`.
     """
     engine.checkpoint_engine.saver.wait()
+
+
+class Pruning:
+    """Removes a run's old checkpoints, and says once of each why it stays."""
+
+    def __init__(self, folder: Path, keep: int, rank: int) -> None:
+        """Nothing is removed yet.
+
+        Args:
+            folder: of all checkpoints.
+            keep: number of newest ones that stay.
+            rank: on ranks other than 0 every call does nothing.
+        """
+        self._folder, self._keep, self._rank, self._told = folder, keep, rank, set[str]()
+
+    def __call__(self, step: int) -> None:
+        """Remove what is old after a step."""
+        for text in prune_checkpoints(self._folder, self._keep, step) if self._rank == 0 else ():
+            if text not in self._told:
+                self._told.add(text)
+                logging.getLogger("mocte_ds").warning(text)
 
 
 def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
@@ -79,6 +103,7 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
             with engine.checkpoint_engine.reading(folder / tag, manifest) as read:
                 path, client_state = engine.load_checkpoint(str(folder), tag)
                 restore_random_states(folder, tag, engine.mesh.world.rank, read)
+            engine.skips.streak = (client_state or {}).pop("skipped", [])
     except MocteError:
         raise
     except Exception as error:

@@ -13,9 +13,10 @@ from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import NonFiniteLoss, NotOurs
 from mocte_ds.hosts.retries import last_checkpoint
 from mocte_ds.logs.files import cannot_write
+from mocte_ds.skips import Skips, described, warn
 from mocte_ds.training.left_out import LeftOut
 from mocte_ds.training.lost import LostRank, write_cause
-from mocte_ds.training.run_config import WatchSection
+from mocte_ds.training.watch_section import WatchSection
 from mocte_ds.watch.pace import Pace
 from mocte_ds.watch.prometheus import FILE, Prometheus
 from mocte_ds.watch.spikes import LossSpikes
@@ -123,28 +124,68 @@ class Watch:
         """
         if np.isfinite(value):
             return
+        first = end - self._batch
+        self._end(f"the {what} of step {step} is {value} (sequences {first} to {end - 1} of the data).", [first])
+
+    def skips(self, end: Callable[[], int], event: Event) -> Skips:
+        """What skips steps of the run.
+
+        Args:
+            end: number of the first sequence after those that were read.
+            event: logs.
+        """
+
+        def tell(skipped: dict[str, Any]) -> None:
+            warn(skipped, self.rank)
+            event(**skipped)
+
+        def where() -> dict[str, Any]:
+            return {"sequences": [end() - self._batch, end() - 1]}
+
+        return Skips(self._settings.skip_nonfinite, self._axis, tell, where, self.give_up)
+
+    def give_up(self, streak: Sequence[dict[str, Any]]) -> None:
+        """End the run: more steps in a row than `watch.skip_nonfinite` were not finite.
+
+        Args:
+            streak: the events of all of them, the last one among them, with their `sequences`.
+
+        Raises:
+            NonFiniteLoss: as of :meth:`require_finite`.
+        """
+        *_, last = streak
+        said = f"{described(last)} is not finite in step {last['step']}"
+        places = ", ".join("{} to {}".format(*facts["sequences"]) for facts in streak[:-1])
+        said += f", after {len(streak) - 1} skipped in a row (watch.skip_nonfinite; sequences {places})."
+        self._end(said, [facts["sequences"][0] for facts in streak])
+
+    def _end(self, said: str, firsts: Sequence[int]) -> None:
+        """End the run because of the batches that begin at some sequences."""
         folder = self._out / "checkpoints"
         good = (last_checkpoint(self._out) or "none yet").rpartition("/")[2]
-        first = end - self._batch
+        more, limit = [first for first in firsts if first not in self._left_out.starts], self._settings.leave_out
+        room = self._left_out.room(limit, len(more))
         error = NonFiniteLoss(
-            f"the {what} of step {step} is {value} (sequences {first} to {end - 1} of the data). The run stops and "
-            f"nothing of this step is saved; the last good checkpoint in {folder} is: {good}. "
-            + self._advice(first, end)
+            f"{said} The run stops and nothing of this step is saved; the last good checkpoint in {folder} is: {good}. "
+            + (self._leave_out(more) if room else self._advice(len(firsts)))
         )
-        if self._left_out.room(self._settings.leave_out):
+        if room:
             error.exit_code = 1  # the next start gets past them
         raise error
 
-    def _advice(self, first: int, end: int) -> str:
-        limit = self._settings.leave_out
-        if not self._left_out.room(limit):
-            used = f" {limit} batches were left out already (watch.leave_out)." if limit else ""
-            return f"Lower training.learning_rate, or look at that text, and start again.{used}"
+    def _advice(self, count: int) -> str:
+        limit, gone = self._settings.leave_out, len(self._left_out.starts)
+        text = "Lower training.learning_rate, or look at that text, and start again."
+        if gone:
+            text += f" {gone} batches were left out already; watch.leave_out = {limit} has no room for {count} more."
+        return text
+
+    def _leave_out(self, firsts: Sequence[int]) -> str:
         if self.rank == 0:
-            self._left_out.add(first)
+            self._left_out.add(firsts)
         return (
-            f"The next start goes on from there and leaves these sequences out "
-            f"({len(self._left_out.starts) + 1} of {limit} times, watch.leave_out)."
+            "The next start goes on from there and leaves these sequences out "
+            f"({len(self._left_out.starts) + len(firsts)} of {self._settings.leave_out} batches, watch.leave_out)."
         )
 
     def _last_words(self, text: str) -> str:

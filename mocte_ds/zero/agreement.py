@@ -18,7 +18,13 @@ _PIECE = 1 << 22
 
 
 def agreed_total(
-    squares: Tensor, whole: Sequence[str | None], rounding: float, data: Any, tensor: Any, tensor_rank: int
+    squares: Tensor,
+    whole: Sequence[str | None],
+    rounding: float,
+    data: Any,
+    tensor: Any,
+    tensor_rank: int,
+    spoiled: float = 0.0,
 ) -> Tensor:
     """Sum of squares over all ranks where matrices are cut; parameters that every tensor rank has count once.
 
@@ -32,6 +38,7 @@ def agreed_total(
         data: process group of the ranks that read other data.
         tensor: process group of the ranks that matrices are cut over.
         tensor_rank: of this rank in it.
+        spoiled: added to this rank's sum; NaN makes the total NaN on all ranks, so that the step is dropped.
 
     Returns:
         () the sum.
@@ -53,7 +60,7 @@ def agreed_total(
     counted = squares.double()
     if tensor_rank:
         counted[numbers] = 0.0  # and not times 0, which leaves NaN
-    sums = torch.stack([counted.sum(), torch.zeros_like(excess.sum()) if tensor_rank else excess.sum()])
+    sums = torch.stack([counted.sum() + spoiled, torch.zeros_like(excess.sum()) if tensor_rank else excess.sum()])
     for group in (data, tensor):
         dist.all_reduce(sums, group=group)
     total, apart = sums.tolist()

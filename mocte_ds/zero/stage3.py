@@ -190,6 +190,10 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
                 for master in self.fp32_partitioned_groups_flat:
                     master.grad.zero_()
 
+    def _forget_gradients(self) -> None:
+        super()._forget_gradients()
+        self._gather_small()  # DeepSpeed returns early, before it does
+
     def let_go(self) -> None:
         """Release weights that passes have gathered, except small persistent ones: the state after a step."""
         self.parameter_offload.release_backward_leftovers()

@@ -43,6 +43,7 @@ class UnitOptimizer(ZeROOptimizer):
     dp_process_group: Any
     device: Any
     dtype: torch.dtype
+    overflow: bool
     reduce_bucket_size: int
     model_parallel_group: Any
     model_parallel_rank: int
@@ -55,6 +56,8 @@ class UnitOptimizer(ZeROOptimizer):
         self._expert_buckets: dict[torch.dtype, Any] = {}
         self._in_expert_bucket = False
         self._unit_squares: tuple[list[str], Tensor] | None = None
+        self.spoiled: Tensor | float = 0.0
+        """NaN where a loss of this rank in the step is not finite, else 0; in the norm, so that all ranks skip it."""
         self._gradient_scale = 1.0
         """fp16's loss scale in the gradients of this step, which the step itself may change."""
         self.rate_factors: dict[str, float] = {}
@@ -157,17 +160,28 @@ class UnitOptimizer(ZeROOptimizer):
         slowed = [
             (group, factor) for group, factor in zip(self.optimizer.param_groups, factors, strict=True) if factor != 1.0
         ]
-        rates = [group["lr"] for group, _ in slowed]
+        rates, before = [group["lr"] for group, _ in slowed], (self.step_rates, self._unit_squares)
         for group, factor in slowed:
             group["lr"] *= factor
         self.step_rates = {group["unit"]: group["lr"] for group in self.optimizer.param_groups}
         self._gradient_scale = float(self.loss_scale)
         try:
-            return super().step(closure)
+            result = super().step(closure)
         finally:
             # The scheduler may compute the next rate from this one.
             for (group, _), rate in zip(slowed, rates, strict=True):
                 group["lr"] = rate
+        if self.overflow:
+            self.step_rates, self._unit_squares = before
+            self._forget_gradients()
+        return result
+
+    def _forget_gradients(self) -> None:
+        """After a step that was skipped: with CPU offload DeepSpeed keeps its gradients for what the next one lacks."""
+        for number in range(len(self.optimizer.param_groups)):
+            for master in self._masters_of(number):
+                if master.grad is not None:
+                    master.grad.zero_()
 
     # ---- inspection ------------------------------------------------------------------------------------------------
 
@@ -226,7 +240,7 @@ class UnitOptimizer(ZeROOptimizer):
             if is_parallel(self.model_parallel_group):  # a caller's mpu may have groups of one rank
                 total = self._agreed_total(squares)
             else:
-                total = squares.sum()
+                total = squares.sum() + self.spoiled
                 dist.all_reduce(total, group=self.dp_process_group)
             norm = total.sqrt()
         mask_nan_or_inf_with_val_inplace(norm, device=device)
@@ -238,7 +252,8 @@ class UnitOptimizer(ZeROOptimizer):
         groups, tensor = self.optimizer.param_groups, self.model_parallel_group
         whole = [None if group.get("moe") or group.get("cut") else group["unit"] for group in groups]
         rounding = torch.finfo(self.dtype).eps
-        total = agreed_total(squares, whole, rounding, self.dp_process_group, tensor, self.model_parallel_rank)
+        data, rank = self.dp_process_group, self.model_parallel_rank
+        total = agreed_total(squares, whole, rounding, data, tensor, rank, self.spoiled)
         numbers = [number for number, unit in enumerate(whole) if unit is not None]
         take_first([gradient for number in numbers for gradient in self._gradients_of(number)], tensor)
         return total

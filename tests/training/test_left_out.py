@@ -10,7 +10,7 @@ from mocte_ds.data import BlendedLoader
 from mocte_ds.dist.mesh import ALONE
 from mocte_ds.errors import CheckpointError, ConfigError, NonFiniteLoss
 from mocte_ds.training.left_out import FILE, LeftOut
-from mocte_ds.training.run_config import WatchSection
+from mocte_ds.training.watch_section import WatchSection
 from mocte_ds.training.watching import Watch
 from tests.e2e.conftest import prepared  # noqa: F401  fixture
 
@@ -36,7 +36,7 @@ def test_off_is_the_users_to_mend(tmp_path: Path) -> None:
 
 def test_left_out_from_the_next_start_on(tmp_path: Path) -> None:
     for number, end in enumerate((12, 40), start=1):
-        with pytest.raises(NonFiniteLoss, match=rf"leaves these sequences out \({number} of 2 times") as found:
+        with pytest.raises(NonFiniteLoss, match=rf"leaves these sequences out \({number} of 2 batches") as found:
             watch(tmp_path, 2).require_finite("gradient norm", math.inf, 3, end)
         assert found.value.exit_code == 1, "launchers start again"
     assert LeftOut(tmp_path, DATA, ALONE).starts == [8, 36]
@@ -71,3 +71,22 @@ def test_the_loader_passes_over_them(prepared: Path) -> None:  # noqa: F811
         every, some = batches(rank, (), 5), batches(rank, (4, 8), 3)
         expected = [batch for place, batch in enumerate(every) if place // 2 not in (1, 2)]
         assert len(some) == 6 and all(map(np.array_equal, some, expected))
+
+
+def test_skipped_batches_are_left_out_together(tmp_path: Path) -> None:
+    streak = [
+        {"what": "loss", "ranks": [1], "domains": ["code"], "step": 8, "sequences": [first, first + 3]}
+        for first in (12, 20)
+    ]
+    for limit, code, gone in ((0, 2, []), (2, 1, [12, 20])):
+        with pytest.raises(NonFiniteLoss, match="the loss on rank 1 .code; sequences 20 to 23. is not finite") as found:
+            watch(tmp_path, limit).give_up(streak)
+        assert "after 1 skipped in a row (watch.skip_nonfinite; sequences 12 to 15)" in str(found.value)
+        assert found.value.exit_code == code and LeftOut(tmp_path, DATA, ALONE).starts == gone
+    later = [{**facts, "sequences": [first, first + 3]} for facts, first in zip(streak, (20, 40), strict=True)]
+    with pytest.raises(NonFiniteLoss, match="2 batches were left out already; .* no room for 2 more") as found:
+        watch(tmp_path, 2).give_up(later)
+    assert found.value.exit_code == 2
+    with pytest.raises(NonFiniteLoss, match="3 of 3 batches"):
+        watch(tmp_path, 3).give_up(later)
+    assert LeftOut(tmp_path, DATA, ALONE).starts == [12, 20, 40], "one that is left out already is not again"
