@@ -1,13 +1,13 @@
 """Counts what forward passes did in each optimizer step: sequences, tokens, and the loads of the experts."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mocte_ds.controller.run_state import RunState
-from mocte_ds.dist.collectives import from_rank_zero, sum_over_ranks
+from mocte_ds.dist.collectives import from_rank_zero, stack_over_ranks, sum_over_ranks
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import BlockMode
@@ -37,6 +37,8 @@ class Passes:
         self._size = 0
         """Sequences of a pass, all ranks together."""
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in run.blocks]
+        self._seen_before: list[Tensor] | None = None
+        """Of :meth:`tell`, before it in the same step."""
 
     def begin(self, micro: int, texts: int) -> int:
         """Count a pass that is about to run.
@@ -89,12 +91,14 @@ class Passes:
         """Forget the passes of a step that is skipped: the next one has its place."""
         for bank in self._banks:
             bank.loads.take_back_step()
+        if self._seen_before is not None:  # the step's loads were told before it was skipped
+            self._load_seen = self._seen_before
         self._begin_step()
 
     def _begin_step(self) -> None:
         context = self._run.context
         context.step_tokens, context.step_passes, context.loss_scale = 0, 0, None
-        self._parts, self._texts, self._brought_in = 0, 0, True
+        self._parts, self._texts, self._brought_in, self._seen_before = 0, 0, True, None
 
     def _summed(self, own: Tensor) -> Tensor:
         """Sum over the ranks that read different data; all tensor ranks have the first one's, to the last bit."""
@@ -142,15 +146,45 @@ class Passes:
 
     def routed(self) -> list[Tensor]:
         """(E,) tokens routed to the experts of each block since the start, all ranks together (collective)."""
-        blocks = [handle.block for handle in self._run.blocks]
-        counts = [torch.cat([bank.loads.total for bank in block.banks]) for block in blocks]
-        total = sum_over_ranks(torch.cat(counts).clone(), self._run.mesh.data)
-        return list(total.split([count.numel() for count in counts]))
+        return self._by_block(sum_over_ranks(self._counts(), self._run.mesh.data))
 
     def routed_since_last_call(self) -> list[list[int]]:
         """Tokens routed to each expert of each block since the last call, all ranks together (collective)."""
+        return self._since_last_call(self.routed())
+
+    def tell(self, numbers: Sequence[float]) -> tuple[Tensor, list[list[int]]]:
+        """What each rank says, and :meth:`routed_since_last_call`, in one exchange (collective).
+
+        Args:
+            numbers: of this rank; as many on all ranks.
+
+        Returns:
+            (ranks, numbers) fp64, and the tokens.
+        """
+        told, routed = self.tell_routed(numbers)
+        self._seen_before = list(self._load_seen)
+        return told, self._since_last_call(routed)
+
+    def tell_routed(self, numbers: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+        """Like :meth:`tell`, with :meth:`routed` in place of what has come since."""
+        mesh, own = self._run.mesh, torch.tensor(list(numbers), dtype=torch.float64)
+        counts = self._counts()
+        if mesh.tensor.rank:  # ranks of a tensor group count the same tokens
+            counts.zero_()
+        rows = stack_over_ranks(torch.cat([own.view(torch.int64), counts]), mesh.world)
+        told, routed = rows.split([len(own), len(counts)], dim=1)
+        return told.contiguous().view(torch.float64), self._by_block(routed.sum(dim=0))
+
+    def _counts(self) -> Tensor:
+        """A copy of this rank's totals, block by block and bank by bank."""
+        return torch.cat([bank.loads.total for bank in self._banks])
+
+    def _by_block(self, counts: Tensor) -> list[Tensor]:
+        return list(counts.split([handle.block.num_experts for handle in self._run.blocks]))
+
+    def _since_last_call(self, totals: list[Tensor]) -> list[list[int]]:
         result = []
-        for number, routed in enumerate(self.routed()):
+        for number, routed in enumerate(totals):
             result.append((routed - self._load_seen[number]).tolist())
             self._load_seen[number] = routed
         return result

@@ -74,6 +74,23 @@ def gather_equal(t: Tensor, axis: Axis) -> list[Tensor]:
     return [part.to(t.device) for part in parts]
 
 
+def stack_over_ranks(t: Tensor, axis: Axis) -> Tensor:
+    """``t`` of every rank, bit for bit, in one exchange.
+
+    Args:
+        t: (...) of a shape and dtype that all ranks are known to share.
+        axis: the ranks.
+
+    Returns:
+        (ranks, ...) on ``t``'s device, in the order of the ranks, the same on every rank.
+    """
+    if axis.size == 1:
+        return t.detach()[None]
+    own = t.detach().to(wire_device(t.device, axis)).contiguous().reshape(-1)
+    parts = _gather_equal(own.view(torch.uint8), axis)  # bytes, as in gather_rows
+    return torch.stack([part.view(t.dtype).reshape(t.shape) for part in parts]).to(t.device)
+
+
 def gather_objects(obj: Any, axis: Axis) -> list[Any]:
     """``obj`` of every rank, in the order of the ranks (pickled: for small values)."""
     if axis.size == 1:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mocte_ds.dist.collectives import first_problem, gather_rows, require_same
+from mocte_ds.dist.collectives import first_problem, require_same
 from mocte_ds.errors import MocteError
 from mocte_ds.flops.mfu import Utilisation
 from mocte_ds.logs.folder import LogFolder
@@ -142,8 +141,8 @@ class StepLog:
         engine, mocte, (rate, size) = self._engine, self._engine.mocte, self._before
         known = known and loss is not None
         mine = [float(known), float(loss) if known and loss is not None else 0.0, float(size)]
-        told = gather_rows(torch.tensor([mine], dtype=torch.float64), engine.mesh.world)
-        routed, norm = self._counted(), engine.get_global_grad_norm()
+        told, routed = mocte.passes.tell_routed(mine)
+        norm = engine.get_global_grad_norm()
         load = [(now - before).tolist() for now, before in zip(routed, self._routed, strict=True)]
         now, tokens = time.perf_counter(), mocte.tokens
         seconds = now - self._last if self._last is not None else None

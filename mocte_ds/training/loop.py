@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mocte_ds.config import MocteConfig
 from mocte_ds.data import BlendedLoader, validation_batches
 from mocte_ds.data.stored_tokenizer import keep_tokenizer, open_tokenizer, tokenizer_in
 from mocte_ds.deepspeed_settings import type_of_weights
-from mocte_ds.dist.collectives import gather_rows, wait_for_all
+from mocte_ds.dist.collectives import stack_over_ranks, wait_for_all
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.flops.ledger import Ledger
 from mocte_ds.flops.mfu import Utilisation, device_peak
@@ -243,14 +244,9 @@ class Trainer:
                 blocks, frozen = self._modes()  # after a birth before the first step, before a check after this one
             if turn == turns - 1:
                 # Agreed before the last backward pass, so that no rank steps while another one stops.
-                mine = [
-                    total,
-                    float(optimizer_bytes(self.engine)),
-                    float(self.stop_asked),
-                    HEART.take_working_seconds(),
-                ]
+                mine = [total, optimizer_bytes(self.engine), self.stop_asked, HEART.take_working_seconds()]
                 with phase("agreement", waits=True):
-                    told = gather_rows(torch.tensor([mine], dtype=torch.float64), self.mesh.world)
+                    told, loads = self._tell(mine)
                 losses, sizes, stops, worked = told.T
                 if not engine.skips.limit:
                     self.watch.require_finite("loss", losses.mean().item(), before + 1, self.loader.position)
@@ -281,11 +277,17 @@ class Trainer:
             "optimizer_bytes": int(sizes.sum()),
             "optimizer_bytes_by_rank": [int(size) for size in sizes.tolist()],
             **({"skipped_steps": engine.skipped_steps} if engine.skipped_steps else {}),
-            **self._count_flops(blocks, frozen, seconds),
+            **self._count_flops(blocks, frozen, loads, seconds),
             **(mode_counts(engine.mocte.blocks) if self.config else {}),
             **self.watch.facts(worked.tolist(), engine.global_steps % self.run.validate_every == 0),
         }
         return metrics, bool(stops.any())
+
+    def _tell(self, mine: list[float]) -> tuple[Tensor, list[list[int]]]:
+        """Numbers of every rank as (ranks, numbers), and the step's tokens by block and expert, once all are routed."""
+        if self.config:
+            return self.engine.mocte.passes.tell(mine)
+        return stack_over_ranks(torch.tensor(mine, dtype=torch.float64), self.mesh.world), []
 
     def _modes(self) -> tuple[list[dict[str, Any]], int]:
         """Layer and modes of every block, and the frozen layers of the front."""
@@ -293,15 +295,17 @@ class Trainer:
             return [], 0
         return block_modes(self.engine.mocte.blocks), self.engine.mocte.frozen_layers
 
-    def _count_flops(self, blocks: list[dict[str, Any]], frozen: int, seconds: float) -> dict[str, Any]:
-        """Add a step to the ledger (collective); what metrics.jsonl has of it: FLOPs, MFU if the peak is known, loads.
+    def _count_flops(
+        self, blocks: list[dict[str, Any]], frozen: int, loads: list[list[int]], seconds: float
+    ) -> dict[str, Any]:
+        """Add a step to the ledger; what metrics.jsonl has of it: FLOPs, MFU if the peak is known, loads.
 
         Args:
             blocks: as the step found them, not as a check after it has left them.
             frozen: layers of the front, likewise.
+            loads: tokens by block and expert.
             seconds: that the step took.
         """
-        loads = self.engine.mocte.expert_load() if self.config else []
         blocks = [{**block, "load": counts} for block, counts in zip(blocks, loads, strict=True)]
         sampled = bool(self.config) and self.engine.mocte.checks.samples_after(self.engine.global_steps - 1)
         tokens, context = self.run.training.batch_tokens, self.run.context

@@ -24,7 +24,7 @@ def agreed_total(
     data: Any,
     tensor: Any,
     tensor_rank: int,
-    spoiled: float = 0.0,
+    spoiled: Tensor | float = 0.0,
 ) -> Tensor:
     """Sum of squares over all ranks where matrices are cut; parameters that every tensor rank has count once.
 

@@ -12,6 +12,7 @@ from mocte_ds.dist.collectives import (
     gather_rows,
     max_over_ranks,
     require_same,
+    stack_over_ranks,
     sum_over_ranks,
     wait_for_all,
 )
@@ -23,6 +24,10 @@ from tests.spawn import spawn
 def _mine(rank: int, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rank)
     return (torch.randn(rank * 2, 3, 5, generator=generator) * 1000).to(dtype)
+
+
+def _one(rank: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(3, 5, generator=torch.Generator().manual_seed(rank)) * 1000).to(dtype).t()  # not contiguous
 
 
 def _exercise() -> dict:
@@ -38,6 +43,8 @@ def _exercise() -> dict:
     out["keys"] = gather_rows(torch.tensor([(1 << 62) + rank, -rank]), axis)
     out["bools"] = gather_rows(torch.tensor([rank == 0]), axis)
     out["nothing"] = gather_rows(torch.empty(0, 7), axis).shape
+    out["stacked"] = {dtype: stack_over_ranks(_one(rank, dtype), axis) for dtype in dtypes}
+    out["stacked_nothing"] = stack_over_ranks(torch.empty(0, 7), axis).shape
     out["objects"] = gather_objects({"rank": rank}, axis)
     out["zero"] = from_rank_zero(torch.arange(6.0).view(2, 3).bfloat16() if rank == 0 else None, axis)
     out["zero_empty"] = from_rank_zero(torch.empty(0, 2) if rank == 0 else 3, axis)
@@ -75,6 +82,9 @@ def test_three_ranks_agree_with_one_process() -> None:
         assert out["max_bool"].tolist() == [True, False]
         for dtype, rows in out["rows"].items():
             assert torch.equal(rows, torch.cat([_mine(r, dtype) for r in range(3)])), dtype
+        for dtype, stacked in out["stacked"].items():
+            assert torch.equal(stacked, torch.stack([_one(r, dtype) for r in range(3)])), dtype
+        assert out["stacked_nothing"] == (3, 0, 7)
         assert out["keys"].tolist() == [1 << 62, 0, (1 << 62) + 1, -1, (1 << 62) + 2, -2]
         assert out["bools"].tolist() == [True, False, False]
         assert out["nothing"] == (0, 7)

@@ -144,6 +144,37 @@ def unlogged(csv: str) -> list[dict[str, Any]]:
     return steps(engine_of(settings), 6)
 
 
+def exchanges(folder: str) -> list[list[int]]:
+    """Calls of torch.distributed in each of three steps, without a log and with one."""
+    from torch import distributed
+
+    found, counts = list[list[int]](), [0]
+    names = ("all_gather", "all_reduce", "broadcast", "barrier", "all_gather_object", "all_gather_into_tensor")
+    for name in (*names, "broadcast_object_list", "gather", "reduce", "reduce_scatter_tensor", "send"):
+        plain = getattr(distributed, name)
+
+        def call(*args: Any, _plain: Any = plain, **rest: Any) -> Any:
+            counts[0] += 1
+            return _plain(*args, **rest)
+
+        setattr(distributed, name, call)
+
+    for log in (False, True):
+        engine = engine_of(config(auto=False))
+        for handle in engine.mocte.blocks:
+            engine.mocte.emerge(block=handle.index)
+        if log:
+            engine.mocte.log_to(folder)
+        found.append([])
+        for step in range(3):
+            counts[0] = 0
+            for turn in range(TURNS):
+                engine.backward(loss_of(engine, step, turn))
+                engine.step()
+            found[-1].append(counts[0])
+    return found
+
+
 def refused(folder: str) -> dict[str, str]:
     """Every way in which log_to is refused, by its message; the run can go on after each."""
     from mocte_ds.errors import MocteError

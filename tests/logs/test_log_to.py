@@ -105,6 +105,12 @@ def test_csv_monitor(run: tuple[Path, dict, dict]) -> None:
     assert [value for _, value in found["frozen_experts"]] == [0, 0, *[1] * 8]
 
 
+def test_a_line_is_one_exchange(tmp_path: Path) -> None:
+    plain, logged = spawn(hand_made.exchanges, 2, str(tmp_path / "log"), timeout=200)[0]
+    assert logged == [count + 1 for count in plain] and min(plain) > 0
+    assert len((tmp_path / "log" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_a_monitor_alone(tmp_path: Path) -> None:
     """Without a folder the monitors have the numbers all the same; every one is the engine's."""
     told = spawn(hand_made.unlogged, 2, str(tmp_path), timeout=200)[0]
