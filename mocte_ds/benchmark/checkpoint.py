@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "save beside training": _part(_longest(beside, "seconds"), size, rates["write"], beside, size)
         | _in_training(beside),
         "load": _part(_all(loaded), size, rates["read"], loaded, size),
-        "reshape": _part(_all(reshaped), reshaped[0]["bytes"], rates["write"], reshaped, size),
-        "export": _part(_all(exported), exported[0]["bytes"], rates["write"], exported, size),
+        "reshape": _part(_all(reshaped), reshaped[0]["bytes"], rates["write"], reshaped, size) | _worked(reshaped[0]),
+        "export": _part(_all(exported), exported[0]["bytes"], rates["write"], exported, size) | _worked(exported[0]),
     }
     return {
         "benchmark": "checkpoint",
@@ -128,6 +128,13 @@ def text(numbers: dict[str, Any]) -> str:
             f"plain bytes of {s['ranks']} processes: written and synced {disk['write'] / 1e6:,.0f} MB/s, read "
             f"{disk['read'] / 1e6:,.0f} MB/s, hashed in memory {disk['sha256'] / 1e6:,.0f} MB/s",
             text_table(head, rows, left=head[:1]),
+            *[
+                f"{name}: {part['cpu_seconds']:.2f} s of processor time, "
+                f"{part['bytes'] / part['cpu_seconds'] / 1e6:,.0f} MB for each; imports before that, "
+                f"{part['start_up_seconds']:.2f} s, are not counted"
+                for name, part in numbers["parts"].items()
+                if "cpu_seconds" in part
+            ],
             f"beside training, a save takes {beside['in_step']:.3f} s of the step; {beside['steps_beside']} steps went "
             f"on meanwhile, {beside['step_beside']:.3f} s each instead of {beside['step']:.3f} s: "
             f"{beside['delay']:.2f} s in all, and {numbers['parts']['save']['seconds']:.2f} s where training waits",
@@ -188,6 +195,11 @@ def _part(times: list[float], size: int, disk: float, ranks: list[dict[str, Any]
         "of_disk": size / seconds / disk,
         "memory": {**memory, "of_checkpoint": memory["added_bytes"] / checkpoint},
     }
+
+
+def _worked(process: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the processor, of the repeat that took least, and of the process before it."""
+    return {"cpu_seconds": min(process["cpu_seconds"]), "start_up_seconds": process["start_up_seconds"]}
 
 
 def _in_training(ranks: list[dict[str, Any]]) -> dict[str, Any]:

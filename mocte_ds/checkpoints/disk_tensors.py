@@ -1,19 +1,23 @@
 """Tensors that stay on the disk: where their bytes lie in which file, so that large files need little memory."""
 
+import contextlib
+import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mocte_ds.checkpoints.files import Deferred
+from mocte_ds.checkpoints.files import Deferred, Hashed, HashedBeside
 from mocte_ds.checkpoints.values import read_plain
 from mocte_ds.errors import CheckpointError
+from mocte_ds.ownership.facts import FileFacts
 
-_BLOCK = 1 << 24  # bytes in memory at once
+_BLOCK = 1 << 23  # bytes; few of them are in memory at once
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; Python 3.12 has its name
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,18 @@ class DiskTensor:
         Raises:
             CheckpointError: a file has become shorter.
         """
-        tensor = torch.zeros(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
         memory, place = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0
-        for block in self.blocks():
-            memory[place : place + len(block)] = block
-            place += len(block)
+        for piece in self.pieces:
+            with open(piece.path, "rb", buffering=0) as file:
+                file.seek(piece.start)
+                end = place + piece.bytes
+                while place < end:
+                    count = file.readinto(memory[place:end])
+                    if not count:
+                        raise _shorter(piece.path)
+                    place += count
+        memory[place:] = bytes(len(memory) - place)
         return tensor
 
     def blocks(self) -> Iterator[bytes]:
@@ -80,7 +91,7 @@ class DiskTensor:
                 while missing:
                     block = file.read(min(missing, _BLOCK))
                     if not block:
-                        raise CheckpointError(f"{piece.path} has become shorter while it was read.")
+                        raise _shorter(piece.path)
                     yield block
                     missing -= len(block)
 
@@ -97,11 +108,12 @@ def read_disk_tensors(path: Path) -> Any:
     Raises:
         CheckpointError: the file is missing, damaged or holds more than plain values and contiguous tensors.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    content, size = read_plain(path, device="meta"), path.stat().st_size
+    if any(tensor.untyped_storage()._checkpoint_offset is None for tensor in _tensors(content)):
+        from torch._subclasses.fake_tensor import FakeTensorMode  # before torch 2.10; takes a second to import
 
-    with FakeTensorMode():
-        content = read_plain(path)
-    size = path.stat().st_size
+        with FakeTensorMode():
+            content = read_plain(path)
 
     def place(tensor: Tensor) -> DiskTensor:
         # torch says where the bytes of a storage lie; files of before torch 1.6 have no such place.
@@ -154,31 +166,32 @@ class TensorFile(Deferred):
         mapped(self.content, object, count)
         return sum(found.values()) + 256 * len(found) + 64 * rest
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path) -> FileFacts:
         """Write what torch.load reads.
 
         Raises:
             OSError, RuntimeError: it could not be written; the latter is what torch.save makes of a full disk.
             CheckpointError: a file that is read has become shorter.
         """
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         seen: dict[Any, Tensor] = {}
 
         def blank(leaf: Any) -> Tensor:
             key = _identity(leaf)
             if key not in seen:
-                with FakeTensorMode():
-                    seen[key] = torch.empty(leaf.shape, dtype=leaf.dtype)
+                seen[key] = _unused(leaf)
             return seen[key]
 
         blanks = mapped(self.content, DiskTensor | Tensor, blank)
-        with open(path, "wb") as empty, torch.serialization.skip_data(materialize_fake_tensors=True):
+        with open(path, "wb") as empty, torch.serialization.skip_data():
             torch.save(blanks, empty)
         places = [stored.pieces[0].start for stored in _tensors(read_disk_tensors(path))]
-        with open(path, "r+b") as file:
-            for leaf, start in zip(_tensors(self.content), places, strict=True):
-                _fill(file, start, leaf)
+        leaves = {start: leaf for start, leaf in zip(places, _tensors(self.content), strict=True) if leaf.nbytes}
+        with open(path, "r+b") as file, contextlib.closing(HashedBeside(file)) as hashed:
+            for start in sorted(leaves):
+                hashed.see(file.read(start - file.tell()))  # what torch has written in between
+                _fill(hashed, leaves[start])
+            hashed.see(file.read())
+            return hashed.facts()
 
 
 class FileCopy(Deferred):
@@ -193,15 +206,17 @@ class FileCopy(Deferred):
         """Its size."""
         return self.path.stat().st_size
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path) -> FileFacts:
         """Copy it.
 
         Raises:
             OSError: it could not be read or written.
         """
         with open(self.path, "rb") as source, open(path, "wb") as file:
-            while block := source.read(_BLOCK):
-                file.write(block)
+            with contextlib.closing(HashedBeside(file)) as hashed:
+                while block := source.read(_BLOCK):
+                    hashed.write(block)
+                return hashed.facts()
 
 
 def mapped(value: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
@@ -218,6 +233,10 @@ def mapped(value: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
     return change(value) if isinstance(value, kind) else value
 
 
+def _shorter(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} has become shorter while it was read.")
+
+
 def _identity(leaf: Any) -> Any:
     """Equal for what is one tensor: lies in the same place. Two that are all zeros are two."""
     return leaf if isinstance(leaf, DiskTensor) and leaf.pieces else id(leaf)
@@ -229,10 +248,24 @@ def _tensors(content: Any) -> Iterator[Any]:
     return iter(found)
 
 
-def _fill(file: BinaryIO, start: int, leaf: Any) -> None:
-    file.seek(start)
+def _fill(file: Hashed, leaf: Any) -> None:
+    """Write a tensor's bytes, zeros at its end included."""
+    missing = leaf.nbytes
     if isinstance(leaf, Tensor):
         file.write(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return
     for block in leaf.blocks():
         file.write(block)
+        missing -= len(block)
+    while missing:
+        zeros = bytes(min(missing, _BLOCK))
+        file.write(zeros)
+        missing -= len(zeros)
+
+
+def _unused(leaf: Any) -> Tensor:
+    """A tensor like another one, whose memory nobody touches, so that the system gives it none."""
+    if not leaf.nbytes:
+        return torch.empty(leaf.shape, dtype=leaf.dtype)
+    promised = mmap.mmap(-1, leaf.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    return torch.frombuffer(promised, dtype=leaf.dtype).reshape(leaf.shape)

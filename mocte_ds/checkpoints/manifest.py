@@ -1,6 +1,8 @@
 """Holds a checkpoint against its list of files; one that does not agree with it is refused by name."""
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mocte_ds.dist.collectives import from_rank_zero, gather_objects
@@ -10,6 +12,7 @@ from mocte_ds.ownership.facts import FileFacts, hash_file
 from mocte_ds.ownership.manifest import MANIFEST_FILE, Manifest
 
 _SHOWN = 5  # problems in one message
+_THREADS = min(4, os.cpu_count() or 1)  # that hash where no other rank does
 
 
 def require_whole(folder: Path, names: Iterable[str] | None = None) -> Manifest:
@@ -25,7 +28,7 @@ def require_whole(folder: Path, names: Iterable[str] | None = None) -> Manifest:
     manifest = Manifest.read(folder)
     extra = _extra(folder, manifest) if names is None else []
     chosen = list(manifest.files) if names is None else list(names)
-    _raise_for(folder, extra + _problems(folder, manifest, chosen, True))
+    _raise_for(folder, extra + _problems(folder, manifest, chosen, True, _THREADS))
     return manifest
 
 
@@ -71,24 +74,26 @@ def _raise_for(folder: Path, problems: list[str]) -> None:
     )
 
 
-def _problems(folder: Path, manifest: Manifest, names: Iterable[str], content: bool) -> list[str]:
-    """What is wrong with some files, a text each."""
-    problems = []
-    for name in names:
-        path, wanted = folder / name, manifest.files.get(name)
-        if wanted is None:
-            problems.append(f"{name} is not in its {MANIFEST_FILE}")
-            continue
-        try:
-            size = path.stat().st_size
-            if size == wanted.bytes and (not content or hash_file(path) == wanted):
-                continue
-            problems.append(_difference(folder, manifest, name, size))
-        except FileNotFoundError:
-            problems.append(f"{name} is missing{_renamed(folder, manifest, wanted)}")
-        except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror or error})")
-    return problems
+def _problems(folder: Path, manifest: Manifest, names: Iterable[str], content: bool, threads: int = 1) -> list[str]:
+    """What is wrong with some files, a text each, in their order; hashing is most of the time, and threads share it."""
+    with ThreadPoolExecutor(threads, "sha256") as pool:
+        return [text for text in pool.map(lambda name: _problem(folder, manifest, name, content), names) if text]
+
+
+def _problem(folder: Path, manifest: Manifest, name: str, content: bool) -> str | None:
+    """What is wrong with a file; None: nothing."""
+    path, wanted = folder / name, manifest.files.get(name)
+    if wanted is None:
+        return f"{name} is not in its {MANIFEST_FILE}"
+    try:
+        size = path.stat().st_size
+        if size == wanted.bytes and (not content or hash_file(path) == wanted):
+            return None
+        return _difference(folder, manifest, name, size)
+    except FileNotFoundError:
+        return f"{name} is missing{_renamed(folder, manifest, wanted)}"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
 
 
 def _difference(folder: Path, manifest: Manifest, name: str, size: int) -> str:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from mocte_ds.base_model import make_model, require_base
 from mocte_ds.checkpoints.base import refuse_decoder
+from mocte_ds.checkpoints.disk_tensors import DiskTensor, read_disk_tensors
 from mocte_ds.checkpoints.load import STATE_FILE, read_state
 from mocte_ds.checkpoints.manifest import require_whole
 from mocte_ds.checkpoints.names import EXPERT_FILE, expert_parameter, is_gate, model_file
 from mocte_ds.checkpoints.place import find_tag
 from mocte_ds.checkpoints.reshaping.saved import require_experts
-from mocte_ds.checkpoints.values import only_plausible, read_plain, require_keys
+from mocte_ds.checkpoints.values import only_plausible, require_keys
 from mocte_ds.claims import require_backed
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError
@@ -24,8 +25,6 @@ from mocte_ds.ownership.manifest import Manifest
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What weights can be rounded to."""
-# A mapped file's pages count as used memory once they were read, until the mapping goes.
-REMAP_BYTES = 1 << 24
 
 
 class Source:
@@ -50,12 +49,23 @@ class Source:
         Raises:
             CheckpointError: the file is gone or damaged.
         """
+        tensor = self.rounded(name)
+        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+
+    def rounded(self, name: str) -> Tensor:
+        """A copy of a tensor as an export stores it: in ``dtype``, gates in fp32, integers as they are.
+
+        Raises:
+            CheckpointError: the file is gone or damaged.
+        """
         tensor = self._stored(name)
-        if not tensor.is_floating_point():
-            return tensor.clone()
-        if self.dtype in NARROW and not is_gate(name):
-            tensor = tensor.to(NARROW[self.dtype])
-        return tensor.to(torch.float32, copy=True)
+        narrow = self.dtype in NARROW and not is_gate(name)
+        kind = NARROW[self.dtype] if narrow else torch.float32
+        copy = tensor.to(kind if tensor.is_floating_point() else tensor.dtype)
+        return copy.clone() if copy is tensor and not self._stored_is_new else copy
+
+    _stored_is_new = False
+    """Whether :meth:`_stored` gives a copy that nobody else has."""
 
     def _stored(self, name: str) -> Tensor:
         """A tensor as it lies there; not to be changed."""
@@ -111,7 +121,7 @@ class CheckpointSource(Source):
         """Everything but the weights; raises as :meth:`__init__` does, or what implausible values lead to."""
         folder = self.folder
         path = folder / self._model_file
-        shared = require_keys(read_plain(path, mmap=True), ("module", "global_steps"), path)
+        shared = require_keys(read_disk_tensors(path), ("module", "global_steps"), path)
         has_blocks = STATE_FILE in manifest.files
         saved = read_state(folder.parent, folder.name, None, None) if has_blocks else None
         client = saved["client_state"] if saved else shared
@@ -135,11 +145,8 @@ class CheckpointSource(Source):
         # Checkpoints of earlier versions hold what does not run, too.
         without = idle_prefixes(model)
         kept = {name: tensor for name, tensor in shared["module"].items() if not name.startswith(without)}
-        self._files = dict.fromkeys(kept, self._model_file)
-        self._files.update(self._find_experts())
+        self._tensors = {**kept, **self._find_experts()}
         self._require_fit(kept)
-        self._open: tuple[str, dict[str, Tensor]] = ("", {})
-        self._read_bytes = 0
 
     of_a_run: bool
     """Whether launch/pretrain.py or tools/import_hf.py has written it."""
@@ -152,32 +159,30 @@ class CheckpointSource(Source):
     @property
     def checkpoint_bytes(self) -> int:
         """Size of the files with weights."""
-        return sum((self.folder / name).stat().st_size for name in set(self._files.values()))
+        paths = {piece.path for tensor in self._tensors.values() for piece in tensor.pieces}
+        return sum(path.stat().st_size for path in paths)
+
+    _stored_is_new = True
 
     def _stored(self, name: str) -> Tensor:
-        file = self._files[name]
-        if self._open[0] != file or self._read_bytes > REMAP_BYTES:
-            self._open = ("", {})
-            content = read_plain(self.folder / file, mmap=True)
-            self._open, self._read_bytes = (file, content["module"] if file == self._model_file else content), 0
-        tensor = self._open[1][name]
-        self._read_bytes += tensor.nbytes
-        return tensor
+        tensor = self._tensors[name]
+        try:
+            return tensor.read()
+        except OSError as error:
+            raise CheckpointError(f"{tensor.pieces[0].path} cannot be read: {error.strerror or error}.") from error
 
     def _dtype(self, name: str) -> torch.dtype:
-        tensor = self._stored(name)
-        self._read_bytes -= tensor.nbytes  # none of its pages is read
-        return tensor.dtype
+        return self._tensors[name].dtype
 
-    def _find_experts(self) -> dict[str, str]:
-        """The file of each expert's tensors.
+    def _find_experts(self) -> dict[str, DiskTensor]:
+        """Where each expert's tensors lie.
 
         DeepSpeed writes one file per expert; its layer number counts the banks in the order of the model.
 
         Raises:
             CheckpointError: a file is missing, damaged, incomplete, another expert's, or one too many.
         """
-        files: dict[str, str] = {}
+        tensors: dict[str, DiskTensor] = {}
         blocks = [module for module in self.model.modules() if isinstance(module, Block)]
         banks = [(block, number) for block in blocks for number in range(len(block.banks))]
         known: set[str] = set()
@@ -188,7 +193,7 @@ class CheckpointSource(Source):
                 if block.mode is BlockMode.WARMUP:
                     continue
                 prefix = expert_parameter(block.name, number, k, "")
-                found = require_keys(read_plain(path, mmap=True), (), path)
+                found = require_keys(read_disk_tensors(path), (), path)
                 wrong = [key for key in found if not str(key).startswith(prefix)]
                 if wrong:
                     raise CheckpointError(
@@ -196,24 +201,27 @@ class CheckpointSource(Source):
                     )
                 for name, parameter in expert.state_dict().items():
                     value: Any = found.get(prefix + name)
-                    if not torch.is_tensor(value) or value.shape != parameter.shape:
+                    if not isinstance(value, DiskTensor) or value.shape != tuple(parameter.shape):
                         raise CheckpointError(
                             f"{path} does not hold {name} {tuple(parameter.shape)} of expert {k} of {block.name}."
                         )
-                    files[prefix + name] = path.name
+                    tensors[prefix + name] = value
         strange = {path.name for path in self.folder.glob(EXPERT_FILE.format(layer="*", expert="*"))} - known
         if strange:
             raise CheckpointError(f"{self.folder} holds {min(strange)}, an expert that its {STATE_FILE} does not know.")
-        return files
+        return tensors
 
     def _require_fit(self, shared: dict[str, Any]) -> None:
-        missing, unexpected = [n for n in self.shapes if n not in self._files], list(self._files.keys() - self.shapes)
+        missing, unexpected = (
+            [n for n in self.shapes if n not in self._tensors],
+            list(self._tensors.keys() - self.shapes),
+        )
         if missing or unexpected:
             raise CheckpointError(
                 f"{self.folder} does not fit its own model: missing {missing[:3]}, unexpected {unexpected[:3]}."
             )
         for name, value in shared.items():
-            if not torch.is_tensor(value) or tuple(value.shape) != self.shapes[name]:
+            if not isinstance(value, DiskTensor) or value.shape != self.shapes[name]:
                 raise CheckpointError(f"{self.folder} does not fit its own model: {name} has another shape.")
 
 

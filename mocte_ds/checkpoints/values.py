@@ -112,22 +112,23 @@ def size_in_bytes(value: Any) -> int:
     return sum(storages.values()) + rest
 
 
-def read_plain(path: Path, mmap: bool = False) -> Any:
+def read_plain(path: Path, mmap: bool = False, device: str = "cpu") -> Any:
     """Read a file without executing anything in it.
 
     Args:
         path: the file.
         mmap: whether tensors are read only when they are used.
+        device: `cpu`, or `meta`: nothing is read of tensors.
 
     Returns:
-        Its content; tensors are in CPU memory.
+        Its content.
 
     Raises:
         CheckpointError: the file is missing, damaged or holds more than plain values and tensors.
     """
     try:
         pickled = _pickled_bytes(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         _require_tree(content, pickled)
         return content
     except FileNotFoundError as error:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,33 @@ def write_checksums(folder: Path, tensors: Mapping[str, str]) -> None:
     files = {p.name: hash_file(p).sha256 for p in paths if p.name not in _LEFT_OUT and not p.name.endswith(_WEIGHTS)}
     sums = {"tensors": dict(tensors), "files": files}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+class SumsBeside:
+    """Hashes tensors in a thread, each while the next one is read or written; two are held at most."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+        """Checksums by name, complete when the block ends."""
+        self._thread = ThreadPoolExecutor(1, "sha256")
+        self._last: tuple[str, Future[str] | None] = ("", None)
+
+    def __enter__(self) -> "SumsBeside":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._take()
+        self._thread.shutdown()
+
+    def add(self, name: str, tensor: "Tensor") -> None:
+        """Hash a tensor that does not change any more."""
+        self._take()
+        self._last = (name, self._thread.submit(checksum, tensor))
+
+    def _take(self) -> None:
+        (name, last), self._last = self._last, ("", None)
+        if last is not None:
+            self.found[name] = last.result()
 
 
 def checksum(tensor: "Tensor") -> str:

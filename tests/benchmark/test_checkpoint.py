@@ -52,9 +52,12 @@ def test_a_small_run(tmp_path, capsys, monkeypatch) -> None:
     assert abs(parts["reshape"]["bytes"] - size) < 100_000
     # The weights, each once, and the file of the blocks' states.
     assert 2 * trained < parts["export"]["bytes"] < 2 * trained + 100_000
+    for name in ("reshape", "export"):
+        assert 0 < parts[name]["cpu_seconds"] and 0 < parts[name]["start_up_seconds"]
     beside = parts["save beside training"]
     assert 0 < beside["in_step"] < beside["seconds"] and beside["steps_beside"] >= 0 and beside["step"] > 0
     text = load("checkpoint").text(numbers)
+    assert "export: " in text and " s of processor time" in text
     assert "2 ranks, ep_size 2, bf16" in text and "save beside training" in text and "of the step" in text
 
 

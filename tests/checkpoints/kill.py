@@ -37,7 +37,7 @@ IN_STEP: dict[str, tuple[Any, str, int, bool]] = {
 }
 IN_SAVE: dict[str, tuple[Any, str, int, bool]] = {
     "DeepSpeed collects": (CheckpointFiles, "save", 1, False),
-    "inside a file": (files._Hashed, "write", 9, False),
+    "inside a file": (files.Hashed, "write", 9, False),
     "between files": (save, "write_file", 1, False),
     "hashes are told": (save, "show_text", 0, False),
     "before the manifest": (save.Manifest, "write", 0, True),

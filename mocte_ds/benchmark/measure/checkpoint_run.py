@@ -82,6 +82,25 @@ class CheckpointSizes:
         }
 
 
+class StopWatch:
+    """Seconds of what runs within it, and of the processor, threads included."""
+
+    def __init__(self) -> None:
+        self._start_up, self._started, self._worked = time.process_time(), 0.0, 0.0
+        self._times, self._cpu = list[float](), list[float]()
+
+    def __enter__(self) -> None:
+        self._started, self._worked = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *error: object) -> None:
+        self._times.append(time.perf_counter() - self._started)
+        self._cpu.append(time.process_time() - self._worked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Both, of each time; and what the process had worked before, on imports."""
+        return {"seconds": self._times, "cpu_seconds": self._cpu, "start_up_seconds": self._start_up}
+
+
 class Run:
     """An engine of one rank."""
 
@@ -154,32 +173,30 @@ def load(sizes: CheckpointSizes, folder: str) -> dict[str, Any]:
 
 def reshape_once(sizes: CheckpointSizes, folder: str) -> dict[str, Any]:
     """Bring the checkpoint to one rank: seconds and memory; for one process."""
-    root, out, times = Path(folder) / CHECKPOINTS, Path(folder) / "reshaped", []
+    root, out, watch = Path(folder) / CHECKPOINTS, Path(folder) / "reshaped", StopWatch()
     peak = Peak()
     for _ in range(sizes.repeats):
         shutil.rmtree(out, ignore_errors=True)
         forget(find_tag(root))
-        started = time.perf_counter()
-        facts = reshape(root, out, 1, 1)
-        times.append(time.perf_counter() - started)
+        with watch:
+            facts = reshape(root, out, 1, 1)
     shutil.rmtree(out)
-    return {"seconds": times, "bytes": facts["bytes"], **peak.to_dict()}
+    return {**watch.to_dict(), "bytes": facts["bytes"], **peak.to_dict()}
 
 
 def export_once(sizes: CheckpointSizes, folder: str) -> dict[str, Any]:
     """Export to Hugging Face format, compared as always: seconds and memory; for one process."""
     from transformers import LlamaForCausalLM, MixtralForCausalLM  # noqa: F401  what is imported counts before
 
-    root, out, times = Path(folder) / CHECKPOINTS, Path(folder) / "export", []
+    root, out, watch = Path(folder) / CHECKPOINTS, Path(folder) / "export", StopWatch()
     peak = Peak()
     for _ in range(sizes.repeats):
         forget(find_tag(root))
-        started = time.perf_counter()
-        facts = export(root, out, sizes.dtype)
-        times.append(time.perf_counter() - started)
+        with watch:
+            facts = export(root, out, sizes.dtype)
     shutil.rmtree(out)
     return {
-        "seconds": times,
+        **watch.to_dict(),
         "bytes": facts["checkpoint_bytes"],
         "architecture": facts["architecture"],
         **peak.to_dict(),

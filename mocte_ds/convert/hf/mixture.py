@@ -11,7 +11,7 @@ from mocte_ds.convert.hf.shards import SHARD_BYTES, Entry, Shards, write_shards
 from mocte_ds.convert.hf.tokenizer import SpecialIds
 from mocte_ds.convert.hf.trained import generation_of
 from mocte_ds.errors import CheckpointError
-from mocte_ds.ownership.checksums import checksum
+from mocte_ds.ownership.checksums import SumsBeside
 
 
 class StockMixture:
@@ -60,19 +60,24 @@ class StockMixture:
                     setattr(settings, name, number)
         config.save_pretrained(folder)
         generation.to_json_file(folder / "generation_config.json")
-        pairs, sums = {pair.theirs: pair for pair in self.pairs}, {}
+        pairs = {pair.theirs: pair for pair in self.pairs}
+        with SumsBeside() as made:
 
-        def make(name: str) -> Tensor:
-            tensor = pairs[name].tensor(source)
-            sums[name] = checksum(tensor)
-            return tensor
+            def make(name: str) -> Tensor:
+                tensor = pairs[name].tensor(source)
+                made.add(name, tensor)
+                return tensor
 
-        write_shards(folder, self._entries, make, shard_bytes)
+            write_shards(folder, self._entries, make, shard_bytes)
         written = Shards(folder)
-        for name in sums:
-            if name not in written.files or checksum(written.read(name)) != sums[name]:
+        with SumsBeside() as arrived:
+            for name in made.found:
+                if name in written.files:
+                    arrived.add(name, written.read(name))
+        for name, wanted in made.found.items():
+            if arrived.found.get(name) != wanted:
                 raise CheckpointError(f"{folder}: the weight {name} was lost or changed on its way through the file.")
-        return sum(torch.Size(pair.shape).numel() for pair in self.pairs if not pair.buffer), sums
+        return sum(torch.Size(pair.shape).numel() for pair in self.pairs if not pair.buffer), made.found
 
 
 def find_mixture(source: Source) -> StockMixture:

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mocte_ds.checkpoints.source import REMAP_BYTES
 from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import read_object
 from mocte_ds.ownership.checksums import tensor_bytes
@@ -20,6 +19,8 @@ from mocte_ds.shown import shown
 SHARD_BYTES = 2_000_000_000
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# A mapped file's pages count as used memory once they were read, until the mapping goes.
+REMAP_BYTES = 1 << 24
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from mocte_ds.base_model import make_config, make_dense, with_floats
-from mocte_ds.checkpoints.names import is_gate
 from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
 from mocte_ds.convert.hf.shards import SHARD_BYTES
 from mocte_ds.convert.hf.tokenizer import SpecialIds
@@ -189,9 +188,7 @@ def trained_model(source: Source) -> Any:
 
 def tensor_of(source: Source, name: str) -> Tensor:
     """One of our tensors as it is stored: gates, and integers, as they are, everything else in the source's dtype."""
-    tensor = source.read(name)
-    narrow = tensor.is_floating_point() and not is_gate(name)
-    return tensor.to(NARROW[source.dtype]) if narrow and source.dtype in NARROW else tensor
+    return source.rounded(name)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Holds the folder of a user's own model against what trained: every tensor, and the logits."""
 
 import contextlib
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mocte_ds.convert.hf.user_keys import class_beside
 from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import read_object
 from mocte_ds.moe.block import Block, BlockMode
-from mocte_ds.ownership.checksums import checksum
+from mocte_ds.ownership.checksums import SumsBeside
 from mocte_ds.shown import one_line
 
 COMPARED_SHAPE = (4, 64)
@@ -46,10 +45,13 @@ def compare_tensors(source: Source, target: Target, folder: Path) -> dict[str, s
         wanted = tensor_of(source, ours)
         if found[name].dtype is not wanted.dtype or not torch.equal(found[name], wanted):
             raise CheckpointError(f"{folder}: the weight {name} was lost or changed on its way through the file.")
-    del model, found
-    gc.collect()  # models of transformers contain reference cycles
+    del found
+    _let_go(model)
     shards = Shards(folder)
-    return {name: checksum(shards.read(name)) for name in shards.files}
+    with SumsBeside() as sums:
+        for name in shards.files:
+            sums.add(name, shards.read(name))
+    return sums.found
 
 
 def compare_logits(source: Source, folder: Path) -> float:
@@ -71,8 +73,7 @@ def compare_logits(source: Source, folder: Path) -> float:
         theirs = _logits(model, ids)
     except Exception as error:  # whatever a class runs into
         raise CheckpointError(f"transformers load {folder} but cannot run it: {one_line(error, 500)}") from error
-    del model
-    gc.collect()
+    _let_go(model)
     ours, decided = decided_logits(trained_model(source), ids)
     return require_close(theirs[decided], ours[decided], "logits")
 
@@ -97,6 +98,12 @@ def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
     if lost:
         raise CheckpointError(f"transformers could not load everything of {folder}: {lost}.")
     return model.eval()
+
+
+def _let_go(model: nn.Module) -> None:
+    """Free the memory of a model's tensors, which reference cycles in models of transformers would keep."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.new_empty(0)
 
 
 def _token_ids(model: Any, folder: Path) -> Tensor:
