@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mocte_ds.cli import print_all, run_cli
+from mocte_ds.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: tools/inspect_checkpoint.py DIR [--experts] [--json]; exit code 1 where a file is damaged."""
+    """Command line: tools/inspect_checkpoint.py DIR [--experts] [--features DATA [--sampling]] [--json].
+
+    Exit code 1 where a file is damaged.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="exit code: 0 whole; 1 a file is missing, damaged or unexpected; 2 no checkpoint. "
@@ -20,7 +24,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="DIR", type=Path, help="a run's checkpoints folder, or one tag in it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--experts", action="store_true", help="also: how far each bank's experts have grown apart")
+    parser.add_argument(
+        "--features",
+        metavar="DATA",
+        type=Path,
+        help="also: spectrum and clusters, by layer, of what its FFNs read and its attention gives on this prepared "
+        "data's validation text",
+    )
+    parser.add_argument(
+        "--sequences", type=int, default=2048, metavar="N", help="sequences of that text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sampling",
+        action="store_true",
+        help="with --features: how far the directions of fewer rows are from those of all, certificates and bounds",
+    )
     args = parser.parse_args(argv)
+    if args.sampling and args.features is None:
+        raise ConfigError("--sampling needs --features DATA.")
 
     from mocte_ds.checkpoints.inspection import checkpoint_facts, checkpoint_text
 
@@ -32,6 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         facts["likeness"] = expert_likeness(args.checkpoint)
         text += "\n\n" + likeness_text(facts["likeness"])
+    if args.features is not None and not problems:
+        from mocte_ds.evaluation.feature_tables import facts_text, feature_facts, sampling_facts, sampling_text
+        from mocte_ds.evaluation.features import FFN, Features, read_features
+
+        features = read_features(args.checkpoint, args.features, args.sequences)
+        facts["features"] = feature_facts(features)
+        text += "\n\n" + facts_text(facts["features"])
+        if args.sampling:
+            read = {key: rows for key, rows in features.rows.items() if key[1] == FFN}
+            facts["sampling"] = sampling_facts(Features(read, features.source, features.domains))
+            text += "\n\n" + sampling_text(facts["sampling"])
     print_all(json.dumps(facts) if args.json else text)
     if problems:
         print(f"damaged: {'; '.join(problems)}", file=sys.stderr)
