@@ -12,7 +12,7 @@ from mocte_ds.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: tools/inspect_checkpoint.py DIR [--experts] [--features DATA [--sampling]] [--json].
+    """Command line: tools/inspect_checkpoint.py DIR [--experts] [--features DATA [--sampling] [--conflict]] [--json].
 
     Exit code 1 where a file is damaged.
     """
@@ -39,9 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="with --features: how far the directions of fewer rows are from those of all, certificates and bounds",
     )
+    parser.add_argument(
+        "--conflict",
+        action="store_true",
+        help="with --features: how far the domains' gradients disagree in each dense FFN and in experts",
+    )
     args = parser.parse_args(argv)
-    if args.sampling and args.features is None:
-        raise ConfigError("--sampling needs --features DATA.")
+    if (args.sampling or args.conflict) and args.features is None:
+        raise ConfigError("--sampling and --conflict need --features DATA.")
 
     from mocte_ds.checkpoints.inspection import checkpoint_facts, checkpoint_text
 
@@ -64,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             read = {key: rows for key, rows in features.rows.items() if key[1] == FFN}
             facts["sampling"] = sampling_facts(Features(read, features.source, features.domains))
             text += "\n\n" + sampling_text(facts["sampling"])
+        if args.conflict:
+            from mocte_ds.evaluation.conflicts import conflicts_text, read_conflicts
+
+            facts["conflict"] = read_conflicts(args.checkpoint, args.features, args.sequences)
+            text += "\n\n" + conflicts_text(facts["conflict"])
     print_all(json.dumps(facts) if args.json else text)
     if problems:
         print(f"damaged: {'; '.join(problems)}", file=sys.stderr)

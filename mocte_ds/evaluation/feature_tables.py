@@ -160,8 +160,8 @@ def sampling_facts(
 
 def sampling_text(facts: Sequence[dict[str, Any]]) -> str:
     """For each feature the facts of RANK directions and of the number, from 2 on, with the largest gap."""
-    names = ("sine", "worst", "certificate", "sine_over_certificate", "deviation", "expected_deviation")
-    names += ("davis_kahan", "expected_bound", "first_order")
+    names = ["sine", "worst", "certificate", "sine_over_certificate", "deviation", "expected_deviation"]
+    names += ["davis_kahan", "expected_bound", "first_order"]
     head = ["drawn", "rows n", "sine", "largest", "certificate", "sine / certificate", "|S'-S|/|S|", "expected"]
     head += ["Davis-Kahan", "with expected", "first order"]
     sections = []

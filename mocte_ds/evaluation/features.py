@@ -14,11 +14,10 @@ from mocte_ds.data.manifest import Manifest
 from mocte_ds.errors import CheckpointError, ConfigError, DataError
 from mocte_ds.evaluation.live import load_live
 from mocte_ds.evaluation.replicas import Replicas
+from mocte_ds.evaluation.routes import BLOCK
 from mocte_ds.moe.attach import find_ffns
 
 FFN, ATTENTION = "FFN's input", "attention's output"
-_BLOCK = "MocteBlock"
-"""Name of the modules that stand for an FFN in the class around a base model."""
 _BATCH = 32
 
 
@@ -33,11 +32,44 @@ class Features:
     domains: list[str]
 
 
+class Reader:
+    """A checkpoint and validation text, each sequence once, the domains in proportion to their tokens."""
+
+    def __init__(self, checkpoint: str | Path, prepared: str | Path, sequences: int, seed: int = 0) -> None:
+        """Load both; arguments and errors as of :func:`read_features`."""
+        network, _ = load_live(Path(checkpoint), None, Replicas.of(1))
+        text = network.config.get_text_config()
+        self.context, manifest = int(text.max_position_embeddings), Manifest.read(prepared)
+        if manifest.vocab_size > text.vocab_size:
+            raise CheckpointError(
+                f"{prepared} has a vocabulary of {manifest.vocab_size} tokens and the model only {text.vocab_size}: it "
+                "was prepared for another one."
+            )
+        tokens = [facts["validation"]["tokens"] for facts in manifest.domains.values()]
+        there = sum(max(0, count - 1) // self.context for count in tokens)
+        if not 2 <= sequences <= there:
+            raise DataError(
+                f"{sequences} sequences: {prepared} has {there} of {self.context} tokens for validation; take 2 or "
+                "more of them."
+            )
+        self.size = next(n for n in range(min(_BATCH, sequences), 0, -1) if sequences % n == 0)
+        self._count = sequences // self.size
+        self._loader = BlendedLoader(prepared, "validation", self.context, self.size, 0, 1, self.size, seed)
+        self.domains = self._loader.domains
+        self._device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        self.network = network.to(self._device)
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """input_ids, labels (B, T) and domain (B,) of all sequences, on the model's device."""
+        for _, batch in zip(range(self._count), self._loader, strict=False):
+            yield {name: value.to(self._device) for name, value in batch.items()}
+
+
 @torch.no_grad()
 def read_features(
     checkpoint: str | Path, prepared: str | Path, sequences: int, attention: bool = True, seed: int = 0
 ) -> Features:
-    """Run a checkpoint over validation text, each sequence once, the domains in proportion to their tokens.
+    """Run a checkpoint over validation text.
 
     Args:
         checkpoint: a run's folder of checkpoints (its latest is taken), or the folder of one.
@@ -47,56 +79,47 @@ def read_features(
         seed: of the order of the text.
 
     Raises:
-        CheckpointError: no checkpoint, or one that is damaged or has another vocabulary than the data.
+        CheckpointError: no checkpoint, or one that is damaged or has a smaller vocabulary than the data.
         DataError: no prepared data, or less validation text than that.
         ConfigError: the model has no FFN that is known by its shape.
     """
-    network, _ = load_live(Path(checkpoint), None, Replicas.of(1))
-    text = network.config.get_text_config()
-    context, manifest = int(text.max_position_embeddings), Manifest.read(prepared)
-    if manifest.vocab_size > text.vocab_size:
-        raise CheckpointError(
-            f"{prepared} has a vocabulary of {manifest.vocab_size} tokens and the model only {text.vocab_size}: it was "
-            "prepared for another one."
-        )
-    there = sum(max(0, facts["validation"]["tokens"] - 1) // context for facts in manifest.domains.values())
-    if not 2 <= sequences <= there:
-        raise DataError(
-            f"{sequences} sequences: {prepared} has {there} of {context} tokens for validation; take 2 or more of them."
-        )
-    size = next(n for n in range(min(_BATCH, sequences), 0, -1) if sequences % n == 0)
-    loader = BlendedLoader(prepared, "validation", context, size, 0, 1, size, seed)
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    network = network.to(device)
-    sites = _sites(network, attention)
+    reader = Reader(checkpoint, prepared, sequences, seed)
+    paths = {key: path for key, path in ffn_sites(reader.network).items() if attention or key[1] == FFN}
+    sites = {key: reader.network.get_submodule(path) for key, path in paths.items()}
     found: dict[tuple[str, str], Tensor] = {}
     source = []
     with _listening(sites) as heard:
-        for number, batch in zip(range(sequences // size), loader, strict=False):
-            network(input_ids=batch["input_ids"].to(device), use_cache=False)
+        for number, batch in enumerate(reader.batches()):
+            reader.network(input_ids=batch["input_ids"], use_cache=False)
             for key, rows in heard.items():
                 if key not in found:
-                    found[key] = torch.empty(sequences, context, rows.shape[-1])
-                found[key][number * size : (number + 1) * size] = rows
-            source.append(batch["domain"])
-    return Features(found, torch.cat(source), loader.domains)
+                    found[key] = torch.empty(sequences, reader.context, rows.shape[-1])
+                found[key][number * reader.size : (number + 1) * reader.size] = rows
+            source.append(batch["domain"].cpu())
+    return Features(found, torch.cat(source), reader.domains)
 
 
-def _sites(network: nn.Module, attention: bool) -> dict[tuple[str, str], nn.Module]:
-    """The modules that are listened to."""
-    blocks = [name for name, module in network.named_modules() if type(module).__name__ == _BLOCK]
+def ffn_sites(network: nn.Module) -> dict[tuple[str, str], str]:
+    """Paths of what stands for each FFN, by its name and FFN, and of the attention beside it, by ATTENTION.
+
+    Raises:
+        ConfigError: there is no FFN.
+    """
+    blocks = [name for name, module in network.named_modules() if type(module).__name__ == BLOCK]
     dense: list[str] = []
-    with contextlib.suppress(ConfigError if blocks else ()):
+    try:
         dense = [name for name in find_ffns(network) if not any(name.startswith(f"{block}.") for block in blocks)]
+    except ConfigError:
+        if not blocks:
+            raise
     wanted = {*blocks, *dense}
-    sites: dict[tuple[str, str], nn.Module] = {}
-    for name in [name for name, _ in network.named_modules() if name in wanted]:
-        shown = name.removeprefix("base.")
-        sites[shown, FFN] = network.get_submodule(name)
-        layer = network.get_submodule(name.rpartition(".")[0])
-        near = [child for child in layer.children() if "attention" in type(child).__name__.lower()]
-        if attention and near:
-            sites[shown, ATTENTION] = near[0]
+    sites: dict[tuple[str, str], str] = {}
+    for path in [path for path, _ in network.named_modules() if path in wanted]:
+        name, layer = path.removeprefix("base."), path.rpartition(".")[0]
+        sites[name, FFN] = path
+        for child, module in network.get_submodule(layer).named_children():
+            if "attention" in type(module).__name__.lower():
+                sites.setdefault((name, ATTENTION), f"{layer}.{child}")
     return sites
 
 

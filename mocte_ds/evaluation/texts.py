@@ -1,4 +1,4 @@
-"""How well a model predicts texts: bits per byte of each domain, the loss by place in the context, and calibration."""
+"""How well a model predicts texts: bits per byte by domain, loss by place, calibration, and which experts read them."""
 
 import itertools
 import math
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mocte_ds.data import read_corpus
 from mocte_ds.dist.collectives import sum_over_ranks
+from mocte_ds.evaluation.routes import banks, routes
+from mocte_ds.text_table import brief
 
 Windows = Iterator[tuple[list[int], list[int]]]
 
@@ -56,14 +58,16 @@ def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: in
         {"first", "last", "tokens", "nats_per_token"}, and of the likeliest token at each place "accuracy",
         "by_probability": for each of LEVELS bins that has tokens {"tokens", "probability", "accuracy"} (means), and
         "calibration_error": the mean of |accuracy - probability| over bins, weighted by tokens (Guo et al., 2017,
-        equation 3).
+        equation 3); of a model with blocks of experts "load": by bank the share of the choices that each expert got.
     """
     names = sorted(domains)
     bins = max(1, model.max_length).bit_length() + 1
     sums = torch.zeros(len(names), bins, dtype=torch.float64)
     counts, sizes = torch.zeros(len(names), bins, dtype=torch.int64), torch.zeros(len(names), 2, dtype=torch.int64)
     levels = torch.zeros(len(names), LEVELS, 3, dtype=torch.float64)
-    replicas = model.replicas
+    replicas, network = model.replicas, getattr(model, "model", None)
+    held = {} if network is None else banks(network)
+    loads = {bank: torch.zeros(len(names), len(part.experts), dtype=torch.int64) for bank, part in held.items()}
     for row, name in enumerate(names):
         mine = itertools.islice(domains[name], replicas.number, None, replicas.count)
         windows: list[tuple[list[int], list[int]]] = []
@@ -74,16 +78,25 @@ def score_texts(model: Any, domains: Mapping[str, Iterable[str]], batch_size: in
                 model.tok_encode(text, add_special_tokens=False), model.prefix_token_id, model.max_length
             )
             while len(windows) >= batch_size:
-                _add(model, windows[:batch_size], sums[row], counts[row], levels[row])
+                _add(model, windows[:batch_size], sums[row], counts[row], levels[row], _of_row(loads, row))
                 del windows[:batch_size]
         if windows:
-            _add(model, windows, sums[row], counts[row], levels[row])
+            _add(model, windows, sums[row], counts[row], levels[row], _of_row(loads, row))
     if replicas.place != 0:  # the ranks of a replica have seen the same texts
-        for seen in (sums, counts, levels):
+        for seen in (sums, counts, levels, *loads.values()):
             seen.zero_()
     sums, counts, levels, sizes = (sum_over_ranks(t, replicas.world) for t in (sums, counts, levels, sizes))
+    loads = {bank: sum_over_ranks(load, replicas.world) for bank, load in loads.items()}
     return {
-        name: {**_facts(sums[i], counts[i], sizes[i], model.max_length), **_calibration(levels[i])}
+        name: {
+            **_facts(sums[i], counts[i], sizes[i], model.max_length),
+            **_calibration(levels[i]),
+            **(
+                {"load": {bank: (load[i] / load[i].sum().clamp(min=1)).tolist() for bank, load in loads.items()}}
+                if loads
+                else {}
+            ),
+        }
         for i, name in enumerate(names)
         if sizes[i, 0]
     }
@@ -96,9 +109,20 @@ def _windows(ids: list[int], begin: int, length: int) -> Windows:
         yield before[start : start + length], ids[start : start + length]
 
 
+def _of_row(loads: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {bank: load[row] for bank, load in loads.items()}
+
+
 @torch.no_grad()
-def _add(model: Any, windows: list[tuple[list[int], list[int]]], sums: Tensor, counts: Tensor, levels: Tensor) -> None:
-    """Add the losses of some windows to the bins of their places, and the likeliest tokens to those of probability."""
+def _add(
+    model: Any,
+    windows: list[tuple[list[int], list[int]]],
+    sums: Tensor,
+    counts: Tensor,
+    levels: Tensor,
+    loads: Mapping[str, Tensor],
+) -> None:
+    """Add some windows' losses to the bins of their places, likeliest tokens to those of probability, and loads."""
     longest = max(len(inputs) for inputs, _ in windows)
     inputs = torch.zeros(len(windows), longest, dtype=torch.int64)
     labels = torch.full_like(inputs, -100)
@@ -106,7 +130,10 @@ def _add(model: Any, windows: list[tuple[list[int], list[int]]], sums: Tensor, c
         inputs[row, : len(before)], labels[row, : len(after)] = torch.tensor(before), torch.tensor(after)
     # Padding stands after the texts, where causal attention and routing do not look.
     real = (labels != -100).flatten()
-    logits = model._model_call(inputs.to(model.device)).flatten(0, 1)[real.to(model.device)].float()
+    with routes(model.model if loads else nn.Module()) as chosen:
+        logits = model._model_call(inputs.to(model.device)).flatten(0, 1)[real.to(model.device)].float()
+    for bank, load in loads.items():
+        load += torch.bincount(chosen[bank].cpu()[real].flatten(), minlength=len(load))
     after = labels.flatten()[real].to(logits.device)
     losses = F.cross_entropy(logits, after, reduction="none").double().cpu()
     bins = _bin(torch.arange(longest)).expand_as(labels).flatten()[real]
@@ -156,14 +183,21 @@ def _calibration(levels: Tensor) -> dict[str, Any]:
     return {"accuracy": right / tokens, "by_probability": bins, "calibration_error": error}
 
 
+def largest_load(load: Mapping[str, list[float]]) -> float:
+    """The busiest expert's share over an even one, mean over the banks."""
+    return sum(len(shares) * max(shares) for shares in load.values()) / len(load)
+
+
 def texts_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Domains as lines to read, and the loss by place over all of them."""
     wide = max([len(name) for name in found] + [12]) + 2
     head = f"{'domain':<{wide}}{'documents':>10}{'bytes':>12}{'bits/byte':>11}{'nats/token':>12}"
-    lines = [head + f"{'accuracy':>10}{'calib. error':>14}"]
+    routed = any("load" in facts for facts in found.values())
+    lines = [head + f"{'accuracy':>10}{'calib. error':>14}" + (f"{'largest load':>14}" if routed else "")]
     for name, facts in found.items():
         numbers = f"{facts['bits_per_byte']:>11.4f}{facts['nats_per_token']:>12.4f}"
         numbers += f"{facts['accuracy']:>10.4f}{facts['calibration_error']:>14.4f}"
+        numbers += f"{brief(largest_load(facts['load'])):>14}" if routed else ""
         lines.append(f"{name:<{wide}}{facts['documents']:>10,}{facts['bytes']:>12,}{numbers}")
     places: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for facts in found.values():

@@ -7,39 +7,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from mocte_ds.data import prepare, train_tokenizer
 from mocte_ds.errors import CheckpointError, DataError
 from mocte_ds.evaluation import features as module
 from mocte_ds.evaluation.feature_tables import facts_text, feature_facts, sampling_facts, sampling_text
 from mocte_ds.evaluation.features import ATTENTION, FFN, Features, read_features
-
-CONTEXT, WIDTH = 8, 16
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two domains."""
-    out = tmp_path_factory.mktemp("features")
-    texts = {name: [f"{name} {n} and {n * n} of {n % 7}\n" for n in range(120)] for name in ("apples", "stones")}
-    (out / "corpus").mkdir()
-    for name, found in texts.items():
-        (out / "corpus" / f"{name}.txt").write_text("\n".join(found))
-    tokenizer = train_tokenizer(texts, out / "own.model", 290)
-    prepare(out / "corpus", out / "data", tokenizer, 0.5, workers=1, progress=False)
-    return out / "data"
-
-
-@pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Stands for the model of a checkpoint."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 290, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.5, max_position_embeddings=CONTEXT)
-    made = LlamaForCausalLM(config).eval()
-    monkeypatch.setattr(module, "load_live", lambda *_: (made, None))
-    return made
+from tests.evaluation.conftest import CONTEXT
 
 
 def test_features_are_those_of_the_decoder(network: Any, prepared: Path) -> None:

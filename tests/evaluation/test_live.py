@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mocte_ds.convert.hf.export import export
-from mocte_ds.data import train_tokenizer
+from mocte_ds.data import prepare, train_tokenizer
+from mocte_ds.data.loader import BlendedLoader
 from mocte_ds.errors import CheckpointError, ConfigError
-from mocte_ds.evaluation import evaluate
+from mocte_ds.evaluation import conflicts, evaluate
+from mocte_ds.evaluation.features import ATTENTION, FFN, read_features
+from mocte_ds.evaluation.live import load_live
 from mocte_ds.evaluation.replicas import Replicas
 from tests.evaluation import live_runs
 from tests.spawn import spawn
@@ -47,6 +52,49 @@ def test_answers_are_those_of_the_exported_folder(name: str, written: tuple[Path
     ):
         same(spread, wanted)
         assert 2 * held == whole, f"rank {place} holds more than its experts"
+
+
+def test_experts_are_found_in_a_checkpoint(
+    written: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loads of texts, features and conflict of the class around a GPT-2, against hooks on its experts and norms."""
+    folder, tokenizer = written[0] / "gpt2", written[1]
+    (tmp_path / "corpus").mkdir()
+    texts = {"few": live_runs.TEXTS, "more": [f"{text} {n}" for n in range(60) for text in live_runs.TEXTS]}
+    for name, lines in texts.items():
+        (tmp_path / "corpus" / f"{name}.txt").write_text("\n\n".join(lines))
+    loads = evaluate(folder, [], limit=2, batch_size=4, texts=tmp_path / "corpus")["texts"]["few"]["load"]
+    network, hf = load_live(folder, None, Replicas.of(1))
+    read: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        return lambda _module, args: read.update({name: read.get(name, 0) + len(args[0])})
+
+    for name, module in network.named_modules():
+        if re.fullmatch(r"base\..*\.banks\.0\.experts\.\d", name):
+            module.register_forward_pre_hook(count(name))
+    for text in texts["few"][:2]:
+        ids = [hf.bos_token_id, *hf(text, add_special_tokens=False)["input_ids"]][:-1]
+        assert 3 < len(ids) <= 48, "one window"
+        network(input_ids=torch.tensor([ids]))
+    assert list(loads) == [f"transformer.h.{n}.mlp.banks.0" for n in range(2)]
+    for name, shares in loads.items():
+        mine = [read.get(f"base.{name}.experts.{k}", 0) for k in range(len(shares))]
+        assert shares == pytest.approx([n / sum(mine) for n in mine]) and sum(n > 0 for n in mine) > 1
+
+    (tmp_path / "corpus" / "few.txt").unlink()
+    prepare(tmp_path / "corpus", tmp_path / "data", tokenizer, 0.5, workers=1, progress=False)
+    rows = read_features(folder, tmp_path / "data", 8).rows
+    assert set(rows) == {(f"transformer.h.{n}.mlp", kind) for n in range(2) for kind in (FFN, ATTENTION)}
+    normed: list[torch.Tensor] = []
+    network.base.transformer.h[1].ln_2.register_forward_hook(lambda _m, _a, output: normed.append(output.detach()))
+    batch = next(iter(BlendedLoader(tmp_path / "data", "validation", 48, 8, 0, 1, 8)))
+    network(input_ids=batch["input_ids"])
+    assert torch.allclose(rows["transformer.h.1.mlp", FFN], normed[0], atol=1e-5)
+    monkeypatch.setattr(conflicts, "ROWS", 8)
+    found = conflicts.read_conflicts(folder, tmp_path / "data", 8)
+    assert [fact["module"] for fact in found] == list(loads) and all(fact["tokens"] == 8 * 48 for fact in found)
+    assert all(fact["experts"] == len(loads[fact["module"]]) and fact["kappa"] >= 1 / 8 for fact in found)
 
 
 def same(found: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
