@@ -84,11 +84,9 @@ def stack_over_ranks(t: Tensor, axis: Axis) -> Tensor:
     Returns:
         (ranks, ...) on ``t``'s device, in the order of the ranks, the same on every rank.
     """
-    if axis.size == 1:
-        return t.detach()[None]
-    own = t.detach().to(wire_device(t.device, axis)).contiguous().reshape(-1)
-    parts = _gather_equal(own.view(torch.uint8), axis)  # bytes, as in gather_rows
-    return torch.stack([part.view(t.dtype).reshape(t.shape) for part in parts]).to(t.device)
+    own = t.detach().contiguous().reshape(-1)
+    parts = gather_equal(own.view(torch.uint8), axis)  # bytes, as in gather_rows
+    return torch.stack([part.view(t.dtype).reshape(t.shape) for part in parts])
 
 
 def gather_objects(obj: Any, axis: Axis) -> list[Any]:
