@@ -51,6 +51,11 @@ def require_supported(settings: dict[str, Any], model: nn.Module | None, optimiz
         raise ConfigError("mocte_ds.initialize needs model=.")
     if isinstance(model, deepspeed.PipelineModule):
         raise ConfigError("pipeline modules are not supported; hand over the plain model.")
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError(
+            "torch.compile(model) gives the weights other names, which checkpoints and exports would have; hand over "
+            "the model itself, and compile in place: model.compile() before, or engine.compile() after initialize."
+        )
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ConfigError(

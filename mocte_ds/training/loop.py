@@ -64,7 +64,7 @@ class Trainer:
         seed_everything(t.seed)
         draws, dtype = init is None and start.checkpoints is None, type_of_weights(settings)
         model = make_model(self.run.model, start.manifest.eod_id, draws, dtype)
-        self.forward = Forward(model, start.manifest.eod_id if self.run.data.document_mask else None)
+        self.forward = Forward(model, start.manifest.eod_id if self.run.data.document_mask else None, t.compile)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.sizes = model_sizes(model, matching_modules(model, self.config.modules) if self.config else ())
         peak, ranks = device_peak(self.run.watch.peak_tflops, settings), mesh_of_processes().world.size
@@ -75,7 +75,7 @@ class Trainer:
         board = settings.get("tensorboard") or {}
         if self.rank == 0 and board.get("enabled") and board.get("output_path") == str(self.out / "tensorboard"):
             expect_board(self.out)
-        self.engine = make_engine(model, settings)
+        self.engine = make_engine(model, settings, t.compile)
         self.mesh = self.engine.mesh
         if init and self.config:
             init.begin(self.engine.mocte)

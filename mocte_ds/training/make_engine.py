@@ -13,6 +13,7 @@ from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.engine import initialize
 from mocte_ds.errors import ConfigError
 from mocte_ds.rotary_tables import kept_in_fp32
+from mocte_ds.training.compiled import compile_regions
 
 
 def seed_everything(seed: int) -> None:
@@ -22,8 +23,21 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def make_engine(model: nn.Module, settings: dict[str, Any]) -> Any:
-    """An engine with blocks, or DeepSpeed's own for a dense run; `engine.mesh` tells of its ranks."""
+def make_engine(model: nn.Module, settings: dict[str, Any], compiled: bool = False) -> Any:
+    """An engine with blocks, or DeepSpeed's own for a dense run; `engine.mesh` tells of its ranks.
+
+    Args:
+        model: from :func:`mocte_ds.training.model.make_model`; changed in place.
+        settings: the complete DeepSpeed config.
+        compiled: whether to compile what lies around the blocks, see :func:`compile_regions`.
+    """
+    engine = _engine(model, settings)
+    if compiled:
+        compile_regions(model)
+    return engine
+
+
+def _engine(model: nn.Module, settings: dict[str, Any]) -> Any:
     if "mocte" in settings:
         return initialize(model=model, config=settings)[0]
     if tensor_ranks(settings) > 1:

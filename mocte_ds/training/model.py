@@ -175,19 +175,21 @@ def make_model(
 class Forward:
     """How the model of a run is called, and its loss."""
 
-    def __init__(self, model: nn.Module, document_end: int | None) -> None:
+    def __init__(self, model: nn.Module, document_end: int | None, compiled: bool = False) -> None:
         """Prepare calls.
 
         Args:
             model: from :func:`make_model`.
             document_end: id of the token that ends a document: then tokens see only their own document, and positions
                 count from its start. None: attention goes over the borders of packed documents.
+            compiled: whether torch.compile makes a kernel of the loss, which then holds no logits in fp32.
 
         Raises:
             ConfigError: the model cannot be called, tokens see later ones, or attention does go over the borders.
         """
         self._end = document_end
         self._even_loads = float(getattr(model.config, "router_aux_loss_coef", None) or 0.0)
+        self._cross_entropy = torch.compile(_cross_entropy) if compiled else _cross_entropy
         self._require_causal(model)
 
     def inputs(self, input_ids: Tensor) -> dict[str, Any]:
@@ -206,7 +208,7 @@ class Forward:
             labels: (B, T) int64: the token after each position, -100 where there is none.
         """
         logits = logits_of(output)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=-100)
+        loss = self._cross_entropy(logits, labels.to(logits.device))
         extra = getattr(output, "aux_loss", None)  # there with output_router_logits
         return loss if extra is None else loss + self._even_loads * extra.to(loss.device)
 
@@ -235,6 +237,10 @@ class Forward:
                 f"data.document_mask: in {name} tokens of a document see the one before it also where positions start "
                 "again; set it to false."
             )
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -25,7 +25,7 @@ from mocte_ds.training.schedule import warmup_cosine
 from mocte_ds.training.watch_section import WatchSection
 
 # Changing these does not change what is learned.
-FREE_TRAINING_KEYS = ("micro_batch", "checkpoint_every", "keep_checkpoints")
+FREE_TRAINING_KEYS = ("compile", "micro_batch", "checkpoint_every", "keep_checkpoints")
 OF_THE_RUN = ("activation_checkpointing", "bigram")
 """Keys of `model` that are not of the config of transformers."""
 
@@ -82,6 +82,10 @@ class TrainingSection:
     """Steps between checkpoints. 0: a tenth of the steps."""
     keep_checkpoints: Count = 2
     """Number of newest checkpoints that stay on the disk."""
+    compile: bool = False
+    """Whether torch.compile makes kernels of attention, norms, dense FFNs and the loss, which then holds no logits in
+    fp32: a faster step and less memory, after a longer first step (docs/pretraining.md). Blocks' experts stay as they
+    are. Not with ZeRO stage 3 or tensor parallelism."""
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2:
@@ -125,6 +129,8 @@ class RunConfig:
                 f"training.context = {self.context} is longer than the model's longest context, "
                 f"{self.model.max_positions} (max_position_embeddings of most models)."
             )
+        if self.training.compile:
+            _require_whole_matrices(self.deepspeed)
         if "mocte" in self.deepspeed:
             if self.model.bigram is not None:
                 raise ConfigError(
@@ -311,6 +317,15 @@ def _deepspeed(section: Any) -> dict[str, Any]:
         raise ConfigError(f"deepspeed = {shown(section)} must be a DeepSpeed config or the path of one (JSON).")
     # `--set deepspeed.mocte=null`, the dense twin of a run, leaves the block out.
     return checked_settings(section, "deepspeed")
+
+
+def _require_whole_matrices(settings: dict[str, Any]) -> None:
+    """Refuse to compile what gathers weights or exchanges outputs inside of a region."""
+    stage = (settings.get("zero_optimization") or {}).get("stage", 0)
+    cut = {"zero_optimization.stage = 3": stage == 3, "tensor_parallel.autotp_size": tensor_ranks(settings) > 1}
+    for name, there in cut.items():
+        if there:
+            raise ConfigError(f"training.compile does not work with deepspeed.{name}; set one of them otherwise.")
 
 
 def _complete(section: dict[str, Any], derived: dict[str, Any], where: str) -> None:

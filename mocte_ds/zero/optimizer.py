@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mocte_ds.dist.collectives import gather_rows
 from mocte_ds.dist.mesh import Axis
 from mocte_ds.watch import phase
-from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState
+from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState, placed_scalar
 
 
 class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
@@ -111,7 +111,7 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
         state = {}
         for name, example in born[parameters[0]].items():
             if not torch.is_tensor(example) or example.shape != parameters[0].shape:
-                state[name] = example.clone() if torch.is_tensor(example) else example
+                state[name] = placed_scalar(example, self.optimizer.param_groups[number], master.device)
                 continue
             whole = torch.zeros(size, dtype=torch.float32, device=master.device)
             for parameter, offset in zip(parameters, self.round_robin_bit16_offsets[number], strict=True):

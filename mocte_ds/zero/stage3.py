@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mocte_ds.dist.collectives import gather_rows, max_over_ranks
 from mocte_ds.dist.mesh import Axis
-from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState
+from mocte_ds.zero.unit_optimizer import UnitOptimizer, UnitState, placed_scalar
 
 _PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
 
@@ -171,7 +171,7 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
             state = {
                 name: torch.cat([part[name] for part in parts]).to(master.device)
                 if torch.is_tensor(example) and example.dim() == 1
-                else example
+                else placed_scalar(example, self.optimizer.param_groups[number], master.device)
                 for name, example in parts[0].items()
             }
             master.data.copy_(state.pop("master"))

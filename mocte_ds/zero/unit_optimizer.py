@@ -279,6 +279,19 @@ class UnitOptimizer(ZeROOptimizer):
         return self._expert_bucket() if is_moe_param(parameter) else contextlib.nullcontext()
 
 
+def placed_scalar(value: Any, group: dict[str, Any], device: torch.device) -> Any:
+    """A copy of a part of the state that is no moment, such as AdamW's step, where the optimizer wants it.
+
+    Args:
+        value: it may come from a checkpoint, and so from a CPU.
+        group: a fused optimizer, or one for CUDA graphs, reads it where the weights are; others on any device.
+        device: of the master weights.
+    """
+    if not torch.is_tensor(value):
+        return value
+    return value.to(device, copy=True) if group.get("fused") or group.get("capturable") else value.clone()
+
+
 def _key(group: dict[str, Any]) -> tuple[str, int]:
     return group["unit"], group["options"]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from mocte_ds.engine import initialize
@@ -52,3 +53,8 @@ def test_files(tmp_path: Path, told: str) -> None:
 def test_values(changes: dict[Any, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         initialize(model=nn.Linear(1, 1), config={**CONFIG, **changes})
+
+
+def test_a_model_with_other_names_of_weights() -> None:
+    with pytest.raises(ConfigError, match=r"hand over the model itself, and compile in place: model.compile\(\)"):
+        initialize(model=torch.compile(nn.Sequential(nn.Linear(1, 1))), config=CONFIG)

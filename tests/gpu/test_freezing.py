@@ -19,6 +19,7 @@ REPLAYS = [
     Case(1, 1, 1, 2000, overlap=True, bf16=True, schedule="torch", record=True),
     Case(1, 1, 2, 700, offload=True, bf16=True, overlap=True, record=True),
     Case(1, 1, 2, 700, optimizer="fused", bf16=True, record=True),
+    Case(1, 1, 2, 700, optimizer="torch-fused", bf16=True, record=True),
     Case(1, 1, 1, 700, optimizer="cpu", offload=True, bf16=True, record=True),
 ]
 
@@ -55,7 +56,9 @@ def test_optimizer_is_adamw_over_the_trainable_units(case: Case) -> None:
         assert torch.equal(result["weights"][name], master.to(torch.bfloat16)), name
 
 
-@pytest.mark.parametrize("case", [Case(1, 1, 2, bf16=True, overlap=True), Case(1, 1, 1, offload=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(1, 1, 2, bf16=True, overlap=True, optimizer="torch-fused"), Case(1, 1, 1, offload=True)], ids=str
+)
 def test_resume_is_bitwise(case: Case, tmp_path: Path) -> None:
     expected, found = on_gpu(whole, case, str(tmp_path)), on_gpu(resumed, case, str(tmp_path))
     for stop, run in zip(STOPS, found, strict=True):

@@ -42,7 +42,7 @@ class Case:
     sums: bool = False
     """Gradients of micro-batches are added up in fp32."""
     optimizer: str = "torch"
-    """`torch` (AdamW), `fused` or `cpu`: DeepSpeed's."""
+    """`torch` (AdamW), `torch-fused` (the same in one kernel), `fused` or `cpu`: DeepSpeed's."""
     schedule: str = "none"
     """Of the learning rate: `none`, `torch` (LambdaLR) or `deepspeed` (WarmupDecayLR)."""
     recompute: str = ""
@@ -146,7 +146,9 @@ def config(case: Case) -> dict[str, Any]:
     settings["mocte"]["router"] = {"kind": "token"}
     if case.sums:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    settings["optimizer"]["params"]["torch_adam"] = case.optimizer == "torch"
+    settings["optimizer"]["params"]["torch_adam"] = case.optimizer.startswith("torch")
+    if case.optimizer == "torch-fused":
+        settings["optimizer"]["params"]["fused"] = True
     if case.schedule == "deepspeed":
         times = {"total_num_steps": STEPS, "warmup_num_steps": 4, "warmup_type": "linear"}
         rates = {"warmup_min_lr": 0.0, "warmup_max_lr": LEARNING_RATE}

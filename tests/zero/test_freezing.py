@@ -34,6 +34,7 @@ REPLAYS = [
     Case(2, 1, 2, MATRIX - 84, offload=True, optimizer="cpu", schedule="deepspeed"),
     Case(2, 2, 2, 700, optimizer="fused", bf16=True),
     Case(2, 1, 1, 2000, optimizer="fused", overlap=True, schedule="torch"),
+    Case(2, 2, 1, 700, optimizer="torch-fused", overlap=True, schedule="torch"),
 ]
 
 

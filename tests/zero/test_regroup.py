@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocte_ds.errors import ConfigError
-from mocte_ds.zero.unit_optimizer import _source
+from mocte_ds.zero.unit_optimizer import _source, placed_scalar
 from tests.spawn import spawn
 from tests.zero.small_run import Case, Net, act, config, global_step
 
@@ -151,3 +151,12 @@ def test_a_router_that_enters_follows_the_rate_of_its_ffn() -> None:
     old = [{"options": 0}, {"options": 1}]
     assert _source({"options": 2, "like": 1}, old) == 1
     assert _source({"options": 1, "like": 0}, old) == 1 and _source({"options": 2, "like": 5}, old) == 0
+
+
+@pytest.mark.parametrize("group", [{"fused": True}, {"capturable": True}, {"fused": None}, {}], ids=str)
+def test_steps_from_a_checkpoint_go_where_the_optimizer_reads_them(group: dict[str, Any]) -> None:
+    """ "meta" stands for a GPU: checkpoints are read to a CPU, where AdamW's fused kernel would not find its step."""
+    step = torch.tensor(7.0)
+    placed = placed_scalar(step, group, torch.device("meta"))
+    assert placed.device.type == ("meta" if any(group.values()) else "cpu")
+    assert placed is not step and placed_scalar(3, group, torch.device("meta")) == 3

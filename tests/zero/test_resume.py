@@ -62,7 +62,11 @@ def resumed(case: Case, folder: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(2, 2, 2, schedule="deepspeed"), Case(2, 1, 1, bf16=True, schedule="deepspeed"), Case(2, 2, 1, offload=True)],
+    [
+        Case(2, 2, 2, schedule="deepspeed"),
+        Case(2, 1, 1, bf16=True, schedule="deepspeed", optimizer="torch-fused"),
+        Case(2, 2, 1, offload=True),
+    ],
     ids=str,
 )
 def test_resume_is_bitwise(case: Case, tmp_path: Path) -> None:

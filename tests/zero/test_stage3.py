@@ -24,7 +24,7 @@ TRAJECTORIES = [
     Case(2, 1, 3, MATRIX - 84, overlap=True, schedule="deepspeed", persist=30, live=400, parts=200),
     Case(2, 2, 3, 500_000_000, offload=True, recompute="reentrant"),
     Case(4, 2, 3, 700, overlap=True, recompute="plain", schedule="torch", live=400),
-    Case(4, 4, 3, 2000, persist=30),
+    Case(4, 4, 3, 2000, persist=30, optimizer="torch-fused"),
 ]
 
 
