@@ -1,4 +1,4 @@
-"""First weights in the type that a run computes in: never more than a layer of them in fp32."""
+"""First weights in the type that a run computes in: never more than a layer, or a matrix outside, of them in fp32."""
 
 import contextlib
 import functools
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from mocte_ds.layers import around_layers, layers_of
+
 
 @contextlib.contextmanager
 def narrow_weights(dtype: torch.dtype, finish: Callable[[nn.Module, Any], object]) -> Iterator[None]:
@@ -16,7 +18,8 @@ def narrow_weights(dtype: torch.dtype, finish: Callable[[nn.Module, Any], object
 
     A model of 7 billion weights that is drawn in fp32 and rounded afterwards takes 27 GB on every rank, and 14 GB like
     this. Numbers drawn in bf16 would be others, so a constructor draws in fp32 and its module is rounded as soon as it
-    belongs to another; what transformers then draw over it is rounded at the end of each layer.
+    belongs to another; what transformers then draw over it is rounded at the end of each layer, and outside of layers
+    at the end of each module's turn.
 
     Args:
         dtype: of every floating-point parameter at the end; buffers stay.
@@ -26,11 +29,13 @@ def narrow_weights(dtype: torch.dtype, finish: Callable[[nn.Module, Any], object
 
     draw = PreTrainedModel._initialize_weights
     layers: dict[int, set[nn.Module]] = {}
+    inside: dict[int, set[nn.Module]] = {}
 
     @functools.wraps(draw)
     def in_layers(model: Any, module: nn.Module, *rest: Any) -> None:
         if id(model) not in layers:
-            layers[id(model)] = _layers(model)
+            layers[id(model)] = layers_of(model)
+            inside[id(model)] = {part for layer in layers[id(model)] for part in layer.modules()}
         # Classes draw weights of a module, or of its children, when its turn comes.
         for part in (module, *module.children()):
             cast_parameters(part, torch.float32, recurse=False)
@@ -38,6 +43,9 @@ def narrow_weights(dtype: torch.dtype, finish: Callable[[nn.Module, Any], object
         if module in layers[id(model)]:
             finish(module, model.config)
             cast_parameters(module, dtype)
+        elif module not in inside[id(model)]:
+            for part in (module, *module.children()):
+                cast_parameters(part, dtype, recurse=False)
 
     hook = register_module_module_registration_hook(lambda _owner, _name, module: _rounded(module, dtype))
     PreTrainedModel._initialize_weights = in_layers
@@ -55,18 +63,17 @@ def computed_in_fp32(model: nn.Module) -> Iterator[None]:
     Args:
         model: of one floating-point type, which its parameters have again at the end.
     """
-    dtype, layers = next(model.parameters()).dtype, _layers(model)
-    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    dtype = next(model.parameters()).dtype
+    in_layers = {id(parameter) for layer in layers_of(model) for parameter in layer.parameters()}
     others = [part for part in model.modules() if not any(id(p) in in_layers for p in part.parameters(recurse=False))]
-    hooks = [layer.register_forward_pre_hook(lambda part, _: cast_parameters(part, torch.float32)) for layer in layers]
-    hooks += [layer.register_forward_hook(lambda part, *_: cast_parameters(part, dtype)) for layer in layers]
     for part in others:
         cast_parameters(part, torch.float32, recurse=False)
     try:
-        yield
+        with around_layers(
+            model, lambda layer: cast_parameters(layer, torch.float32), lambda layer: cast_parameters(layer, dtype)
+        ):
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
         cast_parameters(model, dtype)
 
 
@@ -80,10 +87,3 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype, recurse: bool = True)
 def _rounded(module: nn.Module | None, dtype: torch.dtype) -> None:
     if module is not None:
         cast_parameters(module, dtype)
-
-
-def _layers(model: nn.Module) -> set[nn.Module]:
-    """Members of lists of modules that lie in no other list."""
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    inner = {part for members in lists for part in members.modules() if part is not members}
-    return {member for members in lists if members not in inner for member in members}

@@ -18,7 +18,7 @@ from mocte_ds.controller.collect import FeatureCollector
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.convert.hf.imported_folder import start_state
-from mocte_ds.convert.hf.trained import trained_model
+from mocte_ds.convert.hf.trained import trained_by_layer
 from mocte_ds.data.corpus import read_corpus
 from mocte_ds.data.stored_tokenizer import AnyTokenizer
 from mocte_ds.dist.mesh import mesh_of_processes
@@ -54,7 +54,7 @@ class Emerged:
         """Send text through the model, and make gates of the features that enter its FFNs.
 
         Args:
-            source: the dense model, which is in memory as a whole.
+            source: the dense model, of which a layer is in memory at a time.
             config: the "mocte" block; `eod_id` null: the tokenizer's.
             tokenizer: of the model.
             corpus: folder of a corpus.
@@ -65,13 +65,13 @@ class Emerged:
             ConfigError: the block does not fit the model.
             DataError: a bad corpus, or too little text.
         """
-        self.config, self.dense = config, trained_model(source)
-        names = matching_modules(self.dense, config.modules)
+        self.config, self.dense = config, trained_by_layer(source)
+        names = matching_modules(self.dense.model, config.modules)
         warm = {"config": config.to_dict(), "blocks": [{"name": name, "mode": "warmup"} for name in names]}
         model = empty_model(source.base, warm, Path(str(corpus)))
         self.blocks = {m.name: m for m in model.modules() if isinstance(m, Block)}
-        gather_named(self.dense, names)
-        vocab_size = self.dense.config.get_text_config().vocab_size
+        gather_named(self.dense.model, names)
+        vocab_size = self.dense.model.config.get_text_config().vocab_size
         for block in self.blocks.values():
             for bank in block.banks:
                 # The only part that is in memory.
@@ -129,17 +129,18 @@ class Emerged:
 
         hooks = []
         for handle, collector in zip(run.blocks, run.samples.collectors, strict=True):
-            ffn = self.dense.get_submodule(handle.name)
+            ffn = self.dense.model.get_submodule(handle.name)
             hooks.append(ffn.register_forward_pre_hook(partial(look, collector)))
         sources = len(run.domain_names)
-        for start in range(0, len(ids), _TOGETHER):
-            part = slice(start, start + _TOGETHER)
-            state = ForwardState(ids[part], run.context.eod_id, domain=domain[part], sources=sources)
-            state.first_sequence = start
-            batch.append(state)
-            self.dense(input_ids=ids[part], use_cache=False)
-            if start % (16 * _TOGETHER) == 0:
-                tell(f"features of sequence {start + 1} of {len(ids)}")
+        with self.dense.running() as model:
+            for start in range(0, len(ids), _TOGETHER):
+                part = slice(start, start + _TOGETHER)
+                state = ForwardState(ids[part], run.context.eod_id, domain=domain[part], sources=sources)
+                state.first_sequence = start
+                batch.append(state)
+                model(input_ids=ids[part], use_cache=False)
+                if start % (16 * _TOGETHER) == 0:
+                    tell(f"features of sequence {start + 1} of {len(ids)}")
         for hook in hooks:
             hook.remove()
 
@@ -149,8 +150,11 @@ class Emerged:
         wanted = (block, bank, 0 if settings.kind == "ffn" else number)  # copies of one slice are alike
         if self._newest[0] != wanted:
             part = FFNSlice(bank, len(self.config.routers))
-            ffn = self.dense.get_submodule(block)
+            self._newest = (("", -1, -1), {})  # the one before it is not needed any more
+            ffn = self.dense.model.get_submodule(block)
+            self.dense.load(ffn)
             expert = make_expert(ffn, settings.kind, settings.width, self.config.num_experts, block, part)
+            self.dense.free(ffn)
             if settings.kind == "lora":
                 draw_bypass(expert, bypass_seed(self.config.seed, block, bank, number))
             self._newest = (wanted, expert.state_dict())

@@ -17,7 +17,7 @@ from mocte_ds.convert.hf.export import peak_bytes
 from mocte_ds.convert.hf.imported_folder import read_folder
 from mocte_ds.convert.hf.kept_tokenizer import KeptTokenizer
 from mocte_ds.convert.hf.load import refusing
-from mocte_ds.convert.hf.output_folder import finished_folder, require_free, require_room, write_json
+from mocte_ds.convert.hf.output_folder import finished_folder, folder_above, require_free, require_room, write_json
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.convert.hf.trained import quiet_transformers
 from mocte_ds.convert.hf.trained_check import compare_logits
@@ -41,7 +41,7 @@ def import_hf(
 ) -> dict[str, Any]:
     """Write a folder that `model.init` of a run file names, and that tools/export_hf.py exports again.
 
-    The model is in memory as a whole, in fp32, to be compared.
+    In memory are a layer with its experts, and what lies outside of the layers, in fp32.
 
     Args:
         folder: a dense model of any architecture of transformers, or a mixture of experts of one of the families
@@ -71,7 +71,8 @@ def import_hf(
     out = require_free(Path(out), folder, TOOL)
     tell(f"reading {folder}")
     with quiet_transformers(), refusing(folder):
-        source = read_folder(folder, max_positions, fixed_router)
+        beside = folder_above(out)
+        source = read_folder(folder, beside, max_positions, fixed_router)
     if source.emerged and corpus:
         raise ConfigError(f"{folder} has experts already; leave the corpus out.")
     kept, text = KeptTokenizer(folder), make_config(source.base, folder).get_text_config()
@@ -90,7 +91,7 @@ def import_hf(
         sums.require_tensors(list(shards.files), shards.read)
     tell("comparing with transformers")
     with refusing(folder):
-        difference = compare_logits(source, folder)
+        difference = compare_logits(source, folder, beside)
     model, state, weights, emerged = source.model, source.state, Tensors(source.made), None
     if config and corpus and tokenizer:
         longest = longest_context(text, folder) or context

@@ -15,11 +15,12 @@ from mocte_ds.checkpoints.source import Source, empty_model
 from mocte_ds.checkpoints.weights import Made
 from mocte_ds.claims import require_backed, require_experts, require_layers
 from mocte_ds.config import MocteConfig
+from mocte_ds.convert.hf.by_layer import ByLayer, same_as_stored
 from mocte_ds.convert.hf.families import FAMILIES, Mixture
 from mocte_ds.convert.hf.families.tensors import HEAD, LAYER
 from mocte_ds.convert.hf.folder import FLOATS, Folder
 from mocte_ds.convert.hf.kept_tokenizer import CONFIG_FILE
-from mocte_ds.convert.hf.load import ONLY_LOCAL, load_model, refusing
+from mocte_ds.convert.hf.load import ONLY_LOCAL, load_folder_by_layer, refusing
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.errors import CheckpointError, ConfigError
 from mocte_ds.json_files import read_object, require_small
@@ -84,11 +85,14 @@ def start_state(config: MocteConfig | None = None, names: list[str] | None = Non
     return {"mocte": config.to_dict() if config else None, "blocks": [{"name": n, **modes} for n in names or ()]}
 
 
-def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bool = False) -> ImportedSource:
+def read_folder(
+    folder: Path, beside: Path, max_positions: int | None = None, fixed_router: bool = False
+) -> ImportedSource:
     """A folder as a source; its config is believed only as far as the files bear it out.
 
     Args:
         folder: in Hugging Face format; only read, no code in it is run.
+        beside: folder on a disk with room for what transformers make of other tensors than they find.
         max_positions: shorter context than the folder's; None: the folder's.
         fixed_router: routers of experts do not train on.
 
@@ -111,13 +115,14 @@ def read_folder(folder: Path, max_positions: int | None = None, fixed_router: bo
         raise CheckpointError(f"{path}: quantization_config: take the folder without quantisation.")
     if isinstance(name, str) and name in FAMILIES:
         return _mixture(folder, name, values, max_positions, fixed_router)
-    return _dense(folder, name, max_positions)
+    return _dense(folder, name, max_positions, beside)
 
 
-def _dense(folder: Path, name: Any, max_positions: int | None) -> ImportedSource:
+def _dense(folder: Path, name: Any, max_positions: int | None, beside: Path) -> ImportedSource:
     """A folder of any other class of transformers."""
     usual = _usual_dtype(folder)
-    model = load_model(folder, usual)
+    loaded = load_folder_by_layer(folder, usual, beside)
+    model = loaded.model
     if name is not None and name != type(model).__name__:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} names the architecture {str(name)[:80]}, and transformers load its model_type as "
@@ -126,16 +131,15 @@ def _dense(folder: Path, name: Any, max_positions: int | None) -> ImportedSource
     _shorten(model.config, max_positions, folder)
     base = require_base(base_facts(model), folder / CONFIG_FILE)
     source, shards = ImportedSource(base, start_state(), folder / CONFIG_FILE), Shards(folder)
-    state = model.state_dict()
-    del model
+    state = model.state_dict(keep_vars=True)
     for name in source.shapes:
-        tensor = state.pop(name)
-        if name in shards.files and _same(stored := shards.read(name), tensor):
-            # As it lies in the files, whatever the config says of the dtype; and it need not stay in memory.
+        tensor = state[name]
+        if name in shards.files and same_as_stored(stored := shards.read(name), loaded.value(tensor)):
+            # As it lies in the files, whatever the config says of the dtype.
             source.take(name, stored.dtype, partial(shards.read, name))
         else:
-            tensor = tensor.to(usual) if tensor.is_floating_point() else tensor
-            source.take(name, tensor.dtype, partial(_given, tensor))
+            dtype = usual if tensor.is_floating_point() else tensor.dtype
+            source.take(name, dtype, partial(_value, loaded, tensor, dtype))
     numbers = [source.made[name] for name, _ in source.model.named_parameters()]  # tied ones once
     source.parameters = sum(made.numel for made in numbers)
     source.weight_bytes = sum(made.nbytes for made in numbers)
@@ -229,13 +233,8 @@ def _usual_dtype(folder: Path) -> torch.dtype:
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
-def _same(stored: Tensor, loaded: Tensor) -> bool:
-    """Whether transformers have loaded a tensor of the files as it is."""
-    return stored.shape == loaded.shape and torch.equal(stored.to(loaded.dtype), loaded)
-
-
-def _given(tensor: Tensor) -> Tensor:
-    return tensor
+def _value(loaded: ByLayer, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return loaded.value(tensor).detach().to(dtype)
 
 
 def _read(files: Folder, theirs: str, ours: str, dtype: torch.dtype) -> Tensor:

@@ -1,15 +1,17 @@
 """A Hugging Face folder as a model: whole, unchanged, of the class that it says, or refused by name."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mocte_ds.base_model import longest_context
 from mocte_ds.claims import require_backed, require_blocks
+from mocte_ds.convert.hf.by_layer import ByLayer, load_by_layer
 from mocte_ds.convert.hf.folder import COMPUTED, require_weights
 from mocte_ds.convert.hf.shards import Shards
 from mocte_ds.convert.hf.user_keys import require_same
@@ -46,6 +48,37 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
             tensor.
         ConfigError: no such key is registered.
     """
+    return _loaded(folder, lambda: _model(folder, dtype))
+
+
+def load_folder_by_layer(folder: Path, dtype: torch.dtype, beside: Path) -> ByLayer:
+    """:func:`load_model` with weights that stay in their files.
+
+    Args:
+        folder: as there.
+        dtype: in which the model computes.
+        beside: as of :func:`mocte_ds.convert.hf.by_layer.load_by_layer`.
+
+    Raises:
+        CheckpointError, ConfigError: as there.
+    """
+
+    def finite(name: str, parameter: Tensor) -> None:
+        _require_finite(folder, name, parameter)
+
+    def load() -> Any:
+        found.append(load_by_layer(folder, lambda: _model(folder, dtype), beside, finite))
+        return found[0].model
+
+    found: list[ByLayer] = []
+    _loaded(folder, load, lambda _: found[0].running())
+    return found[0]
+
+
+def _loaded(
+    folder: Path, load: Callable[[], Any], running: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+) -> Any:
+    """What ``load`` makes of a folder, checked before and after."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model in Hugging Face format: config.json is missing.")
     require_small(folder, CheckpointError)
@@ -65,8 +98,9 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     with refusing(folder):
         _require_room(folder, stored * (_PACKED if "quantization_config" in values else _TIED))
-        model = _model(folder, dtype)
-    _require_runs(model, folder)
+        model = load()
+    with running(model):
+        _require_runs(model, folder)
     return model
 
 
@@ -118,9 +152,14 @@ def _model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
                 "incomplete, or its config belongs to another model."
             )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CheckpointError(f"{folder}: {name} holds numbers that are not finite: it is damaged, or diverged.")
+        if not parameter.is_meta:
+            _require_finite(folder, name, parameter)
     return model
+
+
+def _require_finite(folder: Path, name: str, parameter: Tensor) -> None:
+    if not torch.isfinite(parameter).all():
+        raise CheckpointError(f"{folder}: {name} holds numbers that are not finite: it is damaged, or diverged.")
 
 
 @torch.no_grad()

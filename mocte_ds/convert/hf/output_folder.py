@@ -42,13 +42,17 @@ def require_room(out: Path, needed: int) -> None:
     Raises:
         CheckpointError: says how much is needed and how much there is.
     """
-    there = next(folder for folder in out.absolute().parents if folder.is_dir())
-    needed, free = needed + _ROOM, shutil.disk_usage(there).free
+    needed, free = needed + _ROOM, shutil.disk_usage(folder_above(out)).free
     if needed > free:
         raise CheckpointError(
             f"{out} needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free there. Nothing was written; make room "
             "or name a folder elsewhere."
         )
+
+
+def folder_above(out: Path) -> Path:
+    """The closest folder around a path that is there already."""
+    return next(folder for folder in out.absolute().parents if folder.is_dir())
 
 
 @contextlib.contextmanager

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from mocte_ds.base_model import make_config, make_dense, with_floats
 from mocte_ds.checkpoints.source import NARROW, Source, empty_model, with_blocks
+from mocte_ds.convert.hf.by_layer import ByLayer
 from mocte_ds.convert.hf.shards import SHARD_BYTES
 from mocte_ds.convert.hf.tokenizer import SpecialIds
 from mocte_ds.convert.hf.user_keys import UserKeys
 from mocte_ds.errors import CheckpointError
-from mocte_ds.moe.block import Block, BlockMode
+from mocte_ds.moe.block import Block, BlockMode, running_state
 from mocte_ds.moe.idle import free
 from mocte_ds.remote_code.experts_mocte import GatheredFFN, sizes_of
 from mocte_ds.shown import one_line
@@ -160,9 +161,16 @@ def generation_of(source: Source, usual: Any) -> Any:
     return usual if stored is None else type(usual).from_dict(with_floats(stored))
 
 
-@torch.no_grad()
 def trained_model(source: Source) -> Any:
     """The model as it trains, with its blocks and all experts, in fp32 and in evaluation mode."""
+    found = trained_by_layer(source)
+    found.load(found.model)
+    return found.model
+
+
+@torch.no_grad()
+def trained_by_layer(source: Source) -> ByLayer:
+    """:func:`trained_model` with weights that stay where the source has them."""
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         inside = tuple(f"{block.name}." for block in source.blocks)
         # Tensors of which every number is the same one: they take no memory, and give way to the weights.
@@ -181,9 +189,10 @@ def trained_model(source: Source) -> Any:
         for block in (module for module in model.modules() if isinstance(module, Block)):
             for path in block.idle:
                 free(block.parts[path])
-        model.load_state_dict({name: source.read(name) for name in source.shapes}, assign=True)
+        if different := running_state(model).keys() ^ source.shapes.keys():
+            raise CheckpointError(f"{min(different)} is in only one of two: the trained model and its checkpoint.")
         model.tie_weights()
-        return model.eval()
+        return ByLayer(model.eval(), source.shapes, source.read)
 
 
 def tensor_of(source: Source, name: str) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from mocte_ds.base_model import longest_context
 from mocte_ds.checkpoints.source import NARROW, Source
+from mocte_ds.convert.hf.by_layer import ByLayer, load_by_layer
 from mocte_ds.convert.hf.closeness import MARGIN, margins, require_close
 from mocte_ds.convert.hf.shards import Shards
-from mocte_ds.convert.hf.trained import Target, quiet_transformers, tensor_of, trained_model
+from mocte_ds.convert.hf.trained import Target, quiet_transformers, tensor_of, trained_by_layer
 from mocte_ds.convert.hf.user_keys import class_beside
 from mocte_ds.errors import CheckpointError
 from mocte_ds.json_files import read_object
@@ -37,16 +38,14 @@ def compare_tensors(source: Source, target: Target, folder: Path) -> dict[str, s
     Raises:
         CheckpointError: transformers do not load it, or a tensor is missing or changed.
     """
-    model = _loaded(folder, NARROW.get(source.dtype, torch.float32))
-    found = model.state_dict()
-    if different := found.keys() ^ target.names.keys():
+    loaded = _loaded(folder, NARROW.get(source.dtype, torch.float32), folder)
+    blanks = loaded.model.state_dict(keep_vars=True)
+    if different := blanks.keys() ^ target.names.keys():
         raise CheckpointError(f"{folder}: {min(different)} is in only one of two: the export and the trained model.")
     for name, ours in target.names.items():
-        wanted = tensor_of(source, ours)
-        if found[name].dtype is not wanted.dtype or not torch.equal(found[name], wanted):
+        found, wanted = loaded.value(blanks[name]), tensor_of(source, ours)
+        if found.dtype is not wanted.dtype or not torch.equal(found, wanted):
             raise CheckpointError(f"{folder}: the weight {name} was lost or changed on its way through the file.")
-    del found
-    _let_go(model)
     shards = Shards(folder)
     with SumsBeside() as sums:
         for name in shards.files:
@@ -54,12 +53,15 @@ def compare_tensors(source: Source, target: Target, folder: Path) -> dict[str, s
     return sums.found
 
 
-def compare_logits(source: Source, folder: Path) -> float:
+def compare_logits(source: Source, folder: Path, beside: Path | None = None) -> float:
     """Load a folder as a user does, in fp32, and hold its logits against those of the model as it trains.
+
+    Neither is in memory as a whole: a layer is read when its turn comes.
 
     Args:
         source: the trained model, with the weights rounded as they were written.
         folder: the export.
+        beside: folder on a disk with room for what transformers make of the files; None: ``folder``.
 
     Returns:
         Largest difference, relative to the largest logit.
@@ -67,18 +69,19 @@ def compare_logits(source: Source, folder: Path) -> float:
     Raises:
         CheckpointError: transformers do not load or run it, or logits differ by more than rounding.
     """
-    model: Any = _loaded(folder, torch.float32)
-    ids = _token_ids(model, folder)
+    found = _loaded(folder, torch.float32, beside or folder)
+    ids = _token_ids(found.model, folder)
     try:
-        theirs = _logits(model, ids)
+        with found.running() as model:
+            theirs = _logits(model, ids)
     except Exception as error:  # whatever a class runs into
         raise CheckpointError(f"transformers load {folder} but cannot run it: {one_line(error, 500)}") from error
-    _let_go(model)
-    ours, decided = decided_logits(trained_model(source), ids)
+    with trained_by_layer(source).running() as model:
+        ours, decided = decided_logits(model, ids)
     return require_close(theirs[decided], ours[decided], "logits")
 
 
-def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
+def _loaded(folder: Path, dtype: torch.dtype, beside: Path) -> ByLayer:
     from transformers import AutoModelForCausalLM
 
     import mocte_ds.convert.hf.register  # noqa: F401
@@ -88,22 +91,25 @@ def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
     source = class_beside(folder) if own else contextlib.nullcontext(AutoModelForCausalLM)
     how = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     how |= {} if own else {"trust_remote_code": False}
+    info: dict[str, Any] = {}
+
+    def load() -> Any:
+        with source as theirs:
+            model, told = theirs.from_pretrained(folder, **how)
+        info.update(told)
+        return model
+
     try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]), source as theirs:
-            model, info = theirs.from_pretrained(folder, **how)
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            found = load_by_layer(folder, load, beside)
     except Exception as error:  # transformers raise many types for what they cannot load
         text = one_line(error, 500)
         raise CheckpointError(f"transformers cannot load {folder}: {text}") from error
     lost = {key: [str(value) for value in values][:3] for key, values in info.items() if values}
     if lost:
         raise CheckpointError(f"transformers could not load everything of {folder}: {lost}.")
-    return model.eval()
-
-
-def _let_go(model: nn.Module) -> None:
-    """Free the memory of a model's tensors, which reference cycles in models of transformers would keep."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.new_empty(0)
+    found.model.eval()
+    return found
 
 
 def _token_ids(model: Any, folder: Path) -> Tensor:

@@ -248,6 +248,12 @@ def test_emerged_at_once(name: str, more: dict[str, Any], tmp_path: Path, capsys
         key = block.banks[0].deepspeed_moe.gate.key
         routed = key.cluster_weight if more["router"] else key.cluster_table
         assert routed.abs().sum() > 0 and len(routed.unique(dim=0)) == 4
+    if name != "opt":  # whose FFN is no module in its own class
+        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        for block in blocks:
+            for expert in block.banks[0].local_experts:
+                copies, ffn = expert.state_dict(), theirs.get_submodule(block.name).state_dict()
+                assert copies.keys() == ffn.keys() and all(torch.equal(copies[key], ffn[key]) for key in ffn)
     # What a run that starts from it takes over before its blocks are made: all but the FFNs that experts replace.
     dense, model = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32) for _ in range(2))
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Exports in several files, and with one model in memory at a time."""
+"""Exports in several files, and with at most one model in memory."""
 
 import json
 import os
@@ -38,7 +38,7 @@ print(facts["architecture"], facts["checkpoint_bytes"], facts["start_bytes"], fa
         ("fp32", {"banks": [{"kind": "previous"}, {"kind": "type"}], "eod_id": 3}, "MocteBlocksForCausalLM"),
     ],
 )
-def test_memory_is_that_of_one_model_in_fp32(written, tmp_path, dtype, settings, name):
+def test_memory_is_that_of_one_model_at_most(written, tmp_path, dtype, settings, name):
     shapes = {"small": (32, 64, 2), "large": (256, 1024, 36)}
     for folder, (d, f, layers) in shapes.items():
         sizes = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": 4}
@@ -66,8 +66,8 @@ def test_memory_is_that_of_one_model_in_fp32(written, tmp_path, dtype, settings,
     assert in_fp32 > 550e6
     added = int(peak) - int(start)
     print(f"{name}: {added / 1e6:.0f} MB added for {in_fp32 / 1e6:.0f} MB of fp32")
-    # One side at a time is in memory, in fp32, beside the files as they are mapped.
-    assert added < 1.6 * in_fp32
+    # A stock mixture is written and compared layer by layer; the other class is in memory once to be saved.
+    assert added < (0.5 if name == "MixtralForCausalLM" else 1.3) * in_fp32
     index = json.loads((tmp_path / "large out" / INDEX_FILE).read_text())
     files = {path.name: path.stat().st_size for path in (tmp_path / "large out").glob("*.safetensors")}
     assert len(files) > 3 and set(index["weight_map"].values()) == files.keys()
