@@ -48,7 +48,7 @@ class StepSizes:
             "gradient_accumulation_steps": 1,
             "bf16": {"enabled": self.dtype == "bf16"},
             "zero_optimization": {"stage": self.stage},
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True}},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True, "fused": True}},
             **({} if mocte is None else {"mocte": mocte}),
         }
 
