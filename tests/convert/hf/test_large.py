@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import mocte_ds.convert.hf.register  # noqa: F401  for AutoModelForCausalLM, in whatever order tests run
 from mocte_ds.convert.hf.export import export
 from mocte_ds.convert.hf.shards import INDEX_FILE, Entry, Shards, write_shards
 from mocte_ds.errors import CheckpointError
