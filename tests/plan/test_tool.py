@@ -29,7 +29,9 @@ def test_7b_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["fits"] and found["growth"][3]["gpus"] == 64 and found["growth"][-1]["best"]["ep_size"] <= 8
 
 
-@pytest.mark.parametrize(("name", "gpus"), [("quickstart", 2), ("gpt-140m", 8), ("gpt-750m", 8), ("cpu-small", 2), ("cpu-wide", 2)])
+@pytest.mark.parametrize(
+    ("name", "gpus"), [("quickstart", 2), ("gpt-140m", 8), ("gpt-750m", 8), ("cpu-small", 2), ("cpu-wide", 2)]
+)
 def test_every_run_file_has_a_plan(name: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--run", str(RUNS / f"{name}.yaml"), "--gpus", str(gpus), "--hardware", "h200"]) == 0
     assert "layouts that fit" in capsys.readouterr().out
