@@ -43,17 +43,17 @@ def _regions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, stack in stacks.items():
         if not any(path.startswith(f"{other}.") for other in stacks):
             for number, layer in enumerate(stack):
-                yield from _parts(f"{path}.{number}", layer)
+                yield from _within(f"{path}.{number}", layer)
 
 
-def _parts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What is compiled of a layer: its children, but where a block lies in one, that one's."""
+def _within(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a layer, or, where a block lies in one, that one's; of a block its dense FFN."""
+    if isinstance(module, Block):
+        if "dense" not in module.idle:
+            yield f"{path}.dense", module.dense
+        return
     for name, child in module.named_children():
-        inner = f"{path}.{name}"
-        if isinstance(child, Block):
-            if "dense" not in child.idle:
-                yield f"{inner}.dense", child.dense
-        elif any(isinstance(part, Block) for part in child.modules()):
-            yield from _parts(inner, child)
+        if any(isinstance(part, Block) for part in child.modules()):
+            yield from _within(f"{path}.{name}", child)
         elif not isinstance(child, _NOTHING_TO_FUSE) and any(True for _ in child.parameters()):
-            yield inner, child
+            yield f"{path}.{name}", child

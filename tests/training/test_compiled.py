@@ -8,7 +8,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mocte_ds.config import MocteConfig
 from mocte_ds.errors import ConfigError
+from mocte_ds.moe.attach import attach
 from mocte_ds.training.compiled import compile_regions
 from mocte_ds.training.model import Forward
 from mocte_ds.training.run_config import RunConfig, read_run
@@ -96,7 +98,15 @@ def test_dense_layers_and_models_without_layers() -> None:
             super().__init__()
             self.layers = nn.ModuleList([nn.ModuleDict({"norm": nn.LayerNorm(4), "out": nn.Linear(4, 4)})])
 
+    class Ffns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlps = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)])
+
     assert compile_regions(Listed()) == ["layers.0.norm"]
+    blocks = Ffns()
+    attach(blocks, MocteConfig.from_dict({"modules": "mlps.*", "num_experts": 2, "router": {"kind": "token"}}))
+    assert compile_regions(blocks) == ["mlps.0.dense", "mlps.1.dense"]
     with pytest.raises(ConfigError, match="Flat keeps its layers in no nn.ModuleList"):
         compile_regions(Flat())
 
