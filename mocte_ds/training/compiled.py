@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from mocte_ds.errors import ConfigError
+from mocte_ds.layers import layers_of
 from mocte_ds.moe.block import Block
 
 _NOTHING_TO_FUSE = (nn.Linear, nn.Embedding, nn.Conv1d)
@@ -39,11 +40,10 @@ def compile_regions(model: nn.Module) -> list[str]:
 
 
 def _regions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    stacks = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    for path, stack in stacks.items():
-        if not any(path.startswith(f"{other}.") for other in stacks):
-            for number, layer in enumerate(stack):
-                yield from _within(f"{path}.{number}", layer)
+    layers = layers_of(model)
+    for path, module in model.named_modules():
+        if module in layers:
+            yield from _within(path, module)
 
 
 def _within(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
