@@ -92,8 +92,8 @@ def places(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple
 
 def put(values: dict[Any, Any], path: tuple[str, ...], value: Any) -> None:
     for part in path[:-1]:
-        if not isinstance(values.get(part), dict):
-            values[part] = {}
+        inner = values.get(part)
+        values[part] = dict(inner) if isinstance(inner, dict) else {}  # odd values belong to all tests
         values = values[part]
     values[path[-1]] = value
 

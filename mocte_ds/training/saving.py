@@ -10,6 +10,7 @@ from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.errors import CheckpointError, MocteError, peer_is_lost
 from mocte_ds.shown import one_line
+from mocte_ds.skips import Skips
 from mocte_ds.training.changes import IDENTITY_FILE
 from mocte_ds.training.run_folder import prune_checkpoints
 from mocte_ds.zero.checkpoint_files import own_files, use_checkpoint_files
@@ -24,6 +25,8 @@ def prepare(engine: Any, identity: dict[str, Any]) -> None:
     """
     if not hasattr(engine, "mesh"):
         engine.mesh = mesh_of_processes()
+    if not hasattr(engine, "skips"):
+        engine.skips = Skips(0, engine.mesh.world, lambda _facts: None)
     files = engine.checkpoint_engine if hasattr(engine, "mocte") else use_checkpoint_files(engine, engine.mesh)
     files.always[IDENTITY_FILE] = json.dumps(identity, indent=1).encode()
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import mocte_ds.convert.hf.register  # noqa: F401
 from mocte_ds.checkpoints.load import read_state
 from mocte_ds.checkpoints.reshaping.reshape import reshape
+from mocte_ds.checkpoints.source import Source
 from mocte_ds.convert.hf.export import export
 from mocte_ds.convert.hf.running import _language_model, _require_as_made, _seen_from
 from mocte_ds.convert.hf.trained import tensor_of
@@ -163,7 +163,12 @@ def test_a_part_that_was_replaced_is_named() -> None:
 
 def test_only_our_own_gates_stay_precise() -> None:
     """A base model may have gates of its own."""
-    source: Any = SimpleNamespace(read=lambda name: torch.ones(2), dtype="bf16")
+
+    class Ones(Source):
+        def _stored(self, name: str) -> torch.Tensor:
+            return torch.ones(2)
+
+    source = Ones(torch.nn.Linear(1, 1), {}, "bf16")
     assert tensor_of(source, "model.layers.1.mlp.gate.weight").dtype == torch.bfloat16
     ours = "model.layers.0.mlp.banks.0.deepspeed_moe.gate.key.cluster_weight"
     assert tensor_of(source, ours).dtype == torch.float32
