@@ -10,6 +10,7 @@ import torch
 from mocte_ds.controller.decide import ClusterStatus
 from mocte_ds.controller.flops import FlopCount, of_all_ranks
 from mocte_ds.controller.gradients import block_conflict, read_conflict
+from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.measurements import finish_readings, read_blocks
 from mocte_ds.controller.progress import Progress, ProgressFacts
 from mocte_ds.controller.reading import BlockReading
@@ -40,23 +41,25 @@ class Check:
     """By part, all ranks together; see :class:`FlopCount`."""
 
     @classmethod
-    def measure(cls, run: RunState, progress: Progress, conflict_now: bool, in_background: bool) -> "Check":
+    def measure(
+        cls, run: RunState, progress: Progress, searched: list[BlockHandle], conflict_now: bool, in_background: bool
+    ) -> "Check":
         """Read everything that a decision may need (collective).
 
         Args:
             run: the run.
             progress: the probe set and what it remembers.
+            searched: blocks in whose documents clusters are looked for.
             conflict_now: measure the conflict of gradients too.
             in_background: look for clusters in a thread.
         """
         with FlopCount() as spectrum:
-            readings, search = read_blocks(run, run.blocks, in_background)
+            readings, search = read_blocks(run, run.blocks, in_background, searched)
         check = cls(run.step, run.share, readings, search)
         # Every block costs a pass, which only one policy has to have at each check.
         with FlopCount() as looking:
             found = check.progress = progress.measure(run, conflict_now or progress.at_every_check)
-        with FlopCount() as kernels:
-            trained = measure_trainability(run, found)
+        trained = measure_trainability(run, found)
         check.sampled = trained.sampled
         check.seconds["trainability"], check.bytes["trainability"] = trained.seconds, trained.bytes
         if conflict_now:
@@ -68,7 +71,7 @@ class Check:
             found.seconds += time.perf_counter() - started
             found.passes += 2  # forward, and the half of a backward pass that costs the same
         check.seconds["progress"], check.bytes["progress"] = found.seconds, found.bytes
-        own = {"spectrum": spectrum.total, "trainability": kernels.total, "progress": looking.total}
+        own = {"spectrum": spectrum.total, "trainability": trained.flops, "progress": looking.total}
         check.flops = of_all_ranks(own, run.mesh.world)
         return check
 

@@ -9,10 +9,15 @@ from mocte_ds.controller.changer import Changer
 from mocte_ds.controller.check import Check
 from mocte_ds.controller.decide import decide
 from mocte_ds.controller.events import Events
+from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.passes import Passes
 from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.proof import Proof
 from mocte_ds.controller.run_state import RunState
+from mocte_ds.moe.block import BlockMode
+
+SEARCHED_EVERY = 5
+"""Checks from one search for clusters in a block's documents to the next one after its birth; blocks take turns."""
 
 
 class Checks:
@@ -83,9 +88,23 @@ class Checks:
         for handle, counts in zip(run.blocks, self._passes.routed(), strict=True):
             for expert, count in zip(handle.experts, counts.tolist(), strict=True):
                 expert.tokens = count
-        every = run.config.conflict_every
-        conflict_now = self._progress.active and every > 0 and (run.step // self.interval) % every == 0
-        self._pending = Check.measure(run, self._progress, conflict_now, in_background=self._delay > 0)
+        every, number = run.config.conflict_every, run.step // self.interval
+        conflict_now = self._progress.active and every > 0 and number % every == 0
+        searched = self._searched(number)
+        self._pending = Check.measure(run, self._progress, searched, conflict_now, in_background=self._delay > 0)
+
+    def _searched(self, number: int) -> list[BlockHandle]:
+        """Blocks in which the check of that number looks for clusters: nothing waits for those of a block after birth.
+
+        All of them at the last check, which the report shows.
+        """
+        run = self._run
+        last = run.step + self.interval > run.total_steps
+        return [
+            handle
+            for handle in run.blocks
+            if last or handle.mode is BlockMode.WARMUP or (number + handle.index) % SEARCHED_EVERY == 0
+        ]
 
     def _decide(self) -> None:
         run, check = self._run, self._pending

@@ -1,18 +1,34 @@
 """Rows that the trainability of the experts is measured on: the same ones however many ranks share the batch."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mocte_ds.dist.collectives import gather_rows, sum_over_ranks
+from mocte_ds.dist.collectives import stack_over_ranks, sum_over_ranks
 from mocte_ds.dist.mesh import Axis
 from mocte_ds.seeds import derived_seed
 from mocte_ds.spectrum.sample import Selection, hash_keys
 
 # Shapes: T tokens of a micro-batch on this rank, k experts per token, E experts of a bank, n rows per expert, d
 # features.
+
+_AT_ONCE = 1 << 24
+"""Numbers of merged rows that travel together: 64 MiB."""
+_NO_HASH = torch.iinfo(torch.int64).max
+
+
+class Wanted(NamedTuple):
+    """An expert whose rows :func:`merged_rows` is asked for."""
+
+    rows: "ExpertRows"
+    """Of its bank; those of all experts that are asked for together keep equally many."""
+    expert: int
+    """Its number in its bank."""
+    width: int
+    """d."""
 
 
 class ExpertRows:
@@ -90,35 +106,14 @@ class ExpertRows:
                 self._replaced.append((kept, update.slots, kept[update.slots]))
             kept[update.slots] = features.detach()[place[update.take]].to(kept.dtype)
 
-    def found(self, axis: Axis) -> list[int]:
-        """Rows of each expert over all ranks, at most n (collective)."""
-        own = torch.tensor([len(chosen.slots) for chosen in self._chosen])
-        return sum_over_ranks(own, axis).clamp(max=self.count).tolist()
+    def chosen(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """(m,) ascending hashes of an expert's rows on this rank, and (m, d) the rows; None: there are none yet."""
+        chosen, kept = self._chosen[expert], self._kept[expert]
+        return chosen.hashes, None if kept is None else kept[chosen.slots.to(kept.device)]
 
-    def merged(self, experts: list[int], width: int, device: torch.device, axis: Axis) -> Tensor:
-        """The chosen rows of all ranks in the order of their hashes, on every rank (collective).
-
-        Args:
-            experts: that have n rows (see :meth:`found`); the same on all ranks.
-            width: d.
-            device: of the result.
-            axis: the ranks.
-
-        Returns:
-            (len(experts), n, d) fp32.
-        """
-        rows = torch.zeros(len(experts), self.count, width, device=device)
-        for number, expert in enumerate(experts):
-            chosen, kept = self._chosen[expert], self._kept[expert]
-            hashes = chosen.hashes.cpu()
-            everywhere, order = gather_rows(hashes, axis).sort(stable=True)
-            owner = gather_rows(torch.full_like(hashes, axis.rank), axis)[order][: self.count]
-            # A rank's own hashes are in ascending order: its i-th row among the chosen ones is its i-th row.
-            mine = (owner == axis.rank).nonzero()[:, 0]
-            if kept is not None and len(mine):
-                rows[number, mine.to(device)] = kept[chosen.slots[: len(mine)].to(kept.device)].to(device, rows.dtype)
-        # Nobody else has anything but zeros where a rank has a row, so that the sum is that row, bit for bit.
-        return sum_over_ranks(rows, axis)
+    def counts(self) -> Tensor:
+        """(E,) rows of each expert on this rank."""
+        return torch.tensor([len(chosen.slots) for chosen in self._chosen])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values of this rank, for a checkpoint between two checks."""
@@ -136,3 +131,51 @@ class ExpertRows:
             if rows is not None:
                 kept = self._kept[expert] = rows.new_empty(self.count, rows.shape[1], device=device)
                 kept[: len(rows)] = rows
+
+
+def found_rows(samples: Sequence[ExpertRows], axis: Axis) -> list[list[int]]:
+    """Rows of each expert of each bank over all ranks, at most n, in one exchange (collective)."""
+    if not samples:
+        return []
+    own = [rows.counts() for rows in samples]
+    parts = sum_over_ranks(torch.cat(own), axis).split([len(part) for part in own])
+    return [part.clamp(max=rows.count).tolist() for rows, part in zip(samples, parts, strict=True)]
+
+
+def merged_rows(wanted: Sequence[Wanted], device: torch.device, axis: Axis) -> Iterator[Tensor]:
+    """The chosen rows of all ranks in the order of their hashes, on every rank, one expert after the other.
+
+    Two exchanges for as many experts as fit into 64 MiB. Collective: all ranks must ask for the same experts and take
+    all that is given.
+
+    Args:
+        wanted: experts that have n rows over all ranks (:func:`found_rows`).
+        device: of the results.
+        axis: the ranks.
+
+    Yields:
+        (n, d) fp32 of each expert.
+    """
+    for width, group in groupby(wanted, key=lambda one: one.width):
+        alike = list(group)
+        step = max(1, _AT_ONCE // (alike[0].rows.count * width))
+        for start in range(0, len(alike), step):
+            yield from _merged(alike[start : start + step], device, axis)
+
+
+def _merged(wanted: Sequence[Wanted], device: torch.device, axis: Axis) -> Tensor:
+    n = wanted[0].rows.count
+    own = torch.full((len(wanted), n), _NO_HASH)
+    here = [one.rows.chosen(one.expert) for one in wanted]
+    for line, (hashes, _) in zip(own, here, strict=True):
+        line[: len(hashes)] = hashes
+    everywhere = stack_over_ranks(own, axis).transpose(0, 1).flatten(1)
+    owner = everywhere.sort(dim=1, stable=True).indices[:, :n] // n
+    result = torch.zeros(len(wanted), n, wanted[0].width, device=device)
+    for line, owned, (_, rows) in zip(result, owner, here, strict=True):
+        # A rank's own hashes are in ascending order: its i-th row among the chosen ones is its i-th row.
+        mine = (owned == axis.rank).nonzero()[:, 0]
+        if rows is not None and len(mine):
+            line[mine.to(device)] = rows[: len(mine)].to(device, line.dtype)
+    # Nobody else has anything but zeros where a rank has a row, so that the sum is that row, bit for bit.
+    return sum_over_ranks(result, axis)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocte_ds.controller.expert_rows import ExpertRows
+from mocte_ds.controller.expert_rows import ExpertRows, Wanted, found_rows, merged_rows
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.run_state import RunState
@@ -102,23 +102,23 @@ def _measured(
     mesh = run.mesh
     own: dict[Key, dict[str, float]] = {}
     turn = 0
-    for block, rows in enumerate(kept):
-        found = rows.found(mesh.world)
-        if mesh.tensor.size > 1:  # all of them have read the same rows of the dense FFN, each others of an expert's
-            found[0] = rows.found(mesh.data)[0]
-        full = [number for number, count in enumerate(found) if count == rows.count]
-        width = 2 * run.blocks[block].block.hidden_size + 1
-        for number in full:
-            key, turn = (block, number + DENSE), turn + 1
-            readers = mesh.data if key[1] == DENSE else mesh.world
-            # One at a time: all together would be copies of them on every rank.
-            merged = rows.merged([number], width, next(run.module.parameters()).device, readers)[0]
+    found = found_rows(kept, mesh.world)
+    if mesh.tensor.size > 1:  # all of them have read the same rows of the dense FFN, each others of an expert's
+        for counts, by_data in zip(found, found_rows(kept, mesh.data), strict=True):
+            counts[0] = by_data[0]
+    device = next(run.module.parameters()).device
+    full = [(block, number) for block, counts in enumerate(found) for number, n in enumerate(counts)]
+    full = [(block, number) for block, number in full if found[block][number] == kept[block].count]
+    for readers, sharers, dense in ((mesh.data, mesh.data, True), (mesh.world, mesh.expert_data, False)):
+        keys = [(block, number + DENSE) for block, number in full if (number + DENSE == DENSE) is dense]
+        wanted = [Wanted(kept[block], k - DENSE, 2 * run.blocks[block].block.hidden_size + 1) for block, k in keys]
+        for key, rows in zip(keys, merged_rows(wanted, device, readers), strict=True):
+            turn += 1
             if key not in modules:
                 continue
-            sharers = mesh.data if key[1] == DENSE else mesh.expert_data
             with on_its_own(modules[key]):  # by all that share it, though one of them measures
                 mine = turn % sharers.size == sharers.rank
-                if mine and (numbers := _numbers(modules[key], block, merged, groups)):
+                if mine and (numbers := _numbers(modules[key], key[0], rows, groups)):
                     own[key] = numbers
     result: dict[int, dict[int, dict[str, float]]] = {}
     for part in gather_objects(own, mesh.world):

@@ -18,19 +18,26 @@ from mocte_ds.spectrum.subspace import Subspace, certified_rank, gate_rank, samp
 
 
 def read_blocks(
-    run: RunState, handles: list[BlockHandle], in_background: bool
+    run: RunState, handles: list[BlockHandle], in_background: bool, searched: list[BlockHandle] | None = None
 ) -> tuple[dict[int, BlockReading], ClusterSearch | None]:
     """Spectrum of the features that the forward passes left in the reservoirs, and a search for clusters (collective).
 
     Side effect: the handles remember the bases, which the next check is aligned to.
+
+    Args:
+        run: the run.
+        handles: blocks to read.
+        in_background: look for clusters in a thread.
+        searched: those of them in whose documents clusters are looked for; None: all.
 
     Returns:
         Readings by block index, and the search whose results :func:`finish_readings` adds; None where there was nothing
         to search in.
     """
     readings = _read_spectra(run, handles)
-    search = _start_search(run, handles, readings, in_background)
+    search = _start_search(run, handles if searched is None else searched, readings, in_background)
     for handle in handles:
+        readings[handle.index].searched = searched is None or handle in searched
         if handle.mode is not BlockMode.WARMUP:
             readings[handle.index].drop_rows()  # no gate will be made of them
     return readings, search
@@ -127,6 +134,8 @@ def _start_search(
 
     Rows are put in the order of their hashes, so that nothing depends on which rank had which row.
     """
+    if not handles:
+        return None
     config, data, started = run.config, run.mesh.data, time.perf_counter()
     choice = run.samples.stream.choose_documents()
     samples = [run.samples.collectors[handle.index].documents(choice) for handle in handles]

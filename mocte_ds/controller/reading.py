@@ -65,7 +65,9 @@ class BlockReading:
     domain_load: list[list[int]] | None = None
     """Tokens by source (rows) and expert (columns, bank after bank) while features were sampled."""
     found: ClusterFacts | None = None
-    """None during the search, and where there were too few documents."""
+    """None during the search, without one, and where there were too few documents."""
+    searched: bool = True
+    """Whether clusters were looked for."""
     seconds: dict[str, float] = field(default_factory=lambda: {"spectrum": 0.0, "clusters": 0.0})
     bytes: dict[str, int] = field(default_factory=lambda: {"spectrum": 0, "clusters": 0})
 
@@ -92,7 +94,7 @@ class BlockReading:
             "certified_rank": self.certified,
             "gate_rank": None if self.basis is None else self.basis.shape[1],
             "documents": 0 if self.coordinates is None else self.coordinates.shape[0],
-            **_detection_facts(found.detection if found else None),
+            **_detection_facts(found.detection if found else None, self.searched),
             "token_line": found.published if found else None,
             "stability": found.stability if found else None,
             "nmi": found.agreement["nmi"] if found and found.agreement else None,
@@ -154,7 +156,8 @@ def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device)
 
 
-def _detection_facts(found: Detection | None) -> dict[str, Any]:
+def _detection_facts(found: Detection | None, searched: bool) -> dict[str, Any]:
+    none = "no document was sampled" if searched else "not looked for at this check"
     names = ("noise", "largest", "silhouette", "eps")
     return {
         "clusters": found.count if found else None,
@@ -162,5 +165,5 @@ def _detection_facts(found: Detection | None) -> dict[str, Any]:
         **{name: getattr(found, name) if found else None for name in names},
         "eps_sensitivity": [list(pair) for pair in found.sensitivity] if found else None,
         "found": bool(found and found.found),
-        "reason": found.reason if found else "no document was sampled",
+        "reason": found.reason if found else none,
     }

@@ -2,12 +2,16 @@
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 
+from mocte_ds.controller.expert_rows import Wanted, found_rows, merged_rows
+from mocte_ds.controller.flops import FlopCount
 from mocte_ds.controller.handles import BlockHandle, ExpertHandle
 from mocte_ds.controller.progress import ProgressFacts
 from mocte_ds.controller.run_state import RunState
@@ -26,13 +30,15 @@ _BYTES = 24
 
 @dataclass
 class TrainabilityFacts:
-    """Results of a measurement besides the probes; the same on all ranks except for the seconds."""
+    """Results of a measurement besides the probes; the same on all ranks except for the seconds and FLOPs."""
 
     sampled: dict[int, list[int]] = field(default_factory=dict)
     """Rows found of each expert, by block, at most `freeze.rows`; an expert with fewer is not measured."""
     seconds: float = 0.0
     bytes: int = 0
     """Bytes of rows and numbers that were sent."""
+    flops: int = 0
+    """Of this rank."""
 
 
 def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFacts:
@@ -52,28 +58,32 @@ def measure_trainability(run: RunState, found: ProgressFacts) -> TrainabilityFac
     mesh = run.mesh
     values: dict[tuple[int, int], float] = {}
     failures: list[str] = []
-    for handle, number, bank in _banks(run):
-        expert_rows = run.samples.rows[bank.deepspeed_moe]
-        sampled = expert_rows.found(mesh.data)
+    banks = list(_banks(run))
+    samples = [run.samples.rows[bank.deepspeed_moe] for _, _, bank in banks]
+    watched: list[tuple[BlockHandle, Bank, int, int]] = []
+    wanted: list[Wanted] = []
+    for (handle, number, bank), rows, sampled in zip(banks, samples, found_rows(samples, mesh.data), strict=True):
         facts.sampled.setdefault(handle.index, []).extend(sampled)
-        full = [k for k, rows in enumerate(sampled) if rows == run.config.freeze.rows]
-        full = [k for k in full if _watched(handle.experts[number * bank.num_experts + k], may_thaw)]
-        if not full:
+        first = number * bank.num_experts
+        for k, count in enumerate(sampled):
+            if count == rows.count and _watched(handle.experts[first + k], may_thaw):
+                watched.append((handle, bank, k, first + k))
+                wanted.append(Wanted(rows, k, handle.block.hidden_size))
+    device = next(run.module.parameters()).device
+    turns: Counter[Bank] = Counter()
+    for (handle, bank, k, name), rows in zip(watched, merged_rows(wanted, device, mesh.data), strict=True):
+        facts.bytes += rows.numel() * rows.element_size()
+        turn, turns[bank] = turns[bank], turns[bank] + 1
+        local = k - bank.first_local(mesh.expert.rank)
+        if not 0 <= local < len(bank.local_experts):
             continue
-        device = next(bank.parameters()).device
-        merged = expert_rows.merged(full, handle.block.hidden_size, device, mesh.data)
-        facts.bytes += merged.numel() * merged.element_size()
-        for turn, k in enumerate(full):
-            local, name = k - bank.first_local(mesh.expert.rank), number * bank.num_experts + k
-            if not 0 <= local < len(bank.local_experts):
+        with on_its_own(bank.local_experts[local]):  # by all that share it, though one of them measures
+            if turn % mesh.expert_data.size != mesh.expert_data.rank:
                 continue
-            with on_its_own(bank.local_experts[local]):  # by all that share it, though one of them measures
-                if turn % mesh.expert_data.size != mesh.expert_data.rank:
-                    continue
-                try:
-                    values[handle.index, name] = _lambda(run, bank.local_experts[local], merged[turn])
-                except (MocteError, RuntimeError) as error:
-                    failures.append(f"the trainability of expert {name} of {handle.name} cannot be measured: {error}")
+            try:
+                values[handle.index, name] = _lambda(run, bank.local_experts[local], rows, facts)
+            except (MocteError, RuntimeError) as error:
+                failures.append(f"the trainability of expert {name} of {handle.name} cannot be measured: {error}")
     everywhere = gather_objects((values, failures), mesh.world)
     # Experts are spread over the ranks: one that stopped alone would leave the others waiting.
     for _, texts in everywhere:
@@ -93,9 +103,21 @@ def _banks(run: RunState) -> Iterator[tuple[BlockHandle, int, Bank]]:
                 yield handle, number, bank
 
 
-def _lambda(run: RunState, expert: nn.Module, rows: Tensor) -> float:
-    """Largest eigenvalue of the expert's kernel over the number of rows."""
-    value = top_eigenpair(expert, rows, iterations=run.config.freeze.iterations)[0] / len(rows)
+def _lambda(run: RunState, expert: nn.Module, rows: Tensor, facts: TrainabilityFacts) -> float:
+    """Largest eigenvalue of the expert's kernel over the number of rows; ``facts`` take the FLOPs."""
+    look = partial(top_eigenpair, expert, rows, iterations=run.config.freeze.iterations)
+    kind = (type(expert), tuple(p.shape for p in expert.parameters()), rows.shape)
+    known = run.flops_of_lambda.setdefault(kind, {})
+    # Where experts are small, counting takes longer than their products: each number of products is counted once.
+    with nullcontext() if known else FlopCount() as count:
+        found = look()
+    if found.products not in known and count is None:
+        with FlopCount() as count:
+            look()
+    if count is not None:
+        known[found.products] = count.total
+    facts.flops += known[found.products]
+    value = found.value / len(rows)
     if not math.isfinite(value):
         raise MocteError(f"it is {value}; some weights are NaN, infinite or too large.")
     return value

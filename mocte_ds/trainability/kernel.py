@@ -1,6 +1,7 @@
 """The largest eigenvalue of an expert's neural-tangent kernel: how much a step can still change its outputs."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,17 @@ from mocte_ds.trainability.forms import checked_rows, evaluating, first, known_f
 
 Product = Callable[[Tensor], Tensor]
 """v (n, d) to Theta v (n, d)."""
+
+
+class Eigenpair(NamedTuple):
+    """What :func:`top_eigenpair` found."""
+
+    value: float
+    vector: Tensor
+    """(n, d') of length one."""
+    products: int
+    """With Theta."""
+
 
 _STEPS_A_ROUND = 40  # Lanczos vectors that are kept at once
 
@@ -32,13 +44,13 @@ def lambda_max(expert: nn.Module, x: Tensor) -> float:
     Raises:
         MocteError: no rows, rows that are not a matrix or not finite, or a module without parameters.
     """
-    return top_eigenpair(expert, x, iterations=400, tolerance=1e-7)[0]
+    return top_eigenpair(expert, x, iterations=400, tolerance=1e-7).value
 
 
 @torch.no_grad()
 def top_eigenpair(
     expert: nn.Module, x: Tensor, iterations: int = 20, start: Tensor | None = None, tolerance: float = 1e-4
-) -> tuple[float, Tensor]:
+) -> Eigenpair:
     """Largest eigenvalue of Theta and its eigenvector.
 
     The Lanczos method with full reorthogonalisation: as many products as power iteration, but the best vector of their
@@ -51,9 +63,6 @@ def top_eigenpair(
         start: (n, d') the last check's eigenvector; None: a fixed random one.
         tolerance: stops where the residual |Theta v - lambda v| is under this share of lambda.
 
-    Returns:
-        The value, and the vector (n, d') of length one.
-
     Raises:
         MocteError: as for :func:`lambda_max`.
     """
@@ -65,7 +74,7 @@ def top_eigenpair(
         return _lanczos(product, start.to(x), iterations, tolerance)
 
 
-def _lanczos(product: Product, start: Tensor, iterations: int, tolerance: float) -> tuple[float, Tensor]:
+def _lanczos(product: Product, start: Tensor, iterations: int, tolerance: float) -> Eigenpair:
     vector, value, done = start / start.norm().clamp(min=1e-30), 0.0, 0
     floor = 100 * torch.finfo(start.dtype).eps
     while done < iterations:
@@ -80,17 +89,17 @@ def _lanczos(product: Product, start: Tensor, iterations: int, tolerance: float)
             value, turn = float(values[-1]), turns[:, -1].to(vector)
             residual = float((turn @ y - value * (turn @ q)).norm())
             if value <= 0.0 or residual <= tolerance * value:
-                return max(value, 0.0), (turn @ q).view(vector.shape)
+                return Eigenpair(max(value, 0.0), (turn @ q).view(vector.shape), done)
             rest = image[-1] - q.T @ (q @ image[-1])
             if float(rest.norm()) <= floor * float(image[-1].norm()):
                 # The span is invariant: what is left is rounding, and nothing larger can be seen from here.
-                return value, (turn @ q).view(vector.shape)
+                return Eigenpair(value, (turn @ q).view(vector.shape), done)
             # Rounding is large relative to a small remainder: orthogonalise it again at length one.
             rest = rest / rest.norm()
             rest = rest - q.T @ (q @ rest)
             basis.append(rest / rest.norm())
         vector = (turn @ q).view(vector.shape)
-    return value, vector
+    return Eigenpair(value, vector, done)
 
 
 def _closed_form(expert: nn.Module, x: Tensor) -> tuple[Product, tuple[int, int]] | None:

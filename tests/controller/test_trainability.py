@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mocte_ds.config import MocteConfig
-from mocte_ds.controller import search
+from mocte_ds.controller import expert_rows, search
 from mocte_ds.controller.birth import set_gate
-from mocte_ds.controller.expert_rows import ExpertRows
+from mocte_ds.controller.expert_rows import ExpertRows, Wanted, found_rows, merged_rows
 from mocte_ds.controller.samples import Samples
 from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.moe import BlockMode, attach
@@ -103,7 +103,8 @@ def flops_of_checks() -> list[tuple[int, int]]:
             "conflict_every": 2,
             "clusters": {"deadline": 0.02, "not_before": 0.0},
             "spectrum": {"rank": 4, "rows": 128, "documents": 32, "max_angle": 0.01},  # samples double
-            "freeze": {"policy": "progress", "rows": N, "after_checks": 99},
+            # So few products do not end early: another number of them would be counted by doing them again.
+            "freeze": {"policy": "progress", "rows": N, "iterations": 3, "after_checks": 99},
         },
     }
     engine, *_ = mocte_ds.initialize(model=small_model(), config=settings)
@@ -165,7 +166,12 @@ def one_layer(rows: int) -> tuple[list[Any], Any]:
     return blocks, model
 
 
-def test_the_rows_are_spread_over_the_whole_batch() -> None:
+def merged(rows: ExpertRows, experts: list[int], width: int) -> torch.Tensor:
+    wanted = [Wanted(rows, expert, width) for expert in experts]
+    return torch.stack(list(merged_rows(wanted, torch.device("cpu"), ALONE)))
+
+
+def test_the_rows_are_spread_over_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a choice by numpy among all rows; nothing of it depends on the order in which they come."""
     index = torch.randint(4, (40 * T, 1), generator=torch.Generator().manual_seed(1))
     features = torch.arange(40 * T).float()[:, None].expand(-1, 3).contiguous()
@@ -176,9 +182,11 @@ def test_the_rows_are_spread_over_the_whole_batch() -> None:
     for start in (24, 0, 8, 32, 16):  # sequences
         cut, of = slice(start * T, (start + 8) * T), slice(start, start + 8)
         parts.offer(features[cut], index[cut], sequence[of], place[of], counts[of])
-    assert whole.found(ALONE) == [N] * 4
-    both = [rows.merged([0, 1, 2, 3], 3, torch.device("cpu"), ALONE) for rows in (whole, parts)]
+    assert found_rows([whole, parts], ALONE) == [[N] * 4] * 2
+    both = [merged(rows, [0, 1, 2, 3], 3) for rows in (whole, parts)]
     assert torch.equal(*both)
+    monkeypatch.setattr(expert_rows, "_AT_ONCE", 3 * N * 3)  # three experts in one exchange, then one
+    assert torch.equal(merged(whole, [0, 1, 2, 3], 3), both[0])
     chosen = both[0][..., 0].long().numpy()
     for expert in range(4):
         there = chosen[expert]
@@ -192,15 +200,15 @@ def test_few_rows_are_no_sample_and_a_checkpoint_holds_them() -> None:
     rows, again = ExpertRows(2, 8, seed=0), ExpertRows(2, 8, seed=0)
     index = torch.tensor([[0, 1]] * 5 + [[1, 0]] * 2)  # two experts per token
     rows.offer(torch.randn(7, 4), index, torch.zeros(7, dtype=torch.int64), torch.arange(7))
-    assert rows.found(ALONE) == [7, 7]
+    assert found_rows([rows], ALONE) == [[7, 7]]
     again.load_state_dict(rows.state_dict(), torch.device("cpu"))
     for sample in (rows, again):
         sample.offer(torch.ones(3, 4), torch.tensor([[0], [0], [0]]), torch.ones(3, dtype=torch.int64), torch.arange(3))
-    assert rows.found(ALONE) == again.found(ALONE) == [8, 7]
-    expected = rows.merged([0], 4, torch.device("cpu"), ALONE)
-    assert torch.equal(again.merged([0], 4, torch.device("cpu"), ALONE), expected) and expected.shape == (1, 8, 4)
+    assert found_rows([rows, again], ALONE) == [[8, 7]] * 2
+    expected = merged(rows, [0], 4)
+    assert torch.equal(merged(again, [0], 4), expected) and expected.shape == (1, 8, 4)
     rows.clear()
-    assert rows.found(ALONE) == [0, 0]
+    assert found_rows([rows], ALONE) == [[0, 0]]
 
 
 def test_padding_and_recomputation_are_left_out() -> None:
@@ -216,11 +224,11 @@ def test_padding_and_recomputation_are_left_out() -> None:
         blocks[0].context.announce(first_sequence=0, micro_batch=SEQUENCES, observer=samples)
         out = model(ids, labels=told)
         rows = [samples.rows[block.banks[0].deepspeed_moe] for block in blocks]
-        before = [r.found(ALONE) for r in rows]
+        before = found_rows(rows, ALONE)
         (out.logits.square().mean() if told is None else out.loss).backward()
-        assert [r.found(ALONE) for r in rows] == before
+        assert found_rows(rows, ALONE) == before
         whole = [k for k, count in enumerate(before[1]) if count == 16]
-        found.append((before, whole, rows[1].merged(whole, 32, torch.device("cpu"), ALONE)))
+        found.append((before, whole, merged(rows[1], whole, 32)))
     alone, masked, counted = found
     assert alone[0] == masked[0] and min(map(sum, alone[0])) > 0 and alone[1]
     torch.testing.assert_close(masked[2], alone[2])

@@ -19,16 +19,26 @@ def test_emergence_is_decided_and_reported():
     # Clusters are looked for beside the next step; what was found is acted on after it.
     assert [event["measured_at"] for event in checks] == list(range(2, 16, 2))
     assert [event["step"] for event in checks] == list(range(3, 17, 2))
-    assert all(event["beside"]["clusters"] > 0 and event["seconds"]["waiting"] >= 0 for event in checks)
+    # After its birth a block is searched at every fifth check, the blocks at different ones.
+    searched = [[block["clusters"] is not None for block in event["blocks"]] for event in checks]
+    waits = [[block["mode"] == "warmup" for block in event["blocks"]] for event in checks]
+    assert searched == [
+        [mode or (number + block) % 5 == 0 for block, mode in enumerate(modes)] for number, modes in enumerate(waits, 1)
+    ]
+    assert not all(map(all, waits)) and any(map(any, searched))
+    assert [event["beside"]["clusters"] > 0 for event in checks] == [any(blocks) for blocks in searched]
+    assert all(event["seconds"]["waiting"] >= 0 for event in checks)
     emerged = [event for event in events if event["event"] == "emergence"]
     assert sorted(event["block"] for event in emerged) == [0, 1]
     for event in emerged:
         assert event["step"] <= 9 and event["reason"].split(":")[0] in ("detected", "deadline")
         assert event["output_change"] < 0.02
         assert event["optimizer_bytes_after"] > event["optimizer_bytes_before"]
-    block = checks[-1]["blocks"][0]
+    number = max(number for number, blocks in enumerate(searched) if blocks[0])
+    block = checks[number]["blocks"][0]
     assert block["rows"] == 512 and block["documents"] == 64 and len(block["singular_values"]) == 4
     assert 0 < sum(block["explained"]) <= 1 and block["purity"] > 0.9
+    block = checks[-1]["blocks"][0]
     assert set(block["domain_load"]) == {"low", "high"} and sum(block["domain_load"]["low"]) == pytest.approx(1)
     # Tokens routed since emergence: all of them, once.
     steps_after = 16 - emerged[0]["step"]
