@@ -171,8 +171,7 @@ def _clusterings(
             yield join_groups(there, found.fit_predict(view), VALLEY), view
         else:
             yield separate_groups(there, mass, least, VALLEY), view
-    for count in PIECES if wide else ():
-        labels = joined_pieces(points, mass, count, VALLEY)
+    for labels in joined_pieces(points, mass, PIECES, VALLEY) if wide else ():
         centres = np.stack([points[labels == k].mean(axis=0) for k in range(labels.max() + 1)])
         span = np.linalg.svd(centres - centres.mean(axis=0), full_matrices=False)[2][: len(centres) - 1]
         yield labels, points @ span.T
@@ -180,10 +179,9 @@ def _clusterings(
 
 def _between(points: np.ndarray) -> np.ndarray:
     """(u, u) distances."""
-    square = np.zeros((len(points), len(points)))
-    for column in points.T:
-        square += np.square(column[:, None] - column[None, :])
-    return np.sqrt(square, out=square)
+    from scipy.spatial.distance import cdist
+
+    return cdist(points, points)
 
 
 def _nearest(some: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Where k-means starts: pieces of the points that depend on nothing but the points."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,26 +25,46 @@ def principal_pieces(z: Tensor, w: Tensor, count: int, even: bool, generator: to
     Returns:
         (n,) int64 piece of each point; fewer than K pieces where fewer points differ.
     """
-    labels = torch.zeros(len(z), dtype=torch.int64)
-    waiting = [(_scatter(z, w), 0, count, torch.arange(len(z)))]
+    return principal_pieces_by_count(z, w, [count], even, generator)[0]
+
+
+def principal_pieces_by_count(
+    z: Tensor, w: Tensor, counts: Sequence[int], even: bool, generator: torch.Generator | None = None
+) -> list[Tensor]:
+    """:func:`principal_pieces` for ascending numbers of pieces: uneven cuts for few pieces are the first ones for many.
+
+    Args:
+        z: as there.
+        w: as there.
+        counts: ascending; one only if ``even``.
+        even: as there.
+        generator: as there.
+
+    Returns:
+        (n,) labels for each of ``counts``.
+    """
+    labels, found = torch.zeros(len(z), dtype=torch.int64), []
+    waiting = [(_scatter(z, w), 0, counts[-1], torch.arange(len(z)))]
     pieces = 1
-    while waiting and pieces < count:
-        waiting.sort(key=lambda piece: (piece[0], -piece[1]))
-        _, label, share, rows = waiting.pop()
-        along = _projection(z[rows], w[rows], generator)
-        if even:
-            left, cut = _even_cut(along, w[rows], share)
-        else:
-            left, cut = along <= 0, 0
-        if bool(left.all()) or not bool(left.any()):
-            continue
-        labels[rows[~left]] = pieces
-        parts = ((label, cut if even else count, rows[left]), (pieces, share - cut if even else count, rows[~left]))
-        for name, wanted, part in parts:
-            if len(part) > 1 and wanted > 1:
-                waiting.append((_scatter(z[part], w[part]), name, wanted, part))
-        pieces += 1
-    return labels
+    for count in counts:
+        while waiting and pieces < count:
+            waiting.sort(key=lambda piece: (piece[0], -piece[1]))
+            _, label, share, rows = waiting.pop()
+            along = _projection(z[rows], w[rows], generator)
+            if even:
+                left, cut = _even_cut(along, w[rows], share)
+            else:
+                left, cut = along <= 0, 0
+            if bool(left.all()) or not bool(left.any()):
+                continue
+            labels[rows[~left]] = pieces
+            parts = ((label, cut if even else share, rows[left]), (pieces, share - cut if even else share, rows[~left]))
+            for name, wanted, part in parts:
+                if len(part) > 1 and wanted > 1:
+                    waiting.append((_scatter(z[part], w[part]), name, wanted, part))
+            pieces += 1
+        found.append(labels.clone())
+    return found
 
 
 def means(z: Tensor, w: Tensor, labels: Tensor, old: Tensor) -> Tensor:

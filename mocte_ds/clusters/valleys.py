@@ -1,9 +1,11 @@
 """Clusters that touch in their tails: pieces of k-means, joined wherever no valley lies between two of them."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 
-from mocte_ds.clusters.start import means, principal_pieces
+from mocte_ds.clusters.start import means, principal_pieces_by_count
 
 _ITERATIONS = 30
 # Of a cloud in few dimensions pieces may lie apart with nothing between them: the turns of a curve.
@@ -18,7 +20,9 @@ _NEEDED, _MOST_SMALL = 3.0, 0.1
 # Shapes: n points, r coordinates, K pieces.
 
 
-def joined_pieces(points: np.ndarray, mass: np.ndarray, count: int, significance: float) -> np.ndarray:
+def joined_pieces(
+    points: np.ndarray, mass: np.ndarray, counts: Sequence[int], significance: float
+) -> Iterator[np.ndarray]:
     """Groups of points between which density falls and rises again, seen along the line from centre to centre.
 
     Distances in many directions hide a valley in the noise of all of them; on the line between two centres one
@@ -29,14 +33,19 @@ def joined_pieces(points: np.ndarray, mass: np.ndarray, count: int, significance
     Args:
         points: (n, r).
         mass: (n,) of each point.
-        count: K, pieces to begin with.
+        counts: each K, pieces to begin with, ascending.
         significance: standard deviations by which a valley's count must fall below that at both centres.
 
-    Returns:
-        (n,) int64 group of each point; one group where the pieces are too small to tell.
+    Yields:
+        (n,) int64 group of each point, for each K; one group where the pieces are too small to tell.
     """
     z, w = torch.from_numpy(np.ascontiguousarray(points)), torch.from_numpy(mass.astype(float))
-    labels = _pieces(z, w, count).numpy()
+    for start in principal_pieces_by_count(z, w, counts, even=False):
+        yield _joined(points, _pieces(z, w, start).numpy(), significance)
+
+
+def _joined(points: np.ndarray, labels: np.ndarray, significance: float) -> np.ndarray:
+    """(n,) groups of the pieces between which there is no valley."""
     count = int(labels.max()) + 1
     centres = np.stack([points[labels == k].mean(axis=0) for k in range(count)])
     large = np.bincount(labels, minlength=count) >= _NEEDED * significance**2
@@ -54,9 +63,8 @@ def joined_pieces(points: np.ndarray, mass: np.ndarray, count: int, significance
     return np.unique(group, return_inverse=True)[1][labels]
 
 
-def _pieces(z: torch.Tensor, w: torch.Tensor, count: int) -> torch.Tensor:
-    """(n,) pieces 0 to K - 1 of k-means, none of them empty."""
-    labels = principal_pieces(z, w, count, even=False)
+def _pieces(z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(n,) pieces 0 to K - 1 of k-means from those labels, none of them empty."""
     centroids = torch.zeros(int(labels.max()) + 1, z.shape[1], dtype=z.dtype)
     for _ in range(_ITERATIONS):
         centroids = means(z, w, labels, centroids)

@@ -19,31 +19,33 @@ def several_facts(runs: Sequence[Run]) -> list[dict[str, Any]]:
         runs: the logs.
 
     Returns:
-        For each run and block "run", "arm" (the folder's name without its seed), "block", "emerged" (step, or None),
+        For each run and block "run", "arm" (the folder without its seed), "block", "emerged" (step, or None),
         "how" (`clusters`, `deadline`, another reason's first word, or None), "first_found" (step of the first check
-        that found clusters, or None), "found" (share of checks that did), and "before" and "after" with
+        that found clusters, or None), "found" (share of the checks that looked), and "before" and "after" with
         :data:`CLUSTERS` and :data:`CONFLICT`, None where no check has a number. Before: of the last check that has one,
         up to the first emergence in any of the runs, so that a dense run is read at the same time as the others. After:
         means over all checks in the second half of the run.
     """
     emergences = [event["step"] for run in runs for event in run.of_kind("emergence")]
     first = min(emergences, default=None)
+    one_parent = len({run.folder.parent for run in runs}) == 1
     facts = []
     for run in runs:
         for block in run.blocks:
             entries = [(check["step"], entry) for check in run.checks for entry in _of(check, block)]
             event = next((e for e in run.of_kind("emergence") if e.get("block") == block), None)
+            looked = [entry for _, entry in entries if entry.get("clusters") is not None]
             found = [step for step, entry in entries if entry.get("found") is True]
             half = run.metrics[-1]["step"] / 2
             facts.append(
                 {
                     "run": str(run.folder),
-                    "arm": _SEED.sub("", run.folder.name),
+                    "arm": _SEED.sub("", run.folder.name if one_parent else str(run.folder)),
                     "block": block,
                     "emerged": event and event["step"],
                     "how": event and _how(str(event.get("reason") or "")),
                     "first_found": min(found, default=None),
-                    "found": len(found) / len(entries) if entries else None,
+                    "found": len(found) / len(looked) if looked else None,
                     "before": _means([(s, e) for s, e in entries if first is not None and s <= first], last=True),
                     "after": _means([(s, e) for s, e in entries if s > half], last=False),
                 }

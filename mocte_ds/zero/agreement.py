@@ -32,7 +32,8 @@ def agreed_total(
     largest gradients are rounded: terms that cancel leave a gradient near zero that is nothing else.
 
     Args:
-        squares: (groups,) of the gradients in this rank's partition.
+        squares: (groups,) of the gradients in this rank's partition. One that is not finite makes the total so on all
+            ranks.
         whole: for each group the name of its unit, if every tensor rank has all of it; else None.
         rounding: relative, of a number in the type that the model computes in.
         data: process group of the ranks that read other data.
@@ -54,12 +55,12 @@ def agreed_total(
         bounds = torch.cat([own, -own])
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=tensor)
         most, least = bounds[: len(own)], -bounds[len(own) :]
-    # What is not finite is fp16's overflow, or stops the run elsewhere.
+    # A step with what is not finite is dropped, whichever rank has it.
     finite = most.isfinite() & least.isfinite()
     excess = torch.where(finite, most - least - _AGREEMENT * most, 0.0).clamp(min=0.0)
     counted = squares.double()
     if tensor_rank:
-        counted[numbers] = 0.0  # and not times 0, which leaves NaN
+        counted[numbers] = torch.where(own.isfinite(), 0.0, own)
     sums = torch.stack([counted.sum() + spoiled, torch.zeros_like(excess.sum()) if tensor_rank else excess.sum()])
     for group in (data, tensor):
         dist.all_reduce(sums, group=group)

@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 
 from mocte_ds.clusters import agreement, detect, published_line, stability
+from mocte_ds.clusters.start import principal_pieces, principal_pieces_by_count
 from mocte_ds.errors import MocteError
 
 
@@ -160,3 +161,10 @@ def test_curves_and_grids_are_no_clusters(kind: str) -> None:
         z[:, 1] += radius * np.sin(turn)
     found = detect(torch.from_numpy(z))
     assert not found.found, found.reason
+
+
+def test_pieces_for_several_counts_are_those_for_each() -> None:
+    z = torch.randn(300, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w, counts = torch.rand(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64), (2, 3, 7, 12)
+    for count, labels in zip(counts, principal_pieces_by_count(z, w, counts, even=False), strict=True):
+        assert torch.equal(labels, principal_pieces(z, w, count, even=False)) and int(labels.max()) == count - 1

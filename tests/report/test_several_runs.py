@@ -86,3 +86,29 @@ def test_dense_runs_alone_have_no_before(folders: list[Path]) -> None:
     facts = several_facts([read_run(folders[2])])
     assert all(value is None for fact in facts for value in fact["before"].values())
     assert "emergence" in several_text(facts)
+
+
+def test_folders_of_one_name_are_different_arms(tmp_path: Path) -> None:
+    made = [tmp_path / parent / name for parent in ("a", "b") for name in ("run-seed0", "run-seed1")]
+    for number, folder in enumerate(made):
+        write_run(folder, seed=number)
+    facts = several_facts([read_run(folder) for folder in made])
+    arms = [str(tmp_path / parent / "run") for parent in ("a", "b")]
+    assert [fact["arm"] for fact in facts if fact["block"] == 0] == [arms[0]] * 2 + [arms[1]] * 2
+
+
+def test_checks_that_did_not_look_do_not_count(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", seed=0)
+    path = tmp_path / "run" / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    looked = []
+    for event in events:
+        if event["event"] == "check":
+            looked.append(event["step"] % 20 == 0)
+            event["blocks"][0]["clusters"] = 3 if looked[-1] else None
+            event["blocks"][0]["found"] = looked[-1] and event["step"] > 100
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    steps = [event["step"] for event in events if event["event"] == "check" and event["step"] % 20 == 0]
+    expected = sum(step > 100 for step in steps) / len(steps)
+    assert several_facts([read_run(tmp_path / "run")])[0]["found"] == pytest.approx(expected) and 0 < expected < 1
+    assert not all(looked)
