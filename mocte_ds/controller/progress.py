@@ -151,9 +151,9 @@ class Progress:
         return reading
 
     def _compare_routes(self, run: RunState, now: ProbeReading, facts: ProgressFacts) -> None:
-        for handle in run.blocks:
-            if handle.mode is BlockMode.WARMUP:
-                continue
+        emerged = [handle for handle in run.blocks if handle.mode is not BlockMode.WARMUP]
+        own: list[Tensor] = []
+        for handle in emerged:
             changed, counted, loads = [], [], []
             for number, bank in enumerate(handle.block.banks):
                 born = self._born.get((handle.index, number))
@@ -162,14 +162,16 @@ class Progress:
                 same_set = born is not None and born.shape == route.shape
                 changed.append(((route != born) & valid).sum() if same_set else torch.tensor(0))
                 counted.append(valid.sum() if same_set else torch.tensor(0))
-            parts = [torch.stack(changed), torch.stack(counted), torch.cat(loads)]
-            summed = sum_over_ranks(torch.cat(parts), run.mesh.data).split([len(part) for part in parts])
-            if int(summed[1].sum()):
-                facts.churn[handle.index] = (summed[0] / summed[1].clamp(min=1)).tolist()
-            facts.load[handle.index] = summed[2].tolist()
-            by_bank = summed[2].double().view(len(handle.block.banks), -1)
+            own += [torch.stack(changed), torch.stack(counted), torch.cat(loads)]
+        summed = list(sum_over_ranks(torch.cat(own), run.mesh.data).split([len(part) for part in own]))
+        for place, handle in enumerate(emerged):
+            changes, counts, load = summed[3 * place : 3 * place + 3]
+            if int(counts.sum()):
+                facts.churn[handle.index] = (changes / counts.clamp(min=1)).tolist()
+            facts.load[handle.index] = load.tolist()
+            by_bank = load.double().view(len(handle.block.banks), -1)
             facts.imbalance[handle.index] = (by_bank.amax(1) / by_bank.mean(1).clamp(min=1e-9)).tolist()
-            facts.bytes += 8 * sum(len(part) for part in parts)
+        facts.bytes += 8 * sum(len(part) for part in own)
 
     @staticmethod
     def _credit(
