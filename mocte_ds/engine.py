@@ -1,5 +1,6 @@
 """initialize(): deepspeed.initialize for MO-CTE; MocteEngine: where DeepSpeed's step meets the controller."""
 
+import contextlib
 import functools
 import time
 import warnings
@@ -77,7 +78,8 @@ class MocteEngine(UnitEngine):
             begin_pass(self.mocte, self.skips)
             self.mocte.before_micro_batch(self.train_micro_batch_size_per_gpu(), inputs, kwargs)
         try:
-            return super().forward(*inputs, **kwargs)
+            with self.skips.drawing() if trains else contextlib.nullcontext():
+                return super().forward(*inputs, **kwargs)
         finally:
             self.mocte.context.unannounce()
 
@@ -92,7 +94,8 @@ class MocteEngine(UnitEngine):
         self.step_log.see_loss(loss, 1.0 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0)
         loss = watched(loss, context, 1.0 if scale_wrt_gas else 1.0 / self.gradient_accumulation_steps())
         try:
-            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            with self.skips.drawing():
+                return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         finally:
             context.loss_scale = None
             self.mocte.passes.after_backward()

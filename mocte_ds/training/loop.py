@@ -227,6 +227,7 @@ class Trainer:
         """One optimizer step: its line of metrics.jsonl or None if it was skipped; whether a rank was asked to stop."""
         engine, t, before = self.engine, self.run.training, self.engine.global_steps
         started, total = time.perf_counter(), 0.0
+        drawing = contextlib.nullcontext if self.config else engine.skips.drawing  # an engine with blocks does it
         rate = engine.optimizer.param_groups[0]["lr"]
         turns = engine.gradient_accumulation_steps()
         for turn in range(turns):
@@ -236,7 +237,7 @@ class Trainer:
                 engine.mocte.annotate(batch["domain"], self.loader.domains)
             else:
                 engine.skips.begin_pass(batch["domain"], self.loader.domains)
-            with phase("forward"):
+            with phase("forward"), drawing():
                 output = engine(**self.forward.inputs(batch["input_ids"].to(engine.device)))
                 loss = self.forward.loss(output, batch["labels"])
                 total += loss.item() / turns
@@ -254,7 +255,7 @@ class Trainer:
                 engine.skips.see(loss)
                 if turn == turns - 1 and engine.skips.limit and not losses.isfinite().all():
                     loss = loss * math.nan  # DeepSpeed skips by gradients, and they may be finite where a loss is not
-            with phase("backward"):
+            with phase("backward"), drawing():
                 engine.backward(loss)
             with phase("optimizer", waits=True):
                 engine.step()

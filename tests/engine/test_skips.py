@@ -29,16 +29,16 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 class Run:
-    """A tiny run of this rank, with dropout, of which some batches are bad."""
+    """A tiny run of this rank, of which some batches are bad."""
 
-    def __init__(self, changes: dict[str, Any], bad: dict[int, str], **block: Any) -> None:
+    def __init__(self, changes: dict[str, Any], bad: dict[int, str], dropout: float = 0.1, **block: Any) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         import mocte_ds
 
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-        llama = LlamaConfig(vocab_size=64, use_cache=False, attention_dropout=0.1, **sizes)
+        llama = LlamaConfig(vocab_size=64, use_cache=False, attention_dropout=dropout, **sizes)
         own = {"freeze": {"rows": 16, "iterations": 4}, "conflict_every": 0, "apply_after": 0}
         own |= {"skip_nonfinite": 2, "banks": BANKS, "clusters": {"deadline": 0.05, "not_before": 0.05}}
         settings = {**config(**own, **block), **changes}
@@ -57,21 +57,26 @@ class Run:
         return output
 
     def train(self, numbers: list[int]) -> None:
-        rank, world = self.engine.mesh.data.rank, self.engine.mesh.data.size
         for number in numbers:
             for turn in range(2):
-                ids, domain = batch(number, turn * world + rank)
-                self.engine.mocte.annotate(domain, ["low", "high"])
-                spoiled = self.bad.get(number) if rank == world - 1 and turn == number % 2 else None
-                self.now = spoiled
-                loss = self.engine(input_ids=ids, labels=ids).loss
-                self.now = None
-                if spoiled == "loss":
-                    loss = loss + math.nan  # its gradient is finite
-                self.engine.backward(loss)
+                loss = self.backward(number, turn)
                 self.engine.step()
             self.losses.append(loss.item())
             self.applied.append(self.engine.was_step_applied())
+
+    def backward(self, number: int, turn: int) -> torch.Tensor:
+        """Both passes over a micro-batch of a batch; its loss."""
+        rank, world = self.engine.mesh.data.rank, self.engine.mesh.data.size
+        ids, domain = batch(number, turn * world + rank)
+        self.engine.mocte.annotate(domain, ["low", "high"])
+        spoiled = self.bad.get(number) if rank == world - 1 and turn == number % 2 else None
+        self.now = spoiled
+        loss = self.engine(input_ids=ids, labels=ids).loss
+        self.now = None
+        if spoiled == "loss":
+            loss = loss + math.nan  # its gradient is finite
+        self.engine.backward(loss)
+        return loss
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, on this rank."""
@@ -160,6 +165,36 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, stage: str) -> None:
         assert all(event["domains"] == ["high", "low"] for event in facts["events"])
         assert facts["events"][0]["reason"].endswith("(high, low) was not finite; 1 in a row, of at most 2")
         assert facts["resumed events"] == [1, 2]
+
+
+def sampled(dropout: float) -> tuple[list[list[int]], list[bool]]:
+    """A script draws its batches from torch's generator, as nanoGPT does; the second micro-batch of step 2 is bad."""
+    engine = Run(STAGES["zero 2, bf16"], {}, dropout=dropout, auto=False).engine
+    torch.manual_seed(7 + engine.mesh.data.rank)
+    drawn, applied, bad = list[list[int]](), list[bool](), None
+    for step in range(4):
+        drawn.append([])
+        for turn in range(2):
+            number = int(torch.randint(10**6, (1,)))
+            drawn[-1].append(number)
+            bad = number if (step, turn) == (1, 1) else bad
+            ids, _ = batch(number, 0)
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss * math.nan if number == bad else loss)
+            engine.step()
+        applied.append(engine.was_step_applied())
+    return drawn, applied
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_batches_that_a_script_draws_do_not_come_again(dropout: float) -> None:
+    for rank, (drawn, applied) in enumerate(spawn(sampled, 2, dropout, timeout=280, deepspeed=True)):
+        assert applied == [True, False, True, True]
+        numbers = [number for step in drawn for number in step]
+        assert len(set(numbers)) == len(numbers)
+        generator = torch.Generator().manual_seed(7 + rank)
+        expected = [int(torch.randint(10**6, (1,), generator=generator)) for _ in numbers]
+        assert dropout or numbers == expected
 
 
 def too_many(folder: str) -> dict[str, Any]:
