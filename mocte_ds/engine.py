@@ -238,7 +238,7 @@ class MocteEngine(UnitEngine):
             self.mocte.proof.begin(self.mocte.run)
             self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, self.mesh.world.rank, read))
         self.step_log.loaded(str(folder))
-        self.skips.streak = state.get("skipped", [])  # older versions skip nothing
+        self.skips.streak = state["skipped"]
         for facts in self.skips.streak:
             self.mocte.events.emit(facts)  # the log goes on after the checkpoint's step, and they are of the next one
         return path, client_state

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mocte_ds.errors import NonFiniteLoss
+from mocte_ds.errors import CheckpointError, NonFiniteLoss
 from tests.engine.runs import batch, config
 from tests.spawn import spawn
 
@@ -195,6 +195,31 @@ def test_batches_that_a_script_draws_do_not_come_again(dropout: float) -> None:
         generator = torch.Generator().manual_seed(7 + rank)
         expected = [int(torch.randint(10**6, (1,), generator=generator)) for _ in numbers]
         assert dropout or numbers == expected
+
+
+def odd(folder: str) -> list[str]:
+    """What is said of checkpoints that hold something else in place of skipped steps; nothing of them is loaded."""
+    run = Run(STAGES["zero 2, bf16"], {1: "loss"}, auto=False)
+    run.train([0, 1])
+    facts, said = run.engine.skips.streak[0], list[str]()
+    values = [3, None, ["a"], [{"a": 1}], [{**facts, "ranks": 1}], [{**facts, "domains": [2]}]]
+    values += [[{**facts, "sequences": [1]}], [{**facts, "step": "2"}], [{**facts, 3: 4}]]
+    for number, value in enumerate(values):
+        run.engine.skips.streak = value
+        run.engine.save_checkpoint(folder, str(number))
+    run.engine.skips.streak = []
+    run.train([2])
+    for number in range(len(values)):
+        with pytest.raises(CheckpointError) as found:
+            run.engine.load_checkpoint(folder, str(number))
+        assert run.engine.global_steps == 2
+        said.append(str(found.value))
+    return said
+
+
+def test_odd_skipped_steps_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    for said in spawn(odd, 2, str(tmp_path), timeout=280, deepspeed=True):
+        assert all("mocte_state.pt holds skipped steps that no version of mocte_ds writes: " in text for text in said)
 
 
 def too_many(folder: str) -> dict[str, Any]:
