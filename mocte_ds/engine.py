@@ -228,8 +228,7 @@ class MocteEngine(UnitEngine):
         # torch refuses weights of other names and shapes by RuntimeErrors.
         plausible = only_plausible(folder, RuntimeError, AssertionError)
         with plausible, files.reading(folder, manifest, self.mocte.config.ep_size) as read:
-            names = [handle.name for handle in self.mocte.blocks]
-            state = read_state(load_dir, tag, self.mocte.config, names, read)
+            state = read_state(load_dir, tag, self.mocte.config, [block.name for block in self.mocte.blocks], read)
             self.mocte.load_state_dict(state["mocte"])
             path, client_state = super().load_checkpoint(str(load_dir), tag, **kwargs)
             if path is None:
@@ -237,8 +236,10 @@ class MocteEngine(UnitEngine):
             client_state.pop("tokens_seen")  # the controller has them too
             self.mocte.proof.begin(self.mocte.run)
             self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, self.mesh.world.rank, read))
+        self.skips.restore(state["skipped"])
+        self.mocte.mid_step = False
+        self.forget_step()
         self.step_log.loaded(str(folder))
-        self.skips.streak = state["skipped"]
         for facts in self.skips.streak:
             self.mocte.events.emit(facts)  # the log goes on after the checkpoint's step, and they are of the next one
         return path, client_state

@@ -91,7 +91,8 @@ class Skips:
             loss: as the caller computed it; what is not a number by type is passed over.
         """
         if self.limit and isinstance(loss, Tensor) and loss.numel() == 1:
-            self.spoiled = self.spoiled + loss.detach().reshape(()).float() * 0.0
+            # In its own precision: what is finite there may be infinite in fp32.
+            self.spoiled = self.spoiled + (loss.detach().reshape(()) * 0.0).float()
 
     def look(self, engine: Any) -> bool:
         """After an optimizer step: whether it was skipped; then the engine stands before it again (collective).

@@ -1,5 +1,6 @@
 """What may be skipped, what is refused, and that a sample without a step is the sample that never had it."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,25 @@ def test_the_engine_stands_before_the_step_again() -> None:
     with pytest.raises(NonFiniteLoss, match="step 8: the gradient norm .sequences 4 to 7. is not finite, after 1 in a"):
         skips.look(engine(overflow=True))
     assert not skips.look(engine(overflow=False)) and skips.streak == [] and len(told) == 1
+
+
+def test_a_loss_is_finite_in_its_own_precision() -> None:
+    skips = Skips(1, ALONE, pytest.fail)
+    skips.see(torch.tensor(1e300, dtype=torch.float64))
+    assert float(skips.spoiled) == 0.0 and torch.as_tensor(skips.spoiled).dtype == torch.float32
+    skips.see(torch.tensor(torch.nan, dtype=torch.float64))
+    assert math.isnan(float(skips.spoiled))
+
+
+def test_a_load_forgets_the_step_that_was_going_on() -> None:
+    told: list[dict] = []
+    skips = Skips(2, ALONE, told.append)
+    skips.begin_pass(torch.tensor([0]), ["books"])
+    skips.see(torch.tensor(torch.nan))
+    skips.restore([{"step": 8}])
+    assert skips.begin_pass(torch.tensor([0]), ["code"]) and skips.spoiled == 0.0
+    assert skips.look(engine(overflow=True))
+    assert (told[0]["what"], told[0]["domains"], told[0]["in_a_row"]) == ("gradient norm", ["code"], 2)
 
 
 def test_off_it_looks_at_nothing() -> None:

@@ -107,7 +107,7 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
             with engine.checkpoint_engine.reading(folder / tag, manifest) as read:
                 path, client_state = engine.load_checkpoint(str(folder), tag)
                 restore_random_states(folder, tag, engine.mesh.world.rank, read)
-            engine.skips.streak = skipped_steps((client_state or {}).pop("skipped", []), folder / tag)
+            engine.skips.restore(skipped_steps((client_state or {}).pop("skipped", []), folder / tag))
     except MocteError:
         raise
     except Exception as error:

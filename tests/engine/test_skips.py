@@ -167,6 +167,30 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, stage: str) -> None:
         assert facts["resumed events"] == [1, 2]
 
 
+def interrupted(stage: str, folder: str) -> dict[str, Any]:
+    """A script goes back to a checkpoint within a step that is bad, once before and once after an `engine.step()`."""
+    run = Run(STAGES[stage], {2: "loss", 5: "embedding"}, auto=False)
+    run.train([0, 1])
+    run.engine.save_checkpoint(folder)
+    run.backward(2, 0)
+    run.engine.load_checkpoint(folder)
+    run.backward(5, 0)
+    run.engine.step()
+    run.backward(5, 1)
+    run.engine.load_checkpoint(folder)
+    mid_step = run.engine.mocte.mid_step
+    run.train([3, 4])
+    without = Run(STAGES[stage], {}, auto=False)
+    without.train([0, 1, 3, 4])
+    return {"apart": differing(run.state(), without.state()), "applied": run.applied, "mid_step": mid_step}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_going_back_within_a_step(tmp_path: Path, stage: str) -> None:
+    for facts in spawn(interrupted, 2, stage, str(tmp_path), timeout=280, deepspeed=True):
+        assert facts == {"apart": [], "applied": [True] * 4, "mid_step": False}
+
+
 def sampled(dropout: float) -> tuple[list[list[int]], list[bool]]:
     """A script draws its batches from torch's generator, as nanoGPT does; the second micro-batch of step 2 is bad."""
     engine = Run(STAGES["zero 2, bf16"], {}, dropout=dropout, auto=False).engine
