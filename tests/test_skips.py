@@ -102,17 +102,19 @@ def offers(reservoir: Reservoir, first: int, count: int) -> None:
     reservoir.add(keys[:, None].float(), keys)
 
 
-@pytest.mark.parametrize("cleared", [False, True])
-def test_a_sample_without_a_step(cleared: bool) -> None:
+@pytest.mark.parametrize("cleared", ["never", "before the step", "within the step"])
+def test_a_sample_without_a_step(cleared: str) -> None:
     """Grown, full and emptied in between: rows, keys and slots are those of a sample that has not seen the step."""
     with_step, without = Reservoir(40, 1, seed=5), Reservoir(40, 1, seed=5)
     for first in range(0, 150, 30):
-        if cleared and first == 60:
+        if cleared == "before the step" and first == 60:
             with_step.clear()
             without.clear()
         with_step.selection.mark()
         with_step.mark()
         offers(with_step, 1000 + first, 17)
+        if cleared == "within the step":
+            with_step.clear()
         offers(with_step, 2000 + first, 17)
         with_step.take_back()
         with_step.selection.take_back()
@@ -122,7 +124,8 @@ def test_a_sample_without_a_step(cleared: bool) -> None:
         assert torch.equal(with_step.selection.slots, without.selection.slots)
 
 
-def test_rows_of_experts_without_a_step() -> None:
+@pytest.mark.parametrize("cleared", [False, True])
+def test_rows_of_experts_without_a_step(cleared: bool) -> None:
     with_step, without = ExpertRows(2, 6, seed=1), ExpertRows(2, 6, seed=1)
 
     def offer(rows: ExpertRows, first: int) -> None:
@@ -132,6 +135,8 @@ def test_rows_of_experts_without_a_step() -> None:
     for first in range(0, 40, 8):
         with_step.mark()
         offer(with_step, 1000 + first)
+        if cleared:
+            with_step.clear()
         offer(with_step, 2000 + first)
         with_step.take_back()
         offer(with_step, first)

@@ -1,5 +1,6 @@
 """Steps whose loss or gradient is not finite are skipped: the run is the one that never had their batches."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,29 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, stage: str) -> None:
         assert facts["resumed events"] == [1, 2]
 
 
+def at_every_step(auto: bool) -> list[tuple[int, list[str]]]:
+    """After each batch: its number, and where the run differs from the one without bad batches after as many steps."""
+    stage = STAGES["zero 2, bf16"]
+    without, states = Run(stage, {}, dropout=0.0, auto=auto), list[dict[str, Any]]()
+    for number in range(BATCHES):
+        if number not in BAD:
+            without.train([number])
+            states.append(copy.deepcopy(without.state()))
+    with_bad, found = Run(stage, BAD, dropout=0.0, auto=auto), []
+    for number in range(BATCHES):
+        with_bad.train([number])
+        if with_bad.engine.global_steps:
+            found.append((number, differing(with_bad.state(), states[with_bad.engine.global_steps - 1])))
+    return found
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_after_a_skipped_step_all_is_as_before_it(auto: bool) -> None:
+    """Also without dropout, and where every step, or some, begin a new sample."""
+    for found in spawn(at_every_step, 2, auto, timeout=280, deepspeed=True):
+        assert found == [(number, []) for number in range(1, BATCHES)]
+
+
 def interrupted(stage: str, folder: str) -> dict[str, Any]:
     """A script goes back to a checkpoint within a step that is bad, once before and once after an `engine.step()`."""
     run = Run(STAGES[stage], {2: "loss", 5: "embedding"}, auto=False)
@@ -219,6 +243,21 @@ def test_batches_that_a_script_draws_do_not_come_again(dropout: float) -> None:
         generator = torch.Generator().manual_seed(7 + rank)
         expected = [int(torch.randint(10**6, (1,), generator=generator)) for _ in numbers]
         assert dropout or numbers == expected
+
+
+def emerged(bad: bool) -> tuple[list[tuple], list[float]]:
+    """Experts emerge by hand after a step that was skipped, or after the one before it."""
+    run = Run(STAGES["zero 2, bf16"], {3: "embedding"}, auto=False)
+    run.train([0, 1, 2, 3] if bad else [0, 1, 2])
+    run.engine.mocte.emerge(0)
+    run.train([4])
+    events = [(event["step"], event["clusters"]) for event in run.events if event["event"] == "emergence"]
+    return events, run.losses[-1:]
+
+
+def test_experts_emerge_of_the_sample_before_a_skipped_step() -> None:
+    found = [spawn(emerged, 2, bad, timeout=280, deepspeed=True) for bad in (True, False)]
+    assert found[0] == found[1] and found[0][0][0] == [(3, 0)]
 
 
 def odd(folder: str) -> list[str]:
