@@ -245,6 +245,30 @@ def test_batches_that_a_script_draws_do_not_come_again(dropout: float) -> None:
         assert dropout or numbers == expected
 
 
+def told_loads() -> list[list[list[int]]]:
+    """Loads that a script asks for before the first step, within one that is skipped, and after the next one."""
+    run = Run(STAGES["zero 2, bf16"], {2: "embedding"}, auto=False)
+    run.train([0])
+    for block in range(2):
+        run.engine.mocte.emerge(block)
+    run.train([1])
+    told = [run.engine.mocte.expert_load()]
+    run.backward(2, 0)
+    run.engine.step()
+    run.backward(2, 1)
+    told.append(run.engine.mocte.expert_load())
+    run.engine.step()
+    told.append(run.engine.mocte.expert_load())
+    run.train([3])
+    return [*told, run.engine.mocte.expert_load()]
+
+
+def test_loads_of_a_skipped_step_are_told_anew() -> None:
+    for before, within, skipped, after in spawn(told_loads, 2, timeout=280, deepspeed=True):
+        assert sum(map(sum, before)) and sum(map(sum, within)) == sum(map(sum, after)) == sum(map(sum, before))
+        assert not any(map(any, skipped))
+
+
 def emerged(bad: bool) -> tuple[list[tuple], list[float]]:
     """Experts emerge by hand after a step that was skipped, or after the one before it."""
     run = Run(STAGES["zero 2, bf16"], {3: "embedding"}, auto=False)
