@@ -42,6 +42,8 @@ class Watch:
         self._pace, self._spikes = Pace(), LossSpikes(settings.loss_spike)
         self._axis, self.rank = axis, axis.rank
         self._prometheus = Prometheus(out) if settings.prometheus and self.rank == 0 else None
+        self._line: dict[str, Any] | None = None
+        """Of metrics.jsonl, the last one."""
         self._dog: Watchdog | None = None
 
     def begin(self) -> None:
@@ -84,6 +86,7 @@ class Watch:
         Raises:
             MocteError: they cannot be written.
         """
+        self._line = metrics
         if self._prometheus is None:
             return
         try:
@@ -93,6 +96,15 @@ class Watch:
         except NotOurs as error:  # a monitor's file must not end a run
             logging.getLogger("mocte_ds").warning(f"{error} No further numbers are written there.")
             self._prometheus = None
+
+    def publish_last(self) -> None:
+        """Publish the last step's numbers, if there are any: the run ends with a step that was skipped.
+
+        Raises:
+            MocteError: as of :meth:`publish`.
+        """
+        if self._line is not None:
+            self.publish(self._line, last=True)
 
     def look_at_loss(self, loss: float, end: int, event: Event) -> None:
         """Log a loss that stands out.
