@@ -239,9 +239,7 @@ class MocteEngine(UnitEngine):
         self.skips.restore(state["skipped"])
         self.mocte.mid_step = False
         self.forget_step()
-        self.step_log.loaded(str(folder))
-        for facts in self.skips.streak:
-            self.mocte.events.emit(facts)  # the log goes on after the checkpoint's step, and they are of the next one
+        self.step_log.loaded(str(folder), state["skipped"])
         return path, client_state
 
 

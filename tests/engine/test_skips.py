@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is not finite are skipped: the run is the one that never had their batches."""
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, stage: str) -> None:
         assert told == [(1, "loss", bad, 1), (4, "gradient norm", [], 1), (5, "loss", bad, 1), (5, "loss", bad, 2)]
         assert all(event["domains"] == ["high", "low"] for event in facts["events"])
         assert facts["events"][0]["reason"].endswith("(high, low) was not finite; 1 in a row, of at most 2")
-        assert facts["resumed events"] == [1, 2]
+        assert facts["resumed events"] == [2]
 
 
 def at_every_step(auto: bool) -> list[tuple[int, list[str]]]:
@@ -282,6 +283,32 @@ def emerged(bad: bool) -> tuple[list[tuple], list[float]]:
 def test_experts_emerge_of_the_sample_before_a_skipped_step() -> None:
     found = [spawn(emerged, 2, bad, timeout=280, deepspeed=True) for bad in (True, False)]
     assert found[0] == found[1] and found[0][0][0] == [(3, 0)]
+
+
+def logged(folder: str, log_first: bool) -> tuple[list[str], list[int]]:
+    """A run logs, is saved after a skipped step, and goes on; names in its log, and what its listener hears."""
+    first = Run(STAGES["zero 2, bf16"], {2: "embedding"}, auto=False)
+    first.engine.mocte.log_to(f"{folder}/log")
+    first.train([0, 1, 2])
+    first.engine.save_checkpoint(f"{folder}/checkpoints")
+    first.engine.step_log.close()
+    again = Run(STAGES["zero 2, bf16"], {}, auto=False)
+    if log_first:
+        again.engine.mocte.log_to(f"{folder}/log")
+    for _ in range(2):
+        again.engine.load_checkpoint(f"{folder}/checkpoints")
+    if not log_first:
+        again.engine.mocte.log_to(f"{folder}/log")
+    again.train([3])
+    again.engine.step_log.close()
+    lines = Path(folder, "log", "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["event"] for line in lines], [event["event"] for event in again.events]
+
+
+@pytest.mark.parametrize("log_first", [True, False])
+def test_the_log_keeps_skipped_steps_that_a_checkpoint_has(tmp_path: Path, log_first: bool) -> None:
+    names, heard = spawn(logged, 2, str(tmp_path), log_first, timeout=280, deepspeed=True)[0]
+    assert names == ["save", "resume", "skipped_step"] and heard == []
 
 
 def odd(folder: str) -> list[str]:
