@@ -160,16 +160,17 @@ class Watch:
         """End the run: more steps in a row than `watch.skip_nonfinite` were not finite.
 
         Args:
-            streak: the events of all of them, the last one among them, with their `sequences`.
+            streak: the events of all of them, the last one among them, with their `sequences` where they are known.
 
         Raises:
             NonFiniteLoss: as of :meth:`require_finite`.
         """
         *_, last = streak
         said = f"{described(last)} is not finite in step {last['step']}"
-        places = ", ".join("{} to {}".format(*facts["sequences"]) for facts in streak[:-1])
-        said += f", after {len(streak) - 1} skipped in a row (watch.skip_nonfinite; sequences {places})."
-        self._end(said, [facts["sequences"][0] for facts in streak])
+        known = [facts["sequences"] for facts in streak if "sequences" in facts]
+        places = ", ".join("{} to {}".format(*facts["sequences"]) for facts in streak[:-1] if "sequences" in facts)
+        said += f", after {len(streak) - 1} skipped in a row (watch.skip_nonfinite; sequences {places or 'unknown'})."
+        self._end(said, [first for first, _ in known])
 
     def _end(self, said: str, firsts: Sequence[int]) -> None:
         """End the run because of the batches that begin at some sequences."""
