@@ -1,5 +1,6 @@
 """initialize(): deepspeed.initialize for MO-CTE; MocteEngine: where DeepSpeed's step meets the controller."""
 
+import contextlib
 import functools
 import time
 import warnings
@@ -77,7 +78,8 @@ class MocteEngine(UnitEngine):
             begin_pass(self.mocte, self.skips)
             self.mocte.before_micro_batch(self.train_micro_batch_size_per_gpu(), inputs, kwargs)
         try:
-            return super().forward(*inputs, **kwargs)
+            with self.skips.drawing() if trains else contextlib.nullcontext():
+                return super().forward(*inputs, **kwargs)
         finally:
             self.mocte.context.unannounce()
 
@@ -92,7 +94,8 @@ class MocteEngine(UnitEngine):
         self.step_log.see_loss(loss, 1.0 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0)
         loss = watched(loss, context, 1.0 if scale_wrt_gas else 1.0 / self.gradient_accumulation_steps())
         try:
-            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            with self.skips.drawing():
+                return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         finally:
             context.loss_scale = None
             self.mocte.passes.after_backward()
@@ -225,8 +228,7 @@ class MocteEngine(UnitEngine):
         # torch refuses weights of other names and shapes by RuntimeErrors.
         plausible = only_plausible(folder, RuntimeError, AssertionError)
         with plausible, files.reading(folder, manifest, self.mocte.config.ep_size) as read:
-            names = [handle.name for handle in self.mocte.blocks]
-            state = read_state(load_dir, tag, self.mocte.config, names, read)
+            state = read_state(load_dir, tag, self.mocte.config, [block.name for block in self.mocte.blocks], read)
             self.mocte.load_state_dict(state["mocte"])
             path, client_state = super().load_checkpoint(str(load_dir), tag, **kwargs)
             if path is None:
@@ -234,10 +236,10 @@ class MocteEngine(UnitEngine):
             client_state.pop("tokens_seen")  # the controller has them too
             self.mocte.proof.begin(self.mocte.run)
             self.mocte.load_rank_state_dict(restore_random_states(load_dir, tag, self.mesh.world.rank, read))
-        self.step_log.loaded(str(folder))
-        self.skips.streak = state.get("skipped", [])  # older versions skip nothing
-        for facts in self.skips.streak:
-            self.mocte.events.emit(facts)  # the log goes on after the checkpoint's step, and they are of the next one
+        self.skips.restore(state["skipped"])
+        self.mocte.mid_step = False
+        self.forget_step()
+        self.step_log.loaded(str(folder), state["skipped"])
         return path, client_state
 
 

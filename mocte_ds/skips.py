@@ -1,12 +1,13 @@
 """Steps whose loss or gradient is not finite: skipped as if their batch had never been read, so many in a row."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from mocte_ds.checkpoints.random_states import put_back, random_states
+from mocte_ds.checkpoints.random_states import Draws
 from mocte_ds.dist.collectives import gather_objects
 from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import ConfigError, NonFiniteLoss
@@ -19,7 +20,7 @@ class Skips:
     """What one engine skips. DeepSpeed's optimizer finds the gradient out and drops it, on all ranks alike.
 
     It also counts the step. Here the count is taken back, and the next batch is trained on in its place: at the same
-    step of the schedule, with the same random numbers.
+    step of the schedule, with the random numbers that the passes of the skipped one have drawn.
     """
 
     def __init__(
@@ -45,11 +46,25 @@ class Skips:
         self._axis, self._tell, self._where, self._give_up = axis, tell, where, give_up or _give_up
         self.spoiled: Tensor | float = 0.0
         """NaN where a loss of this rank in this step is not finite, else 0."""
-        self._random: dict[str, Any] | None = None
+        self._begun = False
+        """Whether this step has had a pass."""
+        self._draws = Draws()
         self._sources: list[tuple[Tensor, list[str]]] = []
 
+    def restore(self, streak: list[Facts]) -> None:
+        """Go on from a checkpoint: with its streak, and without what a step that was going on has left.
+
+        Args:
+            streak: of the checkpoint, see :attr:`streak`.
+        """
+        self.streak = streak
+        self._end_step()
+
+    def _end_step(self) -> None:
+        self.spoiled, self._begun, self._draws, self._sources = 0.0, False, Draws(), []
+
     def begin_pass(self, domain: Tensor | None, names: list[str]) -> bool:
-        """Before a forward pass that trains: remember what its step must not change.
+        """Before a forward pass that trains: remember what it reads.
 
         Args:
             domain: (B,) source of each sequence, an index into ``names``, or None.
@@ -62,10 +77,12 @@ class Skips:
             return False
         if domain is not None:
             self._sources.append((domain, names))
-        first = self._random is None
-        if first:
-            self._random = random_states()
+        first, self._begun = not self._begun, True
         return first
+
+    def drawing(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager for a forward or backward pass: what it draws is undone where its step is skipped."""
+        return self._draws.within() if self.limit else contextlib.nullcontext()
 
     def see(self, loss: Any) -> None:
         """Look at what a backward pass begins with; nobody waits for the device.
@@ -74,7 +91,8 @@ class Skips:
             loss: as the caller computed it; what is not a number by type is passed over.
         """
         if self.limit and isinstance(loss, Tensor) and loss.numel() == 1:
-            self.spoiled = self.spoiled + loss.detach().reshape(()).float() * 0.0
+            # In its own precision: what is finite there may be infinite in fp32.
+            self.spoiled = self.spoiled + (loss.detach().reshape(()) * 0.0).float()
 
     def look(self, engine: Any) -> bool:
         """After an optimizer step: whether it was skipped; then the engine stands before it again (collective).
@@ -85,15 +103,14 @@ class Skips:
         Raises:
             NonFiniteLoss: on all ranks, where nobody else gives up: too many in a row.
         """
-        spoiled, random, sources = self.spoiled, self._random, self._sources
-        self.spoiled, self._random, self._sources = 0.0, None, []
+        spoiled, draws, sources = self.spoiled, self._draws, self._sources
+        self._end_step()
         if not (self.limit and engine.optimizer.overflow):
             self.streak = []
             return False
         engine.global_steps -= 1
         engine.global_samples -= engine.train_batch_size()
-        if random is not None:
-            put_back(random)
+        draws.undo()
         self.streak = [*self.streak, self._facts(engine.global_steps + 1, float(spoiled), sources)]
         if len(self.streak) > self.limit:
             self._give_up(self.streak)

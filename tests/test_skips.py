@@ -1,5 +1,6 @@
 """What may be skipped, what is refused, and that a sample without a step is the sample that never had it."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,8 @@ def test_the_engine_stands_before_the_step_again() -> None:
     expected = torch.rand(2)
     torch.manual_seed(3)
     assert skips.begin_pass(torch.tensor([0, -1, 0]), ["books", "code"]) and not skips.begin_pass(None, [])
-    torch.rand(5)
+    with skips.drawing():
+        torch.rand(5)
     skips.see(torch.tensor(1.0))
     skips.see(torch.tensor(torch.inf))
     stands = engine(overflow=True)
@@ -37,6 +39,25 @@ def test_the_engine_stands_before_the_step_again() -> None:
     with pytest.raises(NonFiniteLoss, match="step 8: the gradient norm .sequences 4 to 7. is not finite, after 1 in a"):
         skips.look(engine(overflow=True))
     assert not skips.look(engine(overflow=False)) and skips.streak == [] and len(told) == 1
+
+
+def test_a_loss_is_finite_in_its_own_precision() -> None:
+    skips = Skips(1, ALONE, pytest.fail)
+    skips.see(torch.tensor(1e300, dtype=torch.float64))
+    assert float(skips.spoiled) == 0.0 and torch.as_tensor(skips.spoiled).dtype == torch.float32
+    skips.see(torch.tensor(torch.nan, dtype=torch.float64))
+    assert math.isnan(float(skips.spoiled))
+
+
+def test_a_load_forgets_the_step_that_was_going_on() -> None:
+    told: list[dict] = []
+    skips = Skips(2, ALONE, told.append)
+    skips.begin_pass(torch.tensor([0]), ["books"])
+    skips.see(torch.tensor(torch.nan))
+    skips.restore([{"step": 8}])
+    assert skips.begin_pass(torch.tensor([0]), ["code"]) and skips.spoiled == 0.0
+    assert skips.look(engine(overflow=True))
+    assert (told[0]["what"], told[0]["domains"], told[0]["in_a_row"]) == ("gradient norm", ["code"], 2)
 
 
 def test_off_it_looks_at_nothing() -> None:
@@ -81,17 +102,19 @@ def offers(reservoir: Reservoir, first: int, count: int) -> None:
     reservoir.add(keys[:, None].float(), keys)
 
 
-@pytest.mark.parametrize("cleared", [False, True])
-def test_a_sample_without_a_step(cleared: bool) -> None:
+@pytest.mark.parametrize("cleared", ["never", "before the step", "within the step"])
+def test_a_sample_without_a_step(cleared: str) -> None:
     """Grown, full and emptied in between: rows, keys and slots are those of a sample that has not seen the step."""
     with_step, without = Reservoir(40, 1, seed=5), Reservoir(40, 1, seed=5)
     for first in range(0, 150, 30):
-        if cleared and first == 60:
+        if cleared == "before the step" and first == 60:
             with_step.clear()
             without.clear()
         with_step.selection.mark()
         with_step.mark()
         offers(with_step, 1000 + first, 17)
+        if cleared == "within the step":
+            with_step.clear()
         offers(with_step, 2000 + first, 17)
         with_step.take_back()
         with_step.selection.take_back()
@@ -101,7 +124,8 @@ def test_a_sample_without_a_step(cleared: bool) -> None:
         assert torch.equal(with_step.selection.slots, without.selection.slots)
 
 
-def test_rows_of_experts_without_a_step() -> None:
+@pytest.mark.parametrize("cleared", [False, True])
+def test_rows_of_experts_without_a_step(cleared: bool) -> None:
     with_step, without = ExpertRows(2, 6, seed=1), ExpertRows(2, 6, seed=1)
 
     def offer(rows: ExpertRows, first: int) -> None:
@@ -111,6 +135,8 @@ def test_rows_of_experts_without_a_step() -> None:
     for first in range(0, 40, 8):
         with_step.mark()
         offer(with_step, 1000 + first)
+        if cleared:
+            with_step.clear()
         offer(with_step, 2000 + first)
         with_step.take_back()
         offer(with_step, first)

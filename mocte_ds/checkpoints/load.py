@@ -7,6 +7,7 @@ from typing import Any
 from mocte_ds.checkpoints.values import read_plain, require_keys
 from mocte_ds.config import MocteConfig
 from mocte_ds.errors import CheckpointError, ConfigError
+from mocte_ds.shown import shown
 
 STATE_FILE = "mocte_state.pt"
 # What decides which tensors a checkpoint holds; thresholds and cadence may change between two runs.
@@ -35,6 +36,7 @@ def read_state(
     path = Path(load_dir) / tag / STATE_FILE
     state = require_keys(read(path), ("mocte", "client_state"), path)
     mocte = require_keys(state["mocte"], ("config", "blocks", "tokens"), path)
+    state["skipped"] = skipped_steps(state.get("skipped", []), path)  # older versions skip nothing
     state["mocte"] = {**mocte, "config": _completed(mocte["config"], path)}
     if config is not None:
         saved, now = _flat(state["mocte"]["config"]), _flat(config.to_dict())
@@ -49,6 +51,38 @@ def read_state(
                 f"the checkpoint {load_dir}/{tag} has the blocks {saved_names}, the model has {names}; use its config."
             )
     return state
+
+
+def skipped_steps(value: Any, path: Path) -> list[dict[str, Any]]:
+    """The events of skipped steps that a checkpoint holds (see mocte_ds.skips), if they are such.
+
+    Args:
+        value: as it was read.
+        path: of the file or the checkpoint that has it.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if not (isinstance(value, list) and all(isinstance(facts, dict) and _is_event(facts) for facts in value)):
+        raise CheckpointError(f"{path} holds skipped steps that no version of mocte_ds writes: {shown(value)}.")
+    return value
+
+
+def _is_event(facts: dict[Any, Any]) -> bool:
+    def all_are(kind: type, name: str, count: int | None = None) -> bool:
+        values = facts.get(name)
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            return False
+        return count is None or len(values) == count
+
+    kinds = {"event": str, "step": int, "what": str}
+    return (
+        all(isinstance(key, str) for key in facts)
+        and all(isinstance(facts.get(key), kind) for key, kind in kinds.items())
+        and all_are(int, "ranks")
+        and all_are(str, "domains")
+        and ("sequences" not in facts or all_are(int, "sequences", 2))
+    )
 
 
 def _completed(values: Any, path: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Random number generators in a checkpoint: a resumed run draws what the uninterrupted one would have drawn."""
 
+import contextlib
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mocte_ds.checkpoints.values import only_plausible, read_plain, require_keys
 
@@ -74,3 +76,44 @@ def put_back(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+class Draws:
+    """What some passes draw from this rank's generators, so that it can be undone; what is drawn in between stays."""
+
+    def __init__(self) -> None:
+        """Nothing is drawn yet."""
+        self._before: dict[str, Any] = {}
+        """State of each generator before the passes since somebody else has drawn from it."""
+        self._after: dict[str, Any] = {}
+        """Where the last pass has left it."""
+
+    @contextlib.contextmanager
+    def within(self) -> Iterator[None]:
+        """Context manager: what is drawn in it is a pass's."""
+        self._before = self._undone()
+        try:
+            yield
+        finally:
+            self._after = random_states()
+
+    def undo(self) -> None:
+        """Put each generator where it was before the passes, back to the last draw of somebody else.
+
+        What passes have drawn before that one stays drawn: otherwise the other one would draw the same again.
+        """
+        put_back(self._undone())
+
+    def _undone(self) -> dict[str, Any]:
+        now, after = random_states(), self._after
+        return {
+            name: self._before[name] if name in after and _equal(after[name], state) else state
+            for name, state in now.items()
+        }
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two states of a generator are the same."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))

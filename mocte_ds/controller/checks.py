@@ -66,6 +66,10 @@ class Checks:
         self._sampled_step = run.step
         return self.samples_after(run.step)
 
+    def forget_pass(self) -> None:
+        """Take the next pass for the first one of its step."""
+        self._sampled_step = -1
+
     def after_step(self) -> None:
         """Measure or decide if that is due after the step that was just done (collective)."""
         run = self._run
@@ -139,6 +143,7 @@ class Checks:
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Restore what :meth:`state_dict` returned; the check is complete with :meth:`load_rank_state_dict`."""
         self._pending, self._shared_state = None, state
+        self.forget_pass()
 
     def load_rank_state_dict(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
         """Restore what :meth:`rank_state_dict` returned; None: a pending check is dropped."""

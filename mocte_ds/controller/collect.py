@@ -102,7 +102,6 @@ class SampleStream:
         self.token_facts.clear()
         self.document_facts.clear()
         self.version, self._batch = 0, None
-        self._marked = 0, None
 
     def mark(self) -> None:
         """Remember the sample, for :meth:`take_back`."""
@@ -235,7 +234,7 @@ class FeatureCollector:
         """Forget everything; the stream forgets with it."""
         self._tokens.clear()
         self._documents.clear()
-        self._version = self._marked = 0
+        self._version = 0
 
     def mark(self) -> None:
         """Remember the rows, for :meth:`take_back`; the stream remembers which they are."""

@@ -50,22 +50,20 @@ class ExpertRows:
         self.experts, self.count = experts, rows
         # Apart from the spectrum's sample, which hashes the same places.
         self.seed = derived_seed(seed, "rows of experts")
-        self._marked: list[Tensor | None] = []
+        self._marked: tuple[list[Tensor | None], list[Selection]] = [], []
         self._replaced: list[tuple[Tensor, Tensor, Tensor]] | None = None
         """Since :meth:`mark`: of what, which rows, and what they were; None: nothing is marked."""
         self.clear()
 
     def clear(self) -> None:
-        """Forget all rows, so that the next window shows today's weights."""
+        """Forget all rows, so that the next window shows today's weights; what is marked stays marked."""
         # One rank may send all of an expert's tokens, so that each keeps as many as all do together.
         self._chosen = [Selection(self.count, self.seed) for _ in range(self.experts)]
         self._kept: list[Tensor | None] = [None] * self.experts
-        if self._replaced is not None:
-            self.mark()
 
     def mark(self) -> None:
         """Remember the rows, for :meth:`take_back`."""
-        self._marked, self._replaced = list(self._kept), []
+        self._marked, self._replaced = (list(self._kept), self._chosen), []
         for chosen in self._chosen:
             chosen.mark()
 
@@ -73,7 +71,8 @@ class ExpertRows:
         """Put back what entered since :meth:`mark`."""
         for kept, slots, rows in reversed(self._replaced or []):
             kept[slots] = rows
-        self._kept, self._replaced = list(self._marked), []
+        kept, self._chosen = self._marked
+        self._kept, self._replaced = list(kept), []
         for chosen in self._chosen:
             chosen.take_back()
 

@@ -38,7 +38,7 @@ class Passes:
         """Sequences of a pass, all ranks together."""
         self._load_seen = [torch.zeros(handle.block.num_experts, dtype=torch.int64) for handle in run.blocks]
         self._seen_before: list[Tensor] | None = None
-        """Of :meth:`tell`, before it in the same step."""
+        """What had been told before the current step, where something was told in it."""
 
     def begin(self, micro: int, texts: int) -> int:
         """Count a pass that is about to run.
@@ -162,7 +162,6 @@ class Passes:
             (ranks, numbers) fp64, and the tokens.
         """
         told, routed = self.tell_routed(numbers)
-        self._seen_before = list(self._load_seen)
         return told, self._since_last_call(routed)
 
     def tell_routed(self, numbers: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
@@ -183,6 +182,8 @@ class Passes:
         return list(counts.split([handle.block.num_experts for handle in self._run.blocks]))
 
     def _since_last_call(self, totals: list[Tensor]) -> list[list[int]]:
+        if self._parts and self._seen_before is None:
+            self._seen_before = list(self._load_seen)
         result = []
         for number, routed in enumerate(totals):
             result.append((routed - self._load_seen[number]).tolist())

@@ -94,7 +94,7 @@ class Samples(Observer):
     # ---- what checks ask -------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Begin a new sample.
+        """Begin a new sample; what is marked stays marked.
 
         Rows are chosen by the smallest hashes, so that old ones would stay and show the features of old weights.
         """
@@ -103,7 +103,7 @@ class Samples(Observer):
             collector.clear()
         for rows in self.rows.values():
             rows.clear()
-        self.by_source, self._marked = {}, {}
+        self.by_source = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors of this rank."""

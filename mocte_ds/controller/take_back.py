@@ -18,6 +18,7 @@ def take_back_step(controller: Controller) -> None:
     """After a step that was skipped: tokens, loads, samples and the probe set are those from before it."""
     controller.mid_step = False
     controller.passes.take_back_step()
+    controller.checks.forget_pass()
     controller.run.samples.take_back()
     controller.progress.probe.withdraw()
 

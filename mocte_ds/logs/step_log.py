@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class StepLog:
         """On rank 0."""
         self._begins = True
         """Whether the next line is the first one since the start or a load."""
-        self._resumed: dict[str, Any] | None = None
-        """Of the event of the checkpoint that was loaded last."""
+        self._resumed: list[dict[str, Any]] = []
+        """Events of the checkpoint that was loaded last: the load, and the steps that were skipped before it."""
         self._start_step, self._steps_here = 0, 0
         self._loss: Tensor | None = None
         self._loss_known, self._before = True, (0.0, 0)
@@ -194,10 +194,17 @@ class StepLog:
         if self._last is not None:
             self._last = time.perf_counter()  # a validation is beside training
 
-    def loaded(self, checkpoint: str) -> None:
-        """Go on from a checkpoint: what follows stands after its step (collective)."""
+    def loaded(self, checkpoint: str, skipped: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from a checkpoint: what follows stands after its step (collective).
+
+        Args:
+            checkpoint: its folder.
+            skipped: events of steps that were skipped just before it was saved. They are of the step that comes next,
+                and the files are cut after the one before.
+        """
         mocte, step = self._engine.mocte, self._engine.global_steps
-        self._resumed = {"event": "resume", "step": step, "tokens": mocte.tokens, "checkpoint": checkpoint}
+        resume = {"event": "resume", "step": step, "tokens": mocte.tokens, "checkpoint": checkpoint}
+        self._resumed = [resume, *({**facts, "tokens": mocte.tokens} for facts in skipped)]
         self._begins, self._start_step, self._last = True, step, None
         self._loss, self._loss_known, self._tokens = None, True, mocte.tokens
         self._sequences = mocte.passes.sequences
@@ -219,8 +226,8 @@ class StepLog:
             # Not before: a checkpoint that is refused must not change the logs of the run that it belongs to.
             self._begins = False
             folder.begin(self._start_step, self._facts())
-            if self._resumed is not None:
-                folder.write("events", self._resumed)
+            for event in self._resumed:
+                folder.write("events", event)
         folder.write(name, values)
 
     def _counted(self) -> list[Tensor]:

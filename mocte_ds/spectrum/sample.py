@@ -89,15 +89,15 @@ class Selection:
         self.room = min(capacity, 4 * -(-capacity // ranks) + 64)
         """Rows kept on this rank."""
         self.clear()
+        self.mark()
 
     def clear(self) -> None:
-        """Forget all keys."""
+        """Forget all keys; what is marked stays marked."""
         self.keys = torch.empty(0, dtype=torch.int64)
         """(c,) keys of the kept rows, smallest hash first."""
         self.slots = torch.empty(0, dtype=torch.int64)
         """(c,) where the rows of these keys lie, among :attr:`room` slots."""
         self._order = torch.empty(0, dtype=torch.int64)  # hashes, ascending
-        self.mark()
 
     @property
     def hashes(self) -> Tensor:
@@ -210,11 +210,9 @@ class Reservoir:
         """Since :meth:`mark`: of what, which rows, and what they were."""
 
     def clear(self) -> None:
-        """Forget all rows, and with them what is selected."""
+        """Forget all rows, and with them what is selected; what is marked stays marked."""
         self.selection.clear()
         self._kept = torch.empty(0, self.width, dtype=self.dtype)
-        if self._marked is not None:
-            self.mark()
 
     @torch.no_grad()
     def add(self, rows: Tensor, keys: Tensor) -> None:

@@ -1,7 +1,8 @@
 """What a run that goes on may change against its checkpoint: more steps, and with a word of permission its data."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,16 +129,15 @@ def require_same_run(
     return Changes(steps, {key: {"checkpoint": before.get(key), "run": now.get(key)} for key in data})
 
 
-def told_changes(changes: Changes, engine: Any, position: int) -> list[tuple[str, dict[str, Any]]]:
-    """What differs as events with a sentence each; a run that was prolonged takes the rate of its new schedule.
+def tell_changes(changes: Changes, engine: Any, position: int, event: Callable[..., None], rank: int) -> None:
+    """Log what differs, with a warning for each; a run that was prolonged takes the rate of its new schedule.
 
     Args:
         changes: of :func:`require_same_run`.
         engine: that has loaded the checkpoint.
         position: sequences of the data that are read.
-
-    Returns:
-        Names and facts of the events.
+        event: logs.
+        rank: of this process.
     """
     told: list[tuple[str, dict[str, Any]]] = []
     if changes.steps:
@@ -151,7 +151,10 @@ def told_changes(changes: Changes, engine: Any, position: int) -> list[tuple[str
         listed = "; ".join(f"{key}: {v['checkpoint']!r} before, {v['run']!r} now" for key, v in changes.data.items())
         text = f"the run goes on with other data than the checkpoint's (--allow-data-change): {listed}."
         told.append(("data_change", {"changes": changes.data, "position": position, "note": text}))
-    return told
+    for name, facts in told:
+        event(name, **facts)
+        if rank == 0:
+            logging.getLogger("mocte_ds").warning(facts["note"])
 
 
 def changes_so_far(path: Path, step: int) -> list[dict[str, Any]]:

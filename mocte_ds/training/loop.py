@@ -1,7 +1,6 @@
 """The training loop, top to bottom: model, engine, data, steps, validation, checkpoints."""
 
 import contextlib
-import logging
 import math
 import signal
 import time
@@ -26,7 +25,7 @@ from mocte_ds.moe.attach import matching_modules
 from mocte_ds.ownership.run_lock import RunLock
 from mocte_ds.seeds import derived_seed
 from mocte_ds.stop import end_soon, handles_signals
-from mocte_ds.training.changes import told_changes
+from mocte_ds.training.changes import tell_changes
 from mocte_ds.training.init import InitialWeights
 from mocte_ds.training.left_out import LeftOut
 from mocte_ds.training.make_engine import make_engine, optimizer_bytes, seed_everything
@@ -125,14 +124,9 @@ class Trainer:
         self.telemetry = Telemetry(self.out, self.rank == 0, t.steps, self.engine.global_steps, monitor)
         if start.checkpoints:
             note = self.engine.checkpoint_engine.note
-            reshaped = {"note": note} if note else {}
-            self._event(
-                "resume", checkpoint=str(start.checkpoints / str(start.tag)), position=self.loader.position, **reshaped
-            )
-            for name, facts in told_changes(start.changes, self.engine, self.loader.position):
-                self._event(name, **facts)
-                if self.rank == 0:
-                    logging.getLogger("mocte_ds").warning(facts["note"])
+            resumed = {"checkpoint": str(start.checkpoints / str(start.tag)), "position": self.loader.position}
+            self._event("resume", **resumed, **({"note": note} if note else {}))
+            tell_changes(start.changes, self.engine, self.loader.position, self._event, self.rank)
         for event in self.engine.skips.streak:
             self._event(**event)  # of the step that comes next, which the log has dropped
         if left_out.starts:
@@ -190,10 +184,14 @@ class Trainer:
                 metrics, stopping = self._step(batches)
             step, first = self.engine.global_steps, False
             ends = stopping or step == last
-            if metrics is None:  # skipped; the time counts for nothing
-                started = time.perf_counter()
-            else:
+            if metrics is not None:
                 started = self._after_step(metrics, started, ends, profile)
+            else:  # skipped; the time counts for nothing
+                started = time.perf_counter()
+                if ends:
+                    self.watch.publish_last()
+                if ends and profile:
+                    profile.tell(step, ends, self._event)
             if step > self._saved and (ends or step % self.run.checkpoint_every == 0):
                 with phase("checkpoint", long=True):
                     self._save(step)
@@ -229,6 +227,7 @@ class Trainer:
         started, total = time.perf_counter(), 0.0
         rate = engine.optimizer.param_groups[0]["lr"]
         turns = engine.gradient_accumulation_steps()
+        drawing = contextlib.nullcontext if self.config else engine.skips.drawing  # an engine with blocks does it
         for turn in range(turns):
             with phase("data"):
                 batch = next(batches)
@@ -236,7 +235,7 @@ class Trainer:
                 engine.mocte.annotate(batch["domain"], self.loader.domains)
             else:
                 engine.skips.begin_pass(batch["domain"], self.loader.domains)
-            with phase("forward"):
+            with phase("forward"), drawing():
                 output = engine(**self.forward.inputs(batch["input_ids"].to(engine.device)))
                 loss = self.forward.loss(output, batch["labels"])
                 total += loss.item() / turns
@@ -254,7 +253,7 @@ class Trainer:
                 engine.skips.see(loss)
                 if turn == turns - 1 and engine.skips.limit and not losses.isfinite().all():
                     loss = loss * math.nan  # DeepSpeed skips by gradients, and they may be finite where a loss is not
-            with phase("backward"):
+            with phase("backward"), drawing():
                 engine.backward(loss)
             with phase("optimizer", waits=True):
                 engine.step()

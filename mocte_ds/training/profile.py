@@ -76,13 +76,13 @@ class Profile:
         self.folder = out / FOLDER
         self._open = contextlib.ExitStack()
         self._profile: profile | None = None
-        self._recorded, self._started = 0, 0.0
+        self._recorded, self._started = set[int](), 0.0
 
     def begin(self, step: int) -> None:
-        """Record, if the step is one of those."""
+        """Record, if the step is one of those; one that was skipped and comes again is still one step."""
         if step not in self._steps:
             return
-        self._recorded += 1
+        self._recorded.add(step)
         if self._profile is None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._open.enter_context(_marked(self._model))
@@ -108,7 +108,7 @@ class Profile:
         with HEART.phase("profile", long=True):
             parts = parts_of(recorded.events(), seconds)
             self._write(recorded)
-        return {"steps": self._recorded, "seconds": seconds, "parts": parts}
+        return {"steps": len(self._recorded), "seconds": seconds, "parts": parts}
 
     def tell(self, step: int, stops: bool, event: Callable[..., None]) -> bool:
         """End the profile after the last of its steps, and show and log what it found (collective).

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.checkpoints.load import skipped_steps
 from mocte_ds.checkpoints.manifest import require_whole_on_ranks
 from mocte_ds.checkpoints.random_states import restore_random_states
 from mocte_ds.dist.mesh import mesh_of_processes
@@ -106,7 +107,7 @@ def load(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
             with engine.checkpoint_engine.reading(folder / tag, manifest) as read:
                 path, client_state = engine.load_checkpoint(str(folder), tag)
                 restore_random_states(folder, tag, engine.mesh.world.rank, read)
-            engine.skips.streak = (client_state or {}).pop("skipped", [])
+            engine.skips.restore(skipped_steps((client_state or {}).pop("skipped", []), folder / tag))
     except MocteError:
         raise
     except Exception as error:

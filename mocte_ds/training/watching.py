@@ -42,6 +42,8 @@ class Watch:
         self._pace, self._spikes = Pace(), LossSpikes(settings.loss_spike)
         self._axis, self.rank = axis, axis.rank
         self._prometheus = Prometheus(out) if settings.prometheus and self.rank == 0 else None
+        self._line: dict[str, Any] | None = None
+        """Of metrics.jsonl, the last one."""
         self._dog: Watchdog | None = None
 
     def begin(self) -> None:
@@ -84,6 +86,7 @@ class Watch:
         Raises:
             MocteError: they cannot be written.
         """
+        self._line = metrics
         if self._prometheus is None:
             return
         try:
@@ -93,6 +96,15 @@ class Watch:
         except NotOurs as error:  # a monitor's file must not end a run
             logging.getLogger("mocte_ds").warning(f"{error} No further numbers are written there.")
             self._prometheus = None
+
+    def publish_last(self) -> None:
+        """Publish the last step's numbers, if there are any: the run ends with a step that was skipped.
+
+        Raises:
+            MocteError: as of :meth:`publish`.
+        """
+        if self._line is not None:
+            self.publish(self._line, last=True)
 
     def look_at_loss(self, loss: float, end: int, event: Event) -> None:
         """Log a loss that stands out.
@@ -148,16 +160,17 @@ class Watch:
         """End the run: more steps in a row than `watch.skip_nonfinite` were not finite.
 
         Args:
-            streak: the events of all of them, the last one among them, with their `sequences`.
+            streak: the events of all of them, the last one among them, with their `sequences` where they are known.
 
         Raises:
             NonFiniteLoss: as of :meth:`require_finite`.
         """
         *_, last = streak
         said = f"{described(last)} is not finite in step {last['step']}"
-        places = ", ".join("{} to {}".format(*facts["sequences"]) for facts in streak[:-1])
-        said += f", after {len(streak) - 1} skipped in a row (watch.skip_nonfinite; sequences {places})."
-        self._end(said, [facts["sequences"][0] for facts in streak])
+        known = [facts["sequences"] for facts in streak if "sequences" in facts]
+        places = ", ".join("{} to {}".format(*facts["sequences"]) for facts in streak[:-1] if "sequences" in facts)
+        said += f", after {len(streak) - 1} skipped in a row (watch.skip_nonfinite; sequences {places or 'unknown'})."
+        self._end(said, [first for first, _ in known])
 
     def _end(self, said: str, firsts: Sequence[int]) -> None:
         """End the run because of the batches that begin at some sequences."""

@@ -41,6 +41,7 @@ _METHODS = (
     "reduce_ipg_grads",
     "setup_buckets",
     "_release_ipg_buffers",
+    "reset_cpu_buffers",
     "scaled_global_norm",
 )
 _ATTRIBUTES = (
@@ -77,6 +78,7 @@ _METHODS_3 = (
     "_get_norm_groups",
     "_partition_all_parameters",
     "_pre_step",
+    "reset_cpu_buffers",
 )
 _ATTRIBUTES_3 = (
     "fp16_groups",

@@ -36,6 +36,11 @@ class UnitEngine(DeepSpeedEngine):
         super().__init__(**settings)
         require_axes_of(self, mesh)
 
+    def forget_step(self) -> None:
+        """Drop what the passes of a step that will not be finished have left: the next one is the first of a step."""
+        self.optimizer.forget_gradients()
+        self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
+
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         return with_unit_optimizer(DeepSpeedEngine._configure_zero_optimizer)(self, optimizer)
 

@@ -186,6 +186,11 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
                 with self._expert_bucket():
                     super().reduce_ipg_grads(None)
 
+    def forget_gradients(self) -> None:
+        """As of stage 3; the next backward pass is the first one of its step."""
+        super().forget_gradients()
+        self.micro_step_id = -1  # as DeepSpeed's step leaves it
+
     def setup_buckets(self) -> None:
         """Allocate the buffers; those of the experts where one trains."""
         if not self.ready_for_gradients and self._has_experts:

@@ -190,8 +190,14 @@ class UnitZero3Optimizer(UnitOptimizer, DeepSpeedZeroOptimizer_Stage3):
                 for master in self.fp32_partitioned_groups_flat:
                     master.grad.zero_()
 
-    def _forget_gradients(self) -> None:
-        super()._forget_gradients()
+    def forget_gradients(self) -> None:
+        """As of the other stages; see :meth:`step`."""
+        super().forget_gradients()
+        if self.grad_partitions_flat_buffer is not None:
+            self.grad_partitions_flat_buffer.zero_()
+
+    def _forget_offloaded(self) -> None:
+        super()._forget_offloaded()
         self._gather_small()  # DeepSpeed returns early, before it does
 
     def let_go(self) -> None:

@@ -173,10 +173,19 @@ class UnitOptimizer(ZeROOptimizer):
                 group["lr"] = rate
         if self.overflow:
             self.step_rates, self._unit_squares = before
-            self._forget_gradients()
+            self._forget_offloaded()
         return result
 
-    def _forget_gradients(self) -> None:
+    def forget_gradients(self) -> None:
+        """Drop what the backward passes of a step that will not be finished have left for it."""
+        self.spoiled = 0.0
+        self.zero_grad(set_to_none=True)
+        self.reset_cpu_buffers()  # and whether gradients that go to CPU memory were finite
+        for number in self.averaged_gradients:
+            self.averaged_gradients[number] = None
+        self._forget_offloaded()
+
+    def _forget_offloaded(self) -> None:
         """After a step that was skipped: with CPU offload DeepSpeed keeps its gradients for what the next one lacks."""
         for number in range(len(self.optimizer.param_groups)):
             for master in self._masters_of(number):

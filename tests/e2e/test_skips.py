@@ -71,15 +71,19 @@ def test_skipped_saved_and_left_out(
     gone = [number * BATCH for number in (ONE, *MANY)]
     without.write_text(WITHOUT.format(gone=gone), encoding="utf-8")
     watch = ["--set", "watch.skip_nonfinite=2", "--set", "watch.leave_out=3", "--import", poison]
+    watch += ["--set", "watch.prometheus=true"]
     code, output = launch.pretrain(run, expected, "--import", without)
     assert code == 0, output
 
-    code, output = launch.pretrain(run, out, *watch)
+    code, output = launch.pretrain(run, out, *watch, "--profile", "4-10")
     assert code == 0 and "stopped at step 7" in output, output
     first = f"sequences {ONE * BATCH} to {ONE * BATCH + BATCH - 1}"
     assert "step 4 was skipped: the loss on rank 1" in output and first in output, output
     assert (out / "checkpoints" / "latest").read_text(encoding="utf-8") == "step7"
-    assert read_log(out, "events")[-1]["event"] == "stop"
+    profile, stop = [event for event in read_log(out, "events") if event["event"] in ("profile", "stop")]
+    assert profile["event"] == "profile" and stop["event"] == "stop" and read_log(out, "events")[-1] == stop
+    assert profile["steps"] == 5 and (out / "profile" / "rank-1.json.gz").is_file(), "step 8 was begun and skipped"
+    assert 'mocte_step{run="out"} 7.0' in (out / "metrics.prom").read_text(encoding="utf-8")
 
     code, output = launch.pretrain(run, out, *watch)
     assert code == 1 and "Traceback" not in output, output

@@ -83,6 +83,9 @@ def test_skipped_batches_are_left_out_together(tmp_path: Path) -> None:
             watch(tmp_path, limit).give_up(streak)
         assert "after 1 skipped in a row (watch.skip_nonfinite; sequences 12 to 15)" in str(found.value)
         assert found.value.exit_code == code and LeftOut(tmp_path, DATA, ALONE).starts == gone
+    unknown = [{key: value for key, value in streak[0].items() if key != "sequences"}, streak[1]]
+    with pytest.raises(NonFiniteLoss, match=r"after 1 skipped in a row \(watch.skip_nonfinite; sequences unknown\)"):
+        watch(tmp_path, 0).give_up(unknown)
     later = [{**facts, "sequences": [first, first + 3]} for facts, first in zip(streak, (20, 40), strict=True)]
     with pytest.raises(NonFiniteLoss, match="2 batches were left out already; .* no room for 2 more") as found:
         watch(tmp_path, 2).give_up(later)

@@ -118,6 +118,14 @@ def test_a_run_that_ends_within_the_range_writes_what_it_has(tmp_path: Path) -> 
     assert Profile(range(5, 6), Small(), tmp_path, 0, "a test").end(3, stops=True) is None
 
 
+def test_a_step_that_was_skipped_and_comes_again_is_one_step(tmp_path: Path) -> None:
+    profile = Profile(range(2, 4), Small(), tmp_path, 0, "a test")
+    for step in (2, 2, 3, 3, 3):
+        profile.begin(step)
+    found = profile.end(3)
+    assert found is not None and found["steps"] == 2
+
+
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "profile").mkdir()
     (tmp_path / "profile" / "rank-0.json.gz").write_text("somebody's")
