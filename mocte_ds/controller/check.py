@@ -19,6 +19,18 @@ from mocte_ds.controller.search import ClusterSearch
 from mocte_ds.controller.trainability import measure_trainability
 
 
+@dataclass(frozen=True)
+class Looks:
+    """What one check looks at besides what every check does."""
+
+    read: list[BlockHandle]
+    """Blocks whose features are read: spectrum and clusters."""
+    rolled_back: list[BlockHandle]
+    """Blocks whose experts' progress is measured, if they have any."""
+    conflict: bool
+    """Whether the conflict of gradients is measured, in all blocks."""
+
+
 @dataclass
 class Check:
     """What was measured; the same on all ranks, apart from the rows of the readings."""
@@ -41,28 +53,24 @@ class Check:
     """By part, all ranks together; see :class:`FlopCount`."""
 
     @classmethod
-    def measure(
-        cls, run: RunState, progress: Progress, searched: list[BlockHandle], conflict_now: bool, in_background: bool
-    ) -> "Check":
+    def measure(cls, run: RunState, progress: Progress, looks: Looks, in_background: bool) -> "Check":
         """Read everything that a decision may need (collective).
 
         Args:
             run: the run.
             progress: the probe set and what it remembers.
-            searched: blocks in whose documents clusters are looked for.
-            conflict_now: measure the conflict of gradients too.
+            looks: what is due.
             in_background: look for clusters in a thread.
         """
         with FlopCount() as spectrum:
-            readings, search = read_blocks(run, run.blocks, in_background, searched)
+            readings, search = read_blocks(run, run.blocks, in_background, looks.read)
         check = cls(run.step, run.share, readings, search)
-        # Every block costs a pass, which only one policy has to have at each check.
         with FlopCount() as looking:
-            found = check.progress = progress.measure(run, conflict_now or progress.at_every_check)
+            found = check.progress = progress.measure(run, looks.rolled_back)
         trained = measure_trainability(run, found)
         check.sampled = trained.sampled
         check.seconds["trainability"], check.bytes["trainability"] = trained.seconds, trained.bytes
-        if conflict_now:
+        if looks.conflict:
             started = time.perf_counter()
             with FlopCount() as conflicts:
                 check.conflict = read_conflict(run, progress.probe)

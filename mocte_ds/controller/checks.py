@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mocte_ds.controller.changer import Changer
-from mocte_ds.controller.check import Check
+from mocte_ds.controller.check import Check, Looks
 from mocte_ds.controller.decide import decide
 from mocte_ds.controller.events import Events
 from mocte_ds.controller.handles import BlockHandle
@@ -16,8 +16,8 @@ from mocte_ds.controller.proof import Proof
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.moe.block import BlockMode
 
-SEARCHED_EVERY = 5
-"""Checks from one search for clusters in a block's documents to the next one after its birth; blocks take turns."""
+READ_EVERY = 5
+"""Checks from one reading of a block's features, spectrum and clusters, to the next one after its birth."""
 
 
 class Checks:
@@ -92,23 +92,26 @@ class Checks:
         for handle, counts in zip(run.blocks, self._passes.routed(), strict=True):
             for expert, count in zip(handle.experts, counts.tolist(), strict=True):
                 expert.tokens = count
-        every, number = run.config.conflict_every, run.step // self.interval
-        conflict_now = self._progress.active and every > 0 and number % every == 0
-        searched = self._searched(number)
-        self._pending = Check.measure(run, self._progress, searched, conflict_now, in_background=self._delay > 0)
+        looks = self._looks(run.step // self.interval)
+        self._pending = Check.measure(run, self._progress, looks, in_background=self._delay > 0)
 
-    def _searched(self, number: int) -> list[BlockHandle]:
-        """Blocks in which the check of that number looks for clusters: nothing waits for those of a block after birth.
+    def _looks(self, number: int) -> Looks:
+        """What the check of that number looks at.
 
-        All of them at the last check, which the report shows.
+        Nothing waits for the features of a block whose experts have emerged, and every rollback costs a pass: blocks
+        take turns, so that no check takes long. At the last check, which the report shows, all are read.
         """
-        run = self._run
+        run, progress, every = self._run, self._progress, self._run.config.conflict_every
         last = run.step + self.interval > run.total_steps
-        return [
-            handle
-            for handle in run.blocks
-            if last or handle.mode is BlockMode.WARMUP or (number + handle.index) % SEARCHED_EVERY == 0
-        ]
+
+        def turn(handle: BlockHandle, checks: int) -> bool:
+            return checks > 0 and (number + handle.index) % checks == 0
+
+        return Looks(
+            read=[h for h in run.blocks if last or h.mode is BlockMode.WARMUP or turn(h, READ_EVERY)],
+            rolled_back=[h for h in run.blocks if progress.at_every_check or turn(h, every)],
+            conflict=progress.active and every > 0 and number % every == 0,
+        )
 
     def _decide(self) -> None:
         run, check = self._run, self._pending

@@ -18,7 +18,7 @@ from mocte_ds.spectrum.subspace import Subspace, certified_rank, gate_rank, samp
 
 
 def read_blocks(
-    run: RunState, handles: list[BlockHandle], in_background: bool, searched: list[BlockHandle] | None = None
+    run: RunState, handles: list[BlockHandle], in_background: bool, read: list[BlockHandle] | None = None
 ) -> tuple[dict[int, BlockReading], ClusterSearch | None]:
     """Spectrum of the features that the forward passes left in the reservoirs, and a search for clusters (collective).
 
@@ -26,20 +26,22 @@ def read_blocks(
 
     Args:
         run: the run.
-        handles: blocks to read.
+        handles: blocks that get a reading.
         in_background: look for clusters in a thread.
-        searched: those of them in whose documents clusters are looked for; None: all.
+        read: those of them whose features are read; None: all. The others' readings hold the loads by source alone.
 
     Returns:
         Readings by block index, and the search whose results :func:`finish_readings` adds; None where there was nothing
         to search in.
     """
-    readings = _read_spectra(run, handles)
-    search = _start_search(run, handles if searched is None else searched, readings, in_background)
-    for handle in handles:
-        readings[handle.index].searched = searched is None or handle in searched
-        if handle.mode is not BlockMode.WARMUP:
-            readings[handle.index].drop_rows()  # no gate will be made of them
+    read = handles if read is None else read
+    found = _read_spectra(run, read) if read else {}
+    search = _start_search(run, read, found, in_background) if read else None
+    readings = {h.index: found.get(h.index) or BlockReading.unread(h.block.hidden_size) for h in handles}
+    emerged = [handle for handle in handles if handle.mode is not BlockMode.WARMUP]
+    for handle, load in zip(emerged, _domain_loads(run, emerged), strict=True):
+        readings[handle.index].domain_load = load
+        readings[handle.index].drop_rows()  # no gate will be made of them
     return readings, search
 
 
@@ -86,8 +88,6 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
         reading.bytes["spectrum"] = found.moved_bytes
         if handle.token_basis is None or reading.certificate <= config.max_angle:
             handle.token_basis = found.basis
-        if handle.mode is not BlockMode.WARMUP:
-            reading.domain_load = _domain_load(run, handle)
     return readings
 
 
@@ -134,8 +134,6 @@ def _start_search(
 
     Rows are put in the order of their hashes, so that nothing depends on which rank had which row.
     """
-    if not handles:
-        return None
     config, data, started = run.config, run.mesh.data, time.perf_counter()
     choice = run.samples.stream.choose_documents()
     samples = [run.samples.collectors[handle.index].documents(choice) for handle in handles]
@@ -163,12 +161,15 @@ def _start_search(
     return search
 
 
-def _domain_load(run: RunState, handle: BlockHandle) -> list[list[int]]:
-    """Tokens by source and expert since the sample began, all ranks together."""
-    sources = max(1, len(run.domain_names))
-    parts = []
-    for bank in handle.block.banks:
-        table, shape = run.samples.by_source.get(bank.deepspeed_moe), (sources, bank.num_experts)
-        fits = table is not None and table.shape == shape
-        parts.append(table.cpu() if table is not None and fits else torch.zeros(shape, dtype=torch.int64))
-    return sum_over_ranks(torch.cat(parts, dim=1), run.mesh.data).tolist()
+def _domain_loads(run: RunState, handles: list[BlockHandle]) -> list[list[list[int]]]:
+    """Tokens by source and expert since the sample began, all ranks together, of each block (one exchange)."""
+    sources, parts = max(1, len(run.domain_names)), []
+    for handle in handles:
+        for bank in handle.block.banks:
+            table, shape = run.samples.by_source.get(bank.deepspeed_moe), (sources, bank.num_experts)
+            fits = table is not None and table.shape == shape
+            parts.append(table.cpu() if table is not None and fits else torch.zeros(shape, dtype=torch.int64))
+    if not parts:
+        return []
+    tables = sum_over_ranks(torch.cat(parts, dim=1), run.mesh.data)
+    return [table.tolist() for table in tables.split([handle.block.num_experts for handle in handles], dim=1)]

@@ -1,7 +1,7 @@
 """What the experts have learned since the last check, and how many tokens have changed their expert since emergence."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,8 @@ class ProgressFacts:
     """Results by block; the same on all ranks."""
 
     progress: dict[int, list[float]] = field(default_factory=dict)
-    """Loss reduction since the last check, in nats per probe token, by block and expert; empty at checks that do not
-    measure it."""
+    """Loss reduction since the last check, in nats per probe token, by block and expert, of the blocks that were rolled
+    back."""
     churn: dict[int, list[float]] = field(default_factory=dict)
     """Share of probe tokens that go to another expert than at emergence, by bank."""
     load: dict[int, list[int]] = field(default_factory=dict)
@@ -82,15 +82,15 @@ class Progress:
             require_callable(self.probe, run.module, blocks, device, run.mesh)
             let_go(run.module)
 
-    def measure(self, run: RunState, roll_back: bool) -> ProgressFacts:
-        """Run the probe set with the current experts and, if asked, with those of the last check (collective).
+    def measure(self, run: RunState, rolled_back: Sequence[BlockHandle]) -> ProgressFacts:
+        """Run the probe set with the current experts and, for some blocks, with those of the last check (collective).
 
         Blocks are rolled back one at a time: with all of them rolled back at once an expert would be credited with what
         those of other blocks have learned of its tokens. That takes a pass for each block that trains.
 
         Args:
             run: the run.
-            roll_back: measure the progress of the experts.
+            rolled_back: blocks whose experts' progress is measured, once they have emerged.
         """
         facts, started = ProgressFacts(), time.perf_counter()
         emerged = [h for h in run.blocks if h.mode is not BlockMode.WARMUP]
@@ -101,7 +101,9 @@ class Progress:
             return facts
         facts.passes, facts.tokens = 1, self.probe.count()
         self._compare_routes(run, now, facts)
-        for handle in emerged if roll_back and self._taken and now.losses is not None else []:
+        for handle in emerged if self._taken and now.losses is not None else []:
+            if handle not in rolled_back:
+                continue
             units, before = training_units(run, handle), now
             # All ranks make a pass for a block of which any expert trains, wherever that expert lives.
             if handle.mode is BlockMode.SPECIALISING:

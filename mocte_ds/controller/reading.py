@@ -42,7 +42,7 @@ class BlockReading:
     tokens: tuple[Tensor, Tensor, Tensor, Tensor]
     """This rank's sampled features (n, d), token ids, sources, and the ids of the tokens before."""
     rows: int
-    """Number of sampled token features, all ranks; 0: nothing was seen, and everything below is empty."""
+    """Number of sampled token features, all ranks; 0: nothing was seen or read, and all but the loads is empty."""
     order: Tensor | None = None
     """(rows,) index that puts the gathered token features of all ranks into the order of their hashes."""
     mean: Tensor | None = None
@@ -66,10 +66,16 @@ class BlockReading:
     """Tokens by source (rows) and expert (columns, bank after bank) while features were sampled."""
     found: ClusterFacts | None = None
     """None during the search, without one, and where there were too few documents."""
-    searched: bool = True
-    """Whether clusters were looked for."""
+    read: bool = True
+    """Whether the features were read."""
     seconds: dict[str, float] = field(default_factory=lambda: {"spectrum": 0.0, "clusters": 0.0})
     bytes: dict[str, int] = field(default_factory=lambda: {"spectrum": 0, "clusters": 0})
+
+    @classmethod
+    def unread(cls, width: int) -> "BlockReading":
+        """Of a block of d ``width`` whose features are not read at this check."""
+        none = torch.empty(0, dtype=torch.int64)
+        return cls((torch.empty(0, width), none, none, none), 0, read=False)
 
     def sample(self) -> FeatureSample:
         """What a gate is made of."""
@@ -94,7 +100,7 @@ class BlockReading:
             "certified_rank": self.certified,
             "gate_rank": None if self.basis is None else self.basis.shape[1],
             "documents": 0 if self.coordinates is None else self.coordinates.shape[0],
-            **_detection_facts(found.detection if found else None, self.searched),
+            **_detection_facts(found.detection if found else None, self.read),
             "token_line": found.published if found else None,
             "stability": found.stability if found else None,
             "nmi": found.agreement["nmi"] if found and found.agreement else None,
@@ -156,8 +162,8 @@ def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device)
 
 
-def _detection_facts(found: Detection | None, searched: bool) -> dict[str, Any]:
-    none = "no document was sampled" if searched else "not looked for at this check"
+def _detection_facts(found: Detection | None, read: bool) -> dict[str, Any]:
+    none = "no document was sampled" if read else "not read at this check"
     names = ("noise", "largest", "silhouette", "eps")
     return {
         "clusters": found.count if found else None,

@@ -197,10 +197,10 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
     run, progress = training()
     made, blocks, units = run.module, [handle.block for handle in run.blocks], run.registry.units
     progress.remember_routes(run, {0, 1})
-    first = progress.measure(run, True)
+    first = progress.measure(run, run.blocks)
     assert first.progress == {} and first.churn == {0: [0.0], 1: [0.0]} and sum(first.load[0]) == 3 * T
     assert first.imbalance[1] == [pytest.approx(max(first.load[1]) / (3 * T / 4))]
-    assert progress.measure(run, False).passes == 1
+    assert progress.measure(run, []).passes == 1
     before = progress.probe.read(made, blocks, torch.device("cpu"))
 
     def learn(block: int, expert: int) -> None:
@@ -209,7 +209,7 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
                 p.add_(0.3 * torch.randn_like(p))
 
     learn(1, 2)
-    second = progress.measure(run, True)
+    second = progress.measure(run, run.blocks)
     now = progress.probe.read(made, blocks, torch.device("cpu"))
     gain = (before.losses - now.losses).nan_to_num()
     total = int(torch.isfinite(now.losses).sum())
@@ -222,7 +222,7 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
     old = {name: [p.clone() for p in unit.parameters] for name, unit in units.items()}
     for block in (0, 1):
         learn(block, 1)
-    third = progress.measure(run, True)
+    third = progress.measure(run, run.blocks)
     now = progress.probe.read(made, blocks, torch.device("cpu"))
     for i in range(2):
         kept = {name: [p.clone() for p in unit.parameters] for name, unit in units.items()}
@@ -239,7 +239,7 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
         assert third.progress[i] == pytest.approx(own, abs=1e-12)
     with torch.no_grad():
         blocks[0].banks[0].gate.key.cluster_weight.copy_(torch.randn(4, 16))
-    moved = progress.measure(run, False)
+    moved = progress.measure(run, [])
     again = progress.probe.read(made, blocks, torch.device("cpu"))
     assert moved.churn[0] == [pytest.approx(float((again.routes[0, 0] != before.routes[0, 0]).float().mean()))]
     assert moved.churn[0][0] > 0.3 and moved.progress == {} and moved.passes == 1
@@ -251,13 +251,13 @@ def test_progress_of_an_expert_begins_when_it_begins_to_train() -> None:
     blocks = [handle.block for handle in run.blocks]
     thawed = run.blocks[1].experts[2]
     thawed.mode = ExpertMode.FROZEN
-    progress.measure(run, True)
+    progress.measure(run, run.blocks)
     thawed.mode = ExpertMode.TRAINING
     progress.remember_new(run)
     with torch.no_grad():
         for p in blocks[1].banks[0].local_experts[2].parameters():
             p.add_(0.3 * torch.randn_like(p))
-    assert [part != 0 for part in progress.measure(run, True).progress[1]] == [False, False, True, False]
+    assert [part != 0 for part in progress.measure(run, run.blocks).progress[1]] == [False, False, True, False]
 
 
 def test_conflict_is_that_of_the_gradients_of_single_tokens() -> None:

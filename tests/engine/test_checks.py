@@ -19,7 +19,7 @@ def test_emergence_is_decided_and_reported():
     # Clusters are looked for beside the next step; what was found is acted on after it.
     assert [event["measured_at"] for event in checks] == list(range(2, 16, 2))
     assert [event["step"] for event in checks] == list(range(3, 17, 2))
-    # After its birth a block is searched at every fifth check, the blocks at different ones.
+    # After its birth a block is read at every fifth check, the blocks at different ones.
     searched = [[block["clusters"] is not None for block in event["blocks"]] for event in checks]
     waits = [[block["mode"] == "warmup" for block in event["blocks"]] for event in checks]
     assert searched == [
@@ -27,6 +27,7 @@ def test_emergence_is_decided_and_reported():
     ]
     assert not all(map(all, waits)) and any(map(any, searched))
     assert [event["beside"]["clusters"] > 0 for event in checks] == [any(blocks) for blocks in searched]
+    assert [[block["rows"] > 0 for block in event["blocks"]] for event in checks] == searched
     assert all(event["seconds"]["waiting"] >= 0 for event in checks)
     emerged = [event for event in events if event["event"] == "emergence"]
     assert sorted(event["block"] for event in emerged) == [0, 1]
