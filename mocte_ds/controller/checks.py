@@ -16,7 +16,7 @@ from mocte_ds.controller.proof import Proof
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.moe.block import BlockMode
 
-READ_EVERY = 5
+READ_EVERY = 10
 """Checks from one reading of a block's features, spectrum and clusters, to the next one after its birth."""
 
 
@@ -104,12 +104,13 @@ class Checks:
         run, progress, every = self._run, self._progress, self._run.config.conflict_every
         last = run.step + self.interval > run.total_steps
 
-        def turn(handle: BlockHandle, checks: int) -> bool:
-            return checks > 0 and (number + handle.index) % checks == 0
+        def turn(handle: BlockHandle, checks: int, first: int) -> bool:
+            return checks > 0 and (number + handle.index) % checks == first % checks
 
         return Looks(
-            read=[h for h in run.blocks if last or h.mode is BlockMode.WARMUP or turn(h, READ_EVERY)],
-            rolled_back=[h for h in run.blocks if progress.at_every_check or turn(h, every)],
+            # Where there are fewer blocks than checks, nothing falls on the check of another.
+            read=[h for h in run.blocks if last or h.mode is BlockMode.WARMUP or turn(h, READ_EVERY, 5)],
+            rolled_back=[h for h in run.blocks if progress.at_every_check or turn(h, every, -1)],
             conflict=progress.active and every > 0 and number % every == 0,
         )
 

@@ -19,11 +19,12 @@ def test_emergence_is_decided_and_reported():
     # Clusters are looked for beside the next step; what was found is acted on after it.
     assert [event["measured_at"] for event in checks] == list(range(2, 16, 2))
     assert [event["step"] for event in checks] == list(range(3, 17, 2))
-    # After its birth a block is read at every fifth check, the blocks at different ones.
+    # After its birth a block is read at every tenth check, the blocks at different ones.
     searched = [[block["clusters"] is not None for block in event["blocks"]] for event in checks]
     waits = [[block["mode"] == "warmup" for block in event["blocks"]] for event in checks]
     assert searched == [
-        [mode or (number + block) % 5 == 0 for block, mode in enumerate(modes)] for number, modes in enumerate(waits, 1)
+        [mode or (number + block) % 10 == 5 for block, mode in enumerate(modes)]
+        for number, modes in enumerate(waits, 1)
     ]
     assert not all(map(all, waits)) and any(map(any, searched))
     assert [event["beside"]["clusters"] > 0 for event in checks] == [any(blocks) for blocks in searched]
