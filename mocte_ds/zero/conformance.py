@@ -54,6 +54,7 @@ _ATTRIBUTES = (
     "partition_count",
     "_param_slice_mappings",
     "averaged_gradients",
+    "all_grad_tensors",
     "ipg_buckets",
     "is_moe_param_group",
     "ready_for_gradients",

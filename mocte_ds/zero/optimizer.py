@@ -189,7 +189,11 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
     def forget_gradients(self) -> None:
         """As of stage 3; the next backward pass is the first one of its step."""
         super().forget_gradients()
-        self.micro_step_id = -1  # as DeepSpeed's step leaves it
+        # As DeepSpeed's step leaves them; micro-batches before the last one of a step are summed in the first.
+        self.all_grad_tensors = dict.fromkeys(self.all_grad_tensors)
+        self.micro_step_id = -1
+        if self.cpu_offload:
+            self._offload_accumulated_param_ids = set()
 
     def setup_buckets(self) -> None:
         """Allocate the buffers; those of the experts where one trains."""
