@@ -30,8 +30,8 @@ class RunState:
         self.blocks = [BlockHandle(i, block) for i, block in enumerate(blocks)]
         self.context = blocks[0].context
         self.samples = Samples(config, blocks, mesh.data)
-        self.flops_of_lambda: dict[tuple[Any, ...], dict[int, int]] = {}
-        """FLOPs of a measurement of an expert's kernel, by its class and shapes, and by the number of products."""
+        self.flops_of_lambda: dict[tuple[Any, ...], tuple[int, int]] = {}
+        """By an expert's class and shapes, the FLOPs before the first product with its kernel and of a product."""
         self.frozen_layers = 0
         """Frozen layers of the front; the embeddings freeze with the first."""
         self.domain_names: list[str] = []

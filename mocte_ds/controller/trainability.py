@@ -4,7 +4,6 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,7 +19,7 @@ from mocte_ds.errors import MocteError
 from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block, BlockMode, ExpertMode
 from mocte_ds.registry import OFF
-from mocte_ds.trainability import Probe, top_eigenpair
+from mocte_ds.trainability import Probe, products_flops, top_eigenpair
 from mocte_ds.trainability.policy import rule_of
 from mocte_ds.zero import expert_unit, let_go, on_its_own
 
@@ -105,18 +104,17 @@ def _banks(run: RunState) -> Iterator[tuple[BlockHandle, int, Bank]]:
 
 def _lambda(run: RunState, expert: nn.Module, rows: Tensor, facts: TrainabilityFacts) -> float:
     """Largest eigenvalue of the expert's kernel over the number of rows; ``facts`` take the FLOPs."""
-    look = partial(top_eigenpair, expert, rows, iterations=run.config.freeze.iterations)
     kind = (type(expert), tuple(p.shape for p in expert.parameters()), rows.shape)
-    known = run.flops_of_lambda.setdefault(kind, {})
-    # Where experts are small, counting takes longer than their products: each number of products is counted once.
-    with nullcontext() if known else FlopCount() as count:
+    look = partial(top_eigenpair, expert, rows, iterations=run.config.freeze.iterations)
+    if kind in run.flops_of_lambda:
         found = look()
-    if found.products not in known and count is None:
+    else:  # where experts are small, counting takes longer than their products
         with FlopCount() as count:
-            look()
-    if count is not None:
-        known[found.products] = count.total
-    facts.flops += known[found.products]
+            before: dict[int, int] = {}
+            found = look(after=lambda products: before.setdefault(products, count.total))
+        run.flops_of_lambda[kind] = before[0], before[1] - before[0] - 2 * found.vector.numel()
+    start, product = run.flops_of_lambda[kind]
+    facts.flops += start + products_flops(product, found.vector.numel(), found.products)
     value = found.value / len(rows)
     if not math.isfinite(value):
         raise MocteError(f"it is {value}; some weights are NaN, infinite or too large.")

@@ -3,7 +3,7 @@
 from mocte_ds.registry import POLICIES
 from mocte_ds.trainability.conflict import Conflict, coherence, conflict
 from mocte_ds.trainability.ghost import ghost_gram
-from mocte_ds.trainability.kernel import lambda_max, top_eigenpair
+from mocte_ds.trainability.kernel import lambda_max, products_flops, top_eigenpair
 from mocte_ds.trainability.policy import Case, Decision, Policy, Probe, policy, rule_of
 from mocte_ds.trainability.rules import progress_share  # and with it the policies that come with the package
 
@@ -19,6 +19,7 @@ __all__ = [
     "ghost_gram",
     "lambda_max",
     "policy",
+    "products_flops",
     "progress_share",
     "rule_of",
     "top_eigenpair",

@@ -49,7 +49,12 @@ def lambda_max(expert: nn.Module, x: Tensor) -> float:
 
 @torch.no_grad()
 def top_eigenpair(
-    expert: nn.Module, x: Tensor, iterations: int = 20, start: Tensor | None = None, tolerance: float = 1e-4
+    expert: nn.Module,
+    x: Tensor,
+    iterations: int = 20,
+    start: Tensor | None = None,
+    tolerance: float = 1e-4,
+    after: Callable[[int], None] | None = None,
 ) -> Eigenpair:
     """Largest eigenvalue of Theta and its eigenvector.
 
@@ -62,6 +67,7 @@ def top_eigenpair(
         iterations: largest number of products with Theta.
         start: (n, d') the last check's eigenvector; None: a fixed random one.
         tolerance: stops where the residual |Theta v - lambda v| is under this share of lambda.
+        after: told 0 before the first product, and the number of products as soon as each is projected.
 
     Raises:
         MocteError: as for :func:`lambda_max`.
@@ -71,10 +77,32 @@ def top_eigenpair(
         product, shape = _closed_form(expert, x) or _by_autograd(expert, x)
         if start is None or start.shape != shape:
             start = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return _lanczos(product, start.to(x), iterations, tolerance)
+        after = after or (lambda products: None)
+        after(0)
+        return _lanczos(product, start.to(x), iterations, tolerance, after)
 
 
-def _lanczos(product: Product, start: Tensor, iterations: int, tolerance: float) -> Eigenpair:
+def products_flops(product: int, outputs: int, products: int) -> int:
+    """FLOPs of so many products in :func:`top_eigenpair` and of what is done with them, as torch counts both.
+
+    Args:
+        product: FLOPs of one product with Theta.
+        outputs: n d'.
+        products: how many. With k vectors in the basis, their projections on the images take 2 n d' k^2, the residual
+            4 n d' k, and the best vector at the end of a basis 2 n d' k.
+    """
+    total = 0
+    for done in range(1, products + 1):
+        k = (done - 1) % _STEPS_A_ROUND + 1
+        total += product + 2 * outputs * k * (k + 2)
+        if k == _STEPS_A_ROUND or done == products:
+            total += 2 * outputs * k
+    return total
+
+
+def _lanczos(
+    product: Product, start: Tensor, iterations: int, tolerance: float, after: Callable[[int], None]
+) -> Eigenpair:
     vector, value, done = start / start.norm().clamp(min=1e-30), 0.0, 0
     floor = 100 * torch.finfo(start.dtype).eps
     while done < iterations:
@@ -85,6 +113,7 @@ def _lanczos(product: Product, start: Tensor, iterations: int, tolerance: float)
             q, y = torch.stack(basis), torch.stack(image)
             # Rayleigh-Ritz with the explicit products: no error piles up in a three-term recurrence.
             projected = (q @ y.T).double().cpu()
+            after(done)
             values, turns = torch.linalg.eigh((projected + projected.mT) / 2)
             value, turn = float(values[-1]), turns[:, -1].to(vector)
             residual = float((turn @ y - value * (turn @ q)).norm())

@@ -193,7 +193,7 @@ class UnitZeroOptimizer(UnitOptimizer, DeepSpeedZeroOptimizer):
         self.all_grad_tensors = dict.fromkeys(self.all_grad_tensors)
         self.micro_step_id = -1
         if self.cpu_offload:
-            self._offload_accumulated_param_ids = set()
+            self._offload_accumulated_param_ids: set[int] = set()
 
     def setup_buckets(self) -> None:
         """Allocate the buffers; those of the experts where one trains."""

@@ -103,8 +103,7 @@ def flops_of_checks() -> list[tuple[int, int]]:
             "conflict_every": 2,
             "clusters": {"deadline": 0.02, "not_before": 0.0},
             "spectrum": {"rank": 4, "rows": 128, "documents": 32, "max_angle": 0.01},  # samples double
-            # So few products do not end early: another number of them would be counted by doing them again.
-            "freeze": {"policy": "progress", "rows": N, "iterations": 3, "after_checks": 99},
+            "freeze": {"policy": "progress", "rows": N, "after_checks": 99},
         },
     }
     engine, *_ = mocte_ds.initialize(model=small_model(), config=settings)

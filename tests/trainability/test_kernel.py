@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, Phi3Config, PhiConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -14,7 +15,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.experts import make_expert
 from mocte_ds.trainability import kernel as kernel_module
-from mocte_ds.trainability import lambda_max, top_eigenpair
+from mocte_ds.trainability import lambda_max, products_flops, top_eigenpair
 
 D, F = 10, 14
 
@@ -124,6 +125,21 @@ def test_close_eigenvalues_and_equal_rows() -> None:
     assert lambda_max(expert, x) == pytest.approx(expected, rel=1e-4)
     same = torch.randn(1, D).expand(7, D)
     assert lambda_max(expert, same) == pytest.approx(7 * lambda_max(expert, same[:1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flops_by_the_number_of_products(form: str) -> None:
+    """The formula against torch's counter; more than 40 products begin a new basis."""
+    expert, x, seen = FORMS[form](), torch.randn(9, D), dict[int, int]()
+    for products in (45, 41, 40, 7, 1):
+        with FlopCounterMode(display=False) as counter:
+            found = top_eigenpair(
+                expert, x, products, tolerance=0.0, after=lambda n: seen.setdefault(n, counter.get_total_flops())
+            )
+        outputs = found.vector.numel()
+        product = seen[1] - seen[0] - 2 * outputs
+        assert product > 0 and found.products > min(products, 9) - 1
+        assert counter.get_total_flops() == seen[0] + products_flops(product, outputs, found.products)
 
 
 def test_eigenvector_and_start() -> None:
