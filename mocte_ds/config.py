@@ -186,8 +186,8 @@ class MocteConfig:
     eod_id: CountOrZero | None = None
     """Id of the token that ends a document. Null: every sequence is one document."""
     conflict_every: CountOrZero = 10
-    """Checks between two measurements of gradient conflict, each a forward and backward pass over the probe set. 0:
-    never."""
+    """Checks between two measurements of gradient conflict, each a forward and backward pass over the probe set; the
+    check before each also reads the features of emerged blocks. 0: never; these are read at every tenth check."""
     log: str | None = None
     """Folder of the run's logs, as by engine.mocte.log_to (docs/watch.md). Null: none, or that of MocteTrainer. Not in
     run files, whose logs lie in --out."""

@@ -9,7 +9,6 @@ from mocte_ds.controller.changer import Changer
 from mocte_ds.controller.check import Check, Looks
 from mocte_ds.controller.decide import decide
 from mocte_ds.controller.events import Events
-from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.passes import Passes
 from mocte_ds.controller.progress import Progress
 from mocte_ds.controller.proof import Proof
@@ -17,7 +16,7 @@ from mocte_ds.controller.run_state import RunState
 from mocte_ds.moe.block import BlockMode
 
 READ_EVERY = 10
-"""Checks from one reading of a block's features, spectrum and clusters, to the next one after its birth."""
+"""Checks between two readings of the features of emerged blocks where conflict is never measured."""
 
 
 class Checks:
@@ -64,6 +63,8 @@ class Checks:
         ):
             run.samples.clear()
         self._sampled_step = run.step
+        unread = run.config.auto and not self._reads_all(run.step // self.interval + 1)
+        run.samples.unread = {h.block for h in run.blocks if unread and h.mode is not BlockMode.WARMUP}
         return self.samples_after(run.step)
 
     def forget_pass(self) -> None:
@@ -95,22 +96,23 @@ class Checks:
         looks = self._looks(run.step // self.interval)
         self._pending = Check.measure(run, self._progress, looks, in_background=self._delay > 0)
 
-    def _looks(self, number: int) -> Looks:
-        """What the check of that number looks at.
+    def _reads_all(self, number: int) -> bool:
+        """Whether the check of that number reads emerged blocks, too: nothing waits for their features.
 
-        Nothing waits for the features of a block whose experts have emerged, and every rollback costs a pass: blocks
-        take turns, so that no check takes long. At the last check, which the report shows, all are read.
+        It is the one before conflict is measured, between the clusters that it finds; and the last one, which the
+        report shows.
         """
+        run = self._run
+        last = (number + 1) * self.interval > run.total_steps
+        return last or (number + 1) % (run.config.conflict_every or READ_EVERY) == 0
+
+    def _looks(self, number: int) -> Looks:
+        """What the check of that number looks at; blocks take turns in rollbacks, each of which costs a pass."""
         run, progress, every = self._run, self._progress, self._run.config.conflict_every
-        last = run.step + self.interval > run.total_steps
-
-        def turn(handle: BlockHandle, checks: int, first: int) -> bool:
-            return checks > 0 and (number + handle.index) % checks == first % checks
-
+        turns = [h for h in run.blocks if every and (number + h.index + 2) % every == 0]
         return Looks(
-            # Where there are fewer blocks than checks, nothing falls on the check of another.
-            read=[h for h in run.blocks if last or h.mode is BlockMode.WARMUP or turn(h, READ_EVERY, 5)],
-            rolled_back=[h for h in run.blocks if progress.at_every_check or turn(h, every, -1)],
+            read=[h for h in run.blocks if h.mode is BlockMode.WARMUP or self._reads_all(number)],
+            rolled_back=run.blocks if progress.at_every_check else turns,
             conflict=progress.active and every > 0 and number % every == 0,
         )
 
@@ -152,9 +154,9 @@ class Checks:
     def load_rank_state_dict(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
         """Restore what :meth:`rank_state_dict` returned; None: a pending check is dropped."""
         shared, self._shared_state = self._shared_state, None
+        self._run.samples.clear()
         if state is None:
             return
-        self._run.samples.clear()
         if state["samples"]:
             self._run.samples.load_state_dict(state["samples"], device)
         if shared and state["check"]:

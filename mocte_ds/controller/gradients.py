@@ -42,7 +42,7 @@ class _Groups:
     source: Tensor
     """(N,) of the text."""
     cluster: dict[int, Tensor]
-    """For each block (N,) the cluster of each sequence's mean feature, among those that the last check found."""
+    """For each block (N,) the cluster of each sequence's mean feature, among those that were found last."""
 
 
 def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[str, float]]]:

@@ -47,7 +47,7 @@ class ExpertHandle:
 
 @dataclass(frozen=True)
 class LastClusters:
-    """What the last check knew about a block's documents; all on the CPU."""
+    """What the last check that read a block knew about its documents; all on the CPU."""
 
     mean: Tensor
     """(d,)."""
@@ -66,7 +66,7 @@ class LastClusters:
 
 @dataclass(frozen=True)
 class LastDetection:
-    """What the last check detected in a block's documents; all on the CPU."""
+    """What the last check that read a block detected in its documents; all on the CPU."""
 
     mean: Tensor
     """(d,)."""

@@ -57,7 +57,7 @@ def finish_readings(run: RunState, readings: dict[int, BlockReading], search: Cl
 
 
 def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockReading]:
-    config, started = run.config.spectrum, time.perf_counter()
+    config, started, rank = run.config.spectrum, time.perf_counter(), _rank(run)
     names = [handle.name for handle in handles]
     for doubled in range(config.doublings + 1):
         choice = run.samples.stream.choose_tokens(doubled)
@@ -67,7 +67,7 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
         if total_rows < 2:
             return readings
         features = [sample[0] for sample in samples]
-        angles = _half_sample_angles(features, config.rank, names, choice.place, run.mesh.data)
+        angles = _half_sample_angles(features, rank, names, choice.place, run.mesh.data)
         # Only a block in warm-up needs its directions: a gate is made of them once.
         poor = [
             handle.mode is BlockMode.WARMUP and certified_rank(found, config.max_angle) < config.min_rank
@@ -75,7 +75,7 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
         ]
         if not any(poor) or total_rows < config.rows << doubled:
             break
-    subspaces = _subspaces(features, config.rank, [handle.token_basis for handle in handles], names, run.mesh.data)
+    subspaces = _subspaces(features, rank, [handle.token_basis for handle in handles], names, run.mesh.data)
     for number, handle in enumerate(handles):
         reading, found = readings[handle.index], subspaces[number]
         reading.mean = found.mean
@@ -91,13 +91,16 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
     return readings
 
 
+def _rank(run: RunState) -> int:
+    """Directions of every block, whichever of them are read together."""
+    return min(run.config.spectrum.rank, *[handle.block.hidden_size for handle in run.blocks])
+
+
 def _subspaces(
     features: list[Tensor], rank: int, bases: list[Tensor | None], names: list[str], axis: Axis
 ) -> list[Subspace]:
     """Subspace of each block's rows; one batched call where all widths agree and all blocks have a last basis."""
-    widths = {x.shape[1] for x in features}
-    rank = min(rank, min(widths))
-    if len(widths) > 1:
+    if len({x.shape[1] for x in features}) > 1:
         each_block = zip(features, bases, names, strict=True)
         return [sampled_svd(x, rank, axis, basis, names=[name]) for x, basis, name in each_block]
     # A basis out of a checkpoint is on the CPU.
@@ -119,9 +122,7 @@ def _half_sample_angles(
 
     The halves are taken by the rows' hashes: ranks and micro-batches are not to change what a gate is made of.
     """
-    widths = {x.shape[1] for x in features}
-    rank = min(rank, min(widths))
-    if len(widths) > 1:
+    if len({x.shape[1] for x in features}) > 1:
         each_block = zip(features, names, strict=True)
         return [split_half_angles(x, rank, axis, names=[name], place=place).tolist() for x, name in each_block]
     return split_half_angles(features, rank, axis, names=names, place=place).tolist()
@@ -143,7 +144,7 @@ def _start_search(
     means = [sample[0] for sample in samples]
     names = [f"documents of {handle.name}" for handle in handles]
     bases = [handle.document_basis for handle in handles]
-    subspaces = _subspaces(means, config.spectrum.rank, bases, names, data)
+    subspaces = _subspaces(means, _rank(run), bases, names, data)
     work = {}
     for handle, rows, space in zip(handles, means, subspaces, strict=True):
         reading = readings[handle.index]

@@ -23,8 +23,8 @@ class ClusterFacts:
     clusters: BalancedClusters
     """Clusters of equal mass, one per expert: for the log, the figures and the conflict of gradients."""
     stability: float | None
-    """Adjusted Rand index between the detected clusters and the last check's, on the current documents; None if either
-    check had fewer than two."""
+    """Adjusted Rand index between the detected clusters and those of the block's last reading, on the current
+    documents; None if either had fewer than two."""
     agreement: dict[str, float] | None
     """"nmi" and "purity" with the documents' sources; None where no source is known."""
     published: dict[str, float]
@@ -170,6 +170,6 @@ def _detection_facts(found: Detection | None, read: bool) -> dict[str, Any]:
         "sizes": torch.bincount(found.labels[found.labels >= 0]).tolist() if found else None,
         **{name: getattr(found, name) if found else None for name in names},
         "eps_sensitivity": [list(pair) for pair in found.sensitivity] if found else None,
-        "found": bool(found and found.found),
+        "found": bool(found and found.found) if read else None,
         "reason": found.reason if found else none,
     }

@@ -35,6 +35,8 @@ class Samples(Observer):
         self.collectors = [FeatureCollector(block.hidden_size, self.stream) for block in blocks]
         self._collector_of = dict(zip(blocks, self.collectors, strict=True))
         self._layers = [bank.deepspeed_moe for block in blocks for bank in block.banks]
+        self.unread: set[Block] = set()
+        """Blocks whose features the coming check does not read."""
         self.rows: dict[ClusterMOELayer, ExpertRows] = {}
         """Of each layer of experts, where a policy watches them."""
         if config.freeze.policy != OFF:
@@ -47,8 +49,9 @@ class Samples(Observer):
     # ---- what passes tell ------------------------------------------------------------------------------------------
 
     def features(self, block: Block, hidden: Tensor, state: ForwardState) -> None:
-        """Offer the features of a block to its collector."""
-        self._collector_of[block].see(hidden, state)
+        """Offer the features of a block to its collector, if the coming check reads them."""
+        if block not in self.unread:
+            self._collector_of[block].see(hidden, state)
 
     @torch.no_grad()
     def routed(self, layer: ClusterMOELayer, hidden: Tensor, index: Tensor, state: ForwardState) -> None:

@@ -13,23 +13,24 @@ HAPPENED = ("emergence", "freeze", "thaw", "prefix", "resume", "stop")
 
 
 def blocks_table(run: Run) -> str:
-    """Every block at its last check."""
+    """Every block at its last check, and its features at the last one that read them."""
     rows = []
     born, frozen, loaded = emerged_blocks(run), frozen_experts(run), loaded_blocks(run)
     for block, label in run.blocks.items():
         history = run.block_history(block)
         entry = history[-1][1] if history else {}
+        read = next((found for _, found in reversed(history) if found.get("rows")), {})
         gone = sum(who == block for who, _ in frozen)
         rows.append(
             [
                 label,
                 f"step {integer(born[block]['step'])}" if block in born else "no",
-                percent(held(entry), 1),
-                integer(entry.get("clusters")),
-                decimal(entry.get("silhouette"), 2),
-                decimal(entry.get("stability"), 2),
-                decimal(entry.get("nmi"), 2),
-                decimal(entry.get("purity"), 2),
+                percent(held(read), 1),
+                integer(read.get("clusters")),
+                decimal(read.get("silhouette"), 2),
+                decimal(read.get("stability"), 2),
+                decimal(read.get("nmi"), 2),
+                decimal(read.get("purity"), 2),
                 decimal(_imbalance(run, block, entry, block in loaded), 2),
                 f"{gone} of {run.experts[block]}",
             ]

@@ -21,7 +21,7 @@ def several_facts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     Returns:
         For each run and block "run", "arm" (the folder without its seed), "block", "emerged" (step, or None),
         "how" (`clusters`, `deadline`, another reason's first word, or None), "first_found" (step of the first check
-        that found clusters, or None), "found" (share of the checks that looked), and "before" and "after" with
+        that found clusters, or None), "found" (share of the checks that looked in all runs), and "before" and "after" with
         :data:`CLUSTERS` and :data:`CONFLICT`, None where no check has a number. Before: of the last check that has one,
         up to the first emergence in any of the runs, so that a dense run is read at the same time as the others. After:
         means over all checks in the second half of the run.
@@ -34,8 +34,8 @@ def several_facts(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for block in run.blocks:
             entries = [(check["step"], entry) for check in run.checks for entry in _of(check, block)]
             event = next((e for e in run.of_kind("emergence") if e.get("block") == block), None)
-            looked = [entry for _, entry in entries if entry.get("clusters") is not None]
             found = [step for step, entry in entries if entry.get("found") is True]
+            looked = set.intersection(*[_looked(other, block) for other in runs if block in other.blocks])
             half = run.metrics[-1]["step"] / 2
             facts.append(
                 {
@@ -45,7 +45,7 @@ def several_facts(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     "emerged": event and event["step"],
                     "how": event and _how(str(event.get("reason") or "")),
                     "first_found": min(found, default=None),
-                    "found": len(found) / len(looked) if looked else None,
+                    "found": len(looked.intersection(found)) / len(looked) if looked else None,
                     "before": _means([(s, e) for s, e in entries if first is not None and s <= first], last=True),
                     "after": _means([(s, e) for s, e in entries if s > half], last=False),
                 }
@@ -94,6 +94,11 @@ def _range(facts: Sequence[dict[str, Any]], name: str) -> str:
         return MISSING
     mean, low, high = (brief(float(x), 2) for x in (sum(values) / len(values), min(values), max(values)))
     return mean if low == high else f"{mean} ({low}..{high})"
+
+
+def _looked(run: Run, block: int) -> set[int]:
+    """Steps of the checks that looked for clusters; after its birth a block is looked at more seldom."""
+    return {check["step"] for check in run.checks for e in _of(check, block) if e.get("clusters") is not None}
 
 
 def _of(check: Row, block: int) -> list[Row]:

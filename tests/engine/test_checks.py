@@ -1,10 +1,14 @@
 """Checks in a run: emergence, events, freezing by policy, and a resume that nobody can tell from no interruption."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from mocte_ds.controller.checks import Checks
+from mocte_ds.moe import BlockMode
 from tests.engine import runs
 from tests.spawn import spawn
 
@@ -12,20 +16,17 @@ FREEZING = {"policy": "random", "checks": 1, "after_checks": 2, "rows": 32, "ite
 
 
 def test_emergence_is_decided_and_reported():
-    result = spawn(runs.run, 2, runs.config(), 0, 16, None, None, timeout=150, deepspeed=True)
+    result = spawn(runs.run, 2, runs.config(conflict_every=4), 0, 16, None, None, timeout=150, deepspeed=True)
     events = result[0]["events"]
     assert result[1]["events"] == []
     checks = [event for event in events if event["event"] == "check"]
     # Clusters are looked for beside the next step; what was found is acted on after it.
     assert [event["measured_at"] for event in checks] == list(range(2, 16, 2))
     assert [event["step"] for event in checks] == list(range(3, 17, 2))
-    # After its birth a block is read at every tenth check, the blocks at different ones.
+    # After its birth a block is read at the check before conflict is measured.
     searched = [[block["clusters"] is not None for block in event["blocks"]] for event in checks]
     waits = [[block["mode"] == "warmup" for block in event["blocks"]] for event in checks]
-    assert searched == [
-        [mode or (number + block) % 10 == 5 for block, mode in enumerate(modes)]
-        for number, modes in enumerate(waits, 1)
-    ]
+    assert searched == [[mode or number in (3, 7) for mode in modes] for number, modes in enumerate(waits, 1)]
     assert not all(map(all, waits)) and any(map(any, searched))
     assert [event["beside"]["clusters"] > 0 for event in checks] == [any(blocks) for blocks in searched]
     assert [[block["rows"] > 0 for block in event["blocks"]] for event in checks] == searched
@@ -36,15 +37,51 @@ def test_emergence_is_decided_and_reported():
         assert event["step"] <= 9 and event["reason"].split(":")[0] in ("detected", "deadline")
         assert event["output_change"] < 0.02
         assert event["optimizer_bytes_after"] > event["optimizer_bytes_before"]
-    number = max(number for number, blocks in enumerate(searched) if blocks[0])
-    block = checks[number]["blocks"][0]
+    block = checks[-1]["blocks"][0]
     assert block["rows"] == 512 and block["documents"] == 64 and len(block["singular_values"]) == 4
     assert 0 < sum(block["explained"]) <= 1 and block["purity"] > 0.9
-    block = checks[-1]["blocks"][0]
     assert set(block["domain_load"]) == {"low", "high"} and sum(block["domain_load"]["low"]) == pytest.approx(1)
     # Tokens routed since emergence: all of them, once.
     steps_after = 16 - emerged[0]["step"]
     assert sum(result[0]["load"][emerged[0]["block"]]) == steps_after * 4 * runs.MICRO * runs.LENGTH
+
+
+def test_seldom_read_blocks_show_what_they_show_when_always_read() -> None:
+    often, seldom = (
+        spawn(runs.run, 2, runs.config(conflict_every=every), 0, 16, None, None, timeout=150, deepspeed=True)[0]
+        for every in (1, 4)
+    )
+    assert often["losses"] == seldom["losses"]
+    last = [[event for event in found["events"] if event["event"] == "check"][-1] for found in (often, seldom)]
+    for one, other in zip(*[event["blocks"] for event in last], strict=True):
+        for name in ("rows", "documents", "load", "domain_load", "probe_load", "mode"):
+            assert one[name] == other[name], name
+        # The last basis, which the iteration begins with, is an older one.
+        assert one["singular_values"] == pytest.approx(other["singular_values"], rel=1e-2)
+
+
+def test_what_a_check_looks_at() -> None:
+    """By number of the check: emerged blocks that are read and rolled back, and conflict; the last check reads all."""
+
+    def looks(every: int, at_every_check: bool = False) -> list[tuple[list[int], list[int], bool]]:
+        modes = [BlockMode.SPECIALISING, BlockMode.WARMUP, BlockMode.SPECIALISING]
+        blocks = [SimpleNamespace(index=i, mode=mode) for i, mode in enumerate(modes)]
+        run: Any = SimpleNamespace(total_steps=90, blocks=blocks, config=SimpleNamespace(conflict_every=every))
+        checks = object.__new__(Checks)
+        checks._run, checks.interval = run, 4
+        checks._progress = cast(Any, SimpleNamespace(active=True, at_every_check=at_every_check))
+        made = [checks._looks(number) for number in range(1, 23)]
+        return [([h.index for h in m.read], [h.index for h in m.rolled_back], m.conflict) for m in made]
+
+    for number, (read, rolled_back, conflict) in enumerate(looks(5), 1):
+        assert read == ([0, 1, 2] if number % 5 == 4 or number == 22 else [1])
+        assert rolled_back == {3: [0], 2: [1], 1: [2]}.get(number % 5, [])
+        assert conflict is (number % 5 == 0)
+    for number, (read, rolled_back, conflict) in enumerate(looks(0), 1):
+        assert read == ([0, 1, 2] if number in (9, 19, 22) else [1])
+        assert rolled_back == [] and not conflict
+    assert looks(1) == [([0, 1, 2], [0, 1, 2], True)] * 22
+    assert {tuple(found[1]) for found in looks(5, at_every_check=True)} == {(0, 1, 2)}
 
 
 # Decided by the experts of the check before, which a resumed run has from the checkpoint.

@@ -60,7 +60,7 @@ def draw(run: Run, narrow: bool) -> Figure:
     blocks = clustered_blocks(run)
     columns = columns_for(len(blocks), narrow)
     rows = -(-len(blocks) // columns)
-    documents = [value for block in blocks for value in series(run, block, "documents")[1]]
+    documents = [value for block in blocks for value in series(run, block, "documents")[1] if value]
     sample = f"n = {spread(documents)} documents per check; {plural(len(run.checks), 'check')}"
     figure = sheet(narrow, 3.3 * rows + 0.4, sample)
     grid = figure.subplots(2 * rows, columns, sharex=True, squeeze=False, height_ratios=[1, 1.9] * rows)
