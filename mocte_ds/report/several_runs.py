@@ -21,7 +21,7 @@ def several_facts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     Returns:
         For each run and block "run", "arm" (the folder without its seed), "block", "emerged" (step, or None),
         "how" (`clusters`, `deadline`, another reason's first word, or None), "first_found" (step of the first check
-        that found clusters, or None), "found" (share of the checks that looked in all runs), and "before" and "after" with
+        that found clusters, or None), "found" (share of the checks that looked in all runs), "before" and "after" with
         :data:`CLUSTERS` and :data:`CONFLICT`, None where no check has a number. Before: of the last check that has one,
         up to the first emergence in any of the runs, so that a dense run is read at the same time as the others. After:
         means over all checks in the second half of the run.
