@@ -40,7 +40,7 @@ class Job:
     environment: dict[str, str]
     """Variables of every rank."""
     run_id: str
-    """The same on all hosts of a run, in the environment of everything that it starts."""
+    """Of the run on this host, in the environment of everything that it starts here."""
     first_rank: int
     slots: list[int]
     """Local ranks."""
@@ -188,7 +188,7 @@ class Agent:
 
 
 def kill_run(run_id: str) -> int:
-    """SIGKILL to every process of this host that carries the run's id, but for this one; how many there were."""
+    """SIGKILL to every process that carries the id of the run on this host, but for this one; how many there were."""
     found = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):

@@ -141,15 +141,15 @@ class Launcher:
         Returns:
             0: all ended well; 130: stopped on demand; else the exit code of the host that failed first.
         """
-        run_id, hosts = uuid.uuid4().hex, []
+        run_id, hosts = uuid.uuid4().hex, list[Host]()
         try:
             hosts += [Host(name, slots, self._args.ssh, self._args.silence) for name, slots in self._slots.items()]
             self._begin(hosts, run_id)
             code = self._watch(hosts)
         finally:
-            for host in hosts:
+            for number, host in enumerate(hosts):
                 if host.code() != 0:
-                    host.kill(run_id)
+                    host.kill(_on_host(run_id, number))
         return code
 
     def _begin(self, hosts: list[Host], run_id: str) -> None:
@@ -162,7 +162,8 @@ class Launcher:
         for number, host in enumerate(hosts):
             command = [sys.executable, "-u", *args.command]
             own = {**environment, "CROSS_RANK": str(number)}
-            job = Job(command, os.getcwd(), own, run_id, first, host.slots, world_size, args.grace, args.silence)
+            name = _on_host(run_id, number)
+            job = Job(command, os.getcwd(), own, name, first, host.slots, world_size, args.grace, args.silence)
             host.tell(job.to_json())
             first += len(host.slots)
 
@@ -294,6 +295,11 @@ def _sleep(seconds: float, launcher: Launcher) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until and not launcher.stopping:
         time.sleep(_POLL)
+
+
+def _on_host(run_id: str, number: int) -> str:
+    """What the processes of a host carry: two "hosts" may be one machine, and one must not end the other's ranks."""
+    return f"{run_id}-{number}"
 
 
 def _how(code: int) -> str:

@@ -19,9 +19,9 @@ ROOT, TOY = Path(__file__).resolve().parents[2], Path(__file__).with_name("toy_r
 LIMIT = 60.0
 
 
-def start(folder: Path, mode: str, *options: str) -> subprocess.Popen:
+def start(folder: Path, mode: str, *options: str, hosts: str = "localhost slots=2\n") -> subprocess.Popen:
     """The launcher with two ranks on this host."""
-    (folder / "hosts").write_text("localhost slots=2\n", encoding="utf-8")
+    (folder / "hosts").write_text(hosts, encoding="utf-8")
     command = [sys.executable, "-m", "mocte_ds.hosts.launcher", "--hostfile", folder / "hosts", *options]
     environment = {**os.environ, "NCCL_TEST": "travels", "SECRET": "stays", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -114,6 +114,14 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 3, output
     assert "rank 1 ended with exit code 3" in output and "error: host localhost failed with exit code 3" in output
+
+
+def test_two_hosts_on_one_machine(tmp_path: Path) -> None:
+    """The end of a rank on one lets that of the other save, and the host that failed is named."""
+    process = start(tmp_path, "half", hosts="localhost slots=1\n127.0.0.1 slots=1\n")
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 3 and "error: host 127.0.0.1 failed with exit code 3" in output, output
+    assert (tmp_path / "saved_0").is_file()
 
 
 def test_an_error_of_the_user_is_not_tried_again(tmp_path: Path) -> None:

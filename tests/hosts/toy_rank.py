@@ -23,6 +23,10 @@ variables = (
     "SECRET",
 )
 (folder / f"started_{rank}").write_text("\n".join(str(os.environ.get(name)) for name in variables), encoding="utf-8")
+if mode == "half" and rank == 1:
+    while not (folder / "started_0").is_file():
+        time.sleep(0.02)
+    sys.exit(3)
 until = time.monotonic() + (1.0 if mode in ("well", "fails", "user") else 120.0)
 while time.monotonic() < until and not (stop and stop[0]):
     time.sleep(0.02)
