@@ -105,10 +105,15 @@ class ExpertRows:
                 self._replaced.append((kept, update.slots, kept[update.slots]))
             kept[update.slots] = features.detach()[place[update.take]].to(kept.dtype)
 
-    def chosen(self, expert: int) -> tuple[Tensor, Tensor | None]:
-        """(m,) ascending hashes of an expert's rows on this rank, and (m, d) the rows; None: there are none yet."""
-        chosen, kept = self._chosen[expert], self._kept[expert]
-        return chosen.hashes, None if kept is None else kept[chosen.slots.to(kept.device)]
+    def hashes(self, expert: int) -> Tensor:
+        """(m,) ascending hashes of an expert's rows on this rank."""
+        return self._chosen[expert].hashes
+
+    def first(self, expert: int, count: int) -> Tensor:
+        """(count, d) the rows of an expert on this rank with the smallest hashes; it has that many, at least one."""
+        kept = self._kept[expert]
+        assert kept is not None
+        return kept[self._chosen[expert].slots[:count].to(kept.device)]
 
     def counts(self) -> Tensor:
         """(E,) rows of each expert on this rank."""
@@ -165,16 +170,16 @@ def merged_rows(wanted: Sequence[Wanted], device: torch.device, axis: Axis) -> I
 def _merged(wanted: Sequence[Wanted], device: torch.device, axis: Axis) -> Tensor:
     n = wanted[0].rows.count
     own = torch.full((len(wanted), n), _NO_HASH)
-    here = [one.rows.chosen(one.expert) for one in wanted]
-    for line, (hashes, _) in zip(own, here, strict=True):
+    for line, one in zip(own, wanted, strict=True):
+        hashes = one.rows.hashes(one.expert)
         line[: len(hashes)] = hashes
     everywhere = stack_over_ranks(own, axis).transpose(0, 1).flatten(1)
     owner = everywhere.sort(dim=1, stable=True).indices[:, :n] // n
     result = torch.zeros(len(wanted), n, wanted[0].width, device=device)
-    for line, owned, (_, rows) in zip(result, owner, here, strict=True):
+    for line, owned, one in zip(result, owner, wanted, strict=True):
         # A rank's own hashes are in ascending order: its i-th row among the chosen ones is its i-th row.
         mine = (owned == axis.rank).nonzero()[:, 0]
-        if rows is not None and len(mine):
-            line[mine.to(device)] = rows[: len(mine)].to(device, line.dtype)
+        if len(mine):
+            line[mine.to(device)] = one.rows.first(one.expert, len(mine)).to(device, line.dtype)
     # Nobody else has anything but zeros where a rank has a row, so that the sum is that row, bit for bit.
     return sum_over_ranks(result, axis)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mocte_ds.errors import MocteError
-from mocte_ds.evaluation.features import FFN, Reader, ffn_sites
+from mocte_ds.evaluation.features import FFN, Reader, ffn_sites, listening
 from mocte_ds.evaluation.routes import banks, routes
 from mocte_ds.text_table import brief, text_table
 from mocte_ds.trainability import coherence, conflict, ghost_gram
@@ -110,7 +110,7 @@ def _gradients(reader: Reader, modules: dict[Key, nn.Module]) -> tuple[dict[Key,
         for key, mine in weights.items()
     }
     samples = {key: _Sample(number) for number, key in enumerate(modules)}
-    with routes(reader.network) as chosen, _outputs(modules) as seen, torch.enable_grad():
+    with routes(reader.network) as chosen, listening(modules, _with_graph) as seen, torch.enable_grad():
         for domain, half, part in _parts(text["domain"], reader.size):
             seen.clear()
             logits = reader.network(input_ids=text["input_ids"][part], use_cache=False).logits
@@ -181,23 +181,9 @@ def _dense(network: nn.Module) -> dict[str, str]:
     return {name: path for (name, kind), path in sites.items() if kind == FFN and name not in blocked}
 
 
-@contextlib.contextmanager
-def _outputs(modules: dict[Key, nn.Module]) -> Iterator[dict[Key, tuple[Tensor, Tensor]]]:
-    """What each module read and gave in the last call, the latter with its graph."""
-    seen: dict[Key, tuple[Tensor, Tensor]] = {}
-
-    def listen(key: Key) -> Any:
-        def hook(_module: nn.Module, args: tuple, output: Any) -> None:
-            seen[key] = args[0].detach(), output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    hooks = [module.register_forward_hook(listen(key)) for key, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _with_graph(_key: Key, args: tuple, output: Tensor) -> tuple[Tensor, Tensor]:
+    """What a module read, and what it gave with its graph."""
+    return args[0].detach(), output
 
 
 def _spread(module: nn.Module, sample: _Sample) -> dict[str, float]:

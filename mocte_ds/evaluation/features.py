@@ -1,10 +1,10 @@
 """Reads the features of a checkpoint on held-out text: what its FFNs read, and what its attention gives."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from mocte_ds.evaluation.live import load_live
 from mocte_ds.evaluation.replicas import Replicas
 from mocte_ds.evaluation.routes import BLOCK
 from mocte_ds.moe.attach import find_ffns
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 FFN, ATTENTION = "FFN's input", "attention's output"
 _BATCH = 32
@@ -88,7 +91,7 @@ def read_features(
     sites = {key: reader.network.get_submodule(path) for key, path in paths.items()}
     found: dict[tuple[str, str], Tensor] = {}
     source = []
-    with _listening(sites) as heard:
+    with listening(sites, _feature) as heard:
         for number, batch in enumerate(reader.batches()):
             reader.network(input_ids=batch["input_ids"], use_cache=False)
             for key, rows in heard.items():
@@ -124,20 +127,24 @@ def ffn_sites(network: nn.Module) -> dict[tuple[str, str], str]:
 
 
 @contextlib.contextmanager
-def _listening(sites: dict[tuple[str, str], nn.Module]) -> Iterator[dict[tuple[str, str], Tensor]]:
-    """What each module read (an FFN) or gave (attention) in the last call, (B, T, d) on the CPU."""
-    heard: dict[tuple[str, str], Tensor] = {}
+def listening(modules: Mapping[K, nn.Module], take: Callable[[K, tuple, Tensor], T]) -> Iterator[dict[K, T]]:
+    """Context manager: what ``take`` makes of each module's last call: of its key, arguments and output."""
+    heard: dict[K, T] = {}
 
-    def listen(key: tuple[str, str]) -> Any:
+    def listen(key: K) -> Any:
         def hook(_module: nn.Module, args: tuple, output: Any) -> None:
-            value = args[0] if key[1] == FFN else output[0] if isinstance(output, tuple) else output
-            heard[key] = value.detach().float().cpu()
+            heard[key] = take(key, args, output[0] if isinstance(output, tuple) else output)
 
         return hook
 
-    hooks = [module.register_forward_hook(listen(key)) for key, module in sites.items()]
+    hooks = [module.register_forward_hook(listen(key)) for key, module in modules.items()]
     try:
         yield heard
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _feature(site: tuple[str, str], args: tuple, output: Tensor) -> Tensor:
+    """(B, T, d) on the CPU: what an FFN read, or attention gave."""
+    return (args[0] if site[1] == FFN else output).detach().float().cpu()

@@ -46,12 +46,12 @@ class Loads:
         self.forget_step()
 
     def take_back_step(self) -> None:
-        """Count the step that goes on anew, and nothing of it in the total."""
+        """Start counting the current step again, and take what was counted of it out of the total."""
         self.total -= self.step
         self.forget_step()
 
     def forget_step(self) -> None:
-        """Count the step that goes on anew."""
+        """Start counting the current step again."""
         self.step.zero_()
         self.weight.zero_()
         self.sums = None

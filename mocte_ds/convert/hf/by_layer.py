@@ -172,7 +172,7 @@ def load_by_layer(
             look(path, parameter)
             kept[path] = _again(shards, path, parameter.detach(), spool)
             blank = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-            vars(blank).update(vars(parameter))  # says that it is not to be drawn anew
+            vars(blank).update(vars(parameter))  # among them that it must not be initialised again
             return blank
 
         hook = register_module_parameter_registration_hook(keep)
