@@ -35,6 +35,8 @@ FOLDER = "profile"
 """Of a run's folder."""
 _MARK = "mocte: "
 _NODE = "autograd::engine::evaluate_function: "
+_DISPATCH = "PythonDispatchMode"
+"""Python around an operation, where FLOPs are counted. A mark that begins in one outlasts it: both would count the time."""
 _Node = tuple[int, int]
 """Thread whose forward pass made a node of the graph, and the node's number in it."""
 UNNAMED = "between operations"
@@ -175,7 +177,7 @@ def parts_of(events: Iterable["FunctionEvent"], seconds: float) -> dict[str, lis
     found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event, name, node, backward in marked:
         own = event.self_device_time_total if on_device else event.self_cpu_time_total
-        if own <= 0 or event.device_type != torch.autograd.DeviceType.CPU:
+        if own <= 0 or event.device_type != torch.autograd.DeviceType.CPU or event.name == _DISPATCH:
             continue
         if node is not None:
             name = made_by.get(node, name)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocte_ds.errors import ConfigError
 from mocte_ds.training.profile import UNNAMED, Profile, parts_text, read_steps
@@ -75,6 +76,26 @@ def test_parts(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "profile" / "rank-0.json.gz", "rt", encoding="utf-8") as trace:
         names = [event.get("name") for event in json.load(trace)["traceEvents"]]
     assert names.count("mocte: head") == names.count("aten::addmm") / 3 == 2
+
+
+class Slow(TorchDispatchMode):
+    """As the counters of FLOPs, with more time in Python after each operation, that which begins a mark included."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        time.sleep(0.005)
+        return result
+
+
+def test_time_in_python_around_operations_counts_once(tmp_path: Path) -> None:
+    model, x = Small(), torch.randn(512, 8)
+    profile = Profile(range(1, 2), model, tmp_path, 0, "a test")
+    profile.begin(1)
+    with phase("forward"), Slow():
+        model(x)
+    found = profile.end(1)
+    assert found is not None
+    assert sum(map(sum, found["parts"].values())) == pytest.approx(found["seconds"])
 
 
 class Sent(torch.autograd.Function):
