@@ -9,6 +9,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 
+from mocte_ds.cpu_memory import keep_freed_memory
 from mocte_ds.errors import ConfigError
 
 
@@ -38,7 +39,10 @@ def begin_group(**options: Any) -> None:
 def _take_device() -> None:
     """Make the GPU of this local rank the current one: what collectives of NCCL and allocations go to."""
     accelerator, local = get_accelerator(), os.environ.get("LOCAL_RANK")
-    if accelerator.device_name() == "cpu" or local is None:
+    if accelerator.device_name() == "cpu":
+        keep_freed_memory()
+        return
+    if local is None:
         return
     if int(local) >= accelerator.device_count():
         raise ConfigError(

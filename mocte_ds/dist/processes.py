@@ -23,6 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mocte_ds.cpu_memory import keep_freed_memory
 from mocte_ds.dist.cpu_op import build_cpu_op, use_kernel_lock
 from mocte_ds.errors import MocteError
 
@@ -220,6 +221,8 @@ def _rank(payload: bytes, outcome: str, limit: timedelta, device: str, deepspeed
         raise MocteError(f"DeepSpeed works on {accelerator.device_name()}, not {device}; set DS_ACCELERATOR={device}.")
     if device == "cuda":
         accelerator.set_device(rank)
+    else:
+        keep_freed_memory()
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     torch.manual_seed(0)
     backend, port = accelerator.communication_backend_name(), int(os.environ["MASTER_PORT"])

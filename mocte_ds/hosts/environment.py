@@ -12,10 +12,10 @@ from mocte_ds.errors import ConfigError
 
 FILE = ".deepspeed_env"
 """NAME=VALUE lines, in the working directory or in the home directory (DeepSpeed's own file)."""
-PREFIXES = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "PYTORCH_", "HF_", "MOCTE_", "DS_", "DEEPSPEED_")
+PREFIXES = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "PYTORCH_", "HF_", "MOCTE_", "DS_", "DEEPSPEED_", "MALLOC_")
 NAMES = (
     *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "PATH"),
-    *("PYTHONPATH", "PYTHONUNBUFFERED", "TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR"),
+    *("PYTHONPATH", "PYTHONUNBUFFERED", "TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR", "GLIBC_TUNABLES"),
 )
 
 

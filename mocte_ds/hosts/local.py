@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mocte_ds.cpu_memory import HUGE_PAGES, TUNABLES
+
 _WITHOUT_GPU = 2
 
 
@@ -41,11 +43,15 @@ def command(script: Path, options: Sequence[str], processes: int, devices: Seque
 
 
 def environment(processes: int) -> dict[str, str]:
-    """Of such a start. Without a GPU processes share the cores: more threads than cores make all of them slow."""
+    """Of such a start. Without a GPU processes share the cores: more threads than cores make all of them slow.
+
+    And their tensors lie in large pages there, where Linux grants them.
+    """
     values = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
     if not gpus():
         values.setdefault("DS_ACCELERATOR", "cpu")
         values.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        values.setdefault(TUNABLES, HUGE_PAGES)
     return values
 
 

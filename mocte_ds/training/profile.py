@@ -36,7 +36,7 @@ FOLDER = "profile"
 _MARK = "mocte: "
 _NODE = "autograd::engine::evaluate_function: "
 _DISPATCH = "PythonDispatchMode"
-"""Python around an operation, where FLOPs are counted. A mark that begins in one outlasts it: both would count the time."""
+"""Python around an operation, where FLOPs are counted. A mark that begins in one outlasts it, so both have its time."""
 _Node = tuple[int, int]
 """Thread whose forward pass made a node of the graph, and the node's number in it."""
 UNNAMED = "between operations"
