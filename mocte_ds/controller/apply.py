@@ -133,15 +133,15 @@ def _rebuild_partition(run: RunState, born: UnitState) -> None:
 @torch.no_grad()
 def _output(run: RunState, handle: BlockHandle, reading: BlockReading) -> torch.Tensor | None:
     """The block's output on this rank's sampled features."""
-    features, ids, _, before = reading.tokens
+    rows = reading.tokens
     if reading.rows < 2 or reading.mean is None:
         return None
     block, training = handle.block, handle.block.training
     block.eval()
     try:
         like = next(block.dense.parameters())
-        with on_its_own(block), run.context.running(ForwardState(ids, previous=before)):
-            return block(features.to(like.device, like.dtype)).float()
+        with on_its_own(block), run.context.running(ForwardState(rows.ids, previous=rows.before)):
+            return block(rows.features.to(like.device, like.dtype)).float()
     finally:
         block.train(training)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mocte_ds.controller.feature_sample import TokenRows
 from mocte_ds.dist.mesh import Axis
 from mocte_ds.errors import MocteError
 from mocte_ds.moe.forward import ForwardState, documents_of
@@ -16,6 +17,7 @@ from mocte_ds.spectrum.sample import Choice, Reservoir, Selection, Update, hash_
 # A shorter stretch of a document says more about its last words than about its source.
 MIN_DOCUMENT_TOKENS = 16
 _POSITIONS = 1 << 24
+_FACTS = 4
 
 # Shapes: B sequences of T tokens with d features, D documents in them.
 
@@ -57,8 +59,9 @@ class SampleStream:
         self.sample_rows, self._axis = rows, axis
         self.tokens = Selection(rows << doublings, seed, axis.size)
         self.documents = Selection(documents, seed, axis.size)
-        self.token_facts = Reservoir(1, 3, seed, torch.int64, selection=self.tokens)
-        """Id and source of each sampled token, and the id before it in its document; -1 where unknown."""
+        self.token_facts = Reservoir(1, _FACTS, seed, torch.int64, selection=self.tokens)
+        """Id and source of each sampled token, the id before it in its document, and the document's number in the run;
+        -1 where unknown."""
         self.document_facts = Reservoir(1, 1, seed, torch.int64, selection=self.documents)
         """Source of each sampled document."""
         self.version = 0
@@ -129,7 +132,8 @@ class SampleStream:
         rows = [t.reshape(-1) for t in flat] if real is None else [t[real] for t in flat]
         sequence, place, ids, before, source, document, within = rows
         tokens = self.tokens.offer(hash_keys(sequence, place, self._seed))
-        self.token_facts.apply(torch.stack([ids, source, before], dim=1), tokens)
+        numbers = hash_keys(sequence, _POSITIONS + within, self._seed)
+        self.token_facts.apply(torch.stack([ids, source, before, numbers], dim=1), tokens)
 
         # Some numbers may have no token: those of sequences that are padding alone.
         number, row, lengths = _first_of_each(document)
@@ -156,9 +160,9 @@ class SampleStream:
         self.version, self._batch = state["version"], None
         for name in ("tokens", "documents", "token_facts", "document_facts"):
             getattr(self, name).load_state_dict(state[name])
-        # Checkpoints of older versions do not know the ids before.
+        # Checkpoints of older versions do not know the ids before and the documents.
         rows = self.token_facts.state_dict()["rows"]
-        self.token_facts.load_state_dict({"rows": F.pad(rows, (0, 3 - rows.shape[1]), value=-1)})
+        self.token_facts.load_state_dict({"rows": F.pad(rows, (0, _FACTS - rows.shape[1]), value=-1)})
 
 
 def _first_of_each(document: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,15 +215,15 @@ class FeatureCollector:
             sums.index_add_(0, wanted.document, flat.float())
             self._documents.apply(sums / wanted.lengths[:, None], wanted.documents)
 
-    def tokens(self, choice: Choice | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This rank's share of the token sample: features (n, d), ids (n,), sources (n,), ids before (n,), or -1.
+    def tokens(self, choice: Choice | None = None) -> TokenRows:
+        """This rank's share of the token sample.
 
         Args:
             choice: of the stream's tokens, made since the last forward pass; None: made here (collective).
         """
         choice = self._stream.choose_tokens() if choice is None else choice
         facts = self._stream.token_facts.chosen_rows(choice)
-        return self._tokens.chosen_rows(choice), facts[:, 0], facts[:, 1], facts[:, 2]
+        return TokenRows(self._tokens.chosen_rows(choice), *facts.unbind(1))
 
     def documents(self, choice: Choice | None = None) -> tuple[Tensor, Tensor]:
         """This rank's share of the document sample: means (m, d) and their sources (m,), -1 where unknown.

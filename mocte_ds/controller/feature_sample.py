@@ -1,13 +1,36 @@
 """The sampled features of a block, as a routing key is made of them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mocte_ds.dist.collectives import gather_rows
 from mocte_ds.dist.mesh import Axis
 
 # Shapes: n tokens and m documents of this rank, d features, k directions.
+
+
+class TokenRows(NamedTuple):
+    """This rank's sampled tokens; of what is not known -1."""
+
+    features: Tensor
+    """(n, d)."""
+    ids: Tensor
+    """(n,)."""
+    sources: Tensor
+    """(n,)."""
+    before: Tensor
+    """(n,) ids of the tokens before, in their documents."""
+    documents: Tensor
+    """(n,) numbers of their documents in the run; a document that a sequence's end has cut counts as two."""
+
+    @classmethod
+    def none(cls, width: int) -> "TokenRows":
+        """Of no tokens with ``width`` features."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        return cls(torch.empty(0, width), nothing, nothing, nothing, nothing)
 
 
 @dataclass(frozen=True)
@@ -45,3 +68,5 @@ class FeatureSample:
     """Means of documents; None where none was sampled."""
     ids_before: Tensor | None = None
     """(n,) ids of the tokens before, in their documents; None: unknown."""
+    documents_of_tokens: Tensor | None = None
+    """(n,) numbers of their documents in the run; None: unknown."""

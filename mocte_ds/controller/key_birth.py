@@ -7,11 +7,14 @@ from torch import Tensor
 
 from mocte_ds.clusters import (
     balanced_kmeans,
+    document_scores,
     even_directions,
     hash_table,
     linear_gate,
     pair_tables,
+    random_scores,
     sampled_once,
+    shuffled_scores,
     subspace_without_mean,
     type_table,
 )
@@ -64,6 +67,7 @@ class Birth:
         """Mean features of documents; None where none was sampled."""
         self._token_ids = sample.token_ids if sample else None
         self._ids_before = sample.ids_before if sample else None
+        self._documents_of_tokens = sample.documents_of_tokens if sample else None
         self.mesh = mesh
         """The ranks that have parts of the sample, and make the same key of it."""
 
@@ -119,6 +123,21 @@ class Birth:
             )
         of_ids, of_pairs = (from_rank_zero(table, self.mesh.world) for table in tables)
         return of_ids, of_pairs
+
+    def scores_of_documents(self, vocab_size: int) -> Tensor:
+        """(V, E) how much each token id speaks for each cluster of documents (collective)."""
+        assert self.tokens is not None and self._token_ids is not None and self._documents_of_tokens is not None
+        coordinates = self.tokens.coordinates(self.mesh.data).cpu()
+        both = torch.stack([self._token_ids, self._documents_of_tokens], dim=1)
+        ids, documents = self.tokens.gathered(both, self.mesh.data).cpu().unbind(1)
+        scores = document_scores(ids, documents, coordinates, vocab_size, self.groups, self.seed)
+        if self.router.shuffled:
+            scores = shuffled_scores(scores, ids, documents, derived_seed(self.seed, "shuffled"))
+        return from_rank_zero(scores, self.mesh.world)
+
+    def random_scores(self, vocab_size: int) -> Tensor:
+        """(V, E) normal scores of each token id, at random."""
+        return random_scores(vocab_size, self.groups, self.seed)
 
     def whitened_clusters(self, directions: int, dropped: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Clusters by direction of the whitened features without the leading directions (collective).

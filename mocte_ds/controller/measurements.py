@@ -66,7 +66,7 @@ def _read_spectra(run: RunState, handles: list[BlockHandle]) -> dict[int, BlockR
         readings = {h.index: BlockReading(s, total_rows, choice.order) for h, s in zip(handles, samples, strict=True)}
         if total_rows < 2:
             return readings
-        features = [sample[0] for sample in samples]
+        features = [sample.features for sample in samples]
         angles = _half_sample_angles(features, rank, names, choice.place, run.mesh.data)
         # Only a block in warm-up needs its directions: a gate is made of them once.
         poor = [
@@ -152,7 +152,7 @@ def _start_search(
         reading.coordinates, reading.domains = reading.documents.coordinates(data).cpu(), domains
         if space.directions.shape[1] > 1:
             reading.plane = reading.coordinates @ (space.basis.T @ space.directions[:, :2]).cpu()
-        tokens = Rows(reading.tokens[0], reading.basis, reading.mean, reading.order).coordinates(data).cpu()
+        tokens = Rows(reading.tokens.features, reading.basis, reading.mean, reading.order).coordinates(data).cpu()
         mean, basis = space.mean.cpu(), space.basis.cpu()
         work[handle.index] = Documents(reading.coordinates, mean, basis, domains, tokens, handle.last_detection)
         reading.bytes["clusters"] = 4 * (reading.coordinates.numel() + tokens.numel())

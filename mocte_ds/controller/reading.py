@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mocte_ds.clusters import BalancedClusters, Detection
-from mocte_ds.controller.feature_sample import FeatureSample, Rows
+from mocte_ds.controller.feature_sample import FeatureSample, Rows, TokenRows
 
 PROJECTED_DOCUMENTS = 400
 # What only one rank has: rows that it sampled.
@@ -39,8 +39,8 @@ class ClusterFacts:
 class BlockReading:
     """The same on all ranks but for ``tokens`` and ``documents``."""
 
-    tokens: tuple[Tensor, Tensor, Tensor, Tensor]
-    """This rank's sampled features (n, d), token ids, sources, and the ids of the tokens before."""
+    tokens: TokenRows
+    """What this rank has sampled."""
     rows: int
     """Number of sampled token features, all ranks; 0: nothing was seen or read, and all but the loads is empty."""
     order: Tensor | None = None
@@ -74,13 +74,13 @@ class BlockReading:
     @classmethod
     def unread(cls, width: int) -> "BlockReading":
         """Of a block of d ``width`` whose features are not read at this check."""
-        none = torch.empty(0, dtype=torch.int64)
-        return cls((torch.empty(0, width), none, none, none), 0, read=False)
+        return cls(TokenRows.none(width), 0, read=False)
 
     def sample(self) -> FeatureSample:
         """What a gate is made of."""
-        features, ids, _, before = self.tokens
-        return FeatureSample(Rows(features, self.basis, self.mean, self.order), ids, self.documents, before)
+        rows = self.tokens
+        features = Rows(rows.features, self.basis, self.mean, self.order)
+        return FeatureSample(features, rows.ids, self.documents, rows.before, rows.documents)
 
     def facts(self, names: list[str]) -> dict[str, Any]:
         """The numbers of the check's event; ``names`` are the sources."""
@@ -123,8 +123,7 @@ class BlockReading:
 
     def drop_rows(self) -> None:
         """Forget this rank's own rows, which only a gate would be made of."""
-        features, ids, source, before = self.tokens
-        self.tokens = (features[:0], ids[:0], source[:0], before[:0])
+        self.tokens = TokenRows(*(part[:0] for part in self.tokens))
         if self.documents:
             self.documents = Rows(self.documents.features[:0], self.documents.basis, self.documents.mean)
         self.order = None

@@ -5,6 +5,7 @@ mocte_ds/remote_code/. The config, the birth of experts, the FLOPs ledger and th
 """
 
 from mocte_ds.registry import KEYS
+from mocte_ds.remote_code.document_key_mocte import DocumentKey
 from mocte_ds.remote_code.keys_mocte import (
     HashKey,
     Key,
@@ -23,6 +24,7 @@ from mocte_ds.remote_code.tokens_mocte import RoutingError, Tokens
 __all__ = [
     "BUILT_IN",
     "KEYS",
+    "DocumentKey",
     "HashKey",
     "Key",
     "LinearKey",

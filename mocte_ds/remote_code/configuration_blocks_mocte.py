@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-KINDS = ("token", "online", "type", "pair", "prefix", "previous", "hash", "pair-hash", "random")
+KINDS = ("token", "online", "type", "pair", "prefix", "document", "previous", "hash", "pair-hash", "random")
 WEIGHTS = ("hard", "softmax", "sigmoid", "gain")
 
 

@@ -6,6 +6,7 @@ The file of a key of the user's own finds here what it takes from mocte_ds.moe.k
 from collections.abc import Callable
 from typing import TypeVar
 
+from .document_key_mocte import DocumentKey
 from .keys_mocte import HashKey, Key, LinearKey, PrefixKey, PreviousKey, RandomKey, TableKey, TypeKey
 from .online_key_mocte import OnlineKey
 from .pair_keys_mocte import PairHashKey, PairKey
@@ -13,6 +14,7 @@ from .tokens_mocte import RoutingError, Tokens
 
 __all__ = [
     "KEYS",
+    "DocumentKey",
     "HashKey",
     "Key",
     "LinearKey",
@@ -57,6 +59,7 @@ KEYS = Keys(
         "type": TypeKey,
         "pair": PairKey,
         "prefix": PrefixKey,
+        "document": DocumentKey,
         "previous": PreviousKey,
         "hash": HashKey,
         "pair-hash": PairHashKey,

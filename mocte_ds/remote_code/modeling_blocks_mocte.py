@@ -13,6 +13,7 @@ from transformers.generation import GenerationMixin
 from .blocks_mocte import put_blocks
 from .calls_mocte import Call, cache_in
 from .configuration_blocks_mocte import MocteBlocksConfig
+from .document_key_mocte import DocumentKey
 from .experts_mocte import put_dense_ffns
 from .gates_mocte import Gate
 from .keys_mocte import Key
@@ -22,7 +23,7 @@ from .pair_keys_mocte import PairKey
 from .tokens_mocte import Tokens
 from .user_keys_mocte import KEYS as WITH_USER_KEYS
 
-_GO_ALONG = (Gate, Key, KEYS, OnlineKey, WITH_USER_KEYS, PairKey, Tokens)
+_GO_ALONG = (DocumentKey, Gate, Key, KEYS, OnlineKey, WITH_USER_KEYS, PairKey, Tokens)
 """transformers 5.0 copies the files that this one imports, and not what these import."""
 
 
@@ -44,6 +45,7 @@ class MocteBlocksForCausalLM(PreTrainedModel, GenerationMixin):
         "cluster_offset",
         "cluster_centroids",
         "cluster_start",
+        "cluster_scores",
     ]  # noqa: RUF012
     supports_gradient_checkpointing = False
 

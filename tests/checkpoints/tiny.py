@@ -71,7 +71,7 @@ def add_blocks(model: nn.Module, modules: str | list[str], warmup: tuple[int, ..
             router = bank.gate.router
             if router.kind in ("token", "prefix"):
                 bank.gate.key.set(*cluster_gate(number + 10 * bank_number, directions=not router.bias))
-            if router.kind in ("online", "pair"):
+            if router.kind in ("online", "pair", "document"):
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(number + 10 * bank_number)
                     randomise_key(bank.gate.key)

@@ -10,7 +10,7 @@ import torch
 from tests.engine import runs
 from tests.spawn import spawn
 
-KINDS = ("token", "online", "type", "pair", "prefix", "previous", "hash", "pair-hash", "random")
+KINDS = ("token", "online", "type", "pair", "prefix", "document", "previous", "hash", "pair-hash", "random")
 POLICIES = ("trainability", "progress", "paper", "grad-norm", "inverted", "random", "off")
 STEPS = 8
 

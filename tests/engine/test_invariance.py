@@ -22,6 +22,7 @@ ROUTERS = {
     "previous": {"kind": "previous"},
     "pair": {"kind": "pair"},
     "prefix": {"kind": "prefix"},
+    "document": {"kind": "document"},
     "online": {"kind": "online", "directions": 8, "balance_rate": 0.05},
     "two banks": {},
     "two lora experts": {"kind": "token"},
@@ -34,7 +35,7 @@ MORE = {
     "two lora experts": {"num_experts": 2, "expert": {"kind": "lora"}},
 }
 """Other settings of the "mocte" block."""
-PADDED = {"previous": 8, "pair": 8, "prefix": 8}
+PADDED = {"previous": 8, "pair": 8, "prefix": 8, "document": 8}
 """Padding per sequence, of routers that keep a state along it; on the left of every other sequence."""
 LONE = (1, 1, 8, 1)
 FEW_LAYOUTS = [LONE, (2, 2, 2, 2)]

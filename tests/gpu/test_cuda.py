@@ -54,7 +54,9 @@ def test_the_reservoir_keeps_the_same_rows() -> None:
     assert there.rows().is_cuda and torch.equal(there.rows().cpu(), here.rows())
 
 
-@pytest.mark.parametrize("kind", ["token", "prefix", "type", "pair", "previous", "hash", "pair-hash", "random"])
+@pytest.mark.parametrize(
+    "kind", ["token", "prefix", "document", "type", "pair", "previous", "hash", "pair-hash", "random"]
+)
 def test_blocks_route_and_conflict_is_that_of_the_cpu(kind: str) -> None:
     torch.manual_seed(0)
     made = small_llama(40, 16, 24, positions=12)

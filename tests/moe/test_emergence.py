@@ -12,7 +12,7 @@ VOCAB, HIDDEN, WIDTH, EXPERTS, EOD, BATCH, LENGTH, STEPS = 64, 32, 48, 4, 0, 4, 
 
 CASES: dict[str, dict[str, Any]] = {
     kind: {"router": {"kind": kind}}
-    for kind in ("token", "type", "pair", "prefix", "previous", "hash", "pair-hash", "random")
+    for kind in ("token", "type", "pair", "prefix", "document", "previous", "hash", "pair-hash", "random")
 }
 CASES["online"] = {"router": {"kind": "online", "directions": 12, "balance_rate": 0.01}}
 CASES["banks"] = {"banks": [{"kind": "previous"}, {"kind": "type"}]}

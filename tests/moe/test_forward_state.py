@@ -28,6 +28,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "prefix": {"kind": "prefix"},
     "type": {"kind": "type"},
     "pair": {"kind": "pair"},
+    "document": {"kind": "document"},
     "learned": LEARNED,
 }
 
@@ -227,7 +228,7 @@ def test_states_go_with_their_graphs_and_copies_have_their_own() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["previous", "prefix", "pair", "learned"])
+@pytest.mark.parametrize("name", ["previous", "prefix", "pair", "document", "learned"])
 def test_padding_changes_nothing_and_is_not_counted(name: str, side: str) -> None:
     """Padding is the very token that ends documents."""
     ids, more = texts(1), 6

@@ -13,7 +13,7 @@ from mocte_ds.moe.keys import LinearKey
 from mocte_ds.remote_code.tokens_mocte import RoutingState
 from tests.moe.test_forward_state import EOD, ROUTERS, D, E, V, made, texts
 
-KINDS = ["previous", "prefix", "pair"]
+KINDS = ["previous", "prefix", "pair", "document"]
 
 
 def model_of(kind: str) -> tuple[LlamaForCausalLM, list[Block]]:

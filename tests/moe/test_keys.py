@@ -66,7 +66,7 @@ def test_prefix_knows_neither_the_future_nor_other_documents() -> None:
     assert not torch.allclose(before[0, :4], after[0, :4])
 
 
-@pytest.mark.parametrize("kind", ["prefix", "previous", "token", "type", "pair", "pair-hash"])
+@pytest.mark.parametrize("kind", ["prefix", "document", "previous", "token", "type", "pair", "pair-hash"])
 def test_generation_with_a_cache_routes_like_one_pass(kind: str) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes)).eval()
@@ -151,7 +151,7 @@ def gpt2() -> GPT2LMHeadModel:
     return model
 
 
-@pytest.mark.parametrize("kind", ["prefix", "previous", "pair", "pair-hash"])
+@pytest.mark.parametrize("kind", ["prefix", "document", "previous", "pair", "pair-hash"])
 def test_generate_of_transformers_hands_the_cache_over(kind: str) -> None:
     model = llama()
     blocks = attach(model, MocteConfig.from_dict({"modules": "model.layers.*.mlp", "router": {"kind": kind}}))

@@ -15,7 +15,7 @@ from mocte_ds.config import MocteConfig
 from mocte_ds.controller.apply import _output
 from mocte_ds.controller.birth import set_gate
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
-from mocte_ds.controller.feature_sample import FeatureSample, Rows
+from mocte_ds.controller.feature_sample import FeatureSample, Rows, TokenRows
 from mocte_ds.controller.reading import BlockReading
 from mocte_ds.dist.mesh import ALONE, mesh_of_processes
 from mocte_ds.errors import MocteError
@@ -85,7 +85,7 @@ def test_a_pair_is_looked_up_within_its_document(make: type[PairHashKey]) -> Non
     assert (missed > 5) is (make is PairKey)
 
 
-@pytest.mark.parametrize("kind", ["pair", "pair-hash", "previous", "prefix"])
+@pytest.mark.parametrize("kind", ["pair", "pair-hash", "previous", "prefix", "document"])
 def test_features_that_a_model_flattens_are_of_the_same_documents(kind: str) -> None:
     gate = ClusterGate(D, E, RouterConfig(kind), V)
     randomise_key(gate.key)
@@ -110,7 +110,7 @@ def test_the_output_at_birth_is_that_of_the_sampled_pairs() -> None:
     index = block.banks[0].gate.key.choose(features, Tokens(ids, previous=before))
     expected = torch.stack([experts[int(k)](row) for k, row in zip(index, features, strict=True)])
     run: Any = SimpleNamespace(context=block.context)
-    reading = BlockReading((features, ids, ids, before), 50, mean=features.mean(0))
+    reading = BlockReading(TokenRows(features, ids, ids, before, ids), 50, mean=features.mean(0))
     found = _output(run, SimpleNamespace(block=block), reading)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
 
@@ -122,7 +122,7 @@ def test_a_sample_knows_the_tokens_before() -> None:
     features = torch.arange(72.0).view(3, 24, 1).expand(3, 24, D)  # each token's place
     state = ForwardState(ids, EOD, {"attention_mask": mask})
     collector.see(features, state)
-    rows, found, _, before = collector.tokens()
+    rows, found, _, before, _ = collector.tokens()
     expected = torch.tensor(
         [before_in_document(line.tolist(), real.bool().tolist()) for line, real in zip(ids, mask, strict=True)]
     )

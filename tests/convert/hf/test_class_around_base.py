@@ -53,6 +53,8 @@ CASES = {
     "prefix": ({}, {"modules": ALL, "router": {"kind": "prefix"}}),
     "prefix, documents": ({}, {"modules": ALL, "router": {"kind": "prefix"}, "eod_id": EOD}),
     "prefix, softmax, no bias": ({}, {"modules": ALL, "router": {"kind": "prefix", "bias": False, **SOFT}}),
+    "document": ({}, {"modules": ALL, "router": {"kind": "document"}, "eod_id": EOD}),
+    "document, learned": ({}, {"modules": ALL, "router": {"kind": "document", **LEARNED}}),
     "prefix, learned": ({}, {"modules": ALL, "router": {"kind": "prefix", **LEARNED}, "eod_id": EOD}),
     "lora": ({}, {"modules": OUTER, "expert": LORA, "router": {"kind": "prefix"}}),
     "gpt2, lora": ({"model_type": "gpt2"}, {"modules": OUTER, "expert": LORA, "router": {"kind": "previous"}}),
@@ -70,7 +72,7 @@ CASES = {
     "dense": ({"model_type": "gpt2"}, None),
 }
 # Those whose routers remember something.
-STATEFUL = ["previous, documents", "pair", "prefix, documents", "prefix, learned", "gpt2, banks"]
+STATEFUL = ["previous, documents", "pair", "document", "prefix, documents", "prefix, learned", "gpt2, banks"]
 
 
 def trained(name: str) -> Any:

@@ -1,0 +1,106 @@
+"""From clusters of documents to a table that reads a document's cluster from its tokens."""
+
+import torch
+from torch import Tensor
+
+from mocte_ds.clusters.balance import balanced_kmeans
+from mocte_ds.clusters.prices import even_prices
+
+_EVEN, _SWEEPS, _ROUNDS = 0.01, 20, 20
+
+# Shapes: n sampled tokens of D documents, r directions, E clusters, V token ids, S ids that were sampled.
+
+
+def document_scores(
+    token_ids: Tensor, documents: Tensor, coordinates: Tensor, vocab_size: int, count: int, seed: int
+) -> Tensor:
+    """How much each token id speaks for each cluster of documents.
+
+    Documents are clustered by the mean of their sampled features. From there a mixture of unigrams is fitted with even
+    clusters (classification EM: Celeux and Govaert, 1992; the mixture: Nigam et al., 2000, "Text classification from
+    labeled and unlabeled documents using EM"), so that clusters are those that tokens can tell apart.
+
+    Args:
+        token_ids: (n,) int64 ids of the sampled tokens.
+        documents: (n,) int64, the same number for tokens of one document.
+        coordinates: (n, r) their features in the leading directions.
+        vocab_size: V.
+        count: E.
+        seed: of the clusters, and of the scores where fewer documents than clusters were sampled.
+
+    Returns:
+        (V, E) fp32: logarithm of the id's frequency in each cluster less the mean over the clusters, plus what evens
+        out the loads. An id that was not sampled speaks for none.
+    """
+    numbers, document = documents.unique(return_inverse=True)
+    if len(numbers) < count:
+        return random_scores(vocab_size, count, seed)
+    seen, word = token_ids.unique(return_inverse=True)
+    length = torch.bincount(document).double()
+    sums = torch.zeros(len(numbers), coordinates.shape[1], dtype=torch.float64)
+    means = sums.index_add_(0, document, coordinates.double()) / length[:, None]
+    labels = balanced_kmeans(means, count, seed, mass=length).labels
+    prices = torch.zeros(count, dtype=torch.float64)
+    for _ in range(_ROUNDS):
+        speaks = _log_frequencies(word, labels[document], len(seen), count)
+        mean_score = torch.zeros(len(numbers), count, dtype=torch.float64).index_add_(0, document, speaks[word])
+        mean_score /= length[:, None]
+        prices = _even(mean_score, length, prices)
+        new = (mean_score + prices).argmax(dim=1)
+        if torch.equal(new, labels):
+            break
+        labels = new
+    table = prices.repeat(vocab_size, 1)
+    table[seen] += speaks
+    return table.float()
+
+
+def shuffled_scores(scores: Tensor, token_ids: Tensor, documents: Tensor, seed: int) -> Tensor:
+    """The control: the scores of the sampled ids dealt out to other ids, and prices that even out the loads again.
+
+    What is read is then constant within a document as before, but for the noise of its first tokens, and has nothing to
+    do with clusters.
+
+    Args:
+        scores: (V, E).
+        token_ids: as of :func:`document_scores`.
+        documents: as there.
+        seed: of the deal.
+
+    Returns:
+        (V, E) fp32.
+    """
+    seen, word = token_ids.unique(return_inverse=True)
+    order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
+    table = scores.double().clone()
+    table[seen] = table[seen[order]]
+    numbers, document = documents.unique(return_inverse=True)
+    length = torch.bincount(document).double()
+    mean_score = torch.zeros(len(numbers), scores.shape[1], dtype=torch.float64)
+    mean_score.index_add_(0, document, table[seen][word])
+    return (table + _even(mean_score / length[:, None], length, torch.zeros(scores.shape[1]).double())).float()
+
+
+def random_scores(vocab_size: int, count: int, seed: int) -> Tensor:
+    """(V, E) normal scores by chance."""
+    return torch.randn(vocab_size, count, generator=torch.Generator().manual_seed(seed))
+
+
+def _log_frequencies(word: Tensor, cluster: Tensor, words: int, count: int) -> Tensor:
+    """(S, E) fp64 log of each id's frequency in each cluster, less its mean over the clusters.
+
+    Frequencies are drawn to those of all clusters together, as if each cluster had seen one more token per id (Zhai and
+    Lafferty, 2004, Dirichlet smoothing): an id that was sampled once says little.
+    """
+    each = torch.bincount(word * count + cluster, minlength=words * count).double().view(words, count)
+    usual = each.sum(dim=1, keepdim=True) / each.sum()
+    speaks = ((each + words * usual) / (each.sum(dim=0) + words)).log()
+    return speaks - speaks.mean(dim=1, keepdim=True)
+
+
+def _even(mean_score: Tensor, mass: Tensor, prices: Tensor) -> Tensor:
+    """(E,) prices under which each cluster wins as much of the mass (D,) by scores (D, E)."""
+    # even_prices scores 2 z C^T - |C|^2; with C = 1 that is the score less the same number for all.
+    return even_prices(
+        mean_score / 2, mass, torch.eye(mean_score.shape[1], dtype=torch.float64), prices, False, _EVEN, _SWEEPS
+    )

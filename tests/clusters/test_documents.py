@@ -1,0 +1,78 @@
+"""Clusters of documents that are read from their tokens, against scikit-learn and planted sources."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+from sklearn.naive_bayes import MultinomialNB
+
+from mocte_ds.clusters import document_scores, random_scores, shuffled_scores
+
+V, E, DOCUMENTS, R = 120, 4, 200, 6
+
+
+def planted(noise: float = 0.3, tokens: int = 30) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, documents and features of sampled tokens, and the source of each document; sources share most words."""
+    generator = torch.Generator().manual_seed(0)
+    usual = 1 / (torch.arange(V) + 5.0)
+    words = torch.stack([usual * torch.rand(V, generator=generator).square() for _ in range(E)])
+    source = torch.arange(DOCUMENTS) % E
+    ids = torch.multinomial(words[source], tokens, replacement=True, generator=generator)
+    centres = torch.randn(E, R, generator=generator)
+    features = centres[source][:, None] + noise * torch.randn(DOCUMENTS, tokens, R, generator=generator)
+    number = torch.arange(DOCUMENTS)[:, None].expand(DOCUMENTS, tokens) * 1009 + 7
+    return ids.flatten(), number.flatten(), features.view(-1, R), source
+
+
+def read(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The cluster for which all tokens of each document speak."""
+    return scores[ids.view(DOCUMENTS, -1)].mean(1).argmax(1)
+
+
+@pytest.mark.parametrize("noise", [0.3, 6.0])
+def test_planted_sources_are_read_from_the_tokens(noise: float) -> None:
+    """Also where features of single tokens hardly show them: EM goes on from there."""
+    ids, number, features, source = planted(noise)
+    found = read(document_scores(ids, number, features, V, E, 0), ids)
+    assert adjusted_rand_score(source, found) > (0.95 if noise < 1 else 0.8)
+    load = torch.bincount(found, minlength=E)
+    assert load.max() < 1.15 * DOCUMENTS / E
+
+
+def test_scores_are_those_of_naive_bayes() -> None:
+    ids, number, features, _ = planted()
+    scores = document_scores(ids, number, features, V, E, 0)
+    found = read(scores, ids)
+    seen, word = np.unique(ids.numpy(), return_inverse=True)
+    counts = np.zeros((DOCUMENTS, len(seen)))
+    np.add.at(counts, (np.arange(DOCUMENTS).repeat(30), word), 1)
+    usual = counts.sum(0) / counts.sum()
+    model = MultinomialNB(alpha=len(seen) * usual, fit_prior=False).fit(counts, found.numpy())
+    expected = model.feature_log_prob_.T
+    expected -= expected.mean(1, keepdims=True)
+    ours = scores[seen].double().numpy()
+    # But for one number for each cluster, which evens out the loads.
+    np.testing.assert_allclose(ours - ours.mean(0), expected - expected.mean(0), atol=1e-5)
+    rest = scores[np.setdiff1d(np.arange(V), seen)]
+    np.testing.assert_allclose(rest, (ours - expected).mean(0)[None].repeat(len(rest), 0), atol=1e-5)
+
+
+def test_the_control_has_even_loads_and_other_documents_together() -> None:
+    ids, number, features, source = planted()
+    scores = document_scores(ids, number, features, V, E, 0)
+    other = shuffled_scores(scores, ids, number, 1)
+    found = read(other, ids)
+    load = torch.bincount(found, minlength=E)
+    assert load.max() < 1.1 * DOCUMENTS / E and load.min() > 0.9 * DOCUMENTS / E
+    assert adjusted_rand_score(source, found) < 0.7 * adjusted_rand_score(source, read(scores, ids))
+    assert not torch.equal(other, shuffled_scores(scores, ids, number, 2))
+
+
+def test_the_order_of_the_sample_does_not_count_and_few_documents_give_chance() -> None:
+    ids, number, features, _ = planted()
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(3))
+    scores = document_scores(ids, number, features, V, E, 0)
+    torch.testing.assert_close(document_scores(ids[order], number[order], features[order], V, E, 0), scores)
+    few = number < 3 * 1009
+    found = document_scores(ids[few], number[few], features[few], V, E, 5)
+    assert torch.equal(found, random_scores(V, E, 5)) and found.shape == (V, E)
