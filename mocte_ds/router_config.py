@@ -19,12 +19,12 @@ class RouterConfig:
     """Routing key, which decides a token's expert. `type`: the cluster of its id's mean feature, a table; needs a model
     that is called with `input_ids`. `token`: the nearest cluster of its own feature, for any model. `online`: the
     same by direction, of whitened features, with clusters that follow their tokens after each step. `prefix`: the
-    nearest cluster of the mean feature of its document so far. `previous`:
-    a random table, looked up with the id of the token before. `pair`: a table from the token before and the token,
-    hashed, to clusters; where nothing was sampled of a pair's row, the token's own cluster. Baselines: `hash`, a
-    random table of the token's own id, `pair-hash`, one of the hashed pair, and `random`, random directions of its
-    feature (with `learn`, the router of Switch and of sparse upcycling). Or the name of a key that you have registered
-    (docs/extending.md)."""
+    nearest cluster of the mean feature of its document so far. `document`: the cluster of documents for which the ids
+    of its document so far speak most. `previous`: a random table, looked up with the id of the token before. `pair`: a
+    table from the token before and the token, hashed, to clusters; where nothing was sampled of a pair's row, the
+    token's own cluster. Baselines: `hash`, a random table of the token's own id, `pair-hash`, one of the hashed pair,
+    and `random`, random directions of its feature (with `learn`, the router of Switch and of sparse upcycling). Or the
+    name of a key that you have registered (docs/extending.md)."""
     directions: Count = _DIRECTIONS
     """Whitened directions of the features that kind `online` reads; with `dropped` at most the features' number."""
     dropped: CountOrZero = _DROPPED
@@ -71,7 +71,7 @@ class RouterConfig:
     prior does not. Null: it starts at zero."""
     shuffled: bool = False
     """Control for the clusters, with the same loads. For the kinds `type` and `pair` token ids and pairs are reassigned
-    at random; for `token` and `prefix` the centroids are random points in the same directions, with prices that
+    at random, for `document` the scores of the ids; for `token` and `prefix` the centroids are random points in the same directions, with prices that
     balance the loads."""
     aux: NotNegative = _AUX
     """Weight of Switch's loss for even loads of a trained router. The engine adds it to the model's loss.
