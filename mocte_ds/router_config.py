@@ -71,8 +71,8 @@ class RouterConfig:
     prior does not. Null: it starts at zero."""
     shuffled: bool = False
     """Control for the clusters, with the same loads. For the kinds `type` and `pair` token ids and pairs are reassigned
-    at random, for `document` the scores of the ids; for `token` and `prefix` the centroids are random points in the same directions, with prices that
-    balance the loads."""
+    at random, for `document` the scores of the ids; for `token` and `prefix` the centroids are random points in the
+    same directions, with prices that balance the loads."""
     aux: NotNegative = _AUX
     """Weight of Switch's loss for even loads of a trained router. The engine adds it to the model's loss.
     Weight `gain` has none."""
