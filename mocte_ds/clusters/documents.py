@@ -22,7 +22,7 @@ def document_scores(
 
     Args:
         token_ids: (n,) int64 ids of the sampled tokens.
-        documents: (n,) int64, the same number for tokens of one document.
+        documents: (n,) int64, the same number for tokens of one document; -1: unknown, and the token is left out.
         coordinates: (n, r) their features in the leading directions.
         vocab_size: V.
         count: E.
@@ -32,7 +32,9 @@ def document_scores(
         (V, E) fp32: logarithm of the id's frequency in each cluster less the mean over the clusters, plus what evens
         out the loads. An id that was not sampled speaks for none.
     """
-    numbers, document = documents.unique(return_inverse=True)
+    known = documents >= 0
+    token_ids, coordinates = token_ids[known], coordinates[known]
+    numbers, document = documents[known].unique(return_inverse=True)
     if len(numbers) < count:
         return random_scores(vocab_size, count, seed)
     seen, word = token_ids.unique(return_inverse=True)
@@ -70,11 +72,14 @@ def shuffled_scores(scores: Tensor, token_ids: Tensor, documents: Tensor, seed: 
     Returns:
         (V, E) fp32.
     """
-    seen, word = token_ids.unique(return_inverse=True)
+    known = documents >= 0
+    if not bool(known.any()):
+        return scores
+    seen, word = token_ids[known].unique(return_inverse=True)
     order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
     table = scores.double().clone()
     table[seen] = table[seen[order]]
-    numbers, document = documents.unique(return_inverse=True)
+    numbers, document = documents[known].unique(return_inverse=True)
     length = torch.bincount(document).double()
     mean_score = torch.zeros(len(numbers), scores.shape[1], dtype=torch.float64)
     mean_score.index_add_(0, document, table[seen][word])

@@ -73,6 +73,11 @@ def test_the_order_of_the_sample_does_not_count_and_few_documents_give_chance() 
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(3))
     scores = document_scores(ids, number, features, V, E, 0)
     torch.testing.assert_close(document_scores(ids[order], number[order], features[order], V, E, 0), scores)
+    unknown = torch.cat([number, torch.full((50,), -1)])  # rows of a checkpoint of an older version
+    more = torch.cat([ids, ids[:50]]), unknown, torch.cat([features, 100 * torch.ones(50, R)])
+    assert torch.equal(document_scores(*more, V, E, 0), scores)
+    assert torch.equal(shuffled_scores(scores, *more[:2], 1), shuffled_scores(scores, ids, number, 1))
+    assert torch.equal(shuffled_scores(scores, ids, torch.full_like(ids, -1), 1), scores)
     few = number < 3 * 1009
     found = document_scores(ids[few], number[few], features[few], V, E, 5)
     assert torch.equal(found, random_scores(V, E, 5)) and found.shape == (V, E)
