@@ -7,6 +7,8 @@ from mocte_ds.clusters.balance import balanced_kmeans
 from mocte_ds.clusters.prices import even_prices
 
 _EVEN, _SWEEPS, _ROUNDS = 0.01, 20, 20
+# Documents that are read from their beginning to see what loads tokens give, and how many tokens of each.
+_READ, _TOKENS = 256, 64
 
 # Shapes: n sampled tokens of D documents, r directions, E clusters, V token ids, S ids that were sampled.
 
@@ -30,7 +32,7 @@ def document_scores(
 
     Returns:
         (V, E) fp32: logarithm of the id's frequency in each cluster less the mean over the clusters, plus what evens
-        out the loads. An id that was not sampled speaks for none.
+        out the tokens of the clusters while documents are read. An id that was not sampled speaks for none.
     """
     known = documents >= 0
     token_ids, coordinates = token_ids[known], coordinates[known]
@@ -52,6 +54,7 @@ def document_scores(
         if torch.equal(new, labels):
             break
         labels = new
+    prices = _reading_prices(speaks, word, document, length, seed)
     table = prices.repeat(vocab_size, 1)
     table[seen] += speaks
     return table.float()
@@ -79,11 +82,8 @@ def shuffled_scores(scores: Tensor, token_ids: Tensor, documents: Tensor, seed: 
     order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
     table = scores.double().clone()
     table[seen] = table[seen[order]]
-    numbers, document = documents[known].unique(return_inverse=True)
-    length = torch.bincount(document).double()
-    mean_score = torch.zeros(len(numbers), scores.shape[1], dtype=torch.float64)
-    mean_score.index_add_(0, document, table[seen][word])
-    return (table + _even(mean_score / length[:, None], length, torch.zeros(scores.shape[1]).double())).float()
+    document = documents[known].unique(return_inverse=True)[1]
+    return (table + _reading_prices(table[seen], word, document, torch.bincount(document).double(), seed)).float()
 
 
 def random_scores(vocab_size: int, count: int, seed: int) -> Tensor:
@@ -101,6 +101,29 @@ def _log_frequencies(word: Tensor, cluster: Tensor, words: int, count: int) -> T
     usual = each.sum(dim=1, keepdim=True) / each.sum()
     speaks = ((each + words * usual) / (each.sum(dim=0) + words)).log()
     return speaks - speaks.mean(dim=1, keepdim=True)
+
+
+def _reading_prices(speaks: Tensor, word: Tensor, document: Tensor, length: Tensor, seed: int) -> Tensor:
+    """(E,) prices under which the clusters get as many tokens while documents are read from their beginning.
+
+    The first tokens of a document say little, and whoever wins them wins them in all documents. In a mixture of
+    unigrams every order of a document's tokens is as likely, so that documents are read in drawn ones.
+
+    Args:
+        speaks: (S, E) scores of the sampled ids.
+        word: (n,) number of each token's id.
+        document: (n,) number of its document.
+        length: (D,) fp64 tokens of each.
+        seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    words = word[(document * len(speaks) + word).argsort()]
+    some = torch.randperm(len(length), generator=generator)[:_READ]
+    start, draws = length.cumsum(0) - length, torch.rand(len(some), _TOKENS, generator=generator, dtype=torch.float64)
+    places = (start[some, None] + (draws * length[some, None]).floor()).long()
+    so_far = speaks[words[places]].cumsum(dim=1) / torch.arange(1, _TOKENS + 1)[None, :, None]
+    mass = length[some, None].expand(-1, _TOKENS).reshape(-1)
+    return _even(so_far.reshape(-1, speaks.shape[1]), mass, torch.zeros(speaks.shape[1], dtype=torch.float64))
 
 
 def _even(mean_score: Tensor, mass: Tensor, prices: Tensor) -> Tensor:
