@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, in place of giving it back to the system.
 
     A tensor of 128 KiB or more is mapped for itself otherwise, or the top of the heap is cut off when it is freed: the
-    system clears its pages anew in each step. That took a sixth of the quickstart's time. The process then holds the
+    system clears its pages anew in each step. That took a quarter of the quickstart's time. The process then holds the
     most that it has had at one time until it ends. Whoever has set one of these thresholds in the environment keeps it.
 
     Returns:

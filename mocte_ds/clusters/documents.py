@@ -7,6 +7,8 @@ from mocte_ds.clusters.balance import balanced_kmeans
 from mocte_ds.clusters.prices import even_prices
 
 _EVEN, _SWEEPS, _ROUNDS = 0.01, 20, 20
+# Scores (documents or tokens times clusters) above which prices are moved in fewer sweeps.
+_LARGE, _FEW_SWEEPS = 1 << 18, 3
 # Documents that are read from their beginning to see what loads tokens give, and how many tokens of each.
 _READ, _TOKENS = 256, 64
 
@@ -44,11 +46,12 @@ def document_scores(
     sums = torch.zeros(len(numbers), coordinates.shape[1], dtype=torch.float64)
     means = sums.index_add_(0, document, coordinates.double()) / length[:, None]
     labels = balanced_kmeans(means, count, seed, mass=length).labels
+    cells, ones = torch.stack([document, word]), torch.ones(len(word), dtype=torch.float64)
+    counts = torch.sparse_coo_tensor(cells, ones, (len(numbers), len(seen)), check_invariants=True).coalesce()
     prices = torch.zeros(count, dtype=torch.float64)
     for _ in range(_ROUNDS):
         speaks = _log_frequencies(word, labels[document], len(seen), count)
-        mean_score = torch.zeros(len(numbers), count, dtype=torch.float64).index_add_(0, document, speaks[word])
-        mean_score /= length[:, None]
+        mean_score = torch.sparse.mm(counts, speaks) / length[:, None]
         prices = _even(mean_score, length, prices)
         new = (mean_score + prices).argmax(dim=1)
         if torch.equal(new, labels):
@@ -129,6 +132,5 @@ def _reading_prices(speaks: Tensor, word: Tensor, document: Tensor, length: Tens
 def _even(mean_score: Tensor, mass: Tensor, prices: Tensor) -> Tensor:
     """(E,) prices under which each cluster wins as much of the mass (D,) by scores (D, E)."""
     # even_prices scores 2 z C^T - |C|^2; with C = 1 that is the score less the same number for all.
-    return even_prices(
-        mean_score / 2, mass, torch.eye(mean_score.shape[1], dtype=torch.float64), prices, False, _EVEN, _SWEEPS
-    )
+    one, sweeps = torch.eye(len(prices), dtype=torch.float64), _SWEEPS if mean_score.numel() <= _LARGE else _FEW_SWEEPS
+    return even_prices(mean_score / 2, mass, one, prices, False, _EVEN, sweeps)
