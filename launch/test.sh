@@ -18,7 +18,7 @@ if [ "${1:-}" = --fast ]; then
 fi
 . launch/setup.sh
 
-export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 echo "checks: ruff check"
 ruff check .
 echo "checks: ruff format"

@@ -138,7 +138,7 @@ class BlockReading:
 
     def own_state_dict(self) -> dict[str, Any]:
         """Plain values and tensors of what this rank has."""
-        return {"tokens": self.tokens, "documents": vars(self.documents) if self.documents else None}
+        return {"tokens": tuple(self.tokens), "documents": vars(self.documents) if self.documents else None}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], own: Mapping[str, Any], device: torch.device) -> "BlockReading":
@@ -151,9 +151,9 @@ class BlockReading:
         moved = {
             name: value.to(device) for name in ("mean", "basis", "order") if (value := state.get(name)) is not None
         }
-        tokens = tuple(value.to(device) for value in own["tokens"])
-        if len(tokens) == 3:  # checkpoints of older versions do not know the ids before
-            tokens = (*tokens, torch.full_like(tokens[1], -1))
+        known = [value.to(device) for value in own["tokens"]]
+        # Checkpoints of older versions do not know the ids before and the documents.
+        tokens = TokenRows(*known, *[torch.full_like(known[1], -1)] * (len(TokenRows._fields) - len(known)))
         return cls(**{**state, **moved, "found": found, "tokens": tokens, "documents": rows})
 
 

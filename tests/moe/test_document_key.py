@@ -6,7 +6,8 @@ from sklearn.metrics import adjusted_rand_score
 from mocte_ds.config import MocteConfig
 from mocte_ds.controller.birth import set_gate
 from mocte_ds.controller.collect import FeatureCollector, SampleStream
-from mocte_ds.controller.feature_sample import FeatureSample, Rows
+from mocte_ds.controller.feature_sample import FeatureSample, Rows, TokenRows
+from mocte_ds.controller.reading import BlockReading
 from mocte_ds.dist.mesh import ALONE
 from mocte_ds.moe import Block, attach
 from mocte_ds.moe.forward import ForwardState
@@ -91,3 +92,17 @@ def test_a_sample_knows_the_documents_of_its_tokens() -> None:
     old["token_facts"] = {"rows": old["token_facts"]["rows"][:, :3]}  # of an older version
     later.load_state_dict(old)
     assert bool((later.token_facts.rows()[:, 3] == -1).all())
+
+
+def test_a_reading_of_an_older_checkpoint_knows_no_documents() -> None:
+    features, ids = torch.randn(5, 3), torch.arange(5)
+    reading = BlockReading(TokenRows(features, ids, ids + 1, ids + 2, ids + 3), 5, mean=torch.zeros(3))
+    state, own = reading.state_dict(), reading.own_state_dict()
+    assert type(own["tokens"]) is tuple, "plain values: what is saved names no class"
+    again = BlockReading.restored(state, own, torch.device("cpu"))
+    assert all(torch.equal(*pair) for pair in zip(again.tokens, reading.tokens, strict=True))
+    assert torch.equal(again.sample().documents_of_tokens, ids + 3)
+    for columns in (3, 4):
+        older = BlockReading.restored(state, {**own, "tokens": own["tokens"][:columns]}, torch.device("cpu"))
+        assert bool((older.tokens.documents == -1).all()) and torch.equal(older.tokens.ids, ids)
+        assert bool((older.tokens.before == (-1 if columns == 3 else ids + 2)).all())
