@@ -28,8 +28,8 @@ DENSE = -1
 
 
 @dataclass
-class _Seen:
-    """What one module read in a pass."""
+class _Call:
+    """What one module read in one of its calls."""
 
     rows: Tensor
     output: Tensor
@@ -58,7 +58,7 @@ def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[st
     """
     blocks = [handle.block for handle in run.blocks]
     modules = _modules(run, blocks)
-    seen: dict[Key, _Seen] = {}
+    seen: dict[Key, list[_Call]] = {}
     means: dict[int, Tensor] = {}
     hooks = [module.register_forward_hook(_keep(seen, key)) for key, module in modules.items()]
     real = probe.real if probe.complete else None
@@ -72,16 +72,21 @@ def read_conflict(run: RunState, probe: ProbeSet) -> dict[int, dict[int, dict[st
         let_go(run.module)
         return {}
     groups = _groups(run, probe, means)
-    keys = [key for key in sorted(seen) if seen[key].output.requires_grad]
-    outputs = [seen[key].output for key in keys]
+    calls = [
+        (key, call, places)
+        for key in sorted(seen.keys() & look.places.keys())
+        for call, places in zip(seen[key], look.places[key], strict=True)
+        if call.output.requires_grad
+    ]
     # After a frozen front that holds all blocks nothing has a gradient.
+    outputs = [call.output for _, call, _ in calls]
     gradients = torch.autograd.grad(look.loss, outputs, allow_unused=True) if outputs else ()
     let_go(run.module)
     kept = [ExpertRows(len(handle.experts) + 1, run.config.freeze.rows, run.config.seed) for handle in run.blocks]
-    for (block, k), gradient in zip(keys, gradients, strict=True):
-        if gradient is not None and (block, k) in look.places:
-            _offer(kept[block], k, seen[block, k].rows, gradient, look.places[block, k])
-    del seen, outputs, gradients
+    for ((block, k), call, places), gradient in zip(calls, gradients, strict=True):
+        if gradient is not None:
+            _offer(kept[block], k, call.rows, gradient, places)
+    del seen, calls, outputs, gradients
     return _measured(run, modules, kept, groups)
 
 
@@ -149,10 +154,10 @@ def _modules(run: RunState, blocks: list[Block]) -> dict[Key, nn.Module]:
     return modules
 
 
-def _keep(seen: dict[Key, _Seen], key: Key) -> Any:
+def _keep(seen: dict[Key, list[_Call]], key: Key) -> Any:
     def hook(_module: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        seen[key] = _Seen(args[0].detach().reshape(-1, args[0].shape[-1]), output)
+        seen.setdefault(key, []).append(_Call(args[0].detach().reshape(-1, args[0].shape[-1]), output))
 
     return hook
 

@@ -54,9 +54,9 @@ class ProbeGradient:
 
     loss: Tensor
     """() sum of the next tokens' losses over the places that count."""
-    places: dict[tuple[int, int], Tensor]
-    """(block, expert) to (n, 2) of each row that the expert read, its sequence (:attr:`ProbeSet.number`; -1 where it
-    does not count) and its place in it; expert -1 is the block's dense FFN."""
+    places: dict[tuple[int, int], list[Tensor]]
+    """(block, expert) to, for each of the expert's calls, (n, 2) of each row that it read, its sequence
+    (:attr:`ProbeSet.number`; -1 where it does not count) and its place in it; expert -1 is the block's dense FFN."""
 
 
 class ProbeSet:
@@ -251,7 +251,7 @@ class ProbeSet:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten().to(logits.device), reduction="sum")
             found = {}
             for i, block in enumerate(blocks):
-                found[i, -1] = places.flatten(0, 1)
+                found[i, -1] = [places.flatten(0, 1)]
                 for place, bank in enumerate(block.banks):
                     read = look.rows.get(bank.deepspeed_moe, {})
                     found.update({(i, place * bank.num_experts + k): rows for k, rows in read.items()})

@@ -19,8 +19,8 @@ class RouteObserver(Observer):
         self.places = places
         self.routes: dict[ClusterMOELayer, Tensor] = {}
         """(n,) best expert of each token."""
-        self.rows: dict[ClusterMOELayer, dict[int, Tensor]] = {}
-        """By global expert (m, c) int64 places of the rows that it read."""
+        self.rows: dict[ClusterMOELayer, dict[int, list[Tensor]]] = {}
+        """By global expert, for each of its calls (m, c) int64 places of the rows that it read."""
 
     def routed(self, layer: ClusterMOELayer, hidden: Tensor, index: Tensor, state: ForwardState) -> None:
         """See :meth:`Observer.routed`."""

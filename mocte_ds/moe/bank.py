@@ -1,7 +1,7 @@
 """A set of experts, of which every token uses one or a few: DeepSpeed's MoE layer with a cluster gate, dropless."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from deepspeed import comm as dist
@@ -34,6 +34,8 @@ class ClusterMOELayer(MOELayer):
         self.context, self.loads = context, Loads(stock.ep_size * stock.num_local_experts)
         self.tensor: Axis = ALONE
         """Ranks that read the same tokens; each sends its share of them to the experts."""
+        self.early = 0
+        """See :func:`route_through`: of this rank's experts in the last forward pass."""
         self.exp_counts: Tensor | None = None
         """(E,) rows that the last forward pass sent to each expert, padding included."""
 
@@ -86,7 +88,7 @@ class ClusterMOELayer(MOELayer):
         sums = key.take_sums(index, None if real is None else real[:, 0]) if key.moves else None
         state.count(self, counts, total, sums)
 
-    def rows_of_experts(self, index: Tensor, facts: Tensor) -> dict[int, Tensor]:
+    def rows_of_experts(self, index: Tensor, facts: Tensor) -> dict[int, list[Tensor]]:
         """Send integers of each token the way that its features took (collective over the ranks that share the bank).
 
         Args:
@@ -94,20 +96,20 @@ class ClusterMOELayer(MOELayer):
             facts: (T, c) integers below 2**24.
 
         Returns:
-            By global expert of this rank (m, c) int64, those of the rows that it read.
+            By global expert of this rank, for each of its calls (m, c) int64, those of the rows that it read.
         """
         first = self.num_local_experts * dist.get_rank(group=self.ep_group) if self.ep_size > 1 else 0
         stand_ins = [nn.Identity() for _ in range(self.num_local_experts)]
-        found: dict[int, Tensor] = {}
+        found: dict[int, list[Tensor]] = {}
 
         def keep(expert: int, rows: Tensor) -> None:
-            found[first + expert] = rows.round().long().cpu()
+            found.setdefault(first + expert, []).append(rows.detach().round().long().cpu())
 
         experts, group = len(self.loads.total), self.ep_group
         if self.tensor.size > 1:
             shares = TokenShares.of(self.tensor, len(index))
             index, facts = shares.own(index), shares.own(facts)
-        route_through(facts.float(), index, None, stand_ins, experts, group, self.ep_size, keep)
+        route_through(facts.float(), index, None, stand_ins, experts, group, self.ep_size, keep, early=self.early)
         return found
 
 
@@ -169,7 +171,13 @@ class Bank(MoE):
         return ep_rank * self.num_local_experts
 
 
-def run_banks(banks: Sequence[Bank], hidden: Tensor, state: ForwardState, again: bool = False) -> Tensor:
+def run_banks(
+    banks: Sequence[Bank],
+    hidden: Tensor,
+    state: ForwardState,
+    again: bool = False,
+    beside: Callable[[], Tensor] | None = None,
+) -> Tensor:
     """Features (..., d) to the sum of what each bank makes of them, (..., d); a token's rows for all banks go together.
 
     Args:
@@ -177,6 +185,7 @@ def run_banks(banks: Sequence[Bank], hidden: Tensor, state: ForwardState, again:
         hidden: features.
         state: of the pass that they belong to.
         again: whether this is a recomputation, whose tokens have been counted already.
+        beside: makes (..., d) that are added, of ``hidden`` too; it has time while rows travel.
     """
     layers, counted = [bank.deepspeed_moe for bank in banks], state.counted(hidden.shape)
     with part("gate"):
@@ -190,15 +199,20 @@ def run_banks(banks: Sequence[Bank], hidden: Tensor, state: ForwardState, again:
         weight = torch.cat([i.new_ones(i.shape, dtype=torch.float32) if w is None else w for i, w in found], dim=1)
     features, index = hidden.reshape(-1, hidden.shape[-1]), torch.cat(places, dim=1)
     experts = [expert for layer in layers for expert in layer.experts.deepspeed_experts]
+    for number, layer in enumerate(layers):
+        layer.early = min(max(len(experts) // 2 - number * local, 0), local)
     if first.tensor.size == 1:
-        outputs, counts = route_through(features, index, weight, experts, total, first.ep_group, first.ep_size)
+        outputs, counts, added = route_through(
+            features, index, weight, experts, total, first.ep_group, first.ep_size, beside=beside
+        )
     else:
+        added = beside() if beside else None  # not among what each of the ranks draws for itself
         shares, counts = TokenShares.of(first.tensor, len(features)), torch.bincount(index.flatten(), minlength=total)
         own, own_weight = shares.take(features, weight)
         # Experts with dropout draw for the tokens that they get: other amounts on each rank.
         place = f"{first.gate.key.name} {state.first_sequence}"
         with draws_of_rank(first.tensor, place) if first.training else contextlib.nullcontext():
-            made, _ = route_through(own, shares.own(index), own_weight, experts, total, first.ep_group, first.ep_size)
+            made, *_ = route_through(own, shares.own(index), own_weight, experts, total, first.ep_group, first.ep_size)
         outputs = shares.join(made)
     by_bank = counts.view(first.ep_size, len(banks), local).transpose(0, 1).flatten(1)
     for layer, (index, own_weight), own_counts in zip(layers, found, by_bank, strict=True):
@@ -209,4 +223,5 @@ def run_banks(banks: Sequence[Bank], hidden: Tensor, state: ForwardState, again:
             layer.count(index, own_weight, own_counts, counted, state)
         if state.observer is not None:
             state.observer.routed(layer, hidden, index, state)
-    return outputs.view_as(hidden)
+    outputs = outputs.view_as(hidden)
+    return outputs if added is None else added + outputs

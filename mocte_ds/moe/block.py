@@ -1,6 +1,7 @@
 """The layer that takes the place of an FFN: dense in warm-up, experts after emergence."""
 
 from enum import StrEnum
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -134,10 +135,9 @@ class Block(nn.Module):
     def _output(self, hidden: Tensor, state: ForwardState, again: bool) -> Tensor:
         if self.mode is BlockMode.WARMUP:
             return self.dense(hidden)
-        output = self.dense(hidden) if self.kind == "lora" else None
+        beside = partial(self.dense, hidden) if self.kind == "lora" else None
         with phase(f"experts of {self.name}"):
-            added = run_banks(list(self.banks), hidden, state, again)
-        return added if output is None else output + added
+            return run_banks(list(self.banks), hidden, state, again, beside)
 
     def auxiliary_loss(self) -> Tensor | None:
         """The balance loss that the next backward pass adds, without a graph; None if there is none.

@@ -10,26 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 _LEAST, _PARTS = 16, 32
 
 # Shapes: T tokens, k choices per token, d features. Choice j of token t has the slot t * k + j.
 
 
-def gather_chunks(rows: Tensor, order: Tensor, sizes: list[int], k: int, fill: bool = True) -> tuple[Tensor, ...]:
-    """The rows of some slots, cut into chunks; differentiable once.
+def gather_chunks(rows: Tensor, order: Tensor, sizes: list[int], k: int, lengths: list[int]) -> tuple[Tensor, ...]:
+    """The rows of all slots, cut into chunks; differentiable once.
 
     Args:
         rows: (T, d).
         order: (T k,) int64, every slot once.
         sizes: slots of each chunk, one chunk after the other in ``order``.
         k: choices per token.
-        fill: whether experts are to read the chunks: then they have :func:`filled_up` rows, the last of them zeros.
+        lengths: rows of each chunk, at least its size; those beyond it are zeros (see :func:`padded_sizes`).
 
     Returns:
-        For each chunk (at least its size, d).
+        For each chunk (its length, d).
     """
-    return _Gather.apply(rows, order, sizes, k, fill)
+    return _Gather.apply(rows, order, sizes, k, lengths)
 
 
 def scatter_chunks(chunks: Sequence[Tensor], order: Tensor, sizes: list[int], k: int, weight: Tensor | None) -> Tensor:
@@ -48,6 +49,11 @@ def scatter_chunks(chunks: Sequence[Tensor], order: Tensor, sizes: list[int], k:
     return _Scatter.apply(order, sizes, k, weight, *chunks)
 
 
+def padded_sizes(sizes: Sequence[int], device: torch.device) -> list[int]:
+    """Rows of the chunks that experts are to read: at least one, and on a CPU :func:`filled_up`."""
+    return [filled_up(size) if device.type == "cpu" else max(1, size) for size in sizes]
+
+
 def filled_up(count: int) -> int:
     """Rows that a CPU multiplies for a chunk of ``count``: at most 1/32 more, but 16 at least.
 
@@ -61,14 +67,17 @@ def filled_up(count: int) -> int:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, sizes: list[int], k: int, fill: bool) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, rows: Tensor, order: Tensor, sizes: list[int], k: int, lengths: list[int]
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(order)
-        ctx.sizes, ctx.k, ctx.width = sizes, k, rows.shape[1]
+        ctx.sizes, ctx.k = sizes, k
         tokens = order if k == 1 else order // k
-        if fill and rows.device.type == "cpu":
-            return tuple(_chunk(rows, places, filled_up(len(places))) for places in tokens.split(sizes))
+        if rows.device.type == "cpu":
+            return tuple(_chunk(rows, *place) for place in zip(tokens.split(sizes), lengths, strict=True))
         chunks = rows.index_select(0, tokens).split(sizes)
-        return tuple(chunk if len(chunk) or not fill else rows.new_zeros((1, ctx.width)) for chunk in chunks)
+        filled = zip(chunks, lengths, strict=True)
+        return tuple(c if len(c) == n else F.pad(c, (0, 0, 0, n - len(c))) for c, n in filled)
 
     @staticmethod
     @once_differentiable

@@ -95,7 +95,9 @@ def test_bytes_where_the_ranks_share_the_experts(capsys: pytest.CaptureFixture[s
         assert stop["bytes"]["gradients"]["measured"] == 4 * (trunk / 2 + experts)
         assert wire["expert gradients"]["measured"] == 4 * experts
         assert wire["expert gradients"]["ring"] == 0 == wire["expert weights"]["measured"]
-        assert wire["token rows"]["measured"] == 4 * 4 * TOKENS * D * LAYERS
+        # About half of the tokens have an expert on the other rank; the others do not travel.
+        assert 0.3 < wire["token rows"]["measured"] / (4 * 4 * TOKENS * D * LAYERS) < 0.7
+        assert wire["token rows"]["ring"] == wire["token rows"]["measured"]
 
 
 def counted_collectives() -> dict[str, list[float]]:
@@ -125,10 +127,10 @@ def counted_collectives() -> dict[str, list[float]]:
 
 def test_counter_against_plain_collectives() -> None:
     for rank, found in enumerate(spawn(counted_collectives, 2, timeout=60)):
-        rows = 8 * (6, 2)[rank]
+        rows, away = 8 * (6, 2)[rank], 8 * (2, 1)[rank]
         assert found["pair gradients"] == [1, 40, 40.0]
         assert found["all weights"] == [2, 2 * 12 + 2 * 8, 20.0]
-        assert found["pair rows"] == [1, rows, rows / 2]
+        assert found["pair rows"] == [1, rows, pytest.approx(away)]
         assert found["control"][0] == 3 and found["control"][1] > 4 + 16
         assert set(found) == {"pair gradients", "all weights", "pair rows", "control"}
 

@@ -1,5 +1,8 @@
 """Every token reaches its expert and comes back: outputs and gradients against a loop over tokens."""
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
@@ -50,7 +53,7 @@ def on_rank(case: str) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
     mine = make_experts()[rank * local : (rank + 1) * local]
     features, index = tokens(rank, case)
     group = torch.distributed.group.WORLD
-    outputs, counts = route_through(features, index[:, None], None, list(mine), EXPERTS, group, world)
+    outputs, counts, _ = route_through(features, index[:, None], None, list(mine), EXPERTS, group, world)
     outputs.square().sum().backward()
     assert all(p.grad is not None for p in mine.parameters())  # an empty expert stays in the graph
     return outputs.detach(), [p.grad for p in mine.parameters()], counts.tolist()
@@ -72,7 +75,7 @@ def test_ranks_agree_with_a_loop(world):
 def test_one_process_and_observer():
     features, index = tokens(1, "some empty")
     seen = {}
-    outputs, counts = route_through(
+    outputs, counts, _ = route_through(
         features, index[:, None], None, list(make_experts()), EXPERTS, None, 1, lambda k, rows: seen.update({k: rows})
     )
     torch.testing.assert_close(outputs.detach(), expected("some empty", 2)[0][1])
@@ -94,7 +97,7 @@ def through_dispatch() -> list[torch.Tensor]:
     mine = make_experts()[rank * local : (rank + 1) * local]
     features, index, weight = two_each(rank)
     group = torch.distributed.group.WORLD if world > 1 else None
-    outputs, counts = route_through(features, index, weight, list(mine), EXPERTS, group, world)
+    outputs, counts, _ = route_through(features, index, weight, list(mine), EXPERTS, group, world)
     assert counts.tolist() == torch.bincount(index.flatten(), minlength=EXPERTS).tolist()
     outputs.square().sum().backward()
     return [outputs.detach(), features.grad, weight.grad, *(p.grad for p in mine.parameters())]
@@ -125,7 +128,7 @@ def test_gradients_of_chunks_against_finite_differences(k):
     order, sizes = torch.randperm(count, generator=generator), [0, count - 2, 2]
     rows = torch.randn(5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(5, k, dtype=torch.float64, generator=generator, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda r: gather_chunks(r, order, sizes, k), rows)
+    assert torch.autograd.gradcheck(lambda r: gather_chunks(r, order, sizes, k, [size + 2 for size in sizes]), rows)
     chunks = [torch.randn(size + 2, 3, dtype=torch.float64, generator=generator, requires_grad=True) for size in sizes]
     assert torch.autograd.gradcheck(lambda w, *c: scatter_chunks(c, order, sizes, k, w), (weight, *chunks))
     assert torch.autograd.gradcheck(lambda *c: scatter_chunks(c, order, sizes, k, None), chunks)
@@ -171,7 +174,7 @@ def test_frozen_experts_compute_no_weight_gradient() -> None:
         for k in frozen:
             experts[k].requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
-            outputs, _ = route_through(features, index[:, None], None, list(experts), EXPERTS, None, 1)
+            outputs, *_ = route_through(features, index[:, None], None, list(experts), EXPERTS, None, 1)
             outputs.square().sum().backward()
         assert all((p.grad is None) == (k in frozen) for k in range(EXPERTS) for p in experts[k].parameters())
         return counter.get_total_flops()
@@ -186,10 +189,83 @@ def with_frozen_experts_on_one_rank() -> list[bool]:
     mine = make_experts()[2 * rank : 2 * rank + 2]
     mine.requires_grad_(rank == 1)
     features, index = tokens(rank, "mixed")  # nothing below trains: they need no gradient
-    outputs, _ = route_through(features, index[:, None], None, list(mine), EXPERTS, torch.distributed.group.WORLD, 2)
+    outputs, *_ = route_through(features, index[:, None], None, list(mine), EXPERTS, torch.distributed.group.WORLD, 2)
     outputs.square().sum().backward()
     return [p.grad is not None for p in mine.parameters()]
 
 
 def test_ranks_with_frozen_experts_do_not_keep_others_waiting() -> None:
     assert spawn(with_frozen_experts_on_one_rank, 2, timeout=30) == [[False] * 4, [True] * 4]
+
+
+class _Watched:
+    """An exchange under way; tells when somebody has waited for it."""
+
+    def __init__(self, work: Any, told: list[str]) -> None:
+        self._work, self._told = work, told
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._told.append("arrived")
+
+
+class _Ran(torch.autograd.Function):
+    """Tells when an expert runs on real rows, in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, name: str, told: list[str]) -> torch.Tensor:
+        ctx.name, ctx.told = name, told
+        told.append(name)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        ctx.told.append(ctx.name)
+        return gradient, None, None
+
+
+def what_happens_in_turn(beside: bool) -> tuple[list[str], list[str], list[int]]:
+    """Of a forward and of a backward pass; and how many rows each exchange sent to each rank."""
+    rank, told, sent = torch.distributed.get_rank(), list[str](), list[int]()
+    original = torch.distributed.all_to_all_single
+
+    def watched(output: Any, rows: Any, receive: Any = None, send: Any = None, **settings: Any) -> Any:
+        work = original(output, rows, receive, send, **settings)
+        if send is None:  # of counts
+            return work
+        told.append("leaves")
+        sent.extend(send)
+        return _Watched(work, told)
+
+    mine = make_experts()[2 * rank : 2 * rank + 2]
+    for number, expert in enumerate(mine):
+        # Features are the number of the rank that they come from.
+        expert.register_forward_pre_hook(
+            lambda _, args, number=number: (_Ran.apply(args[0], f"{number} of {args[0][0, 0].item():.0f}", told),)
+        )
+    index = torch.arange(EXPERTS).repeat_interleave(torch.tensor([3, 2, 5, 4]))
+    features = torch.full((len(index), WIDTH), float(rank), requires_grad=True)
+    shared = nn.Linear(WIDTH, WIDTH)
+    with patch.object(torch.distributed, "all_to_all_single", watched):
+        work = (lambda: shared(_Ran.apply(features, "beside", told))) if beside else None
+        routed = route_through(
+            features, index[:, None], None, list(mine), EXPERTS, torch.distributed.group.WORLD, 2, beside=work
+        )
+        forward = list(told)
+        told.clear()
+        loss = routed.outputs.square().sum()
+        (loss if routed.beside is None else loss + routed.beside.square().sum()).backward()
+    return forward, told, sent
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_rows_travel_while_experts_run_on_those_that_stay(beside: bool) -> None:
+    for rank, (forward, backward, sent) in enumerate(spawn(what_happens_in_turn, 2, beside, timeout=60)):
+        own, other, shared = rank, 1 - rank, ["beside"] * beside
+        there = ["leaves", *shared, f"0 of {own}", "arrived", f"0 of {other}", f"1 of {other}"]
+        assert forward == [*there, "leaves", f"1 of {own}", "arrived"]
+        back = ["leaves", f"1 of {own}", "arrived", f"1 of {other}", f"0 of {other}"]
+        assert backward == [*back, "leaves", f"0 of {own}", *shared, "arrived"]
+        away, come = (9, 5) if rank == 0 else (5, 9)
+        expected = [[0, away], [0, come], [0, away], [0, come]] if rank == 0 else [[away, 0], [come, 0]] * 2
+        assert [sent[i : i + 2] for i in range(0, 8, 2)] == expected

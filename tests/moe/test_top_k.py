@@ -102,7 +102,7 @@ def test_what_is_recorded_is_the_best_expert() -> None:
     weight, bias = gate.linear()
     order = (features.reshape(T, D) @ weight.T + bias).argsort(dim=-1, descending=True)
     assert torch.equal(look.routes[layer], order[:, 0])
-    for k, rows in look.rows[layer].items():
+    for k, (rows,) in look.rows[layer].items():
         assert sorted(rows[:, 0].tolist()) == (order[:, :2] == k).any(1).nonzero()[:, 0].tolist()
         assert torch.equal(rows[:, 1], 7 * rows[:, 0])
 

@@ -20,8 +20,8 @@ FORMULAS = {
     "gradients_in_backward": "2 or 4 bytes x trainable parameters of the rank, as no bucket is full before the end",
     "gradients_reduced": "payload 2 or 4 bytes x trainable parameters; DeepSpeed all-reduces them in both stages",
     "weights_gathered": "payload 2 or 4 bytes x trainable parameters, padded; nothing where one rank holds them alone",
-    "rows_exchanged": "payload 4 x 2 or 4 bytes x tokens x d x blocks with ep_size above 1, to and fro, forward and "
-    "backward; frozen experts take part",
+    "rows_exchanged": "payload 4 x 2 or 4 bytes x d x tokens of all blocks with ep_size above 1, to and fro, forward "
+    "and backward; on a CPU only tokens of other ranks' experts; frozen experts take part",
     "step": "forward as without frozen experts; backward x FLOPs of the backward pass over those without frozen "
     "experts; optimizer x optimizer bytes over those without frozen experts",
 }
@@ -145,8 +145,15 @@ def groups(sizes: FreezeSizes, percent: int, rank: int) -> list[Group]:
     return found + [expert] * train
 
 
-def expected(sizes: FreezeSizes, percent: int, rank: int) -> dict[str, int]:
-    """Bytes on a rank by FORMULAS; of `token rows` the ranks' mean."""
+def expected(sizes: FreezeSizes, percent: int, rank: int, leaving: int) -> dict[str, int]:
+    """Bytes on a rank by FORMULAS; of `token rows` the ranks' mean.
+
+    Args:
+        sizes: of the run.
+        percent: of the experts are frozen.
+        rank: of all.
+        leaving: rows that the rank hands over to the exchange on the way to the experts, all blocks together.
+    """
     width, found = sizes.torch_dtype.itemsize, groups(sizes, percent, rank)
 
     def reduced(expert: bool) -> int:
@@ -164,7 +171,7 @@ def expected(sizes: FreezeSizes, percent: int, rank: int) -> dict[str, int]:
         "all gradients": reduced(False),
         "expert weights": gathered(True),
         "all weights": gathered(False),
-        "token rows": 4 * width * sizes.tokens * sizes.d * sizes.layers if sizes.ep > 1 else 0,
+        "token rows": 4 * width * sizes.d * leaving,
     }
 
 

@@ -58,7 +58,8 @@ class _Rank:
 
         Returns:
             "freezing": seconds, traffic and memory of each call; "bytes" and "traffic" of one step; "load": (blocks,
-            experts) tokens of that step; "seconds" of each phase.
+            experts) tokens of that step; "leaving": tokens of this rank in it that are handed over to the exchange, all
+            blocks together; "seconds" of each phase.
         """
         freezing = self._freeze(percent)
         self._step()
@@ -100,7 +101,18 @@ class _Rank:
             self._step(look)
         traffic = _plain(self.wire.take())
         bytes_found.update(optimizer=self.engine.mocte.optimizer_bytes(), gradients_in_backward=largest[0])
-        return {"bytes": bytes_found, "traffic": traffic, "load": self.engine.mocte.expert_load()}
+        load = self.engine.mocte.expert_load()
+        return {"bytes": bytes_found, "traffic": traffic, "load": load, "leaving": self._leaving()}
+
+    def _leaving(self) -> int:
+        """Tokens of this rank in the last step that were handed over to the exchange, all blocks together."""
+        mine, leaving = self.engine.mesh.expert.rank, 0
+        for handle in self.engine.mocte.blocks if self.sizes.ep > 1 else []:
+            (bank,) = handle.block.banks
+            by_rank = bank.deepspeed_moe.exp_counts.view(self.sizes.ep, -1).sum(1)
+            stay = int(by_rank[mine]) if self.clock.device.type == "cpu" else 0
+            leaving += int(by_rank.sum()) - stay
+        return leaving
 
     def _step(self, before_optimizer: Callable[[], None] | None = None) -> list[tuple[float, float]]:
         """A step on random tokens.

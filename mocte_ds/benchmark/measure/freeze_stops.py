@@ -29,7 +29,7 @@ def stops(sizes: FreezeSizes, by_rank: Sequence[dict[str, Any]]) -> list[dict[st
     found: list[dict[str, Any]] = []
     for number, share in enumerate(sizes.frozen):
         ranks = [result["stops"][number] for result in by_rank]
-        should = [expected(sizes, share, rank) for rank in range(sizes.ranks)]
+        should = [expected(sizes, share, place, rank["leaving"]) for place, rank in enumerate(ranks)]
         stop: dict[str, Any] = {"frozen_percent": share, "frozen_experts": sizes.frozen_experts(share)}
         stop["bytes"] = {
             name: _beside([rank["bytes"][name] for rank in ranks], [e[name] for e in should]) for name in _BYTES

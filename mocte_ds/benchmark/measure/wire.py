@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 RING = (
-    "sent by a rank in a ring of n: all-reduce 2 (n-1)/n x payload, everything else (n-1)/n x payload; payload: the "
-    "reduced, the gathered or the exchanged bytes"
+    "sent by a rank in a ring of n: all-reduce 2 (n-1)/n x payload, an all-to-all of given sizes what is for other "
+    "ranks, everything else (n-1)/n x payload; payload: the reduced, the gathered or the exchanged bytes"
 )
 
 # Where a collective's payload is: the number of its argument. Of a gather it is the whole output.
@@ -97,19 +97,23 @@ class WireCounter:
             if name in _OBJECTS:
                 self.traffic["control"].add(len(pickle.dumps(values[_OBJECTS[name]])), _factor(name, group))
             else:
-                self._count(name, values[_PAYLOAD[name]], group)
+                parts = bound.arguments.get("input_split_sizes")
+                self._count(name, values[_PAYLOAD[name]], group, parts)
             return original(*args, **kwargs)
 
         return collective
 
-    def _count(self, name: str, payload: Tensor | list[Tensor], group: Any) -> None:
+    def _count(self, name: str, payload: Tensor | list[Tensor], group: Any, parts: list[int] | None) -> None:
         tensors = [payload] if isinstance(payload, Tensor) else payload
         numbers = sum(tensor.numel() for tensor in tensors)
         kind = "control"
         if numbers > 1 and tensors[0].is_floating_point():
             what = "gradients" if name in _REDUCTIONS else "rows" if name.startswith("all_to_all") else "weights"
             kind = f"{self._names.get(id(group), 'all')} {what}"
-        self.traffic[kind].add(sum(tensor.nbytes for tensor in tensors), _factor(name, group))
+        factor = _factor(name, group)
+        if parts is not None:
+            factor = 1.0 - parts[dist.get_rank(group)] / sum(parts) if sum(parts) else 0.0
+        self.traffic[kind].add(sum(tensor.nbytes for tensor in tensors), factor)
 
 
 def _factor(name: str, group: Any) -> float:
