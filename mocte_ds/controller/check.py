@@ -65,8 +65,7 @@ class Check:
         with FlopCount() as spectrum:
             readings, search = read_blocks(run, run.blocks, in_background, looks.read)
         check = cls(run.step, run.share, readings, search)
-        with FlopCount() as looking:
-            found = check.progress = progress.measure(run, looks.rolled_back)
+        found = check.progress = progress.measure(run, looks.rolled_back)
         trained = measure_trainability(run, found)
         check.sampled = trained.sampled
         check.seconds["trainability"], check.bytes["trainability"] = trained.seconds, trained.bytes
@@ -74,12 +73,12 @@ class Check:
             started = time.perf_counter()
             with FlopCount() as conflicts:
                 check.conflict = read_conflict(run, progress.probe)
-            looking.total += conflicts.total
+            found.flops += conflicts.total
             found.tokens = progress.probe.count()
             found.seconds += time.perf_counter() - started
             found.passes += 2  # forward, and the half of a backward pass that costs the same
         check.seconds["progress"], check.bytes["progress"] = found.seconds, found.bytes
-        own = {"spectrum": spectrum.total, "trainability": trained.flops, "progress": looking.total}
+        own = {"spectrum": spectrum.total, "trainability": trained.flops, "progress": found.flops}
         check.flops = of_all_ranks(own, run.mesh.world)
         return check
 

@@ -1,14 +1,16 @@
 """What the experts have learned since the last check, and how many tokens have changed their expert since emergence."""
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.flops import FlopCount
 from mocte_ds.controller.handles import BlockHandle
 from mocte_ds.controller.probe import ProbeReading, ProbeSet
 from mocte_ds.controller.probe_trial import needs_labels, require_callable
@@ -17,6 +19,7 @@ from mocte_ds.controller.snapshots import Snapshots
 from mocte_ds.dist.collectives import from_rank_zero, sum_over_ranks
 from mocte_ds.dist.mesh import Mesh
 from mocte_ds.moe.block import BlockMode, ExpertMode
+from mocte_ds.moe.keys import TableKey
 from mocte_ds.registry import OFF
 from mocte_ds.trainability.policy import rule_of
 from mocte_ds.zero import expert_unit, let_go
@@ -39,6 +42,8 @@ class ProgressFacts:
     """Tokens of the probe set."""
     passes: int = 0
     """Forward passes over it."""
+    flops: int = 0
+    """Of these passes, on this rank."""
     seconds: float = 0.0
     bytes: int = 0
     """Bytes sent, without the experts' own exchange of tokens."""
@@ -63,6 +68,8 @@ class Progress:
         self._born: dict[tuple[int, int], Tensor] = {}
         self._taken = False
         """Whether every rank has snapshots; the same on all ranks."""
+        self._flops: dict[tuple[BlockMode, ...], int] = {}
+        """Of a pass, by the blocks' modes, where these and the tokens' ids decide."""
 
     def bind(self, module: nn.Module) -> None:
         """Take the model, before its first step."""
@@ -96,10 +103,10 @@ class Progress:
         emerged = [h for h in run.blocks if h.mode is not BlockMode.WARMUP]
         if not self.active or not emerged:
             return facts
-        now = self._read(run)
+        now = self._read(run, facts)
         if now is None:
             return facts
-        facts.passes, facts.tokens = 1, self.probe.count()
+        facts.tokens = self.probe.count()
         self._compare_routes(run, now, facts)
         for handle in emerged if self._taken and now.losses is not None else []:
             if handle not in rolled_back:
@@ -108,14 +115,15 @@ class Progress:
             # All ranks make a pass for a block of which any expert trains, wherever that expert lives.
             if handle.mode is BlockMode.SPECIALISING:
                 with self.snapshots.in_place(units):
-                    again = self._read(run)
+                    again = self._read(run, facts)
                 assert again is not None
-                before, facts.passes = again, facts.passes + 1
+                before = again
             self._credit(run, handle, now, before, facts)
         self.snapshots.take(training_units(run))
         self._taken = True
         facts.seconds = time.perf_counter() - started
-        return from_rank_zero(facts, run.mesh.tensor)  # decisions rest on the last bit of it
+        # Decisions rest on the last bit of it.
+        return replace(from_rank_zero(facts, run.mesh.tensor), flops=facts.flops)
 
     def remember_new(self, run: RunState) -> None:
         """Keep the weights of experts that have just begun to train, or train again: their progress begins here.
@@ -127,7 +135,7 @@ class Progress:
 
     def remember_routes(self, run: RunState, blocks: set[int]) -> None:
         """Remember which experts the probe tokens go to when some blocks emerge (collective)."""
-        now = self._read(run) if self.active and blocks else None
+        now = self._read(run, ProgressFacts()) if self.active and blocks else None
         if now is not None:
             self._born.update({key: route for key, route in now.routes.items() if key[0] in blocks})
 
@@ -146,10 +154,18 @@ class Progress:
         self.snapshots.load_state_dict(state["snapshots"], device)
         self._born, self._taken = dict(state["born"]), state["taken"]
 
-    def _read(self, run: RunState) -> ProbeReading | None:
+    def _read(self, run: RunState, facts: ProgressFacts) -> ProbeReading | None:
+        """One pass, which the facts count."""
         blocks = [handle.block for handle in run.blocks]
-        reading = self.probe.read(run.module, blocks, next(run.module.parameters()).device)
+        modes = tuple(handle.mode for handle in run.blocks)
+        # Where models are small, counting takes half as long as the pass.
+        with contextlib.nullcontext() if modes in self._flops else FlopCount() as count:
+            reading = self.probe.read(run.module, blocks, next(run.module.parameters()).device)
         let_go(run.module)
+        if count is not None and _by_ids_alone(run):
+            self._flops[modes] = count.total
+        facts.passes += int(reading is not None)
+        facts.flops += self._flops[modes] if count is None else count.total
         return reading
 
     def _compare_routes(self, run: RunState, now: ProbeReading, facts: ProgressFacts) -> None:
@@ -193,6 +209,12 @@ class Progress:
         if total:
             facts.progress[handle.index] = [share / total for share in shares]
         facts.bytes += 8 * (1 + len(shares))
+
+
+def _by_ids_alone(run: RunState) -> bool:
+    """Whether the tokens of all emerged blocks go where tables of their ids say: the same way in every pass."""
+    gates = [bank.gate for h in run.blocks if h.mode is not BlockMode.WARMUP for bank in h.block.banks]
+    return all(isinstance(gate.key, TableKey) and not gate.router.learn for gate in gates)
 
 
 def training_units(run: RunState, handle: BlockHandle | None = None) -> dict[str, tuple[nn.Parameter, ...]]:
