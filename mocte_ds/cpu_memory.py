@@ -10,6 +10,8 @@ TUNABLES = "GLIBC_TUNABLES"
 """Environment variable of glibc: NAME=VALUE, with colons between."""
 _TRIM, _MAP = -1, -3  # <malloc.h>: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 _ALL = 2**31 - 1
+_MOST = 1 << 25
+"""Largest M_MMAP_THRESHOLD that mallopt's manual names for 64 bits; versions of glibc that hold to it refuse more."""
 
 
 def keep_freed_memory() -> bool:
@@ -28,7 +30,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    return bool(mallopt(_MAP, _ALL)) and bool(mallopt(_TRIM, _ALL))
+    mapped = mallopt(_MAP, _ALL) or mallopt(_MAP, _MOST)
+    return bool(mapped) and bool(mallopt(_TRIM, _ALL))
 
 
 def sets_thresholds(environment: Mapping[str, str]) -> bool:

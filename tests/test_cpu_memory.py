@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,20 @@ def test_freed_memory_is_used_again() -> None:
     # The system's own way, for which somebody has asked: every tensor costs all of its pages.
     done, faults = _run(MALLOC_MMAP_THRESHOLD_="131072")
     assert not done and faults > _ROUNDS * _PAGES * 2 / 3
+
+
+def test_older_glibc_takes_its_largest_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {}
+
+    def mallopt(name: int, value: int) -> int:
+        fits = name != -3 or value <= 2**25
+        taken.update({name: value} if fits else {})
+        return int(fits)
+
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    for name in (TUNABLES, "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    assert keep_freed_memory() and taken == {-3: 2**25, -1: 2**31 - 1}
 
 
 @pytest.mark.parametrize(
