@@ -22,6 +22,7 @@ WORDS = {
     "block_learned": "MO-CTE, weight 'softmax', learns",
     "deepspeed": "DeepSpeed MoE, capacity 1.25",
     "deepspeed_no_drop": "DeepSpeed MoE, drops nothing",
+    "autoep": "DeepSpeed's AutoEP layer, top-1",
     "mixtral": "transformers' Mixtral block, top-1",
 }
 _DEFAULTS = {

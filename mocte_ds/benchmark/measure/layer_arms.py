@@ -79,8 +79,9 @@ def make_arms(sizes: LayerSizes, gate: Tensor, device: torch.device) -> dict[str
     arms["block"] = _block(sizes, gate, {"kind": "token"})
     arms["block_learned"] = _block(sizes, gate, {"kind": "random", "weight": "softmax", "learn": True, "aux": 0.0})
     arms["deepspeed"], arms["deepspeed_no_drop"] = _deepspeed(sizes, gate, True), _deepspeed(sizes, gate, False)
+    arms["autoep"] = _autoep(sizes, gate)
     if sizes.ep == 1:
-        arms["mixtral"] = _mixtral(sizes, gate)
+        arms["mixtral"] = _First(_mixtral(sizes, gate).model.layers[0].mlp)
     for arm in arms.values():
         arm.to(device, sizes.torch_dtype).train()
     return arms
@@ -160,9 +161,26 @@ def _deepspeed(sizes: LayerSizes, gate: Tensor, drop: bool) -> nn.Module:
     return _First(layer)
 
 
+def _autoep(sizes: LayerSizes, gate: Tensor) -> nn.Module:
+    """What DeepSpeed's AutoEP puts in the place of the Mixtral block."""
+    import torch.distributed as dist
+    from deepspeed.module_inject.auto_ep import AutoEP
+    from deepspeed.module_inject.auto_ep_config import parse_autoep_config
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    model = _mixtral(sizes, gate)
+    settings = parse_autoep_config({"enabled": True, "autoep_size": sizes.ep, "preset_model": "mixtral"})
+    (spec,) = AutoEP(model, settings).ep_parser()
+    # Not by replace_moe_layers, which fails in the recorders of this version of transformers.
+    rank = dist.get_rank() % sizes.ep
+    layer = AutoEPMoELayer(spec, model.model.layers[0].mlp, sizes.ep, rank, settings)
+    layer.set_deepspeed_parallelism(use_data_before_expert_parallel_=False)
+    return _First(layer)
+
+
 def _mixtral(sizes: LayerSizes, gate: Tensor) -> nn.Module:
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    """A model of transformers with one layer, whose mixture is of the sizes and has the gate."""
+    from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
         hidden_size=sizes.d,
@@ -170,9 +188,15 @@ def _mixtral(sizes: LayerSizes, gate: Tensor) -> nn.Module:
         num_local_experts=sizes.experts,
         num_experts_per_tok=1,
         num_attention_heads=1,
+        num_key_value_heads=1,
+        num_hidden_layers=1,
+        vocab_size=8,
     )
-    layer = MixtralSparseMoeBlock(config)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.02)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same on all ranks: AutoEP keeps each rank's part of the experts
+        model = MixtralForCausalLM(config)
+        layer = model.model.layers[0].mlp
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.02)
     layer.gate.weight.data.copy_(gate)
-    return _First(layer)
+    return model
