@@ -24,6 +24,8 @@ from mocte_ds.watch import part
 
 EXPERTS = "deepspeed_moe.experts"
 """Path of a bank's experts in it."""
+_MANY_ROWS = 1024
+"""Rows of an expert from which on its second call costs less than waiting does (docs/results/speed.md)."""
 
 
 class ClusterMOELayer(MOELayer):
@@ -34,8 +36,8 @@ class ClusterMOELayer(MOELayer):
         self.context, self.loads = context, Loads(stock.ep_size * stock.num_local_experts)
         self.tensor: Axis = ALONE
         """Ranks that read the same tokens; each sends its share of them to the experts."""
-        self.early = 0
-        """See :func:`route_through`: of this rank's experts in the last forward pass."""
+        self.early: int | None = None
+        """Of the last forward pass, see :func:`route_through`."""
         self.exp_counts: Tensor | None = None
         """(E,) rows that the last forward pass sent to each expert, padding included."""
 
@@ -199,11 +201,12 @@ def run_banks(
         weight = torch.cat([i.new_ones(i.shape, dtype=torch.float32) if w is None else w for i, w in found], dim=1)
     features, index = hidden.reshape(-1, hidden.shape[-1]), torch.cat(places, dim=1)
     experts = [expert for layer in layers for expert in layer.experts.deepspeed_experts]
+    early = len(experts) // 2 if _pays_to_stay(first, index, experts) else None
     for number, layer in enumerate(layers):
-        layer.early = min(max(len(experts) // 2 - number * local, 0), local)
+        layer.early = None if early is None else min(max(early - number * local, 0), local)
     if first.tensor.size == 1:
         outputs, counts, added = route_through(
-            features, index, weight, experts, total, first.ep_group, first.ep_size, beside=beside
+            features, index, weight, experts, total, first.ep_group, first.ep_size, beside=beside, early=early
         )
     else:
         added = beside() if beside else None  # not among what each of the ranks draws for itself
@@ -212,7 +215,9 @@ def run_banks(
         # Experts with dropout draw for the tokens that they get: other amounts on each rank.
         place = f"{first.gate.key.name} {state.first_sequence}"
         with draws_of_rank(first.tensor, place) if first.training else contextlib.nullcontext():
-            made, *_ = route_through(own, shares.own(index), own_weight, experts, total, first.ep_group, first.ep_size)
+            made, *_ = route_through(
+                own, shares.own(index), own_weight, experts, total, first.ep_group, first.ep_size, early=early
+            )
         outputs = shares.join(made)
     by_bank = counts.view(first.ep_size, len(banks), local).transpose(0, 1).flatten(1)
     for layer, (index, own_weight), own_counts in zip(layers, found, by_bank, strict=True):
@@ -225,3 +230,15 @@ def run_banks(
             state.observer.routed(layer, hidden, index, state)
     outputs = outputs.view_as(hidden)
     return outputs if added is None else added + outputs
+
+
+def _pays_to_stay(layer: ClusterMOELayer, index: Tensor, experts: Sequence[nn.Module]) -> bool:
+    """Whether a rank's tokens of its own experts stay there, and are computed while the others travel.
+
+    Each expert is then called twice, on fewer rows, for which a GPU is too fast. Under ZeRO-3 all ranks that share an
+    expert gather it at each call, and they may have other numbers of rows.
+    """
+    if layer.ep_size == 1 or index.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    gathered = any(hasattr(parameter, "ds_tensor") for parameter in experts[0].parameters())
+    return not gathered and index.numel() > _MANY_ROWS * len(experts)

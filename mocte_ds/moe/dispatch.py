@@ -49,15 +49,14 @@ def route_through(
         ep_size: ranks in the group.
         observe: called with (local expert, its rows (n, d)) before each call of an expert; there may be two.
         beside: work that needs nothing of this, done while rows travel.
-        early: local experts that read what stays on their rank before what arrives, if not all travels; the others read
-            it afterwards. None: half of them.
+        early: this rank's tokens of its own experts do not travel; so many of these experts run on them while the
+            others are on the way there, the rest while those are on the way back. None: all travel.
     """
     choices = index.flatten()
     with part("dispatch"):
         order = torch.argsort(choices, stable=True)
         counts = torch.bincount(choices, minlength=num_experts)
     if ep_size > 1:
-        early = len(experts) // 2 if early is None else early
         return _over_ranks(features, order, counts, index.shape[1], weight, experts, group, observe, beside, early)
     done, sizes = beside() if beside else None, counts.tolist()
     with part("dispatch"):
@@ -77,13 +76,9 @@ def _over_ranks(
     group: Any,
     observe: Callable[[int, Tensor], None] | None,
     beside: Callable[[], Tensor] | None,
-    early: int,
+    early: int | None,
 ) -> Routed:
-    """:func:`route_through` where experts are spread over ranks; ``order``: the (T k,) choices sorted by expert.
-
-    On a CPU, tokens of the rank's own experts do not travel: some of these experts run on them while rows are on the
-    way there, the others while they are on the way back, in both passes. A GPU would compute smaller products for it.
-    """
+    """:func:`route_through` where experts are spread over ranks; ``order``: the (T k,) choices sorted by expert."""
     local, rank, device = len(experts), dist.get_rank(group), features.device
     leaving = counts.view(-1, local)
     expected = CountExchange(leaving, group)
@@ -92,12 +87,12 @@ def _over_ranks(
         # pass would wait for them.
         features = features.detach().requires_grad_()
     staying = list[int]()
-    if device.type == "cpu" and torch.is_grad_enabled():
+    if early is not None:
         staying = leaving[rank].tolist()
         before, stay, after = order.split([int(leaving[:rank].sum()), sum(staying), int(leaving[rank + 1 :].sum())])
         order, leaving = torch.cat([before, after, stay]), leaving.clone()
         leaving[rank] = 0
-    away = len(order) - sum(staying)
+    early, away = early or 0, len(order) - sum(staying)
     with part("dispatch"):
         rows, *stay = gather_chunks(features, order, [away, *staying], k, [away, *padded_sizes(staying, device)])
     arriving = expected.wait()

@@ -47,23 +47,23 @@ def expected(case: str, world: int) -> tuple[list[torch.Tensor], list[torch.Tens
     return outputs, full or [torch.zeros_like(p) for p in experts.parameters()]
 
 
-def on_rank(case: str) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
+def on_rank(case: str, early: int | None) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     local = EXPERTS // world
     mine = make_experts()[rank * local : (rank + 1) * local]
     features, index = tokens(rank, case)
     group = torch.distributed.group.WORLD
-    outputs, counts, _ = route_through(features, index[:, None], None, list(mine), EXPERTS, group, world)
+    outputs, counts, _ = route_through(features, index[:, None], None, list(mine), EXPERTS, group, world, early=early)
     outputs.square().sum().backward()
     assert all(p.grad is not None for p in mine.parameters())  # an empty expert stays in the graph
     return outputs.detach(), [p.grad for p in mine.parameters()], counts.tolist()
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_agree_with_a_loop(world):
+@pytest.mark.parametrize(("world", "early"), [(2, None), (2, 0), (2, 1), (2, 2), (4, None), (4, 0)])
+def test_ranks_agree_with_a_loop(world, early):
     for case in ("mixed", "one expert", "some empty", "no token"):
         outputs, gradients = expected(case, world)
-        results = spawn(on_rank, world, case, timeout=60)
+        results = spawn(on_rank, world, case, early, timeout=60)
         for rank, (output, _, counts) in enumerate(results):
             torch.testing.assert_close(output, outputs[rank])
             assert sum(counts) == len(tokens(rank, case)[0])
@@ -91,20 +91,20 @@ def two_each(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return features, index, torch.rand(index.shape, generator=generator).requires_grad_()
 
 
-def through_dispatch() -> list[torch.Tensor]:
+def through_dispatch(early: int | None) -> list[torch.Tensor]:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     local = EXPERTS // world
     mine = make_experts()[rank * local : (rank + 1) * local]
     features, index, weight = two_each(rank)
     group = torch.distributed.group.WORLD if world > 1 else None
-    outputs, counts, _ = route_through(features, index, weight, list(mine), EXPERTS, group, world)
+    outputs, counts, _ = route_through(features, index, weight, list(mine), EXPERTS, group, world, early=early)
     assert counts.tolist() == torch.bincount(index.flatten(), minlength=EXPERTS).tolist()
     outputs.square().sum().backward()
     return [outputs.detach(), features.grad, weight.grad, *(p.grad for p in mine.parameters())]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_weighted_sum_of_two_experts_against_a_loop(world):
+@pytest.mark.parametrize(("world", "early"), [(1, None), (2, None), (2, 1)])
+def test_weighted_sum_of_two_experts_against_a_loop(world, early):
     experts = make_experts()
     wanted = []
     for rank in range(world):
@@ -115,7 +115,7 @@ def test_weighted_sum_of_two_experts_against_a_loop(world):
         outputs = torch.stack(rows)
         outputs.square().sum().backward()
         wanted.append([outputs.detach(), features.grad, weight.grad])
-    found = spawn(through_dispatch, world, timeout=60)
+    found = spawn(through_dispatch, world, early, timeout=60)
     for rank in range(world):
         torch.testing.assert_close(found[rank][:3], wanted[rank])
     gradients = [gradient for of_rank in found for gradient in of_rank[3:]]
@@ -249,7 +249,15 @@ def what_happens_in_turn(beside: bool) -> tuple[list[str], list[str], list[int]]
     with patch.object(torch.distributed, "all_to_all_single", watched):
         work = (lambda: shared(_Ran.apply(features, "beside", told))) if beside else None
         routed = route_through(
-            features, index[:, None], None, list(mine), EXPERTS, torch.distributed.group.WORLD, 2, beside=work
+            features,
+            index[:, None],
+            None,
+            list(mine),
+            EXPERTS,
+            torch.distributed.group.WORLD,
+            2,
+            beside=work,
+            early=1,
         )
         forward = list(told)
         told.clear()

@@ -21,7 +21,7 @@ FORMULAS = {
     "gradients_reduced": "payload 2 or 4 bytes x trainable parameters; DeepSpeed all-reduces them in both stages",
     "weights_gathered": "payload 2 or 4 bytes x trainable parameters, padded; nothing where one rank holds them alone",
     "rows_exchanged": "payload 4 x 2 or 4 bytes x d x tokens of all blocks with ep_size above 1, to and fro, forward "
-    "and backward; on a CPU only tokens of other ranks' experts; frozen experts take part",
+    "and backward; on a CPU only tokens of other ranks' experts where experts have many; frozen ones take part",
     "step": "forward as without frozen experts; backward x FLOPs of the backward pass over those without frozen "
     "experts; optimizer x optimizer bytes over those without frozen experts",
 }

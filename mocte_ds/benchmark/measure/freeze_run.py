@@ -109,9 +109,9 @@ class _Rank:
         mine, leaving = self.engine.mesh.expert.rank, 0
         for handle in self.engine.mocte.blocks if self.sizes.ep > 1 else []:
             (bank,) = handle.block.banks
-            by_rank = bank.deepspeed_moe.exp_counts.view(self.sizes.ep, -1).sum(1)
-            stay = int(by_rank[mine]) if self.clock.device.type == "cpu" else 0
-            leaving += int(by_rank.sum()) - stay
+            layer = bank.deepspeed_moe
+            by_rank = layer.exp_counts.view(self.sizes.ep, -1).sum(1)
+            leaving += int(by_rank.sum()) - (0 if layer.early is None else int(by_rank[mine]))
         return leaving
 
     def _step(self, before_optimizer: Callable[[], None] | None = None) -> list[tuple[float, float]]:
