@@ -1,5 +1,6 @@
 """Banks of a block with weights, gates and numbers of experts per token of their own: against sums over all experts."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,3 +104,17 @@ def test_outputs_gradients_and_counts(world: int, many_rows: int) -> None:
         for gradients, expert in zip(local, bank.local_experts, strict=True):
             for gradient, parameter in zip(gradients, expert.parameters(), strict=True):
                 torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_where_tokens_stay_on_their_rank() -> None:
+    layer: Any = SimpleNamespace(ep_size=2)
+    experts = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    many, few = torch.zeros(2 * 1024 + 1, 1, dtype=torch.int64), torch.zeros(2 * 1024, 1, dtype=torch.int64)
+    stays = moe_bank._pays_to_stay
+    assert stays(layer, many, experts) and not stays(layer, few, experts)
+    assert not stays(SimpleNamespace(ep_size=1), many, experts)  # type: ignore[arg-type]
+    assert not stays(layer, many.to("meta"), experts)
+    with torch.no_grad():
+        assert not stays(layer, many, experts)
+    experts[0].weight.ds_tensor = torch.zeros(1)  # as ZeRO-3 leaves it
+    assert not stays(layer, many, experts)
