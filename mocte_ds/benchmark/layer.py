@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.experts % args.ep or args.experts > args.d:
         raise MocteError(f"--experts {args.experts} must be a multiple of --ep {args.ep}, and at most --d {args.d}.")
     sizes = LayerSizes(args.d, args.width, args.experts, args.tokens, args.ep, args.dtype, args.loads)
-    arms = len(WORDS) * 2 * args.experts // args.ep * 3 * args.d * args.width
+    # Mixtral's block has all experts on every rank, with --ep > 1 until AutoEP has taken this rank's.
+    experts = (len(WORDS) - 1) * args.experts // args.ep + args.experts
+    arms = 2 * experts * 3 * args.d * args.width
     needed = args.ep * sizes.torch_dtype.itemsize * (arms + args.tokens * (16 * args.d + 16 * args.width))
     memory = require_memory(
         needed, clock.device, f"{len(WORDS)} layers of these sizes", "Give a smaller --width, --d or --tokens."

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mocte_ds.benchmark.layer import WORDS
 from mocte_ds.benchmark.measure.layer_arms import LayerSizes, make_arms, tokens_and_gate
@@ -58,6 +59,46 @@ def test_the_layers_compute_what_they_say() -> None:
     (found,) = spawn(same_function, 1, timeout=60, deepspeed=True)
     assert found.keys() == {"block", "block_learned", "deepspeed_no_drop", "grouped"}
     assert max(found.values()) < 1e-5, found
+
+
+def autoep_beside_mixtral(ep: int, loads: str) -> dict[str, float]:
+    """Largest differences of AutoEP's output and gradient from transformers' block and from a loop over all experts."""
+    import deepspeed
+
+    deepspeed.init_distributed(verbose=False)
+    sizes, cpu = LayerSizes(**{**SIZES.to_dict(), "ep": ep, "loads": loads}), torch.device("cpu")
+    hidden, gate = tokens_and_gate(sizes, dist.get_rank(), cpu)
+    autoep = make_arms(sizes, gate, cpu)["autoep"]
+    mixtral = make_arms(LayerSizes(**{**sizes.to_dict(), "ep": 1}), gate, cpu)["mixtral"]
+    weights = mixtral.layer.experts
+
+    def loop(hidden: torch.Tensor) -> torch.Tensor:
+        rows, expert = torch.zeros_like(hidden[0]), (hidden[0] @ gate.T).argmax(dim=1, keepdim=True)
+        for k, (both, down) in enumerate(zip(weights.gate_up_proj, weights.down_proj, strict=True)):
+            into, up = (hidden[0] @ both.T).chunk(2, dim=1)
+            rows = torch.where(expert == k, torch.nn.functional.silu(into) * up @ down.T, rows)
+        return rows[None]
+
+    gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))
+    results = []
+    for layer in (autoep, mixtral, loop):
+        inputs = hidden.clone().requires_grad_()
+        output = layer(inputs)
+        results.append((output, *torch.autograd.grad(output, inputs, gradient)))
+    assert len(autoep.layer.experts.w1) == sizes.experts // ep
+    assert autoep.layer.tokens_per_expert.tolist() == sizes.rows()
+    return {
+        f"{what} of {name}": float((ours - theirs).abs().max() / theirs.abs().max())
+        for name, other in zip(("mixtral", "loop"), results[1:], strict=True)
+        for what, ours, theirs in zip(("output", "gradient"), results[0], other, strict=True)
+    }
+
+
+@pytest.mark.parametrize("loads", ["zipf", "one-empty"])
+@pytest.mark.parametrize("ep", [1, 2])
+def test_autoep_computes_what_mixtral_does(ep: int, loads: str) -> None:
+    for found in spawn(autoep_beside_mixtral, ep, ep, loads, timeout=60, deepspeed=True):
+        assert max(found.values()) < 1e-5, found
 
 
 @pytest.mark.parametrize("ep", [1, 2])

@@ -64,7 +64,7 @@ def tokens_and_gate(sizes: LayerSizes, rank: int, device: torch.device) -> tuple
 
 
 def make_arms(sizes: LayerSizes, gate: Tensor, device: torch.device) -> dict[str, nn.Module]:
-    """The layers by name, with weights of their own.
+    """The layers by name, with weights of their own, which are the same numbers in `autoep` and `mixtral`.
 
     Args:
         sizes: of all of them.
@@ -79,7 +79,7 @@ def make_arms(sizes: LayerSizes, gate: Tensor, device: torch.device) -> dict[str
     arms["block"] = _block(sizes, gate, {"kind": "token"})
     arms["block_learned"] = _block(sizes, gate, {"kind": "random", "weight": "softmax", "learn": True, "aux": 0.0})
     arms["deepspeed"], arms["deepspeed_no_drop"] = _deepspeed(sizes, gate, True), _deepspeed(sizes, gate, False)
-    arms["autoep"] = _autoep(sizes, gate)
+    arms["autoep"] = _autoep(sizes, gate, device)
     if sizes.ep == 1:
         arms["mixtral"] = _First(_mixtral(sizes, gate).model.layers[0].mlp)
     for arm in arms.values():
@@ -161,15 +161,21 @@ def _deepspeed(sizes: LayerSizes, gate: Tensor, drop: bool) -> nn.Module:
     return _First(layer)
 
 
-def _autoep(sizes: LayerSizes, gate: Tensor) -> nn.Module:
+def _autoep(sizes: LayerSizes, gate: Tensor, device: torch.device) -> nn.Module:
     """What DeepSpeed's AutoEP puts in the place of the Mixtral block."""
     import torch.distributed as dist
     from deepspeed.module_inject.auto_ep import AutoEP
     from deepspeed.module_inject.auto_ep_config import parse_autoep_config
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.ops.triton_ops import is_triton_available
 
     model = _mixtral(sizes, gate)
-    settings = parse_autoep_config({"enabled": True, "autoep_size": sizes.ep, "preset_model": "mixtral"})
+    # Where there is a GPU, silu beside the grouped products is a Triton kernel, for tensors on the CPU too; the loop's
+    # is PyTorch's.
+    grouped = device.type != "cpu" or not is_triton_available()
+    settings = parse_autoep_config(
+        {"enabled": True, "autoep_size": sizes.ep, "preset_model": "mixtral", "use_grouped_mm": grouped}
+    )
     (spec,) = AutoEP(model, settings).ep_parser()
     # Not by replace_moe_layers, which fails in the recorders of this version of transformers.
     rank = dist.get_rank() % sizes.ep
