@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mocte_ds.watch import HEART, phase
 
@@ -70,6 +71,7 @@ class _Start(torch.autograd.Function):
         return exchange._begin(rows, exchange._send, exchange._receive)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, _other: Tensor) -> tuple:
         with phase(ctx.exchange._where or "experts"):
             return ctx.exchange._end(), None
@@ -83,6 +85,7 @@ class _Wait(torch.autograd.Function):
         return coming.view_as(coming)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         exchange = ctx.exchange
         with phase(exchange._where or "experts"):
