@@ -14,6 +14,8 @@ from mocte_ds.moe.bank import Bank
 from mocte_ds.moe.block import Block
 from mocte_ds.moe.experts import copy_slice, draw_bypass
 from mocte_ds.moe.ffn_shape import FFNSlice
+from mocte_ds.moe.keys import Key
+from mocte_ds.moe.placement import even_placement
 from mocte_ds.moe.redraw import Drawn, redraw
 from mocte_ds.remote_code.tokens_mocte import Tokens
 from mocte_ds.seeds import derived_seed
@@ -38,12 +40,52 @@ def bypass_seed(seed: int, block: str, bank: int, expert: int) -> int:
 
 def set_gate(block: Block, config: MocteConfig, mesh: Mesh, sample: FeatureSample | None = None) -> None:
     """Fix a block's routing by the clusters of its sampled features, or at random without a sample (collective)."""
-    for number, bank in enumerate(block.banks):
-        birth = Birth(block, number, config, mesh, sample)
+    births = [Birth(block, number, config, mesh, sample) for number in range(len(block.banks))]
+    for bank, birth in zip(block.banks, births, strict=True):
         bank.gate.key.fit(birth)
+    if sample is not None:
+        _number_by_load(block, mesh, sample)
+    for bank, birth in zip(block.banks, births, strict=True):
         if bank.gate.router.unit_mean:
             with whole(bank.gate.parameters()):
                 bank.gate.cluster_mean.fill_(_mean_weight(bank, birth, sample))
+
+
+@torch.no_grad()
+def _number_by_load(block: Block, mesh: Mesh, sample: FeatureSample) -> None:
+    """Number the experts so that all ranks get even loads of the sample (collective).
+
+    The numbers do not depend on `ep_size`, so the run does not either. Learned routers are left as they are: what they
+    choose at birth says nothing of later.
+    """
+    banks = [bank for bank in block.banks if not bank.gate.router.learns_choice and _can_renumber(bank.gate.key)]
+    if not banks:
+        return
+    own = torch.stack([_loads_of_sample(bank, sample) for bank in banks])
+    orders = from_rank_zero(even_placement(sum_over_ranks(own, mesh.data).cpu()), mesh.world)
+    for bank, order in zip(banks, orders, strict=True):
+        bank.gate.key.renumber(order.to(next(bank.gate.key.buffers()).device))
+
+
+def _can_renumber(key: Key) -> bool:
+    return type(key).renumber is not Key.renumber
+
+
+def _loads_of_sample(bank: Bank, sample: FeatureSample) -> Tensor:
+    """(E,) int64 sampled tokens of this rank that each expert gets; of a document only its token is known."""
+    key, ids, before = bank.gate.key, sample.token_ids, sample.ids_before
+    known = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    if key.reads_ids:
+        known &= ids >= 0
+    if key.remembers:
+        known &= torch.zeros_like(known) if before is None else (before >= 0).to(known.device)
+    features = sample.tokens.features[known.to(sample.tokens.features.device)].to(next(key.buffers()).device)
+    tokens = Tokens(ids[known], previous=(ids if before is None else before.to(ids.device))[known])
+    if bank.gate.router.top_k == 1:
+        index = key.choose(features.float(), tokens)
+    else:
+        index, *_ = bank.gate.choose(features.float(), tokens)
+    return torch.bincount(index.flatten().cpu(), minlength=bank.num_experts)
 
 
 def _mean_weight(bank: Bank, birth: Birth, sample: FeatureSample | None) -> float:

@@ -33,6 +33,9 @@ class DocumentKey(TableKey):
         """Store the table: (V, E) score of each token id for each cluster."""
         self.cluster_scores.copy_(scores)
 
+    def renumber(self, order: Tensor) -> None:
+        self.set(self.cluster_scores[:, order])
+
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
         own = self.cluster_scores[self.ids(features, tokens).to(self.cluster_scores.device)]
         if tokens.begins is None:

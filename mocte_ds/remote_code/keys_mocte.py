@@ -25,6 +25,13 @@ def accepted(function: Callable, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name in parameters)
 
 
+def renumbered(table: Tensor, order: Tensor) -> Tensor:
+    """A table of experts (...) whose numbers so far were ``order`` (E,); -1 stays."""
+    new = torch.empty_like(order)
+    new[order] = torch.arange(len(order), device=order.device)
+    return torch.where(table < 0, table, new[table.clamp(min=0)])
+
+
 class Key(nn.Module):
     """A routing key: token ids, features and documents in, a choice or logits out. Nothing in it is trained.
 
@@ -90,6 +97,14 @@ class Key(nn.Module):
                 models have none.
         """
         raise NotImplementedError(f"{type(self).__name__}.fit")
+
+    def renumber(self, order: Tensor) -> None:
+        """Give the experts other numbers, so that ranks get even loads at birth; keys without it keep theirs.
+
+        Args:
+            order: (E,) int64, the number so far of each expert.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.renumber")
 
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
         """(n,) int64 expert of each token.
@@ -169,6 +184,9 @@ class LinearKey(Key):
         """Store the map: (E, d) and (E,)."""
         self.cluster_weight.copy_(weight)
         self.cluster_bias.copy_(bias)
+
+    def renumber(self, order: Tensor) -> None:
+        self.set(self.cluster_weight[order], self.cluster_bias[order])
 
     def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
         # Never in autocast: logits that are rounded to bf16 send tokens elsewhere.
@@ -258,6 +276,9 @@ class TypeKey(TableKey):
     def set(self, table: Tensor) -> None:
         """Store the table: (V,) expert of each token id."""
         self.cluster_table.copy_(table)
+
+    def renumber(self, order: Tensor) -> None:
+        self.set(renumbered(self.cluster_table, order))
 
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
         return self.cluster_table[self.ids(features, tokens).to(self.cluster_table.device)]

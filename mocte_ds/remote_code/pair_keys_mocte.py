@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .keys_mocte import TableKey
+from .keys_mocte import TableKey, renumbered
 from .tokens_mocte import Tokens
 
 # Shapes: n tokens, V token ids, R rows.
@@ -54,6 +54,9 @@ class PairHashKey(TableKey):
         self.cluster_factors.copy_(factors)
         self.cluster_pairs.copy_(pairs)
 
+    def renumber(self, order: Tensor) -> None:
+        self.cluster_pairs.copy_(renumbered(self.cluster_pairs, order))
+
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
         ids = self.ids(features, tokens)
         rows = pair_rows(tokens.before().reshape(-1), ids, self.cluster_factors, len(self.cluster_pairs))
@@ -82,6 +85,10 @@ class PairKey(PairHashKey):
             of_ids, of_pairs = birth.random_table(self.vocab_size), birth.random_table(rows)
         self.set(factors, of_pairs)
         self.cluster_table.copy_(of_ids)
+
+    def renumber(self, order: Tensor) -> None:
+        super().renumber(order)
+        self.cluster_table.copy_(renumbered(self.cluster_table, order))
 
     def choose(self, features: Tensor, tokens: Tokens) -> Tensor:
         found = super().choose(features, tokens)

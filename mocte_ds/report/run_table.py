@@ -14,6 +14,7 @@ from mocte_ds.report.check_facts import (
     share_of_budget,
 )
 from mocte_ds.report.facts import budget
+from mocte_ds.report.rank_loads import slowest_ranks
 from mocte_ds.report.run import Row, Run
 from mocte_ds.text_table import MISSING, brief, is_number, percent, spread, text_table
 
@@ -27,6 +28,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "steps": run.metrics[-1]["step"],
         "budget": budget(run),
         "blocks": {str(index): name for index, name in run.blocks.items()},
+        "slowest_ranks": {str(ranks): list(ratios) for ranks, ratios in slowest_ranks(run).items()},
         "checks": [check_facts(run, check) for check in run.checks],
         "events": [_event_facts(run, event) for event in happened(run)],
         "notes": run.notes,
@@ -69,6 +71,9 @@ def headline(run: Run) -> str:
     if run.checks and wall:
         share = percent(spent / wall)
         lines.append(f"checks took {brief(spent)} s of {brief(wall)} s of training, themselves included ({share})")
+    ranks = [f"{n} ranks {mean:.2f} ({most:.2f})" for n, (mean, most) in slowest_ranks(run).items()]
+    if ranks:
+        lines.append("rows of the fullest rank over the mean, on average and at most: " + ", ".join(ranks))
     return "\n".join(lines + [f"note: {note}" for note in run.notes])
 
 

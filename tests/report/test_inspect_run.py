@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mocte_ds.errors import MocteError
@@ -277,3 +279,28 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run([*program.split(), tmp_path], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ")
     assert "it has no metrics.jsonl" in done.stderr
+
+
+def test_rows_of_the_fullest_rank(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against numpy, of two banks; a log without loads has no such line."""
+    shutil.copytree(folder, tmp_path / "run")
+    facts, experts = json.loads((folder / "run.json").read_text()), 4
+    facts["deepspeed"]["mocte"]["num_experts"] = experts
+    (tmp_path / "run/run.json").write_text(json.dumps(facts))
+    drawn, given = np.random.default_rng(0), list[np.ndarray]()
+
+    def change(event: dict[str, Any]) -> None:
+        for entry in event["blocks"]:
+            if entry["load"]:
+                given.append(drawn.integers(1, 1000, (2, experts)))
+                entry["load"] = given[-1].flatten().tolist()
+
+    rewrite(tmp_path / "run", change)
+    by_rank = np.stack(given).reshape(len(given), 2, 2, -1).sum(axis=(1, 3))
+    ratios = by_rank.max(axis=1) / by_rank.mean(axis=1)
+    facts = json.loads(shown(capsys, tmp_path / "run", "--json"))
+    assert facts["slowest_ranks"]["2"] == pytest.approx([ratios.mean(), ratios.max()])
+    text = f"rows of the fullest rank over the mean, on average and at most: 2 ranks {ratios.mean():.2f}"
+    assert f"{text} ({ratios.max():.2f})" in shown(capsys, tmp_path / "run")
+    rewrite(tmp_path / "run", lambda event: [entry.update(load=None) for entry in event["blocks"]])
+    assert "fullest rank" not in shown(capsys, tmp_path / "run")
