@@ -109,7 +109,8 @@ class Checks:
     def _looks(self, number: int) -> Looks:
         """What the check of that number looks at; blocks take turns in rollbacks, each of which costs a pass."""
         run, progress, every = self._run, self._progress, self._run.config.conflict_every
-        turns = [h for h in run.blocks if every and (number + h.index + 2) % every == 0]
+        # Two at a time: each turn needs a pass with today's experts, too.
+        turns = [h for h in run.blocks if every and (number + h.index // 2 + 2) % every == 0]
         return Looks(
             read=[h for h in run.blocks if h.mode is BlockMode.WARMUP or self._reads_all(number)],
             rolled_back=run.blocks if progress.at_every_check else turns,

@@ -189,6 +189,21 @@ class ProbeSet:
         }
         return ProbeReading(self._losses(output, self._ids), routes, self.real)
 
+    def read_by_ids(self, blocks: Mapping[int, Block]) -> ProbeReading:
+        """What tables of token ids say of the set's tokens, without a pass and without losses.
+
+        Args:
+            blocks: by their number, blocks whose banks are all routed by such tables alone.
+        """
+        state, ids = self._state(), self._ids
+        routes = {}
+        for i, block in blocks.items():
+            for j, bank in enumerate(block.banks):
+                tokens = state.tokens((*ids.shape, block.hidden_size), bank.gate.key.remembers)
+                # Of features such a key reads the number.
+                routes[i, j] = bank.gate.key.choose(torch.empty(ids.numel(), 0), tokens).view(ids.shape).cpu()
+        return ProbeReading(None, routes, self.real)
+
     @property
     def domain(self) -> Tensor:
         """(S,) source of each of this rank's sequences, -1 where unknown or for a filler."""

@@ -16,10 +16,10 @@ from mocte_ds.controller.probe import ProbeReading, ProbeSet
 from mocte_ds.controller.probe_trial import needs_labels, require_callable
 from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.snapshots import Snapshots
-from mocte_ds.dist.collectives import from_rank_zero, sum_over_ranks
+from mocte_ds.dist.collectives import from_rank_zero, max_over_ranks, sum_over_ranks
 from mocte_ds.dist.mesh import Mesh
 from mocte_ds.moe.block import BlockMode, ExpertMode
-from mocte_ds.moe.keys import TableKey
+from mocte_ds.moe.keys import BUILT_IN, TableKey
 from mocte_ds.registry import OFF
 from mocte_ds.trainability.policy import rule_of
 from mocte_ds.zero import expert_unit, let_go
@@ -92,6 +92,7 @@ class Progress:
     def measure(self, run: RunState, rolled_back: Sequence[BlockHandle]) -> ProgressFacts:
         """Run the probe set with the current experts and, for some blocks, with those of the last check (collective).
 
+        Nothing runs where no block is rolled back and tables of token ids say where the set's tokens go.
         Blocks are rolled back one at a time: with all of them rolled back at once an expert would be credited with what
         those of other blocks have learned of its tokens. That takes a pass for each block that trains.
 
@@ -103,12 +104,13 @@ class Progress:
         emerged = [h for h in run.blocks if h.mode is not BlockMode.WARMUP]
         if not self.active or not emerged:
             return facts
-        now = self._read(run, facts)
+        asked = self._taken and any(handle in rolled_back for handle in emerged)
+        now = self._read(run, facts) if asked or not self._routes_are_known(run, emerged) else self._by_ids(emerged)
         if now is None:
             return facts
         facts.tokens = self.probe.count()
         self._compare_routes(run, now, facts)
-        for handle in emerged if self._taken and now.losses is not None else []:
+        for handle in emerged if asked and now.losses is not None else []:
             if handle not in rolled_back:
                 continue
             units, before = training_units(run, handle), now
@@ -168,6 +170,19 @@ class Progress:
         facts.flops += self._flops[modes] if count is None else count.total
         return reading
 
+    def _routes_are_known(self, run: RunState, emerged: Sequence[BlockHandle]) -> bool:
+        """Whether ids alone say where the set's tokens go, on all ranks, and blocks read these tokens and no others
+        when they emerged (collective)."""
+        if not _by_ids_alone(run) or not self.probe.complete:
+            known = False
+        else:
+            banks = [(handle.index, number) for handle in emerged for number in range(len(handle.block.banks))]
+            known = all(bank in self._born and self._born[bank].shape == self.probe.real.shape for bank in banks)
+        return not int(max_over_ranks(torch.tensor(0 if known else 1), run.mesh.world))
+
+    def _by_ids(self, emerged: Sequence[BlockHandle]) -> ProbeReading:
+        return self.probe.read_by_ids({handle.index: handle.block for handle in emerged})
+
     def _compare_routes(self, run: RunState, now: ProbeReading, facts: ProgressFacts) -> None:
         emerged = [handle for handle in run.blocks if handle.mode is not BlockMode.WARMUP]
         own: list[Tensor] = []
@@ -212,9 +227,13 @@ class Progress:
 
 
 def _by_ids_alone(run: RunState) -> bool:
-    """Whether the tokens of all emerged blocks go where tables of their ids say: the same way in every pass."""
+    """Whether the tokens of all emerged blocks go where tables of their ids say: the same way in every pass.
+
+    A key of the user's own that is derived from a table may read features, too.
+    """
     gates = [bank.gate for h in run.blocks if h.mode is not BlockMode.WARMUP for bank in h.block.banks]
-    return all(isinstance(gate.key, TableKey) and not gate.router.learn for gate in gates)
+    tables = {key for key in BUILT_IN.values() if issubclass(key, TableKey)}
+    return all(type(gate.key) in tables and not gate.router.learn for gate in gates)
 
 
 def training_units(run: RunState, handle: BlockHandle | None = None) -> dict[str, tuple[nn.Parameter, ...]]:

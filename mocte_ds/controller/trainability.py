@@ -112,7 +112,7 @@ def _lambda(run: RunState, expert: nn.Module, rows: Tensor, facts: TrainabilityF
         with FlopCount() as count:
             before: dict[int, int] = {}
             found = look(after=lambda products: before.setdefault(products, count.total))
-        run.flops_of_lambda[kind] = before[0], before[1] - before[0] - 2 * found.vector.numel()
+        run.flops_of_lambda[kind] = before[0], before[1] - before[0]
     start, product = run.flops_of_lambda[kind]
     facts.flops += start + products_flops(product, found.vector.numel(), found.products)
     value = found.value / len(rows)

@@ -25,6 +25,7 @@ class Eigenpair(NamedTuple):
 
 
 _STEPS_A_ROUND = 40  # Lanczos vectors that are kept at once
+_LOOK_EVERY = 4  # products
 
 
 def lambda_max(expert: nn.Module, x: Tensor) -> float:
@@ -66,8 +67,9 @@ def top_eigenpair(
         x: (n, d).
         iterations: largest number of products with Theta.
         start: (n, d') the last check's eigenvector; None: a fixed random one.
-        tolerance: stops where the residual |Theta v - lambda v| is under this share of lambda.
-        after: told 0 before the first product, and the number of products as soon as each is projected.
+        tolerance: stops where the residual |Theta v - lambda v| is under this share of lambda; looked at after every
+            fourth product.
+        after: told 0 before the first product, and the number of products after each.
 
     Raises:
         MocteError: as for :func:`lambda_max`.
@@ -88,13 +90,15 @@ def products_flops(product: int, outputs: int, products: int) -> int:
     Args:
         product: FLOPs of one product with Theta.
         outputs: n d'.
-        products: how many. With k vectors in the basis, their projections on the images take 2 n d' k^2, the residual
-            4 n d' k, and the best vector at the end of a basis 2 n d' k.
+        products: how many. Every fourth time and at the end of a basis of k vectors their projections on the images
+            take 2 n d' k^2 and the residual 4 n d' k; the best vector at the end of a basis takes 2 n d' k.
     """
     total = 0
     for done in range(1, products + 1):
         k = (done - 1) % _STEPS_A_ROUND + 1
-        total += product + 2 * outputs * k * (k + 2)
+        total += product
+        if _looks_at(k - 1, _STEPS_A_ROUND) or done == products:
+            total += 2 * outputs * k * (k + 2)
         if k == _STEPS_A_ROUND or done == products:
             total += 2 * outputs * k
     return total
@@ -103,32 +107,41 @@ def products_flops(product: int, outputs: int, products: int) -> int:
 def _lanczos(
     product: Product, start: Tensor, iterations: int, tolerance: float, after: Callable[[int], None]
 ) -> Eigenpair:
-    vector, value, done = start / start.norm().clamp(min=1e-30), 0.0, 0
+    vector, value, done = start.reshape(-1) / start.norm().clamp(min=1e-30), 0.0, 0
     floor = 100 * torch.finfo(start.dtype).eps
     while done < iterations:
-        basis, image = [vector.reshape(-1)], []
-        for _ in range(min(_STEPS_A_ROUND, iterations - done)):
+        steps = min(_STEPS_A_ROUND, iterations - done)
+        basis, image = vector.new_empty(steps, len(vector)), vector.new_empty(steps, len(vector))
+        basis[0] = vector
+        for k in range(steps):
             done += 1
-            image.append(product(basis[-1].view(vector.shape)).reshape(-1))
-            q, y = torch.stack(basis), torch.stack(image)
-            # Rayleigh-Ritz with the explicit products: no error piles up in a three-term recurrence.
-            projected = (q @ y.T).double().cpu()
+            image[k] = product(basis[k].view(start.shape)).reshape(-1)
             after(done)
-            values, turns = torch.linalg.eigh((projected + projected.mT) / 2)
-            value, turn = float(values[-1]), turns[:, -1].to(vector)
-            residual = float((turn @ y - value * (turn @ q)).norm())
-            if value <= 0.0 or residual <= tolerance * value:
-                return Eigenpair(max(value, 0.0), (turn @ q).view(vector.shape), done)
-            rest = image[-1] - q.T @ (q @ image[-1])
-            if float(rest.norm()) <= floor * float(image[-1].norm()):
-                # The span is invariant: what is left is rounding, and nothing larger can be seen from here.
-                return Eigenpair(value, (turn @ q).view(vector.shape), done)
-            # Rounding is large relative to a small remainder: orthogonalise it again at length one.
-            rest = rest / rest.norm()
-            rest = rest - q.T @ (q @ rest)
-            basis.append(rest / rest.norm())
-        vector = (turn @ q).view(vector.shape)
-    return Eigenpair(value, vector, done)
+            q, y = basis[: k + 1], image[: k + 1]
+            rest = image[k] - q.T @ (q @ image[k])
+            sizes = torch.stack([rest.norm(), image[k].norm()]).tolist()
+            # The span is invariant: what is left is rounding, and nothing larger can be seen from here.
+            whole = sizes[0] <= floor * sizes[1]
+            if whole or _looks_at(k, steps):
+                # Rayleigh-Ritz with the explicit products: no error piles up in a three-term recurrence.
+                projected = (q @ y.T).double().cpu()
+                values, turns = torch.linalg.eigh((projected + projected.mT) / 2)
+                value, turn = float(values[-1]), turns[:, -1].to(vector)
+                residual = float((turn @ y - value * (turn @ q)).norm())
+                if whole or value <= 0.0 or residual <= tolerance * value:
+                    return Eigenpair(max(value, 0.0), (turn @ q).view(start.shape), done)
+            if k + 1 < steps:
+                # Rounding is large relative to a small remainder: orthogonalise it again at length one.
+                rest = rest / sizes[0]
+                rest = rest - q.T @ (q @ rest)
+                basis[k + 1] = rest / rest.norm()
+        vector = turn @ q
+    return Eigenpair(value, vector.view(start.shape), done)
+
+
+def _looks_at(k: int, steps: int) -> bool:
+    """Whether the largest eigenvalue is computed after product ``k`` of a round; a small product takes less time."""
+    return (k + 1) % _LOOK_EVERY == 0 or k + 1 == steps
 
 
 def _closed_form(expert: nn.Module, x: Tensor) -> tuple[Product, tuple[int, int]] | None:

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from mocte_ds.config import MocteConfig
+from mocte_ds.controller.birth import set_gate
 from mocte_ds.controller.gradients import DENSE, block_conflict, read_conflict
 from mocte_ds.controller.probe import ProbeSet
 from mocte_ds.controller.progress import Progress
@@ -16,6 +17,7 @@ from mocte_ds.controller.run_state import RunState
 from mocte_ds.controller.snapshots import Snapshots
 from mocte_ds.dist.mesh import mesh_of_processes
 from mocte_ds.moe import Block, BlockMode, ExpertMode, attach
+from mocte_ds.moe.keys import KEYS, HashKey, Tokens
 from mocte_ds.seeds import derived_seed
 from mocte_ds.spectrum.sample import Selection, hash_keys
 from mocte_ds.trainability import coherence, conflict
@@ -243,6 +245,64 @@ def test_progress_and_churn_against_an_explicit_computation() -> None:
     again = progress.probe.read(made, blocks, torch.device("cpu"))
     assert moved.churn[0] == [pytest.approx(float((again.routes[0, 0] != before.routes[0, 0]).float().mean()))]
     assert moved.churn[0][0] > 0.3 and moved.progress == {} and moved.passes == 1
+
+
+def by_table(router: dict, left: bool | None) -> tuple[RunState, Progress]:
+    """A run whose blocks emerged with two banks of a router; ``left``: padded sequences, None: none is."""
+    made = small_llama(V, 16, 24, positions=T)
+    values = {"modules": "model.layers.*.mlp", "num_experts": 4, "eod_id": EOD, "banks": [router, router]}
+    blocks = attach(made, MocteConfig.from_dict(values))
+    for block in blocks:
+        set_gate(block, MocteConfig.from_dict(values), MESH)
+        block.mode = BlockMode.SPECIALISING
+    run = state(made.train(), blocks, {})
+    for handle in run.blocks:
+        for expert in handle.experts:
+            expert.mode = ExpertMode.TRAINING
+        handle.refresh_mode()
+    progress = Progress(MocteConfig(modules="x", num_experts=4, eod_id=EOD, probe_tokens=3 * T), MESH)
+    lengths = torch.arange(BATCH) % 7 + T - 6
+    progress.probe = filled() if left is None else padded_probe([(0, 8), (8, 16)], lengths, left)
+    progress.remember_routes(run, {0, 1})
+    return run, progress
+
+
+TABLES = ["type", "hash", "previous", "pair", "pair-hash", "document"]
+
+
+@pytest.mark.parametrize("left", [None, False, True])
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_of_ids_say_where_tokens_go_without_a_pass(kind: str, left: bool | None) -> None:
+    run, progress = by_table({"kind": kind}, left)
+    found = progress.measure(run, [])
+    assert found.passes == 0 and found.flops == 0 and found.tokens == int(progress.probe.real.sum())
+    assert found.churn == {0: [0.0, 0.0], 1: [0.0, 0.0]}
+    read = progress.probe.read(run.module, [handle.block for handle in run.blocks], torch.device("cpu"))
+    for block, load in found.load.items():
+        routes = [read.routes[block, bank][progress.probe.real] for bank in range(2)]
+        assert load == [n for route in routes for n in torch.bincount(route, minlength=4).tolist()]
+    assert progress.measure(run, run.blocks[:1]).passes == 2, "a rollback needs losses, then and now"
+    with torch.no_grad():  # a table that has moved all the same is found out
+        key = run.blocks[0].block.banks[0].gate.key
+        for buffer in key.buffers():
+            buffer.copy_(buffer.roll(1, dims=-1))
+    assert progress.measure(run, []).churn[0][0] > 0
+
+
+@KEYS.register("table-and-feature")
+class OwnKey(HashKey):
+    """Reads features, too."""
+
+    def choose(self, features: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        return (super().choose(features, tokens) + (features[:, 0] > 0)) % 4
+
+
+@pytest.mark.parametrize(
+    "router", [{"kind": "table-and-feature"}, {"kind": "hash", "weight": "softmax", "learn": True}]
+)
+def test_a_pass_where_ids_do_not_decide_alone(router: dict) -> None:
+    run, progress = by_table(router, None)
+    assert progress.measure(run, []).passes == 1
 
 
 def test_progress_of_an_expert_begins_when_it_begins_to_train() -> None:
