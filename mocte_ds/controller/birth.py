@@ -55,8 +55,8 @@ def set_gate(block: Block, config: MocteConfig, mesh: Mesh, sample: FeatureSampl
 def _number_by_load(block: Block, mesh: Mesh, sample: FeatureSample) -> None:
     """Number the experts so that all ranks get even loads of the sample (collective).
 
-    The numbers do not depend on `ep_size`, so the run does not either. Learned routers are left as they are: what they
-    choose at birth says nothing of later.
+    The numbers do not depend on `ep_size`, so the run does not either. Keys that read features and learned routers are
+    left as they are: their loads at birth say nothing of later (docs/results/speed.md).
     """
     banks = [bank for bank in block.banks if not bank.gate.router.learns_choice and _can_renumber(bank.gate.key)]
     if not banks:
@@ -81,11 +81,7 @@ def _loads_of_sample(bank: Bank, sample: FeatureSample) -> Tensor:
         known &= torch.zeros_like(known) if before is None else (before >= 0).to(known.device)
     features = sample.tokens.features[known.to(sample.tokens.features.device)].to(next(key.buffers()).device)
     tokens = Tokens(ids[known], previous=(ids if before is None else before.to(ids.device))[known])
-    if bank.gate.router.top_k == 1:
-        index = key.choose(features.float(), tokens)
-    else:
-        index, *_ = bank.gate.choose(features.float(), tokens)
-    return torch.bincount(index.flatten().cpu(), minlength=bank.num_experts)
+    return torch.bincount(key.choose(features.float(), tokens).cpu(), minlength=bank.num_experts)
 
 
 def _mean_weight(bank: Bank, birth: Birth, sample: FeatureSample | None) -> float:

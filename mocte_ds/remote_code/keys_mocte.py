@@ -99,7 +99,7 @@ class Key(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.fit")
 
     def renumber(self, order: Tensor) -> None:
-        """Give the experts other numbers, so that ranks get even loads at birth; keys without it keep theirs.
+        """Give the experts other numbers, so that ranks get even loads; for keys whose loads stay as at birth.
 
         Args:
             order: (E,) int64, the number so far of each expert.
@@ -184,9 +184,6 @@ class LinearKey(Key):
         """Store the map: (E, d) and (E,)."""
         self.cluster_weight.copy_(weight)
         self.cluster_bias.copy_(bias)
-
-    def renumber(self, order: Tensor) -> None:
-        self.set(self.cluster_weight[order], self.cluster_bias[order])
 
     def logits(self, features: Tensor, tokens: Tokens) -> Tensor:
         # Never in autocast: logits that are rounded to bf16 send tokens elsewhere.

@@ -63,9 +63,6 @@ class OnlineKey(Key):
         self.cluster_centroids.copy_(centroids)
         self.cluster_bias.copy_(bias)
 
-    def renumber(self, order: Tensor) -> None:
-        self.set(self.cluster_whitening, self.cluster_offset, self.cluster_centroids[order], self.cluster_bias[order])
-
     def points(self, features: Tensor) -> Tensor:
         """(n, r) fp32 unit vectors x."""
         # Never in autocast: logits that are rounded to bf16 send tokens elsewhere.

@@ -69,14 +69,12 @@ def born(kinds: list[dict], numbered: bool, monkeypatch: pytest.MonkeyPatch) -> 
     return block, features, Tokens(ids, previous=before)
 
 
-KINDS = ["token", "prefix", "type", "hash", "previous", "pair", "pair-hash", "online", "document"]
+KINDS = ["type", "hash", "previous", "pair", "pair-hash", "document"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_change_and_who_goes_with_whom_does_not(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    router = {"kind": kind, **({"directions": 4, "dropped": 0} if kind == "online" else {})}
-    if kind in ("pair", "pair-hash"):
-        router["rows"] = 97
+    router = {"kind": kind, **({"rows": 97} if kind in ("pair", "pair-hash") else {})}
     found = []
     for numbered in (False, True):
         block, features, tokens = born([router, {"kind": "hash"}], numbered, monkeypatch)
@@ -91,10 +89,13 @@ def test_numbers_change_and_who_goes_with_whom_does_not(kind: str, monkeypatch: 
     assert slowest(loads[1], straight, 2) < 1.03 and slowest(loads[0], straight, 4) > slowest(loads[1], straight, 4)
 
 
-def test_routers_that_learn_keep_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    learns = {"kind": "token", "weight": "softmax", "learn": True}
-    gates = [born([learns], numbered, monkeypatch)[0].banks[0].gate for numbered in (False, True)]
-    assert torch.equal(gates[0].key.cluster_weight, gates[1].key.cluster_weight)
+@pytest.mark.parametrize("router", [{"kind": "token"}, {"kind": "type", "weight": "softmax", "learn": True}])
+def test_keys_that_read_features_and_routers_that_learn_keep_their_numbers(
+    router: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [born([router], numbered, monkeypatch)[0].banks[0].gate.key for numbered in (False, True)]
+    for one, other in zip(keys[0].buffers(), keys[1].buffers(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_tokens_of_which_the_sample_knows_no_ids_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
