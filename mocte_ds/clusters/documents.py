@@ -57,7 +57,14 @@ def document_scores(
         if torch.equal(new, labels):
             break
         labels = new
-    prices = _reading_prices(speaks, word, document, length, seed)
+    half = _halves(labels, seed)
+    held_out = torch.stack(
+        [
+            _log_frequencies(word[half[document] != h], labels[document[half[document] != h]], len(seen), count)
+            for h in (0, 1)
+        ]
+    )
+    prices = _reading_prices(held_out, half, word, document, length, seed)
     table = prices.repeat(vocab_size, 1)
     table[seen] += speaks
     return table.float()
@@ -66,8 +73,9 @@ def document_scores(
 def shuffled_scores(scores: Tensor, token_ids: Tensor, documents: Tensor, seed: int) -> Tensor:
     """The control: the scores of the sampled ids dealt out to other ids, and prices that even out the loads again.
 
-    What is read is then constant within a document as before, but for the noise of its first tokens, and has nothing to
-    do with clusters.
+    What is read is then constant within a document as before, but for the noise of its first tokens. Documents with the
+    same words still go together, so that it is not wholly by chance. In documents much longer than the sampled parts
+    loads are less even.
 
     Args:
         scores: (V, E).
@@ -86,7 +94,9 @@ def shuffled_scores(scores: Tensor, token_ids: Tensor, documents: Tensor, seed: 
     table = scores.double().clone()
     table[seen] = table[seen[order]]
     document = documents[known].unique(return_inverse=True)[1]
-    return (table + _reading_prices(table[seen], word, document, torch.bincount(document).double(), seed)).float()
+    length = torch.bincount(document).double()
+    half = torch.zeros(len(length), dtype=torch.int64)
+    return (table + _reading_prices(table[seen][None], half, word, document, length, seed)).float()
 
 
 def random_scores(vocab_size: int, count: int, seed: int) -> Tensor:
@@ -103,30 +113,42 @@ def _log_frequencies(word: Tensor, cluster: Tensor, words: int, count: int) -> T
     each = torch.bincount(word * count + cluster, minlength=words * count).double().view(words, count)
     usual = each.sum(dim=1, keepdim=True) / each.sum()
     speaks = ((each + words * usual) / (each.sum(dim=0) + words)).log()
-    return speaks - speaks.mean(dim=1, keepdim=True)
+    # An id without tokens here speaks for none.
+    return torch.where(usual > 0, speaks - speaks.mean(dim=1, keepdim=True), 0.0)
 
 
-def _reading_prices(speaks: Tensor, word: Tensor, document: Tensor, length: Tensor, seed: int) -> Tensor:
+def _halves(labels: Tensor, seed: int) -> Tensor:
+    """(D,) 0 or 1 of each document, by chance and each half of a cluster's documents, to one."""
+    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    half = torch.empty_like(labels)
+    half[mixed[labels[mixed].argsort(stable=True)]] = torch.arange(len(labels)) % 2
+    return half
+
+
+def _reading_prices(speaks: Tensor, half: Tensor, word: Tensor, document: Tensor, length: Tensor, seed: int) -> Tensor:
     """(E,) prices under which the clusters get as many tokens while documents are read from their beginning.
 
-    The first tokens of a document say little, and whoever wins them wins them in all documents. In a mixture of
-    unigrams every order of a document's tokens is as likely, so that documents are read in drawn ones.
+    A document is read with scores that its own tokens are not in: with those its cluster is so far ahead that prices
+    can grow until they, and no tokens, decide where new documents go. The first tokens of a document say little, and
+    whoever wins them wins them in all documents. In a mixture of unigrams every order of a document's tokens is as
+    likely, so that documents are read in drawn ones.
 
     Args:
-        speaks: (S, E) scores of the sampled ids.
+        speaks: (H, S, E) scores of the sampled ids to read a document of each half with.
+        half: (D,) below H, of each document.
         word: (n,) number of each token's id.
         document: (n,) number of its document.
         length: (D,) fp64 tokens of each.
         seed: of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
-    words = word[(document * len(speaks) + word).argsort()]
+    words = word[(document * speaks.shape[1] + word).argsort()]
     some = torch.randperm(len(length), generator=generator)[:_READ]
     start, draws = length.cumsum(0) - length, torch.rand(len(some), _TOKENS, generator=generator, dtype=torch.float64)
     places = (start[some, None] + (draws * length[some, None]).floor()).long()
-    so_far = speaks[words[places]].cumsum(dim=1) / torch.arange(1, _TOKENS + 1)[None, :, None]
+    so_far = speaks[half[some, None], words[places]].cumsum(dim=1) / torch.arange(1, _TOKENS + 1)[None, :, None]
     mass = length[some, None].expand(-1, _TOKENS).reshape(-1)
-    return _even(so_far.reshape(-1, speaks.shape[1]), mass, torch.zeros(speaks.shape[1], dtype=torch.float64))
+    return _even(so_far.flatten(0, 1), mass, torch.zeros(speaks.shape[2], dtype=torch.float64))
 
 
 def _even(mean_score: Tensor, mass: Tensor, prices: Tensor) -> Tensor:

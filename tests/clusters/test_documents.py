@@ -45,6 +45,30 @@ def test_planted_sources_are_read_from_the_tokens(noise: float) -> None:
     assert load.max() < 1.15 and load.min() > 0.85
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "clusters", "documents", "tokens"), [(2000, 16, 512, 16), (8000, 16, 1024, 64), (2000, 8, 256, 8)]
+)
+def test_new_documents_go_where_their_source_is_and_share_out_the_clusters(
+    vocabulary: int, clusters: int, documents: int, tokens: int
+) -> None:
+    """Short samples: with scores that a document's own tokens are in, prices would overrule all that is new."""
+    generator = torch.Generator().manual_seed(1)
+    usual = 1 / (torch.arange(vocabulary) + 5.0)
+    words = torch.stack([usual * torch.rand(vocabulary, generator=generator).square() for _ in range(clusters)])
+    source = torch.arange(documents) % clusters
+    ids = torch.multinomial(words[source], tokens, replacement=True, generator=generator)
+    centres = torch.randn(clusters, 16, generator=generator)
+    features = centres[source][:, None] + 0.3 * torch.randn(documents, tokens, 16, generator=generator)
+    number = torch.arange(documents)[:, None].expand(documents, tokens)
+    scores = document_scores(ids.flatten(), number.flatten(), features.view(-1, 16), vocabulary, clusters, 0)
+    new_source = torch.arange(512) % clusters
+    new = torch.multinomial(words[new_source], 128, replacement=True, generator=generator)
+    so_far = (scores[new].cumsum(1) / torch.arange(1, 129)[:, None]).argmax(2)
+    load = torch.bincount(so_far.flatten(), minlength=clusters) * clusters / so_far.numel()
+    assert adjusted_rand_score(new_source, so_far[:, -1]) > 0.85
+    assert load.max() < 1.45 and load.min() > 0.6
+
+
 def test_scores_are_those_of_naive_bayes() -> None:
     ids, number, features, _ = planted()
     scores = document_scores(ids, number, features, V, E, 0)
