@@ -100,6 +100,11 @@ def run_file(prepared: Path, tmp_path: Path) -> Callable[[bool], Path]:
     return write
 
 
+def _buffers(port: object) -> list[Path]:
+    """What a run with that port has in shared memory, or has left there."""
+    return list(SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+
+
 class Launcher:
     """Starts scripts on two processes: through `deepspeed`, or forked where the start is not what is tested."""
 
@@ -107,7 +112,10 @@ class Launcher:
         self, *arguments: object, before: str = "", processes: int = 2, through: str = "deepspeed"
     ) -> subprocess.Popen:
         """Start in the repository's root; ``before`` is a shell command in front, e.g. a limit."""
-        program, *options = LAUNCHERS[through].format(port=free_port(), processes=processes).split()
+        port = free_port()
+        while _buffers(port):  # of a run that had this port and was killed
+            port = free_port()
+        program, *options = LAUNCHERS[through].format(port=port, processes=processes).split()
         command = [Path(sys.executable).parent / program, *options, *arguments]
         shell = ["bash", "-c", f'{before or ":"}; exec "$@"', "bash", *map(str, command)]
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -131,8 +139,7 @@ class Launcher:
             output, _ = process.communicate()
             pytest.fail(f"no end within {LIMIT:.0f} s:\n{output[-3000:]}")
         place = next(n for n, word in enumerate(process.args) if word in ("--master_port", "--main_process_port"))
-        port = process.args[place + 1]
-        left = list(SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+        left = _buffers(process.args[place + 1])
         assert not left, f"the run left {left} in memory:\n{output[-3000:]}"
         return process.returncode, output
 
